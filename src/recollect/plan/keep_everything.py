@@ -1,0 +1,10 @@
+"""Keep everything: plain training, no further runs, the largest peak. What every other plan is compared with."""
+
+from __future__ import annotations
+
+from recollect.program import Program, Schedule
+
+
+def keep_everything(program: Program) -> Schedule:
+    """The program as it is: every value stays until its last reader has run."""
+    return Schedule.plain(program)

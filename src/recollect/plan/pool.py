@@ -1,0 +1,220 @@
+"""The candidates of one program that do not depend on a budget, and the search from them for one that does."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from math import exp
+
+from recollect.plan.bounds import lower_bound
+from recollect.plan.every_block import block_of
+from recollect.plan.greedy import greedy
+from recollect.plan.min_cut import Pricer
+from recollect.plan.search import Candidate, Entry, Search, no_noise
+from recollect.plan.segments import boundaries, crossing
+from recollect.program import Program, Schedule
+
+_SMALL_PROGRAM = 200
+_LARGE_PROGRAM = 6000
+_RUNGS = 16
+_SEED = 20160421
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search: ``schedule`` is None when nothing fits, ``lowest`` has the smallest known peak."""
+
+    name: str
+    schedule: Schedule | None
+    lowest: Schedule
+    floor_bytes: int
+    lower_bound: float
+    candidates: tuple[tuple[str, int, float], ...]
+
+
+class Pool:
+    """Candidates of one program, made once; ``solve`` then starts from them for each budget.
+
+    The program itself is handed to the methods, because the pool must not keep it alive.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._search = Search(program)
+        self._jobs = list(self._work())
+        self._done = 0
+        self._base: tuple[Entry, ...] = ()
+
+    # -- the pool ------------------------------------------------------------------------------------------------------
+
+    def grow(self, deadline: float, progress: Callable[[str, float], None]) -> None:
+        """Make the candidates that are not there yet, until the deadline."""
+        if self._done:
+            self._search.frontier = list(self._base)
+        while self._done < len(self._jobs):
+            if self._done and time.monotonic() > deadline:
+                break
+            progress("pool of candidates", self._done / len(self._jobs))
+            self._jobs[self._done](deadline)
+            self._done += 1
+        self._base = tuple(self._search.frontier)
+
+    def _work(self) -> Iterator[Callable[[float], None]]:
+        """The jobs that make the pool, the most valuable first."""
+        search = self._search
+        yield lambda deadline: _ignore(search.keeping("keep-everything", frozenset(search.tables.droppable)))
+        yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
+        pricer = Pricer(search.tables)
+        cuts = self._segmentations()
+        yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
+        yield lambda deadline: self._find_floor(deadline)
+        prices = pricer.prices(3 if len(search.tables.ops) > _LARGE_PROGRAM else 6)
+        for price in prices:
+            for cut in cuts:
+                yield self._priced(pricer, price, cut)
+        if len(search.tables.ops) <= _SMALL_PROGRAM:
+            yield from (self._rung(k) for k in range(_RUNGS))
+
+    def _segmentations(self) -> list[tuple[int, ...]]:
+        """Cuts from one segment to one per op, about twelve counts, with equal and with shrinking segments."""
+        tables = self._search.tables
+        found: dict[tuple[int, ...], None] = {(): None, self._block_cuts(): None}
+        count = 2.0
+        ratio = max(1.3, (len(tables.early) / 2) ** (1 / 11)) if len(tables.early) > 2 else 2.0
+        while count <= len(tables.early):
+            for tapered in (False, True):
+                found[boundaries(tables, round(count), tapered=tapered)] = None
+            count *= ratio
+        return list(found)
+
+    def _block_cuts(self) -> tuple[int, ...]:
+        blocks = block_of(self._search.tables)
+        early = self._search.tables.early
+        return tuple(b for a, b in zip(early, early[1:], strict=False) if blocks[a] != blocks[b])
+
+    def _priced(self, pricer: Pricer, price: float, cuts: tuple[int, ...]) -> Callable[[float], None]:
+        return lambda deadline: _ignore(self._search.keeping("min-cut", pricer.keep(price, cuts)))
+
+    def _nested(self, *counts: int) -> Callable[[float], None]:
+        """Segments within segments, for small budgets."""
+
+        def make(deadline: float) -> None:
+            tables, keeps, count = self._search.tables, list[frozenset[int]](), 1
+            for factor in counts:
+                count *= factor
+                if factor > 1 and count <= len(tables.early):
+                    keeps.append(crossing(tables, boundaries(tables, count, tapered=not keeps)))
+            if keeps:
+                self._search.keeping("nested segments", *keeps)
+
+        return make
+
+    def _find_floor(self, deadline: float) -> None:
+        """Shave the lowest peaks as far down as it goes."""
+        for entry in self._search.frontier[:3]:
+            self._search.shave(self._search.recall(entry), 0, rounds=40, deadline=deadline)
+
+    def _rung(self, k: int) -> Callable[[float], None]:
+        """A fixed smaller budget: small programs solve a ladder of them, so that more budget does not cost more."""
+
+        def climb(deadline: float) -> None:
+            low, high = self._search.frontier[0].peak_bytes, self._search.frontier[-1].peak_bytes
+            self._improve(low + (high - low) * k // _RUNGS, deadline)
+
+        return climb
+
+    # -- one budget ----------------------------------------------------------------------------------------------------
+
+    def solve(
+        self, program: Program, budget_bytes: int, solver: str, limit: float, progress: Callable[[str, float], None]
+    ) -> Found:
+        """The best candidate for the budget."""
+        begin = time.monotonic()
+        self.grow(begin + 0.5 * limit, progress)
+        floor = self._base[0]
+        greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.65 * limit)
+        if budget_bytes >= floor.peak_bytes and solver == "auto":
+            progress("search", 0.6)
+            self._improve(budget_bytes, begin + 0.9 * limit)
+        best = self._choose(budget_bytes, solver, greedy_one)
+        bound = 0.0
+        if best and best.extra_seconds > 0:
+            progress("lower bound", 0.9)
+            bound = lower_bound(program, budget_bytes, deadline=begin + limit)
+        progress("done", 1.0)
+        return Found(
+            best.name if best else "",
+            self._schedule(program, best) if best else None,
+            self._schedule(program, floor),
+            floor.peak_bytes,
+            bound,
+            self._report(program, budget_bytes, greedy_one),
+        )
+
+    def _choose(self, budget_bytes: int, solver: str, greedy_one: Candidate) -> Entry | None:
+        if solver == "greedy":
+            return greedy_one.entry if greedy_one.peak_bytes <= budget_bytes else None
+        return self._search.best_within(budget_bytes) if budget_bytes >= self._base[0].peak_bytes else None
+
+    def _report(self, program: Program, budget_bytes: int, greedy_one: Candidate) -> tuple[tuple[str, int, float], ...]:
+        """The greedy and the best of every algorithm of the pool that fits."""
+        rows: dict[str, tuple[int, float]] = {}
+        for entry in (greedy_one.entry, *self._base):
+            if entry.peak_bytes <= budget_bytes or entry.name == "greedy":
+                if entry.name not in rows or entry.extra_seconds < rows[entry.name][1]:
+                    rows[entry.name] = (entry.peak_bytes, entry.extra_seconds)
+        total = program.seconds or 1.0
+        return tuple((name, peak, seconds / total) for name, (peak, seconds) in rows.items())
+
+    def _schedule(self, program: Program, entry: Entry) -> Schedule:
+        return Schedule.from_order(program, self._search.recall(entry).account.order.tolist())
+
+    def _improve(self, budget_bytes: int, deadline: float) -> None:
+        """Fill the best that fits, shave and fill those just above, then disturb the best again and again."""
+        search = self._search
+        for entry in self._starts(budget_bytes):
+            if time.monotonic() > deadline:
+                return
+            self._fit(search.recall(entry), budget_bytes, budget_bytes, deadline)
+        dice = random.Random(_SEED)
+        for _ in range(self._disturbances()):
+            best = search.best_within(budget_bytes)
+            if best is None or best.extra_seconds == 0 or time.monotonic() > deadline:
+                return
+            self._disturb(best, budget_bytes, dice, deadline)
+
+    def _disturbances(self) -> int:
+        """How often to disturb: about as much work for large programs as for small ones."""
+        return max(6, min(60, 60_000 // max(1, len(self._search.tables.ops))))
+
+    def _disturb(self, best: Entry, budget_bytes: int, dice: random.Random, deadline: float) -> None:
+        """Large-neighbourhood search, one step: shave below the budget with noisy scores, then fill."""
+        above = [e for e in self._search.frontier if e.peak_bytes > budget_bytes][:12]
+        start = dice.choice(above) if above and dice.random() < 0.3 else best
+        spread, share = dice.choice((0.0, 0.1, 0.3, 0.6, 1.0)), dice.choice((0.99, 0.97, 0.94, 0.9, 0.8))
+        self._search.noise = lambda: exp(dice.gauss(0, spread))
+        try:
+            self._fit(self._search.recall(start), int(share * budget_bytes), budget_bytes, deadline)
+        finally:
+            self._search.noise = no_noise
+
+    def _starts(self, budget_bytes: int) -> list[Entry]:
+        """The best that fit, and some that do not, from a little to much above the budget."""
+        frontier = self._search.frontier
+        fit = [e for e in frontier if e.peak_bytes <= budget_bytes]
+        above = [e for e in frontier if e.peak_bytes > budget_bytes]
+        ranks = dict.fromkeys((0, 1, 2, 3, *(len(above) * k // 8 for k in range(1, 8)), len(above) - 1))
+        return fit[-2:] + [above[k] for k in ranks if 0 <= k < len(above)]
+
+    def _fit(self, candidate: Candidate, target_bytes: int, budget_bytes: int, deadline: float) -> None:
+        shaved = self._search.shave(candidate, target_bytes, deadline=deadline)
+        if shaved.peak_bytes <= budget_bytes:
+            self._search.fill(shaved, budget_bytes, deadline=deadline)
+
+
+_NESTED = (2, 3, 4, 6, 8, 12, 20, 32)
+
+
+def _ignore(_: Candidate) -> None:
+    """The search has remembered it."""

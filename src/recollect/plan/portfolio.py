@@ -1,0 +1,131 @@
+"""``solve``: program and budget in, plan out. Runs what fits into the time allowed and takes the best.
+
+``auto`` works in three steps. (1) A *pool* of candidates that does not depend on the budget: minimum cuts for a grid of
+prices and segmentations, and nested segments for small budgets; made once per program. (2) For the budget: the greedy;
+the best of the pool, filled up; the pool's candidates just above the budget, shaved down and filled up. (3) The best
+is squeezed below the budget and filled up again, a few times. Since the pool is the same for all budgets and step 2
+includes fixed smaller budgets, more budget hardly ever costs more.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Final
+
+from recollect.plan.budget import parse_budget
+from recollect.plan.every_block import every_block
+from recollect.plan.infeasible import infeasible
+from recollect.plan.keep_everything import keep_everything
+from recollect.plan.segments import segments
+from recollect.program import Plan, Program, Schedule, simulate
+
+if TYPE_CHECKING:
+    from recollect.plan.pool import Pool
+
+_CLASSICS: Final[Mapping[str, Callable[[Program], Schedule]]] = MappingProxyType(
+    {"keep-everything": keep_everything, "every-block": every_block, "segments": segments}
+)
+SOLVERS: Final = ("auto", "greedy", *_CLASSICS)
+"""Names that ``solve`` accepts as ``solver``."""
+
+_POOLS: dict[int, tuple[weakref.ref[Program], Pool]] = {}
+
+
+def solve(
+    program: Program,
+    budget: int | float | str,
+    *,
+    solver: str = "auto",
+    time_limit_seconds: float = 10.0,
+    progress: Callable[[str, float], None] | None = None,
+) -> Plan:
+    """The plan with the least overhead known whose peak stays within the budget.
+
+    Args:
+        program: the step to plan.
+        budget: bytes, a size such as ``"10GiB"``, or a share of the plain peak such as ``0.5`` or ``"50%"``.
+        solver: one of ``SOLVERS``. ``auto`` compares many; the others are the classics by name.
+        time_limit_seconds: when to stop looking for a better plan. Where the limit is not hit, the plan depends on
+            nothing but the program and the budget.
+        progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
+
+    Raises:
+        InfeasibleBudget: no schedule known to the solver fits.
+        ValueError: an unknown solver, or a budget that cannot be read.
+
+    Example:
+        >>> from recollect.program import Op, Program, Value
+        >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)
+        >>> solve(Program("tiny", values, (Op("f", (0,), (1,), 1.0), Op("g", (1,), (2,), 2.0))), "16 B").overhead
+        0.0
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    plain_peak = simulate(program).peak_bytes
+    budget_bytes = parse_budget(budget, plain_peak)
+    if solver in _CLASSICS:
+        return _classic(program, budget_bytes, solver, plain_peak)
+    pool = _pool_of(program)
+    found = pool.solve(program, budget_bytes, solver, time_limit_seconds, progress or _silent)
+    if found.schedule is None:
+        raise infeasible(program, budget_bytes, found.lowest, solver=solver)
+    return _plan(
+        program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, found.name,
+        found.candidates,
+    )  # fmt: skip
+
+
+def _silent(what: str, share: float) -> None:
+    """The progress of those who did not ask."""
+
+
+def _pool_of(program: Program) -> Pool:
+    """The program's pool, made at the first call and kept while the program lives."""
+    from recollect.plan.pool import Pool
+
+    found = _POOLS.get(id(program))
+    if found is not None and found[0]() is program:
+        return found[1]
+    key, pool = id(program), Pool(program)
+    _POOLS[key] = (weakref.ref(program, lambda _: _POOLS.pop(key, None)), pool)
+    return pool
+
+
+def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int) -> Plan:
+    from recollect.plan.bounds import lower_bound
+
+    schedule = _CLASSICS[solver](program)
+    peak = simulate(program, schedule).peak_bytes
+    if peak > budget_bytes:
+        raise infeasible(program, budget_bytes, schedule, solver=solver)
+    bound = lower_bound(program, budget_bytes) if budget_bytes < plain_peak else 0.0
+    return _plan(program, schedule, budget_bytes, plain_peak, peak, bound, solver, ())
+
+
+def _plan(
+    program: Program,
+    schedule: Schedule,
+    budget_bytes: int,
+    plain_peak: int,
+    floor: int,
+    bound: float,
+    solver: str,
+    candidates: tuple[tuple[str, int, float], ...],
+) -> Plan:
+    """The plan with the figures of the one simulator, not of the planner's own account."""
+    timeline = simulate(program, schedule)
+    overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
+    return Plan(
+        program=program,
+        schedule=schedule,
+        budget_bytes=budget_bytes,
+        peak_bytes=timeline.peak_bytes,
+        plain_peak_bytes=plain_peak,
+        floor_bytes=floor,
+        overhead=overhead,
+        lower_bound=bound,
+        solver=solver,
+        candidates=candidates,
+    )

@@ -1,0 +1,83 @@
+"""Segments: keep only what crosses from one to the next (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
+Cost", section 4.1).
+
+A chain of n equal layers in sqrt(n) segments needs O(sqrt(n)) memory for one further forward run. Here the forward of
+any program is cut at places where few bytes cross, so that the saved bytes between cuts are about equal.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from math import isqrt
+
+from recollect.plan.tables import Tables, tables_of
+from recollect.plan.unroll import unroll
+from recollect.program import Program, Schedule
+
+
+def segments(program: Program) -> Schedule:
+    """The schedule with about sqrt(n) segments, n the number of forward ops that may run again. O(n log n)."""
+    tables = tables_of(program)
+    count = max(1, isqrt(len(tables.replayed)))
+    return Schedule.from_order(program, unroll(program, crossing(tables, boundaries(tables, count))))
+
+
+def boundaries(tables: Tables, count: int, *, tapered: bool = False) -> tuple[int, ...]:
+    """The early ops at which segments begin, for about ``count`` segments (fewer where no more cuts exist).
+
+    ``tapered`` makes the segments shrink linearly towards the end: while an early segment runs again, what the later
+    ones kept has left, so it may be larger (for the uniform chain this is the optimal shape with one further run).
+    """
+    weight = list(accumulate(_saved_bytes(tables, i) for i in tables.early))
+    if not weight or count < 2:
+        return ()
+    bytes_at = _crossing_bytes(tables)
+    total, chosen = weight[-1], set[int]()
+    shares = [k / count for k in range(count + 1)]
+    targets = [total * (1 - (1 - s) ** 2 if tapered else s) for s in shares]
+    for before, target, after in zip(targets, targets[1:], targets[2:], strict=False):
+        low = bisect_left(weight, target - (target - before) / 2)
+        high = bisect_right(weight, target + (after - target) / 2)
+        best = min(range(low, max(high, low + 1)), key=lambda k: (bytes_at[k], abs(weight[k] - target)), default=0)
+        if bytes_at[best] < _FORBIDDEN and best + 1 < len(tables.early):
+            chosen.add(tables.early[best + 1])
+    return tuple(sorted(chosen))
+
+
+_FORBIDDEN = 1 << 60
+"""Bytes that stand for "no cut here": between an op and those that overwrite or read what cannot be kept."""
+
+
+def _saved_bytes(tables: Tables, op: int) -> int:
+    return sum(tables.values[v].nbytes for v in tables.ops[op].writes if tables.starts[v])
+
+
+def _crossing_bytes(tables: Tables) -> list[int]:
+    """For every early op, by position, the bytes that a cut right after it would have to keep."""
+    position = {i: k for k, i in enumerate(tables.early)}
+    steps = [0] * (len(tables.early) + 1)
+    for v, readers in enumerate(tables.early_readers):
+        producer = tables.producer[v]
+        again = [i for i in readers if tables.rerunnable[i]]
+        if producer in position and again:
+            nbytes = tables.values[v].nbytes if tables.keepable[v] else _FORBIDDEN
+            steps[position[producer]] += nbytes
+            steps[position[again[-1]]] -= nbytes
+    return list(accumulate(steps))[:-1]
+
+
+def segment_of(tables: Tables, cuts: Sequence[int]) -> list[int]:
+    """For every op the number of its segment (late ops: that of the last early op before them)."""
+    return [bisect_right(cuts, i) for i in range(len(tables.late))]
+
+
+def crossing(tables: Tables, cuts: Sequence[int]) -> frozenset[int]:
+    """The droppable values that an op of a later segment reads when it runs again."""
+    home = segment_of(tables, cuts)
+    return frozenset(
+        v
+        for v in tables.droppable
+        if any(home[i] != home[tables.producer[v]] and tables.rerunnable[i] for i in tables.early_readers[v])
+    )

@@ -1,0 +1,49 @@
+"""What can go wrong with programs, schedules and budgets."""
+
+from __future__ import annotations
+
+
+class InvalidProgram(ValueError):
+    """A program (or its JSON) that breaks the rules of the format; the message names the op or value."""
+
+
+class InvalidSchedule(ValueError):
+    """A schedule that cannot be carried out; the message names the rule, the op and the value."""
+
+
+class InfeasibleBudget(ValueError):
+    """No known schedule stays within the budget.
+
+    Attributes:
+        budget_bytes: what was asked for.
+        floor_bytes: the smallest budget for which a schedule is known.
+        peak_op: name of the op at which the peak of that smallest schedule stands.
+        largest: ``(label, bytes)`` of the values that fill the peak, largest first.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        budget_bytes: int,
+        floor_bytes: int,
+        peak_op: str = "",
+        largest: tuple[tuple[str, int], ...] = (),
+    ) -> None:
+        super().__init__(message)
+        self.budget_bytes = budget_bytes
+        self.floor_bytes = floor_bytes
+        self.peak_op = peak_op
+        self.largest = largest
+
+    def __reduce__(self) -> tuple[object, ...]:
+        """Pickle with the keyword arguments, so that the error survives worker processes."""
+        return (_rebuild, (str(self), self.budget_bytes, self.floor_bytes, self.peak_op, self.largest))
+
+
+def _rebuild(
+    message: str, budget_bytes: int, floor_bytes: int, peak_op: str, largest: tuple[tuple[str, int], ...]
+) -> InfeasibleBudget:
+    return InfeasibleBudget(
+        message, budget_bytes=budget_bytes, floor_bytes=floor_bytes, peak_op=peak_op, largest=largest
+    )

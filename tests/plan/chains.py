@@ -1,0 +1,111 @@
+"""Programs for the tests of the planners: chains, GPT-like steps, random small graphs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from recollect.program import Op, Program, Value
+
+
+@dataclass
+class Builder:
+    """Writes down a training step of the recorded shape: forward ops, then per op unpacks and backward ops."""
+
+    values: list[Value] = field(default_factory=list)
+    ops: list[Op] = field(default_factory=list)
+    nodes: list[tuple[int, tuple[int, ...], float, str, int]] = field(default_factory=list)
+
+    def fixed(self, name: str, nbytes: int) -> int:
+        self.values.append(Value(name, nbytes, fixed=True, kind="parameter"))
+        return len(self.values) - 1
+
+    def forward(
+        self,
+        name: str,
+        reads: tuple[int, ...],
+        nbytes: int,
+        seconds: float,
+        *,
+        saves: tuple[int, ...] = (),
+        saves_output: bool = False,
+        back: float = 2.0,
+        module: str = "",
+        repeatable: str = "",
+        grad_bytes: int | None = None,
+    ) -> int:
+        """An op and the node of its backward, which saves some of its inputs or its output."""
+        self.values.append(Value(f"{module}/{name}:{len(self.ops)}", nbytes, kind="activation"))
+        out = len(self.values) - 1
+        self.ops.append(Op(name, reads, (out,), seconds, module=module, repeatable=repeatable))
+        saved = saves + ((out,) if saves_output else ())
+        source = next((v for v in reads if not self.values[v].fixed), -1)
+        grad = grad_bytes if grad_bytes is not None else (self.values[source].nbytes if source >= 0 else 0)
+        self.nodes.append((out, saved, seconds * back, module, grad))
+        return out
+
+    def backward(self, name: str) -> Program:
+        """The backward as a chain of gradients, in reverse order."""
+        self.values.append(Value("grad:seed", 4))
+        grad = len(self.values) - 1
+        self.ops.append(Op("ones_like", (), (grad,), 0.0, phase="backward", repeatable="backward"))
+        for k, (_, saved, seconds, module, nbytes) in enumerate(reversed(self.nodes)):
+            self.ops += [Op("unpack", (v,), (), phase="backward", repeatable="backward", module=module) for v in saved]
+            self.values.append(Value(f"grad:{k}", nbytes, kind="gradient"))
+            new = len(self.values) - 1
+            reads = (*dict.fromkeys((grad, *saved)),)
+            self.ops.append(Op("back", reads, (new,), seconds, phase="backward", repeatable="backward", module=module))
+            grad = new
+        return Program(name, tuple(self.values), tuple(self.ops))
+
+
+def chain(n: int, nbytes: int = 100, seconds: float = 1.0) -> Program:
+    """A uniform chain: n equal ops, each of whose backward needs its input and output."""
+    b = Builder()
+    x = b.fixed("x", 0)
+    for k in range(n):
+        x = b.forward(f"f{k}", (x,), nbytes, seconds, saves=() if k == 0 else (x,), saves_output=True)
+    return b.backward(f"chain{n}")
+
+
+def gpt(
+    n_blocks: int, *, batch: int = 8, tokens: int = 1024, width: int = 768, heads: int = 12, vocabulary: int = 8192,
+    flash: bool = True,
+) -> Program:  # fmt: skip
+    """A GPT step, op by op, half precision activations; seconds from FLOPs at 100 Tflop/s and bytes at 1 TB/s."""
+    b, c = Builder(), batch * tokens * width * 2
+    rows = batch * tokens
+
+    def matmul(inner: int, outer: int) -> float:
+        return 2 * rows * inner * outer / 1e14
+
+    def light(nbytes: float) -> float:
+        return nbytes / 1e12
+
+    x = b.forward("embedding", (b.fixed("idx", rows * 8), b.fixed("wte", vocabulary * width * 2)), c, light(2 * c))
+    for k in range(n_blocks):
+        m = f"blocks.{k}"
+        weights = b.fixed(f"{m}.w", 12 * width * width * 2)
+        h = b.forward("layer_norm", (x,), c, light(2 * c), saves=(x,), module=f"{m}.ln1")
+        qkv = b.forward("qkv", (h, weights), 3 * c, matmul(width, 3 * width), saves=(h,), module=f"{m}.attn")
+        if flash:
+            cost = 4 * batch * tokens * tokens * width / 1e14
+            y = b.forward("sdpa", (qkv,), c, cost, saves=(qkv,), saves_output=True, module=f"{m}.attn")
+        else:
+            scores = 2 * batch * heads * tokens * tokens
+            half = 2 * batch * tokens * tokens * width / 1e14
+            s = b.forward("qk", (qkv,), scores, half, saves=(qkv,), module=f"{m}.attn")
+            p = b.forward("softmax", (s,), scores, light(2 * scores), saves_output=True, module=f"{m}.attn")
+            y = b.forward("pv", (p, qkv), c, half, saves=(p, qkv), module=f"{m}.attn", grad_bytes=scores)
+        o = b.forward("proj", (y, weights), c, matmul(width, width), saves=(y,), module=f"{m}.attn")
+        x = b.forward("add", (x, o), c, light(3 * c), module=m)
+        h = b.forward("layer_norm", (x,), c, light(2 * c), saves=(x,), module=f"{m}.ln2")
+        u = b.forward("fc1", (h, weights), 4 * c, matmul(width, 4 * width), saves=(h,), module=f"{m}.mlp")
+        g = b.forward("gelu", (u,), 4 * c, light(8 * c), saves=(u,), module=f"{m}.mlp")
+        d = b.forward("fc2", (g, weights), c, matmul(4 * width, width), saves=(g,), module=f"{m}.mlp")
+        x = b.forward("add", (x, d), c, light(3 * c), module=m)
+    h = b.forward("layer_norm", (x,), c, light(2 * c), saves=(x,), module="ln_f")
+    logits = rows * vocabulary * 2
+    z = b.forward("head", (h,), logits, matmul(width, vocabulary), saves=(h,), module="head")
+    q = b.forward("log_softmax", (z,), logits, light(2 * logits), saves_output=True, module="")
+    b.forward("nll", (q,), 4, 0.0, module="", grad_bytes=logits)
+    return b.backward(f"gpt{n_blocks}")

@@ -1,0 +1,84 @@
+"""Small programs whose bytes were worked out on paper, and the plan made for one of them."""
+
+from __future__ import annotations
+
+from recollect.program import END, Op, Plan, Program, Schedule, Value
+
+BACKWARD = {"phase": "backward", "repeatable": "backward"}
+
+
+def chain() -> Program:
+    """Three layers forward, two ops of backward: ``a`` is needed late, ``b`` early in the backward."""
+    values = (
+        Value("x", 10, fixed=True, kind="input"),
+        Value("a", 20),
+        Value("b", 30),
+        Value("c", 5, label="loss"),
+        Value("db", 30),
+        Value("da", 20),
+    )
+    ops = (
+        Op("f0", (0,), (1,), 1.0),
+        Op("f1", (1,), (2,), 2.0),
+        Op("f2", (2,), (3,), 3.0),
+        Op("g2", (2, 3), (4,), 1.0, **BACKWARD),
+        Op("g1", (1, 4), (5,), 1.0, scratch_bytes=7, **BACKWARD),
+    )
+    return Program("chain", values, ops)
+
+
+CHAIN_AGAIN = (0, 1, 2, 3, 0, 4)
+"""``chain`` with ``f0`` run again before ``g1`` needs ``a``."""
+
+
+def chain_plan(**changes: object) -> Plan:
+    """The plan that runs ``f0`` again; ``changes`` replace what it says."""
+    program = chain()
+    said = {
+        "program": program,
+        "schedule": Schedule.from_order(program, CHAIN_AGAIN),
+        "budget_bytes": 90,
+        "peak_bytes": 87,
+        "plain_peak_bytes": 95,
+        "floor_bytes": 87,
+        "overhead": 0.125,
+        "lower_bound": 0.125,
+        "solver": "by hand",
+        "candidates": (("keep everything", 95, 0.0),),
+    }
+    return Plan(**(said | changes))  # type: ignore[arg-type]
+
+
+def in_place() -> Program:
+    """``relu_`` takes over the storage of ``a``; ``z`` is made from ``a`` before."""
+    values = (
+        Value("x", 4, fixed=True),
+        Value("a", 8),
+        Value("z", 1),
+        Value("r", 8),
+        Value("y", 2, held=END),
+    )
+    ops = (
+        Op("f", (0,), (1,), 1.0),
+        Op("h", (1,), (2,), 1.0),
+        Op("relu_", (1,), (3,), 1.0, in_place=((3, 1),)),
+        Op("loss", (2, 3), (4,), 1.0, **BACKWARD),
+    )
+    return Program("in place", values, ops)
+
+
+def split() -> Program:
+    """One op with two outputs, of which ``p`` is held by Python until ``use`` has run."""
+    values = (
+        Value("x", 4, fixed=True),
+        Value("p", 3, held=2),
+        Value("q", 5),
+        Value("u", 1),
+        Value("s", 2),
+    )
+    ops = (
+        Op("split", (0,), (1, 2), 1.0),
+        Op("look", (2,), (3,), 1.0, repeatable="random"),
+        Op("use", (2,), (4,), 1.0),
+    )
+    return Program("split", values, ops)
