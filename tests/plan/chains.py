@@ -32,11 +32,13 @@ class Builder:
         module: str = "",
         repeatable: str = "",
         grad_bytes: int | None = None,
+        in_place: int | None = None,
     ) -> int:
         """An op and the node of its backward, which saves some of its inputs or its output."""
         self.values.append(Value(f"{module}/{name}:{len(self.ops)}", nbytes, kind="activation"))
         out = len(self.values) - 1
-        self.ops.append(Op(name, reads, (out,), seconds, module=module, repeatable=repeatable))
+        pairs = () if in_place is None else ((out, in_place),)
+        self.ops.append(Op(name, reads, (out,), seconds, module=module, repeatable=repeatable, in_place=pairs))
         saved = saves + ((out,) if saves_output else ())
         source = next((v for v in reads if not self.values[v].fixed), -1)
         grad = grad_bytes if grad_bytes is not None else (self.values[source].nbytes if source >= 0 else 0)

@@ -76,7 +76,10 @@ REFUSED = {
     "writes no value": (with_op(writes=(-1,)), r"op 0 \(f\) names value number -1"),
     "reads before written": ((X, A, Y, G, F), r"op 0 \(g\) reads value 'a' before any op writes it; mark inputs"),
     "reads what it writes": (with_op(reads=(1,)), r"op 0 \(f\) reads value 'a' before any op writes it"),
-    "writes fixed": (with_op(writes=(0,)), r"op 0 \(f\) writes value 'x', which is fixed; give each version its own id"),
+    "writes fixed": (
+        with_op(writes=(0,)),
+        r"op 0 \(f\) writes value 'x', which is fixed; give each version its own id",
+    ),
     "written twice": ((X, A, Y, F, F), r"op 1 \(f\) writes value 'a', which is already written"),
     "written twice by one op": (with_op(writes=(1, 1)), r"op 0 \(f\) writes value 'a', which is already written"),
     "in place of what is not read": (with_op(in_place=((1, 2),)), r"op 0 \(f\): in_place pairs must name a written"),

@@ -60,11 +60,11 @@ class Account:
 
     @cached_property
     def _keys(self) -> list[int]:
-        return (self.value * len(self.order) + self.start).tolist()
+        return list((self.value * len(self.order) + self.start).tolist())
 
     @cached_property
     def _ends(self) -> list[int]:
-        return self.end.tolist()
+        return list(self.end.tolist())
 
     def resident(self, value: int, run: int) -> bool:
         """Whether the value is in memory during the run. O(log residencies)."""
@@ -118,7 +118,7 @@ class Accountant:
         steps = np.bincount(start, nbytes, m + 1) - np.bincount(end + 1, nbytes, m + 1)
         during = np.cumsum(steps[:m]).astype(np.int64) + self.scratch[order] + self.fixed_bytes
         self._take_over(order, during, owner, end)
-        extra = float(self.seconds[order].sum() - self.seconds.sum()) if m > self.n_ops else 0.0
+        extra = float(np.dot(np.bincount(order, minlength=self.n_ops) - 1, self.seconds))
         return Account(order, during, owner, start, end, first, run, extra)
 
     def _accesses(self, order: Ints) -> tuple[Ints, Ints, Ints]:
@@ -155,5 +155,5 @@ class Accountant:
         leaves = set((owner * m + end).tolist())
         for run in runs.tolist():
             pairs = self._in_place[int(order[run])]
-            new = {new for new, old in pairs if old * m + run in leaves}
-            during[run] -= sum(int(self.nbytes[v]) for v in new)
+            taken = [(new, old) for new, old in pairs if old * m + run in leaves]
+            during[run] -= sum(int(min(self.nbytes[new], self.nbytes[old])) for new, old in taken)

@@ -51,9 +51,7 @@ def interesting_points(program: Program, count: int) -> list[int]:
     return list(dict.fromkeys([split, simulate(program).peak_op, max(split - 1, 0), *along]))[:count]
 
 
-def bound_at(
-    program: Program, t: int, budget_bytes: int, *, steps: int = 24, deadline: float = float("inf")
-) -> float:
+def bound_at(program: Program, t: int, budget_bytes: int, *, steps: int = 24, deadline: float = float("inf")) -> float:
     """Seconds of further runs that any schedule within the budget needs because of what fits when op ``t`` runs."""
     moment = _Moment(program, t)
     free = budget_bytes - moment.occupied_bytes
@@ -107,11 +105,9 @@ class _Moment:
     def occupied_bytes(self) -> int:
         """Fixed and forced values, and what the op itself needs."""
         program, op = self.program, self.program.ops[self.t]
-        taken_over = {new for new, _ in op.in_place}
-        written = sum(program.values[v].nbytes for v in op.writes if v not in taken_over)
-        return (
-            program.fixed_bytes + sum(program.values[v].nbytes for v in self.forced) + written + op.scratch_bytes
-        )
+        written = sum(program.values[v].nbytes for v in op.writes)
+        written -= sum(min(program.values[new].nbytes, program.values[old].nbytes) for new, old in op.in_place)
+        return program.fixed_bytes + sum(program.values[v].nbytes for v in self.forced) + written + op.scratch_bytes
 
     def demanded(self, value: int) -> bool:
         """Whether op ``t`` or a later one reads the value."""

@@ -61,9 +61,9 @@ def _rest_of_blocks(tables: Tables, blocks: tuple[int, ...], runs: list[tuple[in
     asked = dict.fromkeys((i for _, i in runs), True)
     rest: list[tuple[int, int]] = []
     for i in tables.early:
-        if blocks[i] in when and i < last[blocks[i]] and tables.rerunnable[i]:
-            if i not in asked and _inputs_at_hand(tables, asked, i):
-                rest.append((when[blocks[i]], i))
+        inside = blocks[i] in when and i < last[blocks[i]]
+        if inside and i not in asked and tables.rerunnable[i] and _inputs_at_hand(tables, asked, i):
+            rest.append((when[blocks[i]], i))
     return rest
 
 

@@ -6,8 +6,9 @@ solved exactly by one minimum cut (Picard 1976; for checkpointing: the partition
 a further run reads from an earlier segment must be kept, which bounds what has to be in memory when a segment runs
 again; segments are then solved on their own, last one first, and equal segments only once.
 
-The graph: source -> op (price * bytes) for an op whose result is demanded; for a result that is not, a node of its own
-between the ops that read it and its op; op -> sink (seconds); op -> input that can only be kept -> sink (price * bytes).
+The graph: source -> op (price * bytes) for an op whose result is demanded; for a result that is not, a node of its
+own between the ops that read it and its op; op -> sink (seconds); op -> input that can only be kept -> sink
+(price * bytes).
 """
 
 from __future__ import annotations
@@ -146,7 +147,8 @@ def build(
         demanded: whether a value made by ``ops`` must be available.
         free: whether a value is available in any case, at no cost.
         keepable: whether a value can be kept at all.
-        writes, reads: values of an op.
+        writes: values that an op writes.
+        reads: values that an op reads.
     """
     chosen, needed = _reachable(ops, demanded, free, writes, reads)
     made = {v for i in chosen for v in writes(i) if not free(v)}

@@ -6,7 +6,8 @@ import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from math import exp
+from itertools import pairwise
+from math import exp, inf
 
 from recollect.plan.bounds import lower_bound
 from recollect.plan.every_block import block_of
@@ -91,7 +92,7 @@ class Pool:
     def _block_cuts(self) -> tuple[int, ...]:
         blocks = block_of(self._search.tables)
         early = self._search.tables.early
-        return tuple(b for a, b in zip(early, early[1:], strict=False) if blocks[a] != blocks[b])
+        return tuple(b for a, b in pairwise(early) if blocks[a] != blocks[b])
 
     def _priced(self, pricer: Pricer, price: float, cuts: tuple[int, ...]) -> Callable[[float], None]:
         return lambda deadline: _ignore(self._search.keeping("min-cut", pricer.keep(price, cuts)))
@@ -161,9 +162,9 @@ class Pool:
         """The greedy and the best of every algorithm of the pool that fits."""
         rows: dict[str, tuple[int, float]] = {}
         for entry in (greedy_one.entry, *self._base):
-            if entry.peak_bytes <= budget_bytes or entry.name == "greedy":
-                if entry.name not in rows or entry.extra_seconds < rows[entry.name][1]:
-                    rows[entry.name] = (entry.peak_bytes, entry.extra_seconds)
+            counts = entry.peak_bytes <= budget_bytes or entry.name == "greedy"
+            if counts and entry.extra_seconds < rows.get(entry.name, (0, inf))[1]:
+                rows[entry.name] = (entry.peak_bytes, entry.extra_seconds)
         total = program.seconds or 1.0
         return tuple((name, peak, seconds / total) for name, (peak, seconds) in rows.items())
 

@@ -123,7 +123,7 @@ def _plan(
         budget_bytes=budget_bytes,
         peak_bytes=timeline.peak_bytes,
         plain_peak_bytes=plain_peak,
-        floor_bytes=floor,
+        floor_bytes=min(floor, timeline.peak_bytes),
         overhead=overhead,
         lower_bound=bound,
         solver=solver,

@@ -58,10 +58,12 @@ class Candidate:
 
     @property
     def peak_bytes(self) -> int:
+        """The most bytes at any run."""
         return self.account.peak_bytes
 
     @property
     def extra_seconds(self) -> float:
+        """Duration of the further runs."""
         return self.account.extra_seconds
 
     @property

@@ -1,8 +1,8 @@
-"""Segments: keep only what crosses from one to the next (Chen et al. 2016, "Training Deep Nets with Sublinear Memory
-Cost", section 4.1).
+"""Segments: keep only what crosses from one to the next.
 
-A chain of n equal layers in sqrt(n) segments needs O(sqrt(n)) memory for one further forward run. Here the forward of
-any program is cut at places where few bytes cross, so that the saved bytes between cuts are about equal.
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4.1: a chain of n equal layers in sqrt(n)
+segments needs O(sqrt(n)) memory for one further forward run. Here the forward of any program is cut at places where
+few bytes cross, so that the saved bytes between cuts are about equal.
 """
 
 from __future__ import annotations

@@ -167,9 +167,8 @@ class ValueMap:
                 opaque = True
             elif storage._cdata not in done:
                 done.add(storage._cdata)
-                known = self._known.get(storage._cdata)
-                if known is not None and known[0] in numbers:
-                    continue  # a view of an input, whatever the schema says
+                if storage._cdata in self._known:
+                    continue  # a view of what was there before, whatever the schema says
                 if facts.fresh_constant:
                     self.bind_outside(storage)
                 else:

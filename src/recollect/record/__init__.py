@@ -1,0 +1,5 @@
+"""torch to ``Program``: what a training step does, operator by operator, byte by byte."""
+
+from recollect.record.record import NothingDifferentiable, record
+
+__all__ = ["NothingDifferentiable", "record"]

@@ -1,0 +1,121 @@
+"""From what the recorder saw to a ``Program``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from recollect.program import END, Op, Program, Value
+from recollect.record.recorder import RecordedOp, RecordedValue, Recorder
+from recollect.record.timing import Cost
+
+
+def assemble(recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_bytes: int, timing: str) -> Program:
+    """The program of a finished recording.
+
+    Args:
+        recorder: after ``finish()``.
+        name: name of the program.
+        costs: seconds and scratch bytes of every recorded op.
+        optimizer_bytes: resident state of the optimizer.
+        timing: where the seconds come from.
+    """
+    device = _main_device(recorder.values)
+    outside = sorted((n for n in recorder.values if n < 0), reverse=True)
+    made = range(recorder.map.made)
+    index = {n: i for i, n in enumerate([*outside, *made])}
+    values = [_value(n, recorder.values[n], recorder, device) for n in [*outside, *made]]
+    if optimizer_bytes:
+        values.append(Value("optimizer", optimizer_bytes, fixed=True, label="optimizer state", kind="optimizer"))
+    reasons = _reasons(recorder)
+    ops = tuple(
+        Op(
+            name=op.name,
+            reads=tuple(index[n] for n in op.reads),
+            writes=tuple(index[n] for n in op.writes),
+            seconds=cost.seconds,
+            scratch_bytes=cost.scratch_bytes,
+            phase="backward" if op.backward else "forward",
+            repeatable=reason,
+            in_place=tuple((index[a], index[b]) for a, b in op.in_place),
+            module=op.module,
+            source=op.source,
+        )
+        for op, cost, reason in zip(recorder.ops, costs, reasons, strict=True)
+    )
+    return Program(name, tuple(values), ops, timing=timing)
+
+
+def _main_device(values: dict[int, RecordedValue]) -> torch.device:
+    """The device that the budget is for: the accelerator if one is in use."""
+    devices = {v.device for v in values.values()}
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+
+
+def _value(number: int, value: RecordedValue, recorder: Recorder, device: torch.device) -> Value:
+    nbytes = value.nbytes if value.device == device else 0
+    if number < 0:
+        return Value(f"x{-number}", nbytes, fixed=True, label=value.label, kind=value.kind)
+    held: int | None = END if value.forever else None
+    if held is None and value.died is not None:
+        held = max(value.died - 1, 0)
+    return Value(f"v{number}", nbytes, held=held, label=value.label, kind=value.kind)
+
+
+def _reasons(recorder: Recorder) -> list[str]:
+    """For every op, "" or why it must not run again."""
+    taken_over_by = {old: i for i, op in enumerate(recorder.ops) for _, old in op.in_place if not op.backward}
+    benign = _overwritten_at_once(recorder.ops)
+    lost: set[int] = set()  # overwritten in place and not to be had again
+    reasons = []
+    for op in recorder.ops:
+        reason = _reason(op, recorder, lost, benign)
+        if reason:
+            lost.update(n for n in op.writes if n in taken_over_by)
+        reasons.append(reason)
+    return reasons
+
+
+def _reason(op: RecordedOp, recorder: Recorder, lost: set[int], benign: set[int]) -> str:
+    facts = op.facts
+    if op.backward or facts is None:
+        return "backward"
+    if facts.never_again:
+        return facts.never_again
+    if op.opaque:
+        return "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
+    if facts.batch_norm:
+        return "updates running statistics that are not buffers" if op.in_place else _stale(op, recorder, skip=True)
+    if op.effects:
+        return f"overwrites {recorder.values[op.effects[0]].label}"
+    if facts.uninitialised and not set(op.writes) <= benign:
+        return "returns uninitialised memory"
+    for n in op.reads:
+        if n in lost:
+            return f"reads {recorder.values[n].label}, which is overwritten in place"
+    return _stale(op, recorder, skip=False)
+
+
+def _stale(op: RecordedOp, recorder: Recorder, *, skip: bool) -> str:
+    """Reads something from outside that is overwritten later (running statistics in training are not read)."""
+    if skip and op.effects:
+        return ""
+    for n, version in op.outside_versions:
+        if recorder.outside_version(n) != version:
+            return f"reads {recorder.values[n].label}, which is overwritten later"
+    return ""
+
+
+def _overwritten_at_once(ops: Sequence[RecordedOp]) -> set[int]:
+    """Values of uninitialised memory that nothing reads before an operator overwrites all of it."""
+    first_reader: dict[int, RecordedOp] = {}
+    for op in ops:
+        for n in op.reads:
+            first_reader.setdefault(n, op)
+    made = {n for op in ops if op.facts is not None and op.facts.uninitialised for n in op.writes}
+    return {
+        n
+        for n in made
+        if (op := first_reader.get(n)) and op.covers_all and any(old == n for _, old in op.in_place)
+    }

@@ -1,0 +1,286 @@
+"""``record``: one training step, run once on fake tensors (or on real ones), as a ``Program``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from recollect.program import Program
+from recollect.record.assemble import assemble
+from recollect.record.recorder import Recorder
+from recollect.record.timing import Progress, estimate_all, measure_all
+from recollect.record.world import (
+    gradients_kept,
+    leaves_of,
+    map_tensors,
+    named_tensors,
+    reachable_modules,
+    swap_tensors,
+    undisturbed,
+)
+
+
+class NothingDifferentiable(ValueError):
+    """The callable returned nothing that a backward pass could start from."""
+
+
+def record(
+    fn: Callable[..., Any],
+    args: Sequence[Any] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    optimizer_bytes: int = 0,
+    timing: str = "measure",
+    device: torch.device | str | None = None,
+    progress: Progress | None = None,
+    name: str = "",
+) -> Program:
+    """Record forward and backward of ``fn(*args, **kwargs)``.
+
+    Runs the callable once on fake tensors: nothing of the model's size is allocated. A callable that needs the
+    numbers in its tensors (data-dependent control flow) is recorded on the real ones instead, without keeping what
+    the backward would need. Afterwards everything is as it was: parameters, buffers, gradients, module attributes,
+    random generators.
+
+    Args:
+        fn: a module or any callable; returns a tensor, or nested tensors, or an object with a ``loss``.
+        args: its positional arguments.
+        kwargs: its keyword arguments.
+        optimizer_bytes: resident state of the optimizer, counted in the peak.
+        timing: ``"measure"`` runs each distinct operator alone on the device, ``"estimate"`` runs nothing.
+        device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
+        progress: called with a label and a fraction.
+        name: name of the program.
+
+    Returns:
+        The program. Its backward starts from the ``loss`` if the result has one, from the only scalar that requires
+        grad if there is just one, otherwise from everything returned that requires grad.
+
+    Raises:
+        NothingDifferentiable: nothing returned requires grad.
+        ValueError: parameters and inputs are on several devices.
+    """
+    kwargs = dict(kwargs or {})
+    modules = reachable_modules(fn, args, kwargs)
+    check_devices(modules, args, kwargs)
+    try:
+        with _fake_world(modules, args, kwargs, device) as world:
+            recorder = _record_in(world, fn, modules, progress)
+    except NothingDifferentiable:
+        raise
+    except Exception as error:
+        if _is_unreal(modules, args, kwargs):
+            raise
+        recorder = _record_for_real(fn, modules, args, kwargs, progress, error)
+    signatures = [op.signature for op in recorder.ops]
+    if timing == "measure" and not _is_unreal(modules, args, kwargs):
+        costs, source = measure_all(signatures, progress), "measured"
+    else:
+        written = [sum(recorder.values[n].nbytes for n in op.writes) for op in recorder.ops]
+        costs, source = estimate_all(signatures, written), "estimated"
+    title = name or getattr(fn, "__name__", type(fn).__name__)
+    return assemble(recorder, title, costs, optimizer_bytes=optimizer_bytes, timing=source)
+
+
+class _World:
+    """Arguments and helpers of one recording: fake or real."""
+
+    def __init__(self, args: Any, kwargs: Any, convert: Any, blank: Any, before_write: Any) -> None:
+        self.args, self.kwargs = args, kwargs
+        self.convert, self.blank, self.before_write = convert, blank, before_write
+
+
+@contextmanager
+def _fake_world(
+    modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None
+) -> Iterator[_World]:
+    """Modules and arguments with fake tensors for as long as the block runs."""
+    mode = _fake_mode_in(modules, args, kwargs) or FakeTensorMode(allow_non_fake_inputs=True)
+    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    converted: dict[int, Tensor] = {}
+    originals: list[Tensor] = []  # an id stays taken while its tensor lives
+
+    def convert(tensor: Tensor) -> Tensor:
+        if isinstance(tensor, FakeTensor):
+            return tensor
+        if id(tensor) not in converted:
+            originals.append(tensor)
+            with torch.utils._python_dispatch._disable_current_modes():
+                fake = mode.from_tensor(tensor)
+                converted[id(tensor)] = _placed(fake, mode, target) if tensor.device.type == "meta" else fake
+        return converted[id(tensor)]
+
+    def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
+        return torch.empty(n, dtype=dtype, device=where)
+
+    with undisturbed(modules), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        swap_tensors(modules, convert)
+        fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert)
+        with mode:
+            yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None)
+
+
+def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
+    """A fake tensor of the meta device as one of another device."""
+    with mode, torch.no_grad():
+        moved = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=device)
+    if isinstance(fake, nn.Parameter):
+        return nn.Parameter(moved, requires_grad=fake.requires_grad)
+    return moved.requires_grad_(fake.requires_grad)
+
+
+def _record_for_real(
+    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, progress: Progress | None, error: Exception
+) -> Recorder:
+    """Record on the real tensors, and put back whatever the step overwrote."""
+    before: dict[int, tuple[Tensor, Tensor]] = {}
+    outside: set[int] = set()
+
+    def before_write(tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage._cdata in outside and storage._cdata not in before:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            before[storage._cdata] = (whole, whole.clone())
+
+    def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
+        return torch.zeros(n, dtype=dtype, device=where)
+
+    tensors = [t for _, _, t in named_tensors(modules)]
+    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    outside.update(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
+    with undisturbed(modules):
+        try:
+            world = _World(args, kwargs, lambda t: t, blank, before_write)
+            return _record_in(world, fn, modules, progress)
+        except NothingDifferentiable:
+            raise
+        except Exception as real_error:
+            raise real_error from error
+        finally:
+            with torch.no_grad():
+                for whole, saved in before.values():
+                    whole.copy_(saved)
+
+
+def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: Progress | None) -> Recorder:
+    """Run forward and backward under the recorder."""
+    paths = ModulePaths(modules)
+    recorder = Recorder(world.blank, world.convert, world.before_write, paths.current)
+    if progress is not None:
+        recorder.on_op = lambda n: progress("recording", 0.0) if n % 256 == 0 else None
+    _know_the_world(recorder, world, modules)
+    with torch.enable_grad(), recorder:
+        with paths, recorder.hooks():
+            result = fn(*world.args, **world.kwargs)
+        torch.clear_autocast_cache()
+        outputs = differentiable_outputs(result)
+        if not outputs:
+            raise NothingDifferentiable(
+                "the callable returned nothing that requires grad, so there is no backward pass to plan for; return "
+                "the loss (or the model's output), and check that some parameter has requires_grad=True"
+            )
+        leaves = leaves_of(outputs)
+        with gradients_kept(leaves), recorder.seeded(outputs) as start:
+            recorder.backward = True
+            start()
+            _name_gradients(recorder, leaves)
+            recorder.finish()
+        del result, outputs
+    return recorder
+
+
+def _know_the_world(recorder: Recorder, world: _World, modules: Sequence[nn.Module]) -> None:
+    for name, kind, tensor in named_tensors(modules):
+        recorder.know(tensor, name, kind)
+        if tensor.is_leaf and tensor.grad is not None:
+            recorder.know(tensor.grad, f"{name}.grad", "gradient")
+    leaves = [t for t in torch.utils._pytree.tree_leaves((world.args, world.kwargs)) if isinstance(t, Tensor)]
+    for i, tensor in enumerate(leaves):
+        recorder.know(tensor, f"input {i}", "input")
+
+
+def _name_gradients(recorder: Recorder, leaves: Sequence[Tensor]) -> None:
+    for leaf in leaves:
+        if leaf.grad is not None:
+            recorder.call_gradient(leaf.grad)
+
+
+def differentiable_outputs(result: Any) -> list[Tensor]:
+    """What a backward pass would start from."""
+    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
+    if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
+        return [loss]
+    tensors = [t for t in _tensors_of(result) if t.requires_grad]
+    scalars = [t for t in tensors if t.numel() == 1]
+    return scalars if len(scalars) == 1 else tensors
+
+
+def _tensors_of(tree: Any) -> list[Tensor]:
+    if is_dataclass(tree) and not isinstance(tree, type):
+        tree = [getattr(tree, f.name) for f in fields(tree)]
+    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
+    """Refuse models and inputs that are spread over several devices (scalars on the CPU are fine)."""
+    tensors = [t for _, _, t in named_tensors(modules)]
+    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
+    devices = {str(t.device) for t in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            f"parameters and inputs are on several devices ({', '.join(sorted(devices))}); a budget is for one device: "
+            "move the model and its inputs to the same one before the call"
+        )
+
+
+def _is_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> bool:
+    """Whether there are meta or fake tensors, so that no operator can be run."""
+    tensors = [t for _, _, t in named_tensors(modules)]
+    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors)
+
+
+def _fake_mode_in(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> FakeTensorMode | None:
+    tensors = [t for _, _, t in named_tensors(modules)]
+    tensors += torch.utils._pytree.tree_leaves((args, kwargs))
+    return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
+
+
+class ModulePaths:
+    """Tells which module runs, while it is entered (by torch's global module hooks)."""
+
+    def __init__(self, roots: Sequence[nn.Module]) -> None:
+        self._names = {id(m): name for root in roots for name, m in root.named_modules()}
+        self._stack: list[str] = []
+        self._exits = ExitStack()
+
+    def current(self) -> str:
+        """Path of the innermost module that runs now; "" outside all."""
+        return self._stack[-1] if self._stack else ""
+
+    def __enter__(self) -> ModulePaths:
+        hooks = nn.modules.module
+        enter = hooks.register_module_forward_pre_hook(self._entered)
+        leave = hooks.register_module_forward_hook(self._left, always_call=True)
+        self._exits.callback(enter.remove)
+        self._exits.callback(leave.remove)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._exits.close()
+
+    def _entered(self, module: nn.Module, args: Any) -> None:
+        self._stack.append(self._names.get(id(module), type(module).__name__))
+
+    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._stack:
+            self._stack.pop()

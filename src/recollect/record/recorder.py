@@ -1,0 +1,426 @@
+"""The recorder: sees every operator of a step, and when every storage dies.
+
+It works below autograd and autocast (a ``TorchDispatchMode``). Its saved-tensor hooks keep nothing but metadata and
+hand out fresh memory when the backward asks, so that storages live exactly as long as Python and the autograd engine
+hold them: the lifetimes are those that a plan can reach.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+
+from recollect.record.facts import OpFacts, facts_of, tensors_in
+from recollect.record.signature import CallSignature, signature_of
+from recollect.record.values import ValueMap, View, storage_of
+
+_LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent / "record"))
+
+
+@dataclass(slots=True)
+class RecordedOp:
+    """One op as it was seen; numbers of values as in ``ValueMap``."""
+
+    name: str
+    reads: list[int]
+    writes: tuple[int, ...]
+    in_place: tuple[tuple[int, int], ...]
+    backward: bool
+    facts: OpFacts | None
+    effects: tuple[int, ...] = ()
+    opaque: bool = False
+    outside_versions: tuple[tuple[int, int], ...] = ()
+    covers_all: bool = False
+    signature: CallSignature | None = None
+    module: str = ""
+    source: str = ""
+
+
+@dataclass(slots=True)
+class RecordedValue:
+    """One value as it was seen: its size, and until which op something held it."""
+
+    nbytes: int
+    device: torch.device
+    label: str
+    kind: str
+    died: int | None = None
+    forever: bool = False
+
+
+@dataclass(slots=True)
+class _Storage:
+    """A living storage: the value it holds now; for memory handed out on unpack also since when."""
+
+    number: int
+    ref: weakref.ref[Any] | None = None
+    unpacked_at: int | None = None
+
+
+class _Packed:
+    """What the recorder keeps of a saved tensor: no data."""
+
+    __slots__ = ("__weakref__", "device", "module", "number", "unpacked", "view")
+
+    def __init__(self, number: int, view: View, device: torch.device, module: str) -> None:
+        self.number, self.view, self.device, self.module = number, view, device, module
+        self.unpacked = False
+
+
+@dataclass
+class Recorder(TorchDispatchMode):
+    """Records the ops that run while it is active; ``hooks()`` is the pair for saved tensors.
+
+    Args:
+        blank: makes memory for an unpacked tensor: ``blank(nelements, dtype, device)``.
+        convert: turns a tensor met on the way into one of the recording's world (a fake one); identity on real ones.
+        before_write: called with every tensor from outside that is about to be overwritten.
+        module_path: the path of the module that runs now.
+    """
+
+    blank: Callable[[int, torch.dtype, torch.device], Tensor]
+    convert: Callable[[Tensor], Tensor]
+    before_write: Callable[[Tensor], None]
+    module_path: Callable[[], str]
+    map: ValueMap = field(default_factory=ValueMap)
+    ops: list[RecordedOp] = field(default_factory=list)
+    values: dict[int, RecordedValue] = field(default_factory=dict)
+    on_op: Callable[[int], None] = lambda n: None
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        _buffered_use_counts()
+        self.backward = False
+        self._paused = False
+        self._storages: dict[int, _Storage] = {}
+        self._packed: dict[int, weakref.ref[_Packed]] = {}
+        self._open: set[int] = set()
+        self._outside_version: dict[int, int] = {}
+        self._backward_module = ""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No compiler wrapper around ``__torch_dispatch__``: we do not run under ``torch.compile``."""
+        return False
+
+    # ---- values from outside -------------------------------------------------------------------------------------
+
+    def know(self, tensor: Tensor, label: str, kind: str) -> None:
+        """Register a tensor that exists before the step."""
+        storage = storage_of(tensor)
+        if storage is not None:
+            number = self.map.number(storage)
+            self.values.setdefault(number, RecordedValue(storage.nbytes(), tensor.device, label, kind))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Operators in this block are not recorded."""
+        before, self._paused = self._paused, True
+        try:
+            yield
+        finally:
+            self._paused = before
+
+    def outside_version(self, number: int) -> int:
+        """How often a value from outside has been overwritten so far."""
+        return self._outside_version.get(number, 0)
+
+    def call_gradient(self, tensor: Tensor) -> None:
+        """Note that this tensor is the gradient of a leaf."""
+        storage = storage_of(tensor)
+        if storage is not None:
+            self.values[self.map.number(storage)].kind = "gradient"
+
+    @contextmanager
+    def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
+        """Yields a function that starts the backward pass from these outputs.
+
+        Several outputs are joined in a node whose backward makes their gradients one by one, as the user's loss would.
+        """
+        if len(outputs) == 1 and outputs[0].numel() == 1:
+            yield outputs[0].backward
+            return
+        with self.paused():
+            seed = _Seed.apply(*outputs)
+            start = torch.zeros_like(seed)
+        yield lambda: seed.backward(start)
+
+    # ---- operators -----------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and take note of it."""
+        kwargs = kwargs or {}
+        if self._paused:
+            return func(*args, **kwargs)
+        args, kwargs = self._converted(args), self._converted(kwargs)
+        facts = facts_of(func)
+        if facts.is_view and not facts.fresh_constant:
+            return func(*args, **kwargs)
+        inputs = list(tensors_in((args, kwargs)))
+        reads = self.map.reads(inputs)
+        self._know_outside(inputs)
+        versions = tuple((n, self._outside_version.get(n, 0)) for n in reads[0] if n < 0)
+        with self.paused():
+            for tensor in facts.written(args, kwargs):
+                self.before_write(tensor)
+        joins = self._is_accumulation(func, args)
+        signature = signature_of(func, args, kwargs)
+        out = func(*args, **kwargs)
+        outputs = list(tensors_in(out))
+        seen = self.map.seen(facts, args, kwargs, reads, outputs)
+        if facts.fresh_constant:
+            self._know_outside(outputs)
+        if not seen.is_op:
+            return out
+        in_place = seen.in_place
+        if joins and len(seen.writes) == 1:
+            in_place = ((seen.writes[0][0], reads[0][0]),)
+        op = RecordedOp(
+            facts.name,
+            list(seen.reads),
+            tuple(n for n, _ in seen.writes),
+            in_place,
+            self.backward,
+            facts,
+            seen.effects,
+            seen.opaque,
+            versions,
+            facts.overwriting and _covers_storage(args[0]),
+            signature,
+            self._backward_module if self.backward else self.module_path(),
+            "" if self.backward else _user_line(),
+        )
+        for n in seen.effects:
+            self._outside_version[n] = self._outside_version.get(n, 0) + 1
+        self._append(op)
+        for number, tensor in seen.writes:
+            self._born(number, tensor, op)
+        return out
+
+    def _converted(self, tree: Any) -> Any:
+        if isinstance(tree, Tensor):
+            return self.convert(tree)
+        if isinstance(tree, (list, tuple)):
+            return type(tree)(self._converted(v) for v in tree)
+        if isinstance(tree, dict):
+            return {k: self._converted(v) for k, v in tree.items()}
+        return tree
+
+    def _append(self, op: RecordedOp) -> None:
+        self.ops.append(op)
+        self.on_op(len(self.ops))
+
+    def _know_outside(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            storage = storage_of(tensor)
+            if storage is not None:
+                number = self.map.number(storage)
+                if number < 0 and number not in self.values:
+                    self.values[number] = RecordedValue(storage.nbytes(), tensor.device, "constant", "input")
+
+    def _is_accumulation(self, func: torch._ops.OpOverload, args: Any) -> bool:
+        """Whether this is the engine adding up two gradients that meet, which it does in place where it can.
+
+        Seen from a dispatch mode the engine never adds in place (it takes care with tensor subclasses); without one
+        it does, if nothing else refers to the first gradient (``can_accumulate_inplace`` in input_buffer.cpp). A node
+        that has let go of its saved tensors is done: what is added from then on is added by the engine.
+        """
+        if not self.backward or func is not torch.ops.aten.add.Tensor or self._open or torch.is_grad_enabled():
+            return False
+        old, new = args[0], args[1]
+        if not isinstance(new, Tensor) or old.shape != new.shape or _in_python_function():
+            return False
+        return is_dense(old) and _is_sole_owner(old)
+
+    # ---- lifetimes -----------------------------------------------------------------------------------------------
+
+    def _born(self, number: int, tensor: Tensor, op: RecordedOp) -> None:
+        storage = tensor.untyped_storage()
+        kind = "temporary" if self.backward else "activation"
+        shape = ", ".join(map(str, tensor.shape))
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        label = f"{op.module or op.name} {dtype}[{shape}]"
+        self.values[number] = RecordedValue(storage.nbytes(), tensor.device, label, kind)
+        known = self._storages.get(storage._cdata)
+        if known is not None:  # written in place: the old value ends here
+            self.values[known.number].died = len(self.ops)
+            known.number = number
+        else:
+            self._watch(storage, _Storage(number))
+
+    def _watch(self, storage: torch.UntypedStorage, entry: _Storage) -> None:
+        address = storage._cdata
+        self._storages[address] = entry
+        entry.ref = weakref.ref(storage, lambda _: self._died(address))
+
+    def _died(self, address: int) -> None:
+        entry = self._storages.pop(address, None)
+        if entry is None:
+            return
+        now = len(self.ops)
+        if entry.unpacked_at is None:
+            self.values[entry.number].died = now
+        else:  # while the backward held this copy, the value had to be there
+            for op in self.ops[entry.unpacked_at + 1 : now]:
+                if entry.number not in op.reads and entry.number not in op.writes:
+                    op.reads.append(entry.number)
+
+    # ---- saved tensors -------------------------------------------------------------------------------------------
+
+    def pack(self, tensor: Tensor) -> Any:
+        """Keep metadata of a saved tensor; of one from outside, an alias."""
+        with self.paused():
+            tensor = self.convert(tensor)
+            storage = storage_of(tensor)
+            if storage is None:
+                return tensor.detach()
+            number = self.map.number(storage)
+            if number < 0:
+                self._know_outside([tensor])
+                return tensor.detach()
+        packed = _Packed(number, View.of(tensor), tensor.device, self.module_path())
+        key = id(packed)
+        self._packed[key] = weakref.ref(packed, lambda _, n=number, k=key: self._released(k, n))
+        return packed
+
+    def _released(self, key: int, number: int) -> None:
+        del self._packed[key]
+        if key in self._open:
+            self._open.discard(key)
+        else:  # never asked for: plain training would have kept it until now
+            value = self.values[number]
+            value.died = max(value.died or 0, len(self.ops))
+
+    def unpack(self, packed: Any) -> Tensor:
+        """Hand out fresh memory for a saved tensor."""
+        if not isinstance(packed, _Packed):
+            return packed
+        if self.backward:
+            self._backward_module = packed.module
+        with self.paused():
+            view = packed.view
+            nelements = -(-self.values[packed.number].nbytes // view.dtype.itemsize)
+            base = self.blank(nelements, view.dtype, packed.device)
+            tensor = base.as_strided(view.size, view.stride, view.offset)
+            tensor = torch._conj(tensor) if view.conjugated else tensor
+            tensor = torch._neg_view(tensor) if view.negated else tensor
+        packed.unpacked = True
+        self._open.add(id(packed))
+        phase_op = RecordedOp("unpack", [packed.number], (), (), True, None, module=packed.module)
+        self._append(phase_op)
+        storage = base.untyped_storage()
+        self.map.rebind(storage, packed.number)
+        self._watch(storage, _Storage(packed.number, unpacked_at=len(self.ops) - 1))
+        return tensor
+
+    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
+        """The saved-tensor hooks of this recording."""
+        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def finish(self) -> None:
+        """Whatever still lives is held to the end of the step."""
+        for entry in self._storages.values():
+            if entry.unpacked_at is None:
+                self.values[entry.number].forever = True
+        for ref in self._packed.values():
+            packed = ref()
+            if packed is not None and not packed.unpacked:
+                self.values[packed.number].forever = True
+        self._storages.clear()
+
+
+class _Seed(torch.autograd.Function):
+    """Joins outputs into a scalar; its backward gives each of them a gradient of its size."""
+
+    @staticmethod
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+        ctx.outputs = [(t.shape, t.dtype, t.device) for t in outputs]
+        return torch.zeros((), device=outputs[0].device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+        return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill a stretch of memory, in any order of dimensions, without gaps and overlaps."""
+    expected = 1
+    for size, stride in sorted(zip(tensor.shape, tensor.stride(), strict=True), key=lambda d: (d[1], d[0])):
+        if size == 1:
+            continue
+        if stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _covers_storage(tensor: Tensor) -> bool:
+    return is_dense(tensor) and tensor.numel() * tensor.itemsize == tensor.untyped_storage().nbytes()
+
+
+def _user_line() -> str:
+    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        filename = frame.f_code.co_filename
+        if not filename.startswith(_LIBRARY_FOLDERS) and not filename.startswith("<"):
+            return f"{filename}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
+
+
+def _in_python_function() -> bool:
+    """Whether a custom ``autograd.Function`` written in Python is running its backward."""
+    frame = sys._getframe(2)
+    for _ in range(4):
+        if frame is None:
+            return False
+        if frame.f_code.co_name == "apply" and frame.f_code.co_filename.endswith("function.py"):
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _is_sole_owner(tensor: Tensor) -> bool:
+    """Whether nothing but the engine's buffer refers to the tensor and its storage."""
+    return _use_counts(tensor) == _buffered_use_counts()
+
+
+def _use_counts(tensor: Tensor) -> tuple[int, int]:
+    """How many references there are to the tensor and to its storage, those of the caller included."""
+    storage = tensor.untyped_storage()
+    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)
+
+
+@lru_cache(maxsize=1)
+def _buffered_use_counts() -> tuple[int, int]:
+    """What ``_use_counts`` gives, in a dispatch mode, for a gradient to which only the engine's buffer refers.
+
+    The number depends on how torch passes arguments to Python, so it is read off a graph where the answer is known.
+    """
+    counts: list[tuple[int, int]] = []
+
+    class Look(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.ops.aten.add.Tensor:
+                counts.append(_use_counts(args[0]))
+            return func(*args, **(kwargs or {}))
+
+    with _disable_current_modes(), torch.enable_grad():
+        x = torch.zeros(1, requires_grad=True).clone()
+        y = x.exp() + x.sin()
+        with Look():
+            torch.autograd.grad(y, x, torch.zeros(1))
+    return counts[0]

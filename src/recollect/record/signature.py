@@ -1,0 +1,68 @@
+"""What makes two calls of an operator the same: the operator, its shapes, dtypes, strides and plain arguments."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class TensorSpec(NamedTuple):
+    """Everything about a tensor but its numbers."""
+
+    dtype: torch.dtype
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    device: torch.device
+
+
+class Items(NamedTuple):
+    """A list or dict, frozen: its type and its content."""
+
+    kind: type
+    content: tuple[Any, ...]
+
+
+class CallSignature(NamedTuple):
+    """One operator call without the numbers in its tensors; hashable."""
+
+    func: torch._ops.OpOverload
+    args: tuple[Any, ...]
+    kwargs: Items
+
+
+def signature_of(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallSignature:
+    """The signature of a call."""
+    return CallSignature(func, freeze(tuple(args)), freeze(kwargs))
+
+
+def freeze(tree: Any) -> Any:
+    """Nested arguments as a hashable tree with ``TensorSpec`` in place of tensors."""
+    if isinstance(tree, Tensor):
+        return spec_of(tree)
+    if isinstance(tree, dict):
+        return Items(dict, tuple((k, freeze(v)) for k, v in tree.items()))
+    if isinstance(tree, list):
+        return Items(list, tuple(freeze(v) for v in tree))
+    if isinstance(tree, tuple):
+        return tuple(freeze(v) for v in tree)
+    return tree
+
+
+def thaw(tree: Any, make: Any) -> Any:
+    """The arguments of a frozen tree again, with ``make(spec)`` for every tensor."""
+    if isinstance(tree, TensorSpec):
+        return make(tree)
+    if isinstance(tree, Items):
+        pairs = tree.content
+        return {k: thaw(v, make) for k, v in pairs} if tree.kind is dict else [thaw(v, make) for v in pairs]
+    if type(tree) is tuple:
+        return tuple(thaw(v, make) for v in tree)
+    return tree
+
+
+def spec_of(tensor: Tensor) -> TensorSpec:
+    """The spec of a tensor; opaque layouts have no strides."""
+    stride = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
+    return TensorSpec(tensor.dtype, tuple(tensor.shape), stride, tensor.device)

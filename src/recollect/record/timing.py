@@ -1,0 +1,213 @@
+"""Seconds and scratch bytes of operators: measured on the device, or estimated from FLOPs and bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import ProfilerConfig, ProfilerState
+
+from recollect.record.facts import tensors_in
+from recollect.record.signature import CallSignature, TensorSpec, thaw
+
+
+class Cost(NamedTuple):
+    """What one operator call takes."""
+
+    seconds: float
+    scratch_bytes: int = 0
+
+
+Progress = Callable[[str, float], None]
+FREE: Final = Cost(0.0)
+
+_MIN_SECONDS: Final = 0.02
+"""A call is repeated until it has run for this long in all ..."""
+_MAX_REPEATS: Final = 7
+"""... but not more often than this."""
+
+_MEASURED: dict[tuple[CallSignature, str, int], Cost] = {}
+
+
+class Rates(NamedTuple):
+    """What a device does in a second, roughly; only the ratio of operators to each other matters for a plan."""
+
+    flops: float
+    bytes: float
+    launch_seconds: float
+
+
+_RATES: Final = {"cpu": Rates(1e11, 2e10, 3e-6), "cuda": Rates(1e14, 1.5e12, 5e-6)}
+
+
+def measure_all(signatures: Sequence[CallSignature | None], progress: Progress | None = None) -> list[Cost]:
+    """The cost of every call, each distinct one measured once per process, alone, on random numbers.
+
+    A call that cannot run on random numbers is estimated. Random generators are left as they were. Memory: the
+    arguments and results of one call at a time.
+    """
+    distinct = [s for s in dict.fromkeys(signatures) if s is not None and _key(s) not in _MEASURED]
+    with _quiet_generators():
+        for i, signature in enumerate(distinct):
+            _MEASURED[_key(signature)] = _measure(signature)
+            if progress is not None:
+                progress("measuring operators", (i + 1) / len(distinct))
+    return [FREE if s is None else _MEASURED[_key(s)] for s in signatures]
+
+
+def estimate_all(
+    signatures: Sequence[CallSignature | None], outputs: Sequence[int], backend: str | None = None
+) -> list[Cost]:
+    """Roofline estimates: the larger of FLOPs and bytes over the device's rates, plus a launch.
+
+    Args:
+        signatures: the calls; None costs nothing.
+        outputs: bytes that each call writes.
+        backend: "cpu" or "cuda"; taken from the arguments when None.
+    """
+    return [FREE if s is None else estimate(s, n, backend) for s, n in zip(signatures, outputs, strict=True)]
+
+
+def estimate(signature: CallSignature, output_bytes: int, backend: str | None = None) -> Cost:
+    """The roofline estimate of one call."""
+    specs = [leaf for leaf in _specs(signature)]
+    device = backend or (specs[0].device.type if specs else "cpu")
+    rates = _RATES.get(device, _RATES["cuda"])
+    moved = output_bytes + sum(math.prod(s.size) * s.dtype.itemsize for s in specs)
+    return Cost(rates.launch_seconds + max(_flops(signature) / rates.flops, moved / rates.bytes))
+
+
+def _flops(signature: CallSignature) -> float:
+    """FLOPs by torch's own counter, on meta tensors; 0 for operators that it does not count."""
+    from torch.utils.flop_counter import flop_registry
+
+    count = flop_registry.get(signature.func.overloadpacket)
+    if count is None:
+        return 0.0
+    args = thaw(signature.args, _meta)
+    kwargs = thaw(signature.kwargs, _meta)
+    try:
+        out = signature.func(*args, **kwargs)
+        return float(count(*args, **kwargs, out_val=out))
+    except Exception:  # noqa: BLE001 - a formula that does not know these arguments is no reason to fail
+        return 0.0
+
+
+def _meta(spec: TensorSpec) -> Tensor:
+    return torch.empty_strided(spec.size, spec.stride, dtype=spec.dtype, device="meta")
+
+
+def _specs(signature: CallSignature) -> Iterable[TensorSpec]:
+    found: list[TensorSpec] = []
+    thaw((signature.args, signature.kwargs), found.append)
+    return found
+
+
+def _key(signature: CallSignature) -> tuple[CallSignature, str, int]:
+    """Calls with this key cost the same."""
+    devices = {s.device for s in _specs(signature)}
+    accelerator = next((d for d in devices if d.type == "cuda"), None)
+    name = torch.cuda.get_device_name(accelerator) if accelerator is not None else "cpu"
+    return signature, name, torch.get_num_threads()
+
+
+def _measure(signature: CallSignature) -> Cost:
+    try:
+        return _measure_for_real(signature)
+    except Exception:  # noqa: BLE001 - random numbers do not suit every operator: then an estimate has to do
+        return estimate(signature, 0)
+
+
+def _measure_for_real(signature: CallSignature) -> Cost:
+    args, kwargs = thaw(signature.args, _random), thaw(signature.kwargs, _random)
+    func = signature.func
+    cuda = any(s.device.type == "cuda" for s in _specs(signature))
+    scratch = (_scratch_cuda if cuda else _scratch_cpu)(func, args, kwargs)
+    durations: list[float] = []
+    while len(durations) < _MAX_REPEATS and sum(durations) < _MIN_SECONDS:
+        durations.append(_time_once(func, args, kwargs, cuda))
+    durations.sort()
+    return Cost(durations[len(durations) // 2], scratch)
+
+
+def _time_once(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
+    if cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        func(*args, **kwargs)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    begin = time.perf_counter()
+    func(*args, **kwargs)
+    return time.perf_counter() - begin
+
+
+def _scratch_cpu(func: Any, args: Any, kwargs: Any) -> int:
+    """Bytes that the kernel allocates at its peak beyond what it returns, by the allocator's own account."""
+    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+    torch.autograd._enable_profiler_legacy(config)  # the new profiler takes longer and writes to the terminal
+    try:
+        out = func(*args, **kwargs)
+    finally:
+        threads = torch.autograd._disable_profiler_legacy()
+    sizes = [e.cpu_memory_usage() for events in threads for e in events if e.kind() == "memory_alloc"]
+    return _scratch(sizes, out, args, kwargs)
+
+
+def _scratch(changes: Iterable[int], out: Any, args: Any, kwargs: Any) -> int:
+    current = peak = 0
+    for change in changes:
+        current += change
+        peak = max(peak, current)
+    return max(0, peak - _new_bytes(out, args, kwargs))
+
+
+def _scratch_cuda(func: Any, args: Any, kwargs: Any) -> int:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = func(*args, **kwargs)
+    torch.cuda.synchronize()
+    return max(0, torch.cuda.max_memory_allocated() - before - _new_bytes(out, args, kwargs))
+
+
+def _new_bytes(out: Any, args: Any, kwargs: Any) -> int:
+    """Bytes of the storages that the call made."""
+    old = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
+    new = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(out)}
+    return sum(n for address, n in new.items() if address not in old)
+
+
+def _random(spec: TensorSpec) -> Tensor:
+    """A tensor of this spec: random where numbers matter for speed, zero where they index something."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(spec.size, spec.stride, strict=True)) if 0 not in spec.size else 0
+    if spec.dtype.is_floating_point or spec.dtype.is_complex:
+        base = torch.randn(extent, device=spec.device, dtype=torch.float32).to(spec.dtype)
+    else:
+        base = torch.zeros(extent, dtype=spec.dtype, device=spec.device)
+    return base.as_strided(spec.size, spec.stride)
+
+
+class _quiet_generators:  # noqa: N801 - reads as a with-block
+    """Leaves the random generators as they were; no autograd, no autocast, no dispatch modes inside."""
+
+    def __enter__(self) -> None:
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+        self._contexts = [
+            torch.random.fork_rng(devices=list(devices)),
+            torch._C._AutoDispatchBelowAutograd(),
+            torch._C._DisableAutocast(),
+        ]
+        for context in self._contexts:
+            context.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for context in reversed(self._contexts):
+            context.__exit__(*error)
+

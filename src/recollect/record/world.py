@@ -1,0 +1,181 @@
+"""The user's world while a step is recorded: nothing in it may change.
+
+A recording runs the user's Python code once more. Here the modules that the code can reach get fake parameters and
+buffers for that time, and afterwards everything that the code may have changed is put back: module attributes,
+gradients of leaves, random generators of torch, Python and NumPy.
+"""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Convert = Callable[[Tensor], Tensor]
+_CONTAINERS = (dict, list, set)
+
+
+def reachable_modules(fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[nn.Module]:
+    """The outermost modules that a callable can reach, without running it.
+
+    Looks at the callable itself, what it is bound to, its closure, defaults, partial arguments, the globals that its
+    code names, at the arguments, and one level into objects that are neither modules nor tensors.
+    """
+    found: dict[int, nn.Module] = {}
+    for thing in _mentioned(fn, args, kwargs or {}):
+        for module in _modules_of(thing):
+            found[id(module)] = module
+    inner = {id(m) for root in found.values() for m in root.modules() if m is not root}
+    return [m for i, m in found.items() if i not in inner]
+
+
+def _mentioned(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], depth: int = 3) -> Iterator[Any]:
+    """Objects that the callable or its arguments mention."""
+    yield fn
+    yield from args
+    yield from kwargs.values()
+    if isinstance(fn, functools.partial):
+        yield from _mentioned(fn.func, fn.args, fn.keywords, depth)
+    if isinstance(fn, types.MethodType):
+        yield fn.__self__
+        fn = fn.__func__
+    fn = getattr(fn, "__wrapped__", fn)
+    if isinstance(fn, types.FunctionType) and depth:
+        named = [fn.__globals__[n] for n in _global_names(fn.__code__) if n in fn.__globals__]
+        mentioned = [*named, *_cells(fn), *(fn.__defaults__ or ()), *(fn.__kwdefaults__ or {}).values()]
+        for thing in mentioned:
+            yield thing
+            if isinstance(thing, (types.FunctionType, types.MethodType, functools.partial)):
+                yield from _mentioned(thing, (), {}, depth - 1)
+
+
+def _global_names(code: types.CodeType) -> Iterator[str]:
+    yield from code.co_names
+    for const in code.co_consts:
+        if isinstance(const, types.CodeType):
+            yield from _global_names(const)
+
+
+def _cells(fn: types.FunctionType) -> Iterator[Any]:
+    for cell in fn.__closure__ or ():
+        try:
+            yield cell.cell_contents
+        except ValueError:  # a name that is not bound yet
+            continue
+
+
+def _modules_of(thing: Any) -> Iterator[nn.Module]:
+    if isinstance(thing, nn.Module):
+        yield thing
+    elif isinstance(thing, (list, tuple)):
+        yield from (m for m in thing if isinstance(m, nn.Module))
+    elif isinstance(thing, dict):
+        yield from (m for m in thing.values() if isinstance(m, nn.Module))
+    elif not isinstance(thing, (Tensor, type, types.ModuleType, types.FunctionType)) and hasattr(thing, "__dict__"):
+        yield from (m for m in vars(thing).values() if isinstance(m, nn.Module))
+
+
+def named_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, str, Tensor]]:
+    """``(name, kind, tensor)`` of all parameters and buffers; kind is ``parameter`` or ``buffer``."""
+    seen: set[int] = set()
+    for module in modules:
+        both = [("parameter", module.named_parameters()), ("buffer", module.named_buffers())]
+        for kind, pairs in both:
+            for name, tensor in pairs:
+                if id(tensor) not in seen:
+                    seen.add(id(tensor))
+                    yield name, kind, tensor
+
+
+@contextmanager
+def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put back, at the end, every module attribute and every random generator as it was."""
+    with ExitStack() as stack:
+        stack.enter_context(_generators_kept())
+        for module in {id(m): m for root in modules for m in root.modules()}.values():
+            stack.callback(_restore_attributes, module, _attributes(module))
+        yield
+
+
+def _attributes(module: nn.Module) -> list[tuple[str, Any, Any]]:
+    """Name, object and, for containers, a shallow copy of every attribute."""
+    return [
+        (k, v, v.copy() if isinstance(v, _CONTAINERS) else None) for k, v in vars(module).items()
+    ]  # the containers of nn.Module itself (_parameters, _buffers, _modules) are among them
+
+
+def _restore_attributes(module: nn.Module, attributes: list[tuple[str, Any, Any]]) -> None:
+    state = vars(module)
+    for name in set(state) - {name for name, _, _ in attributes}:
+        del state[name]
+    for name, value, content in attributes:
+        state[name] = value
+        if isinstance(value, list):
+            value[:] = content
+        elif content is not None:
+            value.clear()
+            value.update(content)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    python_state = random.getstate()
+    numpy_state = numpy_random.get_state() if numpy_random is not None else None
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices=devices):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            if numpy_random is not None:
+                numpy_random.set_state(numpy_state)
+
+
+def swap_tensors(modules: Sequence[nn.Module], convert: Convert) -> None:
+    """Give the modules converted parameters and buffers, in place; ``undisturbed`` puts the old ones back."""
+    for module in {id(m): m for root in modules for m in root.modules()}.values():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None:
+                    table[name] = convert(tensor)  # type: ignore[assignment]
+
+
+def map_tensors(tree: Any, convert: Convert) -> Any:
+    """The same arguments with every tensor converted (tuples, lists, dicts and registered containers)."""
+    return torch.utils._pytree.tree_map_only(Tensor, convert, tree)
+
+
+def leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """The leaves that the graph behind these outputs accumulates gradients into."""
+    pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    seen, leaves = set(pending), []
+    while pending:
+        node = pending.pop()
+        variable = getattr(node, "variable", None)
+        if isinstance(variable, Tensor):
+            leaves.append(variable)
+        for successor, _ in node.next_functions:
+            if successor is not None and successor not in seen:
+                seen.add(successor)
+                pending.append(successor)
+    return leaves
+
+
+@contextmanager
+def gradients_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Put the gradients of these leaves back at the end."""
+    kept = [(leaf, leaf.grad) for leaf in leaves]
+    try:
+        yield
+    finally:
+        for leaf, grad in kept:
+            if leaf.grad is not grad:
+                leaf.grad = grad
