@@ -31,9 +31,7 @@ def stdlib_files(root: str | Path | None = None) -> list[Path]:
     return sorted(paths, key=lambda p: p.relative_to(top).as_posix())
 
 
-def stdlib_bytes(
-    split: str = "train", *, root: str | Path | None = None, max_bytes: int = 8_000_000
-) -> Tensor:
+def stdlib_bytes(split: str = "train", *, root: str | Path | None = None, max_bytes: int = 8_000_000) -> Tensor:
     """The source text as one ``uint8`` tensor of at most ``max_bytes`` bytes.
 
     Every tenth file is in the ``"validation"`` split, all others in ``"train"``.

@@ -110,7 +110,7 @@ class Accountant:
     def __call__(self, order: Ints) -> Account:
         """Bytes and residencies of the order."""
         value, run, first = self._accesses(order)
-        start, last = run[first], run[np.append(first[1:], len(run)) - 1]
+        start, last = run[first], run[np.append(first, len(run))[1:] - 1]
         owner = value[first]
         end = self._prolonged(order, owner, start, last)
         m = len(order)
@@ -138,7 +138,7 @@ class Accountant:
         held = np.flatnonzero(hold >= 0)
         if not len(held):
             return last
-        end = last.copy()
+        end: Ints = last.copy()
         first_run = np.full(self.n_ops, -1, dtype=np.int64)
         first_run[order[::-1]] = np.arange(len(order))[::-1]
         end[held] = np.maximum(end[held], first_run[hold[held]])

@@ -112,7 +112,9 @@ def _max_flow(
     head = np.array([e[1] for e in edges], dtype=np.int64)
     finite = np.isfinite(capacity)
     limit = min(capacity[tail == _SOURCE].sum(), capacity[head == _SINK].sum())
-    scale = _SCALE / limit if 0 < limit < np.inf else 1.0
+    if not 0 < limit < np.inf:
+        limit = capacity[finite].max(initial=0.0)
+    scale = _SCALE / limit if limit else 1.0
     scaled = np.full(len(edges), _LARGEST, dtype=np.int32)
     scaled[finite] = np.minimum(np.floor(capacity[finite] * scale), _LARGEST).astype(np.int32)
     # Two edges between the same nodes (an op with two demanded results) add up in the matrix.

@@ -43,7 +43,9 @@ class Pool:
 
     def __init__(self, program: Program) -> None:
         self._search = Search(program)
-        self._jobs = list(self._work())
+        floor = list(self._floor_work())
+        self._mandatory = len(floor)
+        self._jobs = [*floor, *self._work()]
         self._done = 0
         self._base: tuple[Entry, ...] = ()
 
@@ -54,22 +56,25 @@ class Pool:
         if self._done:
             self._search.frontier = list(self._base)
         while self._done < len(self._jobs):
-            if self._done and time.monotonic() > deadline:
+            if self._done >= self._mandatory and time.monotonic() > deadline:
                 break
-            progress("pool of candidates", self._done / len(self._jobs))
+            progress("pool of candidates", 0.6 * self._done / len(self._jobs))
             self._jobs[self._done](deadline)
             self._done += 1
         self._base = tuple(self._search.frontier)
 
-    def _work(self) -> Iterator[Callable[[float], None]]:
-        """The jobs that make the pool, the most valuable first."""
+    def _floor_work(self) -> Iterator[Callable[[float], None]]:
+        """The jobs that find the floor; they are done whatever the time, so that the floor is always the same."""
         search = self._search
         yield lambda deadline: _ignore(search.keeping("keep-everything", frozenset(search.tables.droppable)))
         yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
-        pricer = Pricer(search.tables)
-        cuts = self._segmentations()
         yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
-        yield lambda deadline: self._find_floor(deadline)
+        yield lambda deadline: self._find_floor()
+
+    def _work(self) -> Iterator[Callable[[float], None]]:
+        """The jobs that make the rest of the pool, the most valuable first."""
+        search = self._search
+        pricer, cuts = Pricer(search.tables), self._segmentations()
         prices = pricer.prices(3 if len(search.tables.ops) > _LARGE_PROGRAM else 6)
         for price in prices:
             for cut in cuts:
@@ -111,17 +116,17 @@ class Pool:
 
         return make
 
-    def _find_floor(self, deadline: float) -> None:
+    def _find_floor(self) -> None:
         """Shave the lowest peaks as far down as it goes."""
         for entry in self._search.frontier[:3]:
-            self._search.shave(self._search.recall(entry), 0, rounds=40, deadline=deadline)
+            self._search.shave(self._search.recall(entry), 0, rounds=40)
 
     def _rung(self, k: int) -> Callable[[float], None]:
         """A fixed smaller budget: small programs solve a ladder of them, so that more budget does not cost more."""
 
         def climb(deadline: float) -> None:
             low, high = self._search.frontier[0].peak_bytes, self._search.frontier[-1].peak_bytes
-            self._improve(low + (high - low) * k // _RUNGS, deadline)
+            self._improve(low + (high - low) * k // _RUNGS, deadline, disturbances=4)
 
         return climb
 
@@ -137,7 +142,7 @@ class Pool:
         greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.65 * limit)
         if budget_bytes >= floor.peak_bytes and solver == "auto":
             progress("search", 0.6)
-            self._improve(budget_bytes, begin + 0.9 * limit)
+            self._improve(budget_bytes, begin + 0.9 * limit, self._disturbances())
         best = self._choose(budget_bytes, solver, greedy_one)
         bound = 0.0
         if best and best.extra_seconds > 0:
@@ -171,7 +176,7 @@ class Pool:
     def _schedule(self, program: Program, entry: Entry) -> Schedule:
         return Schedule.from_order(program, self._search.recall(entry).account.order.tolist())
 
-    def _improve(self, budget_bytes: int, deadline: float) -> None:
+    def _improve(self, budget_bytes: int, deadline: float, disturbances: int) -> None:
         """Fill the best that fits, shave and fill those just above, then disturb the best again and again."""
         search = self._search
         for entry in self._starts(budget_bytes):
@@ -179,7 +184,7 @@ class Pool:
                 return
             self._fit(search.recall(entry), budget_bytes, budget_bytes, deadline)
         dice = random.Random(_SEED)
-        for _ in range(self._disturbances()):
+        for _ in range(disturbances):
             best = search.best_within(budget_bytes)
             if best is None or best.extra_seconds == 0 or time.monotonic() > deadline:
                 return
@@ -187,7 +192,7 @@ class Pool:
 
     def _disturbances(self) -> int:
         """How often to disturb: about as much work for large programs as for small ones."""
-        return max(6, min(60, 60_000 // max(1, len(self._search.tables.ops))))
+        return max(6, min(60, len(self._search.tables.droppable), 60_000 // max(1, len(self._search.tables.ops))))
 
     def _disturb(self, best: Entry, budget_bytes: int, dice: random.Random, deadline: float) -> None:
         """Large-neighbourhood search, one step: shave below the budget with noisy scores, then fill."""

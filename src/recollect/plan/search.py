@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -23,6 +23,9 @@ from recollect.program import Program
 
 _MAX_COPIES = 6
 """How many copies of a value a plan may drop one after the other."""
+
+_MOST_KNOWN = 100_000
+"""How many candidates to keep, times ops: small programs meet the same candidates again and again."""
 
 
 def no_noise() -> float:
@@ -93,6 +96,7 @@ class Search:
         self.frontier: list[Entry] = []
         self.evaluations = 0
         self.noise: Callable[[], float] = no_noise
+        self._known: dict[Levels, Candidate] = {}
         self._droppable = frozenset(self.tables.droppable)
 
     def keeping(self, name: str, *keeps: frozenset[int]) -> Candidate:
@@ -108,10 +112,17 @@ class Search:
         """Unroll and account. O(levels * reads)."""
         while len(dropped) > 1 and not dropped[-1]:
             dropped = dropped[:-1]
+        known = self._known.get(dropped)
+        candidate = replace(known, name=name) if known else self._look_at(name, dropped)
+        self._remember(candidate)
+        return candidate
+
+    def _look_at(self, name: str, dropped: Levels) -> Candidate:
         runs = reruns(self.tables, dropped)
         candidate = Candidate(name, dropped, runs, self.accountant(self.accountant.order(runs)))
         self.evaluations += 1
-        self._remember(candidate)
+        if len(self._known) * len(self.tables.ops) < _MOST_KNOWN:
+            self._known[dropped] = candidate
         return candidate
 
     def _remember(self, candidate: Candidate) -> None:

@@ -69,7 +69,7 @@ def verify(program: Program, schedule: Schedule | Plan, *, budget_bytes: int | N
         >>> program = Program("tiny", values, (Op("f", (0,), (1,)), Op("g", (1,), (2,))))
         >>> verify(program, Schedule.plain(program))
         ()
-        >>> print(*verify(program, Schedule((0, 1), ((1,), (2,)))))
+        >>> print(*verify(program, Schedule((0, 1), ((1,), (1, 2)))))
         [reads are resident] run 1, op 1 (g), value 'a': the op reads it, but it is not in memory
     """
     if isinstance(schedule, Plan):

@@ -1,0 +1,110 @@
+"""The ``recollect`` command: ``recollect demo``, ``recollect solve``."""
+
+from __future__ import annotations
+
+import importlib.util
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import click
+
+
+class _OneLineErrors(click.Group):
+    """A group whose commands fail with one line that says what to do next; ``--debug`` shows the traceback."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command and put any error of ours into one line."""
+        try:
+            return super().invoke(ctx)
+        except (click.ClickException, click.exceptions.Exit, click.Abort):
+            raise
+        except Exception as error:
+            if ctx.params.get("debug"):
+                raise
+            raise click.ClickException(_one_line(error)) from None
+
+
+def _one_line(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, ValueError | OSError):
+        return text
+    return f"{type(error).__name__}: {text} (recollect --debug shows where)"
+
+
+def _version() -> str:
+    try:
+        return version("recollect")
+    except PackageNotFoundError:
+        return "unknown (not installed: pip install -e .)"
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(_version(), prog_name="recollect")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """Gradient checkpointing that plans itself: training steps inside a budget in bytes."""
+
+
+@main.command()
+@click.option("--steps", type=click.IntRange(min=4), default=36, show_default=True, help="Training steps per run.")
+@click.option(
+    "--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Folder or .png file."
+)
+@click.option("--quick", is_flag=True, help="Tiny models: only to see that everything works.")
+def demo(steps: int, out: Path, quick: bool) -> None:
+    """Train two models plainly, checkpointed by hand and with recollect, side by side; print what each cost."""
+    _require("demo", "matplotlib", "sklearn")
+    from recollect.demo.report import run_demo
+
+    if not run_demo(steps, out, quick=quick):
+        raise click.ClickException(
+            "a run left its budget or differed from plain training; please report this table with `recollect --version`"
+        )
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Fail before the work starts if a module of an extra is missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise click.ClickException(f"this needs {' and '.join(missing)}; run: pip install 'recollect[{extra}]'")
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option(
+    "--budget", required=True, help='Bytes ("3000000", "10GiB"), or a share of the plain peak ("0.5", "50%").'
+)
+@click.option("--solver", default="auto", show_default=True, help="Name of a solver.")
+@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the plan to this file.")
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save memory over the step as a picture.")
+def solve(file: Path, budget: str, solver: str, json_path: Path | None, plot_path: Path | None) -> None:
+    """Plan the program in FILE (recollect-program JSON) and print the plan."""
+    if plot_path is not None:
+        _require("plots", "matplotlib")
+    from recollect.plan import solve as make_plan
+    from recollect.program import Program
+
+    plan = make_plan(Program.from_json(file), _budget(budget), solver=solver)
+    click.echo(str(plan))
+    if json_path is not None:
+        plan.to_json(json_path)
+        click.echo(f"Plan written to {json_path}")
+    if plot_path is not None:
+        from recollect.show.plots import memory_plot
+
+        click.echo(f"Picture written to {memory_plot(plan, plot_path)}")
+
+
+def _budget(text: str) -> int | float | str:
+    """Numbers as numbers, everything else as it was typed."""
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+if __name__ == "__main__":
+    main()

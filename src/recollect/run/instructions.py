@@ -1,0 +1,145 @@
+"""From a plan to what the tape does: which values to hold on to, and what to run again when the backward asks.
+
+Pure data, no torch. Values and ops carry the numbers that the recorder and the tape give them while the forward runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from recollect.program import Plan, Program, Schedule
+
+
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """Run an op of the forward again, then let go of some values.
+
+    Attributes:
+        op: number of the op on the tape.
+        install: values that it makes and that stay for a while.
+        drops: values to let go of afterwards.
+    """
+
+    op: int
+    install: frozenset[int]
+    drops: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """The backward asks for a value: first run ``reruns``, hand it out, then let go of it if ``drop``."""
+
+    value: int
+    reruns: tuple[Rerun, ...]
+    drop: bool
+
+
+@dataclass(frozen=True)
+class Instructions:
+    """What the tape follows.
+
+    Attributes:
+        path: for every op of the forward, its name and the made values that it reads: the path of the plan.
+        keep: values to hold on to when the forward makes them.
+        forget: saved values to let go of although the backward will ask for them.
+        again: ops that will run again.
+        events: what to do at each request of the backward, in order.
+    """
+
+    path: tuple[tuple[str, tuple[int, ...]], ...]
+    keep: frozenset[int]
+    forget: frozenset[int]
+    again: frozenset[int]
+    events: tuple[Event, ...]
+
+
+@dataclass
+class _Residency:
+    """One stay of a value in memory, with the places where the tape has to do with it."""
+
+    made_by: int
+    last_access: int | None = None
+
+
+def instructions_for(plan: Plan) -> Instructions:
+    """The instructions that carry out the plan of a recorded program. O(runs + reads)."""
+    return _Compiler(plan.program, plan.schedule).compile()
+
+
+@dataclass
+class _Compiler:
+    program: Program
+    schedule: Schedule
+    number: dict[int, int] = field(default_factory=dict)
+    tape_op: dict[int, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        made = [i for i, v in enumerate(self.program.values) if not v.fixed]
+        self.number = {v: n for n, v in enumerate(made)}
+        forward = [i for i, op in enumerate(self.program.ops) if op.phase == "forward"]
+        self.tape_op = {i: k for k, i in enumerate(forward)}
+
+    def compile(self) -> Instructions:
+        ops, order = self.program.ops, self.schedule.order
+        again = self._reruns()
+        stays = self._residencies(again)
+        drops = self._drops(stays)
+        installed = {(s.made_by, v) for v, ss in stays.items() for s in ss if s.last_access is not None}
+        events: list[Event] = []
+        pending: list[Rerun] = []
+        for p, i in enumerate(order):
+            if p in again:
+                install = frozenset(self.number[v] for v in ops[i].writes if (p, v) in installed)
+                pending.append(Rerun(self.tape_op[i], install, self._numbers(drops.get(p, ()))))
+            elif ops[i].name == "unpack":
+                (value,) = ops[i].reads[:1]
+                events.append(Event(self.number[value], tuple(pending), value in drops.get(p, ())))
+                pending = []
+        first = {v: ss[0] for v, ss in stays.items()}
+        asked = {e.value for e in events}
+        keep = {self.number[v] for v, s in first.items() if s.last_access is not None}
+        return Instructions(
+            path=tuple((ops[i].name, self._made_reads(i)) for i in self.tape_op),
+            keep=frozenset(keep),
+            forget=frozenset(asked - keep),
+            again=frozenset(self.tape_op[order[p]] for p in again),
+            events=tuple(events),
+        )
+
+    def _reruns(self) -> set[int]:
+        """Positions of the further runs in the schedule."""
+        seen: set[int] = set()
+        positions = set()
+        for p, i in enumerate(self.schedule.order):
+            if i in seen:
+                positions.add(p)
+            seen.add(i)
+        return positions
+
+    def _residencies(self, again: set[int]) -> dict[int, list[_Residency]]:
+        """The stays of every made value; accesses of the tape are requests of the backward and reads of reruns."""
+        stays: dict[int, list[_Residency]] = {}
+        for p, i in enumerate(self.schedule.order):
+            op = self.program.ops[i]
+            if p in again or op.name == "unpack":
+                for v in op.reads:
+                    if v in stays:
+                        stays[v][-1].last_access = p
+            for v in op.writes:
+                stays.setdefault(v, []).append(_Residency(p))
+        return stays
+
+    def _drops(self, stays: dict[int, list[_Residency]]) -> dict[int, list[int]]:
+        """For every position of the schedule the values that the tape lets go of there."""
+        drops: dict[int, list[int]] = {}
+        for v, ss in stays.items():
+            for s in ss:
+                if s.last_access is not None:
+                    drops.setdefault(s.last_access, []).append(v)
+        return drops
+
+    def _made_reads(self, i: int) -> tuple[int, ...]:
+        return tuple(self.number[v] for v in self.program.ops[i].reads if v in self.number)
+
+    def _numbers(self, values: list[int] | tuple[int, ...]) -> frozenset[int]:
+        return frozenset(self.number[v] for v in values)

@@ -1,0 +1,468 @@
+"""The tape: what the forward did, operator by operator, so that parts of it can run again when the backward asks.
+
+While the forward runs, a dispatch mode sees every operator below autograd and autocast, and saved-tensor hooks turn
+what autograd wants to save into handles. Afterwards the handles hold the tape. When the backward asks a handle for a
+value that is gone, the tape runs again the operators that the plan names: no Python of the model, no graph, the same
+random numbers, the same numeric settings, in-place operators on copies.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recollect.record.facts import RUNNING_STATISTICS, OpFacts, facts_of, tensors_in
+from recollect.record.values import Seen, ValueMap, View, storage_of
+from recollect.run.instructions import Instructions, Rerun
+from recollect.run.settings import NumericSettings
+
+_NO_TASK = -1
+
+
+class Handle:
+    """Stands for a saved tensor: which value, seen how; notices when the value is changed behind autograd's back."""
+
+    __slots__ = ("_probe", "_version", "number", "tape", "view")
+
+    def __init__(self, tape: Tape, number: int, tensor: Tensor) -> None:
+        self.tape, self.number, self.view = tape, number, View.of(tensor)
+        self._probe = _version_probe(tensor)
+        self._version = tensor._version
+        tape.handles[number] = tape.handles.get(number, 0) + 1
+
+    def check_unchanged(self) -> None:
+        """Raise what autograd would raise if the saved tensor has been modified in place."""
+        if self._probe._version != self._version:
+            raise _modified(self.view, self._probe, self._version)
+
+    def __del__(self) -> None:
+        with contextlib.suppress(AttributeError):  # a handle whose making failed
+            self.tape.released(self.number)
+
+
+class OutsideHandle:
+    """Stands for a saved tensor that the forward did not make (a parameter, an input): an alias of it."""
+
+    __slots__ = ("alias", "version")
+
+    def __init__(self, alias: Tensor, version: int) -> None:
+        self.alias, self.version = alias, version
+
+    def get(self) -> Tensor:
+        """The tensor; raises what autograd would raise if it has been modified in place since."""
+        if self.alias._version != self.version:
+            raise _modified(self.alias, self.alias, self.version)
+        return self.alias
+
+
+@dataclass(slots=True)
+class _Held:
+    """A value in memory: an alias of it; for one that the forward made, its version then."""
+
+    alias: Tensor
+    version: int | None = None
+
+    def storage(self) -> torch.UntypedStorage:
+        """The memory; raises if somebody changed a value of the forward in place since."""
+        if self.version is not None and self.alias._version != self.version:
+            raise _modified(self.alias, self.alias, self.version)
+        return self.alias.untyped_storage()
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """An argument that looks at a value of the forward."""
+
+    number: int
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """An op of the forward, ready to run again."""
+
+    func: torch._ops.OpOverload
+    args: Any
+    kwargs: Any
+    outputs: tuple[tuple[int, int], ...]
+    """Pairs (position among the tensors of the result, value)."""
+    in_place: tuple[tuple[int, int], ...]
+    reads: tuple[int, ...]
+    generator: torch.Generator | None
+    generator_state: Tensor | None
+    settings: NumericSettings
+
+
+class Tape(TorchDispatchMode):
+    """One forward under a plan, and its backward.
+
+    Args:
+        instructions: what to hold, what to forget, what to run again.
+        on_deviation: called once, with a reason, when the forward takes another path than the plan's.
+    """
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No compiler wrapper around ``__torch_dispatch__``: a tape does not run under ``torch.compile``."""
+        return False
+
+    def __init__(self, instructions: Instructions, on_deviation: Callable[[str], None]) -> None:
+        super().__init__()
+        self.instructions = instructions
+        self.following = True
+        self.handles: dict[int, int] = {}
+        self.reruns = 0
+        self._on_deviation = on_deviation
+        self._map: ValueMap | None = ValueMap()
+        self._n_ops = 0
+        self._held: dict[int, _Held] = {}
+        self._entries: dict[int, _Entry] = {}
+        self._maker: dict[int, int] = {}
+        self._cursor = 0
+        self._task: int | None = None
+        self._retained = False
+        self._rerunning = False
+
+    # ---- forward -------------------------------------------------------------------------------------------------
+
+    def __torch_dispatch__(
+        self, func: torch._ops.OpOverload, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Run one operator of the forward and take note of it."""
+        kwargs = kwargs or {}
+        facts = facts_of(func)
+        if self._rerunning or self._map is None or (facts.is_view and not facts.fresh_constant):
+            return func(*args, **kwargs)
+        reads = self._map.reads(tensors_in((args, kwargs)))
+        entry = self._prepare(func, facts, args, kwargs) if self._n_ops in self.instructions.again else None
+        out = func(*args, **kwargs)
+        outputs = list(tensors_in(out))
+        seen = self._map.seen(facts, args, kwargs, reads, outputs)
+        if seen.is_op:
+            self._note(facts, seen, entry, outputs)
+        return out
+
+    def _note(self, facts: OpFacts, seen: Seen, entry: _Unfinished | None, outputs: Sequence[Tensor]) -> None:
+        """Compare with the plan's path and hold what it says."""
+        k, self._n_ops = self._n_ops, self._n_ops + 1
+        if self.following:
+            self._compare(k, facts.name, seen)
+        for _, old in seen.in_place:
+            self._held.pop(old, None)
+        for number, tensor in seen.writes:
+            if number in self.instructions.keep and self.following:
+                alias = _alias(tensor)
+                self._held[number] = _Held(alias, alias._version)
+        if entry is not None and self.following:
+            self._entries[k] = entry.finish(seen, outputs)
+            self._maker.update((n, k) for n, _ in seen.writes)
+
+    def _compare(self, k: int, name: str, seen: Seen) -> None:
+        path = self.instructions.path
+        if k >= len(path):
+            self._deviate(f"operator {k} ({name}) comes after the end of the recorded forward")
+        elif path[k] != (name, tuple(n for n in seen.reads if n >= 0)):
+            self._deviate(f"operator {k} is {name}, the recorded forward had {path[k][0]}")
+
+    def _deviate(self, reason: str) -> None:
+        self.following = False
+        self._on_deviation(reason)
+
+    def _prepare(self, func: Any, facts: OpFacts, args: Any, kwargs: Any) -> _Unfinished:
+        """Everything that another run needs, taken before the op runs."""
+        if facts.batch_norm:
+            args = [None if i in RUNNING_STATISTICS and args[5] else a for i, a in enumerate(args)]
+        generator = _generator_of(args, kwargs) if facts.random else None
+        assert self._map is not None
+        return _Unfinished(
+            func,
+            _template(tuple(args), self._map),
+            _template(kwargs, self._map),
+            generator,
+            None if generator is None else generator.get_state(),
+            NumericSettings.now(),
+        )
+
+    def pack(self, tensor: Tensor) -> Any:
+        """A handle for what autograd wants to save."""
+        with torch._C._DisableTorchDispatch():
+            storage = storage_of(tensor)
+            number = -1 if storage is None or self._map is None else self._map.number(storage)
+            if number < 0:
+                return OutsideHandle(tensor.detach(), tensor._version)
+            forgotten = self.following and number in self.instructions.forget
+            if not forgotten and number not in self._held:
+                alias = tensor.detach()
+                self._held[number] = _Held(alias, alias._version)
+            return Handle(self, number, tensor)
+
+    def finish_forward(self) -> None:
+        """The forward is over: from now on the tape only answers the backward."""
+        if self.following and self._n_ops < len(self.instructions.path):
+            self._deviate(f"the forward ended after {self._n_ops} of {len(self.instructions.path)} operators")
+        self._map = None
+
+    # ---- backward ------------------------------------------------------------------------------------------------
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The tensor that a handle stands for, computed again if it is gone."""
+        if isinstance(packed, OutsideHandle):
+            return packed.get()
+        packed.check_unchanged()
+        number, view = packed.number, packed.view
+        if torch._C._current_graph_task_id() == _NO_TASK:  # somebody looks at grad_fn._saved_...
+            return view.on(self._look_up(number))
+        self._notice_task()
+        events = self.instructions.events
+        if self.following and self._cursor < len(events) and events[self._cursor].value == number:
+            event = events[self._cursor]
+            self._cursor += 1
+            for rerun in event.reruns:
+                self._run_again(rerun.op, rerun)
+            storage = self._storage(number)
+            if event.drop:
+                self._drop(number)
+        else:
+            if number in self.instructions.forget or number in self.instructions.keep:
+                self.following = False  # another order than the plan's: compute on demand from here on
+            storage = self._on_demand(number)
+        return _alias_free(view, storage)
+
+    def _storage(self, number: int) -> torch.UntypedStorage:
+        held = self._held.get(number)
+        return held.storage() if held is not None else self._on_demand(number)
+
+    def _notice_task(self) -> None:
+        """A new backward pass begins: after one that retained the graph, the plan starts anew."""
+        task = torch._C._current_graph_task_id()
+        if task != self._task:
+            if self._retained:
+                self._cursor = 0
+                self._held = {n: h for n, h in self._held.items() if h.version is not None}
+            self._task = task
+            self._retained = torch._C._autograd._get_current_graph_task_keep_graph()
+
+    def _drop(self, number: int) -> None:
+        held = self._held.get(number)
+        if held is not None and not (self._retained and held.version is not None):
+            del self._held[number]
+
+    def released(self, number: int) -> None:
+        """A handle is gone; what only handles needed may go when the last one has."""
+        left = self.handles[number] - 1
+        self.handles[number] = left
+        if not left and (not self.following or number not in self.instructions.keep):
+            if self.following or number not in self._sources():
+                self._held.pop(number, None)
+
+    def _sources(self) -> frozenset[int]:
+        """Values that another run may need as long as the plan is not followed."""
+        return frozenset(n for e in self._entries.values() for n in e.reads)
+
+    def _look_up(self, number: int) -> torch.UntypedStorage:
+        before = dict(self._held)
+        try:
+            return self._on_demand(number)
+        finally:
+            self._held = before
+
+    def _on_demand(self, number: int) -> torch.UntypedStorage:
+        """Compute a value again from what there is, whatever the plan says; keep what handles still ask for."""
+        if number not in self._held:
+            needed: set[int] = set()
+            pending = [number]
+            while pending:
+                n = pending.pop()
+                if n in self._held:
+                    continue
+                k = self._maker.get(n)
+                if k is None:
+                    raise RuntimeError(
+                        f"recollect let go of value {n} and cannot compute it again on this path of the backward; "
+                        "this is a bug in recollect: run this step without it (recollect.restore) and report it"
+                    )
+                if k not in needed:
+                    needed.add(k)
+                    pending.extend(self._entries[k].reads)
+            for k in sorted(needed):
+                self._run_again(k, None)
+            kept = self._sources()
+            for n in [n for n, h in self._held.items() if h.version is None]:
+                if n != number and not self.handles.get(n) and n not in kept:
+                    del self._held[n]
+        return self._held[number].storage()
+
+    def _run_again(self, k: int, rerun: Rerun | None) -> None:
+        """Run op k again. Without a rerun of the plan everything that it makes is held."""
+        entry = self._entries[k]
+        self.reruns += 1
+        memory = {n: self._storage(n) for n in entry.reads}
+        for new, old in entry.in_place:
+            ends = rerun is not None and old in rerun.drops and self._held[old].version is None
+            memory[old] = memory[old] if ends else memory[old].clone()
+            memory[new] = memory[old]
+        results = self._call(entry, memory)
+        made = {n: results[i].untyped_storage() for i, n in entry.outputs} | {n: memory[n] for n, _ in entry.in_place}
+        for n, storage in made.items():
+            if rerun is None:
+                if n not in self._held:
+                    self._held[n] = _Held(_whole(storage))
+            elif n in rerun.install:
+                self._held[n] = _Held(_whole(storage))
+        if rerun is not None:
+            for n in rerun.drops:
+                self._drop(n)
+
+    def _call(self, entry: _Entry, memory: dict[int, torch.UntypedStorage]) -> list[Tensor]:
+        """The op itself, below autograd and autocast, with the random numbers and settings of the forward."""
+        self._rerunning, before = True, self._rerunning
+        try:
+            with (
+                torch._C._AutoDispatchBelowAutograd(),
+                torch._C._DisableAutocast(),
+                entry.settings.applied(),
+                _generator_at(entry.generator, entry.generator_state),
+            ):
+                args, kwargs = _resolved(entry.args, memory), _resolved(entry.kwargs, memory)
+                return list(tensors_in(entry.func(*args, **kwargs)))
+        finally:
+            self._rerunning = before
+
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """The block in which the forward runs."""
+        hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+        with self, hooks:
+            yield
+            self.finish_forward()
+
+
+@dataclass(slots=True)
+class _Unfinished:
+    """An entry before its op has run."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    generator: torch.Generator | None
+    generator_state: Tensor | None
+    settings: NumericSettings
+
+    def finish(self, seen: Seen, outputs: Sequence[Tensor]) -> _Entry:
+        """The entry, now that it is known what the op made."""
+        replaced = {new for new, _ in seen.in_place}
+        positions = {id(t): i for i, t in reversed(list(enumerate(outputs)))}
+        return _Entry(
+            self.func,
+            self.args,
+            self.kwargs,
+            tuple((positions[id(t)], n) for n, t in seen.writes if n not in replaced),
+            seen.in_place,
+            tuple(n for n in seen.reads if n >= 0),
+            self.generator,
+            self.generator_state,
+            self.settings,
+        )
+
+
+def _template(tree: Any, values: ValueMap) -> Any:
+    """Arguments without tensors: made values by number and view, tensors from outside by alias."""
+    if isinstance(tree, Tensor):
+        storage = storage_of(tree)
+        number = -1 if storage is None else values.number(storage)
+        if number >= 0:
+            return _Made(number, View.of(tree))
+        alias = _alias(tree)
+        return OutsideHandle(alias, alias._version)
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_template(v, values) for v in tree)
+    if isinstance(tree, dict):
+        return {k: _template(v, values) for k, v in tree.items()}
+    return tree
+
+
+def _resolved(tree: Any, memory: dict[int, torch.UntypedStorage]) -> Any:
+    """The arguments of a template again."""
+    if isinstance(tree, _Made):
+        return tree.view.on(memory[tree.number])
+    if isinstance(tree, OutsideHandle):
+        return tree.get()
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_resolved(v, memory) for v in tree)
+    if isinstance(tree, dict):
+        return {k: _resolved(v, memory) for k, v in tree.items()}
+    return tree
+
+
+def _alias(tensor: Tensor) -> Tensor:
+    """Another tensor on the same memory that shares the version counter; to be called inside a dispatch mode."""
+    key = torch._C.DispatchKey.ADInplaceOrView
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch._C._IncludeDispatchKeyGuard(key):
+        return tensor.detach()
+
+
+_EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _version_probe(tensor: Tensor) -> Tensor:
+    """A tensor without memory that shares the version counter."""
+    key = tensor.dtype, tensor.device
+    if key not in _EMPTY:
+        _EMPTY[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    probe = tensor.detach()
+    probe.data = _EMPTY[key]
+    return probe
+
+
+def _whole(storage: torch.UntypedStorage) -> Tensor:
+    """A tensor that holds the storage."""
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+
+
+def _alias_free(view: View, storage: torch.UntypedStorage) -> Tensor:
+    with torch._C._DisableTorchDispatch(), torch.no_grad():
+        return view.on(storage)
+
+
+def _generator_of(args: Any, kwargs: Any) -> torch.Generator:
+    """The generator that a random op draws from: given explicitly, or the default one of its device."""
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, torch.Generator):
+            return a
+    given = kwargs.get("device")
+    first = next(tensors_in((args, kwargs)), None)
+    device = torch.device(given) if given is not None else first.device if first is not None else torch.device("cpu")
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
+@contextlib.contextmanager
+def _generator_at(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
+    """The generator in an earlier state for the length of the block."""
+    if generator is None or state is None:
+        yield
+        return
+    now = generator.get_state()
+    generator.set_state(state)
+    try:
+        yield
+    finally:
+        generator.set_state(now)
+
+
+def _modified(what: View | Tensor, probe: Tensor, expected: int) -> RuntimeError:
+    size = list(what.size) if isinstance(what, View) else list(what.shape)
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{probe.type()} {size}] is at version {probe._version}; expected version {expected} instead. Hint: enable "
+        "anomaly detection to find the operation that failed to compute its gradient, with "
+        "torch.autograd.set_detect_anomaly(True)."
+    )

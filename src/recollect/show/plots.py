@@ -1,0 +1,77 @@
+"""A plan in pictures. matplotlib is loaded when a picture is made, and no display is needed."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from recollect.program import Plan, Program, Schedule, Timeline, simulate
+from recollect.show.text import format_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_MEGA: Final = 1e6
+
+
+def memory_plot(plan: Plan, path: str | Path) -> Path:
+    """Save memory over the step, plain against planned, with the budget, the peak and where the backward begins.
+
+    The x axis is seconds, as the program has them, or the number of the run where it has none. The suffix of ``path``
+    decides the format; folders on the way are made.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (``pip install 'recollect[plots]'``).
+    """
+    from matplotlib.figure import Figure
+
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    draw_memory(figure.subplots(), plan)
+    figure.savefig(target, dpi=130)
+    return target
+
+
+def draw_memory(axes: Axes, plan: Plan) -> None:
+    """Draw what ``memory_plot`` saves into axes of your own."""
+    program = plan.program
+    plain, planned = simulate(program), simulate(program, plan)
+    _draw_line(axes, _moments(program, Schedule.plain(program)), plain, "plain", "#8a8f98")
+    moments = _moments(program, plan.schedule)
+    _draw_line(axes, moments, planned, f"planned by {plan.solver}", "#08519c")
+    _shade_phases(axes, program, plan.schedule, moments)
+    budget = f"budget {format_bytes(plan.budget_bytes)}"
+    axes.axhline(plan.budget_bytes / _MEGA, color="#c0392b", linewidth=1, linestyle="--", label=budget)
+    if planned.peak_run >= 0:
+        axes.plot(moments[planned.peak_run], planned.peak_bytes / _MEGA, "v", color="#08519c", label="planned peak")
+    axes.set_xlabel("seconds" if program.seconds else "run")
+    axes.set_ylabel("MB in memory")
+    axes.set_xlim(left=0)
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{program.name or 'program'}: {plan.overhead:+.1%} time", loc="left")
+    axes.legend(fontsize=8)
+
+
+def _draw_line(axes: Axes, moments: list[float], timeline: Timeline, name: str, color: str) -> None:
+    label = f"{name}: peak {format_bytes(timeline.peak_bytes)}"
+    megabytes = [b / _MEGA for b in timeline.resident_bytes]
+    axes.step(moments, [*megabytes, *megabytes[-1:]][: len(moments)], where="post", color=color, label=label)
+
+
+def _moments(program: Program, schedule: Schedule) -> list[float]:
+    """When each run starts, and when the last one ends: ``runs + 1`` numbers (none for an empty schedule)."""
+    if not schedule.order:
+        return []
+    durations = [program.ops[i].seconds for i in schedule.order] if program.seconds else [1.0] * len(schedule.order)
+    return list(accumulate(durations, initial=0.0))
+
+
+def _shade_phases(axes: Axes, program: Program, schedule: Schedule, moments: list[float]) -> None:
+    """Forward and backward in two shades, where the schedule has both."""
+    first = next((p for p, i in enumerate(schedule.order) if program.ops[i].phase == "backward"), None)
+    if first is None:
+        return
+    axes.axvspan(0, moments[first], color="#2ca25f", alpha=0.06, label="forward")
+    axes.axvspan(moments[first], moments[-1], color="#756bb1", alpha=0.06, label="backward")

@@ -1,0 +1,124 @@
+"""What must hold of every plan, on random small programs of both shapes, and against the cheapest schedule of all."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from recollect.plan import SOLVERS, solve
+from recollect.plan.account import Accountant
+from recollect.plan.bounds import bound_at, lower_bound
+from recollect.plan.search import Search
+from recollect.plan.unroll import unroll
+from recollect.program import InfeasibleBudget, Program, Schedule, simulate, verify
+from tests.plan.brute_force import optimum
+from tests.plan.random_programs import literature_steps, recorded_steps, steps
+from tests.strategies import orders, programs
+
+SHARES = st.floats(0.0, 1.0)
+
+
+def budget_at(program: Program, share: float) -> int:
+    """A budget between the floor and the plain peak."""
+    plain = max(1, simulate(program).peak_bytes)
+    floor = solve(program, plain).floor_bytes
+    return max(1, floor + int(share * (plain - floor)))
+
+
+@settings(max_examples=250, deadline=None)
+@given(program=steps(), share=SHARES)
+def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: float):
+    budget = budget_at(program, share)
+    plan = solve(program, budget)
+    assert plan.peak_bytes <= budget
+    assert verify(program, plan) == ()
+    assert plan.lower_bound <= plan.overhead + 1e-12
+
+
+@settings(max_examples=250, deadline=None)
+@given(program=programs(max_ops=6), solver=st.sampled_from(SOLVERS))
+def test_every_solver_plans_the_plain_peak(program: Program, solver: str):
+    plain = simulate(program).peak_bytes
+    if not plain:
+        return
+    if solver in ("every-block", "segments"):  # recomputing where nothing needs it may cost memory, too
+        plain *= 3
+    plan = solve(program, plain, solver=solver)
+    assert verify(program, plan) == ()
+    assert solver != "auto" or plan.overhead == 0
+
+
+@settings(max_examples=250, deadline=None)
+@given(program=steps(), shares=st.tuples(SHARES, SHARES).map(sorted))
+def test_more_budget_never_costs_more(program: Program, shares: list[float]):
+    less, more = (budget_at(program, share) for share in shares)
+    assert solve(program, more).overhead <= solve(program, less).overhead + 1e-12
+
+
+@settings(max_examples=250, deadline=None)
+@given(program=steps(), share=SHARES)
+def test_the_floor_does_not_depend_on_what_was_asked(program: Program, share: float):
+    floor = solve(program, simulate(program).peak_bytes).floor_bytes
+    assert solve(program, floor).peak_bytes <= floor
+    plan = solve(program, budget_at(program, share))
+    assert plan.floor_bytes in (floor, plan.peak_bytes)
+    with pytest.raises(InfeasibleBudget) as caught:
+        solve(program, floor - 1)
+    assert caught.value.floor_bytes == floor
+
+
+@settings(max_examples=250, deadline=None)
+@given(
+    program=st.one_of(programs(max_ops=4), recorded_steps(2, 4), literature_steps(2, 4)),
+    share=SHARES,
+    t=st.integers(0, 30),
+)
+def test_no_schedule_is_below_the_lower_bound(program: Program, share: float, t: int):
+    budget = budget_at(program, share)
+    best = optimum(program, budget)
+    assert best is not None
+    assert lower_bound(program, budget) * program.seconds <= best + 1e-9
+    assert bound_at(program, t % len(program.ops), budget) <= best + 1e-9
+    assert best <= solve(program, budget).overhead * program.seconds + 1e-9
+
+
+@settings(max_examples=250, deadline=None)
+@given(data=st.data(), program=programs(max_ops=8))
+def test_the_fast_account_is_the_simulators(data: st.DataObject, program: Program):
+    order = data.draw(orders(program, max_extra=5))
+    timeline = simulate(program, Schedule.from_order(program, order))
+    account = Accountant(program)(np.array(order, dtype=np.int64))
+    assert account.during.tolist() == list(timeline.resident_bytes)
+    assert account.extra_seconds == timeline.extra_seconds
+
+
+@settings(max_examples=250, deadline=None)
+@given(data=st.data(), program=st.one_of(steps(), programs(max_ops=8)))
+def test_whatever_is_dropped_can_be_made_again(data: st.DataObject, program: Program):
+    search = Search(program)
+    pick = st.frozensets(st.sampled_from(search.tables.droppable)) if search.tables.droppable else st.just(frozenset())
+    keep, again = data.draw(pick), data.draw(st.lists(pick, max_size=3).map(tuple))
+    order = unroll(program, keep, drop_again=again)
+    schedule = Schedule.from_order(program, order)
+    assert verify(program, schedule) == ()
+    if program.name.startswith("recorded"):
+        assert _runs_again_only_before_unpacks(program, order)
+    dropped = frozenset(search.tables.droppable) - keep
+    assert search.evaluate("", (dropped, *again)).account.order.tolist() == list(order)
+
+
+def _runs_again_only_before_unpacks(program: Program, order: tuple[int, ...]) -> bool:
+    """The tape can run ops again only when the backward asks for a saved value."""
+    seen: set[int] = set()
+    waiting = False
+    for i in order:
+        if i in seen:
+            waiting = True
+        elif waiting and program.ops[i].name != "unpack":
+            return False
+        else:
+            waiting = False
+            seen.add(i)
+    return not waiting
