@@ -27,7 +27,7 @@ def budget_at(program: Program, share: float) -> int:
     return max(1, floor + int(share * (plain - floor)))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(program=steps(), share=SHARES)
 def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: float):
     budget = budget_at(program, share)
@@ -37,7 +37,7 @@ def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: fl
     assert plan.lower_bound <= plan.overhead + 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(program=programs(max_ops=6), solver=st.sampled_from(SOLVERS))
 def test_every_solver_plans_the_plain_peak(program: Program, solver: str):
     plain = simulate(program).peak_bytes
@@ -50,14 +50,14 @@ def test_every_solver_plans_the_plain_peak(program: Program, solver: str):
     assert solver != "auto" or plan.overhead == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(program=steps(), shares=st.tuples(SHARES, SHARES).map(sorted))
 def test_more_budget_never_costs_more(program: Program, shares: list[float]):
     less, more = (budget_at(program, share) for share in shares)
     assert solve(program, more).overhead <= solve(program, less).overhead + 1e-12
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(program=steps(), share=SHARES)
 def test_the_floor_does_not_depend_on_what_was_asked(program: Program, share: float):
     floor = solve(program, simulate(program).peak_bytes).floor_bytes

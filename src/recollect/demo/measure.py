@@ -13,6 +13,7 @@ import gc
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 # The profiler's start and stop lines would run through the progress display. Read when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -66,7 +67,8 @@ def account(step: Callable[[], object], before_bytes: int = 0) -> Account:
 def _events(prof: profile) -> list[tuple[int, int, int]]:
     """``(nanoseconds, address, bytes)`` of every allocation (positive) and release (negative) in time order."""
     found = []
-    stack = list(prof.profiler.kineto_results.experimental_event_tree())
+    results: Any = prof.profiler
+    stack = list(results.kineto_results.experimental_event_tree())
     while stack:
         event = stack.pop()
         stack.extend(event.children)

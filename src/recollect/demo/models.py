@@ -5,6 +5,7 @@ Shapes: B batch, T tokens, D width, H heads, V vocabulary; C channels.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -171,8 +172,8 @@ def checkpoint_every_block(model: nn.Module) -> nn.Module:
     return model
 
 
-def _checkpointed(forward):  # noqa: ANN001, ANN202 - any callable of tensors
-    def run(*args):  # noqa: ANN002, ANN202
-        return checkpoint(forward, *args, use_reentrant=False)
+def _checkpointed(forward: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    def run(x: Tensor) -> Tensor:
+        return checkpoint(forward, x, use_reentrant=False)
 
     return run

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
@@ -50,8 +51,7 @@ def run_demo(
         f"torch {torch.__version__}, {torch.get_num_threads()} threads of {os.cpu_count()} cores, {platform.system()}"
     )
     results = [_train(task, steps, console) for task in tasks(quick)]
-    for result in results:
-        console.print(table(result))
+    console.print(table(results))
     console.print(summary(results))
     save_picture(results, picture)
     console.print(f"Picture of memory over the step: {picture}")
@@ -85,34 +85,35 @@ def _train(task: Task, steps: int, console: Console) -> Result:
         return run_task(task, steps, on_step)
 
 
-def table(result: Result) -> Table:
-    """One line for every variant."""
-    grid = Table(title=result.task, title_justify="left", title_style="bold")
+def table(results: list[Result]) -> Table:
+    """One line for every variant, one section for every task."""
+    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     grid.add_column("training")
     for name in ("budget", "predicted peak", "measured peak", "of plain", "extra time"):
         grid.add_column(name, justify="right")
-    for name in ("gradients identical", "buffers, random state identical"):
+    for name in ("gradients identical", "state identical"):
         grid.add_column(name, justify="center")
     grid.add_column("final loss", justify="right")
-    plain = result.rows[0]
-    for row in result.rows:
-        grid.add_row(*_cells(row, plain))
+    for result in results:
+        grid.add_row(f"[bold]{result.label}")
+        for row in result.rows:
+            grid.add_row(*_cells(row, result.rows[0]))
+        grid.add_section()
     return grid
 
 
 def _cells(row: Row, plain: Row) -> tuple[str, ...]:
-    floor = " (floor)" if row.at_floor else ""
     is_plain = row is plain
     return (
         row.name,
-        "" if row.budget_bytes is None else format_bytes(row.budget_bytes) + floor,
+        "" if row.budget_bytes is None else format_bytes(row.budget_bytes) + ("*" if row.at_floor else ""),
         "" if row.predicted_bytes is None else format_bytes(row.predicted_bytes),
         format_bytes(row.account.peak_bytes),
         f"{row.account.peak_bytes / plain.account.peak_bytes:.1%}",
         "" if is_plain else f"{row.time_ratio - 1:+.1%}",
         "" if is_plain else _yes_no(row.same_gradients),
         "" if is_plain else _yes_no(row.same_state),
-        f"{row.loss:.6f}",
+        f"{row.loss:.4f}",
     )
 
 
@@ -126,12 +127,13 @@ def summary(results: list[Result]) -> str:
     over = sum(row.account.peak_bytes > (row.budget_bytes or 0) for row in rows)
     different = sum(not (row.same_gradients and row.same_state) for row in rows)
     off = max((abs(row.account.peak_bytes / (row.predicted_bytes or 1) - 1) for row in rows), default=0.0)
-    return (
-        f"recollect: {over} of {len(rows)} runs above their budget, {different} of {len(rows)} not bit-identical to plain "
-        f"training; measured and predicted peak differ by at most {off:.3%}.\n"
+    text = (
+        f"recollect: {over} of {len(rows)} runs above their budget, {different} of {len(rows)} not bit-identical to "
+        f"plain training; measured and predicted peak differ by at most {off:.3%}.\n"
         "Peaks are the allocator's own account of forward, backward and optimizer step. Extra time is the median over "
-        "the steps of each step's time over the plain step beside it."
+        "the steps of each step's time over the plain step beside it. State: buffers and random generator."
     )
+    return text + ("\n* the floor, as the budget asked for is below it" if any(r.at_floor for r in rows) else "")
 
 
 def save_picture(results: list[Result], path: Path) -> None:
@@ -156,7 +158,7 @@ def _draw(axes: Axes, result: Result) -> None:
             axes.fill_between(moments, megabytes, step="post", color=color, alpha=0.15)
         if row.budget_bytes is not None:
             axes.axhline(row.budget_bytes / _MEGA, color=color, linewidth=0.9, linestyle="--")
-    axes.set_title(result.task, loc="left", fontsize=10)
+    axes.set_title(result.name, loc="left", fontsize=10)
     axes.set_xlabel("percent of the step's time, under the profiler (dashed: budgets)")
     axes.set_ylabel("MB in memory, allocator's account")
     axes.set_xlim(0, 100)

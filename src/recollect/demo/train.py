@@ -36,12 +36,14 @@ class Task:
     """A model, its data and its loss.
 
     Attributes:
-        name: what a person calls it.
+        label: its short name.
+        name: its sizes too.
         build: makes the model; the same one for the same state of the global generator.
         loss: ``loss(model, x, y)``, a scalar.
         batches: starts an endless iterator over ``(x, y)``.
     """
 
+    label: str
     name: str
     build: Callable[[], nn.Module]
     loss: Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -86,7 +88,8 @@ class Row:
 class Result:
     """All variants of one task; the first row is the plain run."""
 
-    task: str
+    label: str
+    name: str
     rows: tuple[Row, ...]
 
 
@@ -123,7 +126,7 @@ def _text_task(quick: bool) -> Task:
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
     name = f"GPT, {config.blocks} blocks of width {config.width}, {batch} x {config.context} bytes of Python source"
-    return Task(name, partial(models.GPT, config), loss, partial(data.text_batches, text, batch, config.context))
+    return Task("GPT", name, partial(models.GPT, config), loss, partial(data.text_batches, text, batch, config.context))
 
 
 def _digits_task(quick: bool) -> Task:
@@ -135,7 +138,9 @@ def _digits_task(quick: bool) -> Task:
         return F.cross_entropy(model(x), y)
 
     name = f"Pre-activation ResNet, {len(config.widths) * config.blocks_per_stage} blocks, {batch} digits"
-    return Task(name, partial(models.ResNet, config), loss, partial(data.image_batches, images, labels, batch))
+    return Task(
+        "ResNet", name, partial(models.ResNet, config), loss, partial(data.image_batches, images, labels, batch)
+    )
 
 
 def run_task(task: Task, steps: int, on_step: Callable[[int, float], None] = lambda step, loss: None) -> Result:
@@ -163,7 +168,7 @@ def run_task(task: Task, steps: int, on_step: Callable[[int, float], None] = lam
         for variant in variants:
             _compare(variant, variants[0])
         on_step(step, variants[0].last_loss)
-    return Result(task.name, tuple(_row(v, variants[0]) for v in variants))
+    return Result(task.label, task.name, tuple(_row(v, variants[0]) for v in variants))
 
 
 def _variant(task: Task, name: str) -> Variant:
@@ -178,13 +183,13 @@ def _variant(task: Task, name: str) -> Variant:
 
 
 def _torch_checkpoint(task: Task) -> Variant:
-    variant = _variant(task, "torch.utils.checkpoint, every block")
+    variant = _variant(task, "torch.utils.checkpoint")
     models.checkpoint_every_block(variant.model)
     return variant
 
 
 def _recollect(task: Task, budget: float) -> Variant:
-    variant = _variant(task, f"recollect, {budget:.0%} of plain")
+    variant = _variant(task, f"recollect, {budget:.0%}")
     _set_budget(variant, budget)
     return variant
 

@@ -64,7 +64,7 @@ class Pool:
         self._base = tuple(self._search.frontier)
 
     def _floor_work(self) -> Iterator[Callable[[float], None]]:
-        """The jobs that find the floor; they are done whatever the time, so that the floor is always the same."""
+        """The jobs that find the floor; they are done whatever the time, so that a floor is always known."""
         search = self._search
         yield lambda deadline: _ignore(search.keeping("keep-everything", frozenset(search.tables.droppable)))
         yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))

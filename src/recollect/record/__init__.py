@@ -1,5 +1,5 @@
 """torch to ``Program``: what a training step does, operator by operator, byte by byte."""
 
-from recollect.record.record import NothingDifferentiable, record
+from recollect.record.record import NothingDifferentiable, UnusableInput, record
 
-__all__ = ["NothingDifferentiable", "record"]
+__all__ = ["NothingDifferentiable", "UnusableInput", "record"]

@@ -27,7 +27,11 @@ from recollect.record.world import (
 )
 
 
-class NothingDifferentiable(ValueError):
+class UnusableInput(ValueError):
+    """Something about the model or its inputs that no recording can deal with; the message says what to do."""
+
+
+class NothingDifferentiable(UnusableInput):
     """The callable returned nothing that a backward pass could start from."""
 
 
@@ -65,7 +69,7 @@ def record(
 
     Raises:
         NothingDifferentiable: nothing returned requires grad.
-        ValueError: parameters and inputs are on several devices.
+        UnusableInput: parameters and inputs are on several devices.
     """
     kwargs = dict(kwargs or {})
     modules = reachable_modules(fn, args, kwargs)
@@ -236,7 +240,7 @@ def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
     devices = {str(t.device) for t in tensors}
     if len(devices) > 1:
-        raise ValueError(
+        raise UnusableInput(
             f"parameters and inputs are on several devices ({', '.join(sorted(devices))}); a budget is for one device: "
             "move the model and its inputs to the same one before the call"
         )

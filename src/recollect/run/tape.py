@@ -63,9 +63,10 @@ class OutsideHandle:
 
 @dataclass(slots=True)
 class _Held:
-    """A value in memory: an alias of it; for one that the forward made, its version then."""
+    """A value in memory: an alias of it, whether it is the one that the forward made, and its version then."""
 
     alias: Tensor
+    original: bool
     version: int | None = None
 
     def storage(self) -> torch.UntypedStorage:
@@ -105,6 +106,7 @@ class Tape(TorchDispatchMode):
     Args:
         instructions: what to hold, what to forget, what to run again.
         on_deviation: called once, with a reason, when the forward takes another path than the plan's.
+        on_rerun: called at every op that runs again.
     """
 
     @classmethod
@@ -112,13 +114,17 @@ class Tape(TorchDispatchMode):
         """No compiler wrapper around ``__torch_dispatch__``: a tape does not run under ``torch.compile``."""
         return False
 
-    def __init__(self, instructions: Instructions, on_deviation: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        instructions: Instructions,
+        on_deviation: Callable[[str], None] = lambda reason: None,
+        on_rerun: Callable[[], None] = lambda: None,
+    ) -> None:
         super().__init__()
         self.instructions = instructions
         self.following = True
         self.handles: dict[int, int] = {}
-        self.reruns = 0
-        self._on_deviation = on_deviation
+        self._on_deviation, self._on_rerun = on_deviation, on_rerun
         self._map: ValueMap | None = ValueMap()
         self._n_ops = 0
         self._held: dict[int, _Held] = {}
@@ -157,8 +163,7 @@ class Tape(TorchDispatchMode):
             self._held.pop(old, None)
         for number, tensor in seen.writes:
             if number in self.instructions.keep and self.following:
-                alias = _alias(tensor)
-                self._held[number] = _Held(alias, alias._version)
+                self._held[number] = _Held(_alias(tensor), original=True)
         if entry is not None and self.following:
             self._entries[k] = entry.finish(seen, outputs)
             self._maker.update((n, k) for n, _ in seen.writes)
@@ -198,14 +203,15 @@ class Tape(TorchDispatchMode):
                 return OutsideHandle(tensor.detach(), tensor._version)
             forgotten = self.following and number in self.instructions.forget
             if not forgotten and number not in self._held:
-                alias = tensor.detach()
-                self._held[number] = _Held(alias, alias._version)
+                self._held[number] = _Held(tensor.detach(), original=True)
             return Handle(self, number, tensor)
 
     def finish_forward(self) -> None:
         """The forward is over: from now on the tape only answers the backward."""
         if self.following and self._n_ops < len(self.instructions.path):
             self._deviate(f"the forward ended after {self._n_ops} of {len(self.instructions.path)} operators")
+        for held in self._held.values():  # only now: an in-place op counts up the version after we have seen it
+            held.version = held.alias._version
         self._map = None
 
     # ---- backward ------------------------------------------------------------------------------------------------
@@ -244,13 +250,13 @@ class Tape(TorchDispatchMode):
         if task != self._task:
             if self._retained:
                 self._cursor = 0
-                self._held = {n: h for n, h in self._held.items() if h.version is not None}
+                self._held = {n: h for n, h in self._held.items() if h.original}
             self._task = task
             self._retained = torch._C._autograd._get_current_graph_task_keep_graph()
 
     def _drop(self, number: int) -> None:
         held = self._held.get(number)
-        if held is not None and not (self._retained and held.version is not None):
+        if held is not None and not (self._retained and held.original):
             del self._held[number]
 
     def released(self, number: int) -> None:
@@ -293,7 +299,7 @@ class Tape(TorchDispatchMode):
             for k in sorted(needed):
                 self._run_again(k, None)
             kept = self._sources()
-            for n in [n for n, h in self._held.items() if h.version is None]:
+            for n in [n for n, h in self._held.items() if not h.original]:
                 if n != number and not self.handles.get(n) and n not in kept:
                     del self._held[n]
         return self._held[number].storage()
@@ -301,10 +307,10 @@ class Tape(TorchDispatchMode):
     def _run_again(self, k: int, rerun: Rerun | None) -> None:
         """Run op k again. Without a rerun of the plan everything that it makes is held."""
         entry = self._entries[k]
-        self.reruns += 1
+        self._on_rerun()
         memory = {n: self._storage(n) for n in entry.reads}
         for new, old in entry.in_place:
-            ends = rerun is not None and old in rerun.drops and self._held[old].version is None
+            ends = rerun is not None and old in rerun.drops and not self._held[old].original
             memory[old] = memory[old] if ends else memory[old].clone()
             memory[new] = memory[old]
         results = self._call(entry, memory)
@@ -312,9 +318,9 @@ class Tape(TorchDispatchMode):
         for n, storage in made.items():
             if rerun is None:
                 if n not in self._held:
-                    self._held[n] = _Held(_whole(storage))
+                    self._held[n] = _Held(_whole(storage), original=False)
             elif n in rerun.install:
-                self._held[n] = _Held(_whole(storage))
+                self._held[n] = _Held(_whole(storage), original=False)
         if rerun is not None:
             for n in rerun.drops:
                 self._drop(n)

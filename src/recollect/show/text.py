@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from recollect.plan.budget import format_bytes
@@ -19,7 +19,7 @@ class _Line(NamedTuple):
     """One line of a table: its amount decides the place, equal layers are added up."""
 
     amount: float
-    count: int
+    times: int
     name: str
 
 
@@ -56,9 +56,8 @@ def _repeats(program: Program, timeline: Timeline) -> list[str]:
     )
     items = [(program.ops[i].module or program.ops[i].name, n, n * program.ops[i].seconds) for i, n in timeline.repeats]
     lines = _fold_lines(items)
-    return [head, *(f"  {format_seconds(x.amount):>9}  {x.count:>4} runs  {x.name}" for x in lines[:_SHOWN])] + _more(
-        [format_seconds(sum(x.amount for x in lines[_SHOWN:]))], len(lines) - _SHOWN
-    )
+    shown = [f"  {format_seconds(x.amount):>9}  {x.times:>4} runs  {x.name}" for x in lines[:_SHOWN]]
+    return [head, *shown, *_more(format_seconds(sum(x.amount for x in lines[_SHOWN:])), len(lines) - _SHOWN)]
 
 
 def _peak(program: Program, timeline: Timeline) -> list[str]:
@@ -68,11 +67,11 @@ def _peak(program: Program, timeline: Timeline) -> list[str]:
     where = "".join(f", {part}" for part in (op.module, op.source) if part)
     items = [(program.label(v), 1, float(program.values[v].nbytes)) for v in timeline.resident_at_peak]
     lines = _fold_lines(items)
-    shown = [f"  {format_bytes(int(x.amount)):>9}  {x.count:>3} x  {x.name}" for x in lines[:_SHOWN]]
-    rest = format_bytes(int(sum(x.amount for x in lines[_SHOWN:])))
+    shown = [f"  {format_bytes(int(x.amount)):>9}  {x.times:>3} x  {x.name}" for x in lines[:_SHOWN]]
+    rest = _more(format_bytes(int(sum(x.amount for x in lines[_SHOWN:]))), len(lines) - _SHOWN)
     scratch = f"; {format_bytes(op.scratch_bytes)} of scratch" if op.scratch_bytes else ""
     head = f"The peak stands at op {timeline.peak_op}, {op.name} ({op.phase}){where}{scratch}. In memory there:"
-    return [head, *shown, *_more([rest], len(lines) - _SHOWN)]
+    return [head, *shown, *rest]
 
 
 def _candidates(plan: Plan) -> list[str]:
@@ -91,8 +90,8 @@ def _share(part: int, whole: int) -> str:
     return f"{part / whole:.1%}" if whole else "all"
 
 
-def _more(amounts: Sequence[str], count: int) -> list[str]:
-    return [f"  {amounts[0]:>9}  in {count} more"] if count > 0 else []
+def _more(amount: str, count: int) -> list[str]:
+    return [f"  {amount:>9}  in {count} more"] if count > 0 else []
 
 
 def format_seconds(seconds: float) -> str:

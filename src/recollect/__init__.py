@@ -1,0 +1,43 @@
+"""recollect: gradient checkpointing that plans itself.
+
+Name a budget in bytes; recollect records the training step, plans the cheapest recomputation whose peak stays within
+the budget, and runs it with bit-identical gradients.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from recollect.plan import solve
+from recollect.program import InfeasibleBudget, Plan, Program, Schedule, simulate, verify
+
+if TYPE_CHECKING:
+    from recollect.api import checkpoint, plan, restore, stats
+
+__version__ = "0.1.0"
+__all__ = [
+    "InfeasibleBudget",
+    "Plan",
+    "Program",
+    "Schedule",
+    "checkpoint",
+    "plan",
+    "restore",
+    "simulate",
+    "solve",
+    "stats",
+    "verify",
+]
+
+_NEED_TORCH = ("checkpoint", "plan", "restore", "stats")
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch only when something needs it: programs, solvers and the judge do without."""
+    if name in _NEED_TORCH:
+        from recollect import api
+
+        value = getattr(api, name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'recollect' has no attribute {name!r}")

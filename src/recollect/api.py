@@ -1,0 +1,263 @@
+"""What users call: ``checkpoint``, ``restore``, ``plan``, ``stats``."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
+
+import torch
+from torch import nn
+
+from recollect.plan import parse_budget, solve
+from recollect.program import InfeasibleBudget, Plan
+from recollect.record import NothingDifferentiable, UnusableInput, record
+from recollect.record.optimizer import optimizer_state_bytes
+from recollect.run import Session, Stats
+from recollect.run.session import NotPlannable
+from recollect.show.progress import progress_bar
+
+F = TypeVar("F", bound=Callable[..., Any])
+Budget = int | float | str
+_MARK = "__recollect__"
+
+
+@overload
+def checkpoint(target: F, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0) -> F: ...
+@overload
+def checkpoint(
+    target: None = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0
+) -> Callable[[F], F]: ...
+def checkpoint(
+    target: Any = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0
+) -> Any:
+    """Make a module or a callable train within a memory budget.
+
+    At the first call with a kind of input, the step (forward and backward) is recorded on fake tensors, its operators
+    are timed one by one, and a plan is made: which values stay in memory for the backward and which are computed
+    again. From then on every call follows it. Loss, gradients, buffers and random generators are bit for bit those of
+    plain training.
+
+    Args:
+        target: a module, which stays the same object, or any callable that returns the loss or outputs (then a
+            wrapped one is returned); left out, the result is a decorator.
+        budget: the peak of the whole step, parameters, gradients and inputs included: ``"10GiB"``, ``"512MB"``, a
+            number of bytes, a fraction of the plain peak (``0.5``, ``"50%"``), or ``"auto"`` (what the device has).
+            What runs outside the callable is not seen: wrap a function that returns the loss to have all of it.
+        optimizer: an optimizer, or the size of its state, to be counted as resident.
+        time_limit_seconds: the longest that making a plan may take, recording excluded.
+
+    Returns:
+        The same module, or the wrapped callable.
+
+    Raises:
+        ValueError: a malformed budget, a module without trainable parameters or one that is checkpointed already.
+        InfeasibleBudget: at the first call, when no plan fits; names the smallest budget that does.
+
+    Example:
+        >>> import torch, recollect
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> model = recollect.checkpoint(model, budget=0.9)
+        >>> model(torch.randn(512, 64)).sum().backward()
+        >>> recollect.stats(model).plan.peak_bytes <= recollect.stats(model).plan.budget_bytes
+        True
+    """
+    _check_budget(budget)
+    options = _Options(budget, optimizer, time_limit_seconds)
+    if target is None:
+        return lambda fn: checkpoint(fn, budget=budget, optimizer=optimizer, time_limit_seconds=time_limit_seconds)
+    if not callable(target):
+        raise TypeError(f"recollect.checkpoint takes a module or a callable, got {type(target).__name__}")
+    if _session(target) is not None:
+        raise ValueError("this is checkpointed by recollect already; undo that first with recollect.restore(...)")
+    if isinstance(target, nn.Module):
+        return _checkpoint_module(target, options)
+    return _checkpoint_callable(target, options)
+
+
+def restore(target: F) -> F:
+    """Undo ``checkpoint``: the module as it was, or the callable that was wrapped.
+
+    Raises:
+        ValueError: the target is not checkpointed by recollect.
+    """
+    session = _session(target)
+    if session is None:
+        raise ValueError("this is not checkpointed by recollect, so there is nothing to restore")
+    if not isinstance(target, nn.Module):
+        return session.fn  # type: ignore[return-value]
+    forward: _Forward = vars(target)["forward"]
+    del target.forward
+    if forward.replaced is not None:
+        target.forward = forward.replaced
+    return target
+
+
+def stats(target: Any) -> Stats:
+    """What a checkpointed module or callable has done so far: its plan, calls, deviations, reruns.
+
+    Raises:
+        ValueError: the target is not checkpointed by recollect.
+    """
+    session = _session(target)
+    if session is None:
+        raise ValueError("this is not checkpointed by recollect; call recollect.checkpoint on it first")
+    return session.stats()
+
+
+def plan(
+    fn: Callable[..., Any],
+    *args: Any,
+    budget: Budget,
+    optimizer: Any = None,
+    solver: str = "auto",
+    timing: str = "estimate",
+    time_limit_seconds: float = 10.0,
+    **kwargs: Any,
+) -> Plan:
+    """Plan a training step without running it: nothing of the model's or the activations' size is allocated.
+
+    Args:
+        fn: a module or callable, as for ``checkpoint``; its tensors may be real, fake, or on the ``meta`` device.
+        *args: its positional arguments.
+        budget: as for ``checkpoint``.
+        optimizer: as for ``checkpoint``.
+        solver: name of a solver (``recollect.plan.SOLVERS``); ``"auto"`` takes the best of several.
+        timing: ``"estimate"`` operators from their FLOPs and bytes, or ``"measure"`` each distinct one, alone, on the
+            device (then kernel scratch is in the account too, as it is for ``checkpoint``).
+        time_limit_seconds: the longest that planning may take, recording excluded.
+        **kwargs: keyword arguments of ``fn``.
+
+    Raises:
+        ValueError: malformed budget, inputs on several devices, nothing differentiable.
+        InfeasibleBudget: no known plan fits.
+
+    Example:
+        >>> import torch, recollect
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> plan = recollect.plan(model, torch.randn(512, 64), budget="90%")
+        >>> plan.peak_bytes <= 0.9 * plan.plain_peak_bytes
+        True
+    """
+    _check_budget(budget)
+    if timing not in ("estimate", "measure"):
+        raise ValueError(f'timing is "estimate" or "measure", not {timing!r}')
+    session = _session(fn)
+    plain = session.fn if session is not None else fn
+    with progress_bar() as progress:
+        program = record(
+            plain, args, kwargs, optimizer_bytes=optimizer_state_bytes(optimizer), timing=timing, progress=progress
+        )
+        return solve(
+            program, _in_bytes(budget, program.fixed_bytes), solver=solver, time_limit_seconds=time_limit_seconds,
+            progress=progress,
+        )  # fmt: skip
+
+
+class _Options:
+    """What a user asked of ``checkpoint``; makes the plans."""
+
+    def __init__(self, budget: Budget, optimizer: Any, time_limit_seconds: float) -> None:
+        self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model needs the size of the optimizer's state, not the optimizer."""
+        return vars(self) | {"optimizer": optimizer_state_bytes(self.optimizer)}
+
+    def make_plan(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
+        with progress_bar() as progress:
+            try:
+                state = optimizer_state_bytes(self.optimizer)
+                program = record(fn, args, kwargs, optimizer_bytes=state, progress=progress)
+            except (NothingDifferentiable, UnusableInput):
+                raise
+            except Exception as error:
+                raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
+            budget = _in_bytes(self.budget, program.fixed_bytes)
+            return solve(program, budget, time_limit_seconds=self.time_limit_seconds, progress=progress)
+
+
+class _Forward:
+    """Stands in for ``forward`` on one module; goes along when the module is copied or pickled."""
+
+    def __init__(self, module: nn.Module, options: _Options) -> None:
+        self.module, self.options = module, options
+        self.replaced = vars(module).get("forward")
+        self._wrap()
+
+    def _wrap(self) -> None:
+        plain = self.replaced or functools.partial(type(self.module).forward, self.module)
+        functools.update_wrapper(self, type(self.module).forward, updated=())
+        self.session = Session(_PlainForward(self.module, plain), self.options.make_plan)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.session.call(args, kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plans stay behind: they are made anew where they are needed."""
+        return {"module": self.module, "options": self.options, "replaced": self.replaced}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._wrap()
+
+
+class _PlainForward:
+    """A module's own forward, with the module in sight of the recorder."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module, self._forward = module, forward
+        self.__name__ = type(module).__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
+def _checkpoint_module(module: nn.Module, options: _Options) -> nn.Module:
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(
+            f"{type(module).__name__} has no parameters that require grad, so there is no backward pass to save memory "
+            "for; to checkpoint a computation on inputs that require grad, wrap a function instead of the module"
+        )
+    module.forward = _Forward(module, options)  # type: ignore[method-assign,assignment]
+    return module
+
+
+def _checkpoint_callable(fn: Callable[..., Any], options: _Options) -> Callable[..., Any]:
+    session = Session(fn, options.make_plan)
+
+    @functools.wraps(fn)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return session.call(args, kwargs)
+
+    setattr(checkpointed, _MARK, session)
+    return checkpointed
+
+
+def _session(target: Any) -> Session | None:
+    if isinstance(target, nn.Module):
+        forward = vars(target).get("forward")
+        return forward.session if isinstance(forward, _Forward) else None
+    session = getattr(target, _MARK, None)
+    return session if isinstance(session, Session) else None
+
+
+def _check_budget(budget: Budget) -> None:
+    """Refuse a malformed budget at the door."""
+    if budget != "auto":
+        parse_budget(budget, 1 << 62)
+
+
+def _in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
+    """``"auto"`` as bytes: what is free on the device now, plus what the step's fixed values take already."""
+    if budget != "auto":
+        return budget
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(0.95 * (free + reserved)) + fixed_bytes
+    return int(0.95 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + fixed_bytes
+
+
+__all__ = ["InfeasibleBudget", "checkpoint", "plan", "restore", "stats"]

@@ -1,0 +1,7 @@
+"""Plan to execution: the eager tape."""
+
+from recollect.run.instructions import Instructions, instructions_for
+from recollect.run.session import Session, Stats
+from recollect.run.tape import Tape
+
+__all__ = ["Instructions", "Session", "Stats", "Tape", "instructions_for"]
