@@ -121,10 +121,11 @@ class _Compiler:
         stays: dict[int, list[_Residency]] = {}
         for p, i in enumerate(self.schedule.order):
             op = self.program.ops[i]
-            if p in again or op.name == "unpack":
-                for v in op.reads:
-                    if v in stays:
-                        stays[v][-1].last_access = p
+            # The first read of an unpack is what it asks for; the others its node happens to hold already.
+            asked = op.reads if p in again else op.reads[:1] if op.name == "unpack" else ()
+            for v in asked:
+                if v in stays:
+                    stays[v][-1].last_access = p
             for v in op.writes:
                 stays.setdefault(v, []).append(_Residency(p))
         return stays

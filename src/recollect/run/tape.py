@@ -96,7 +96,7 @@ class _Entry:
     in_place: tuple[tuple[int, int], ...]
     reads: tuple[int, ...]
     generator: torch.Generator | None
-    generator_state: Tensor | None
+    generator_state: bytearray | None
     settings: NumericSettings
 
 
@@ -190,7 +190,7 @@ class Tape(TorchDispatchMode):
             _template(tuple(args), self._map),
             _template(kwargs, self._map),
             generator,
-            None if generator is None else generator.get_state(),
+            None if generator is None else _state_of(generator),
             NumericSettings.now(),
         )
 
@@ -357,7 +357,7 @@ class _Unfinished:
     args: Any
     kwargs: Any
     generator: torch.Generator | None
-    generator_state: Tensor | None
+    generator_state: bytearray | None
     settings: NumericSettings
 
     def finish(self, seen: Seen, outputs: Sequence[Tensor]) -> _Entry:
@@ -451,17 +451,22 @@ def _generator_of(args: Any, kwargs: Any) -> torch.Generator:
 
 
 @contextlib.contextmanager
-def _generator_at(generator: torch.Generator | None, state: Tensor | None) -> Iterator[None]:
+def _generator_at(generator: torch.Generator | None, state: bytearray | None) -> Iterator[None]:
     """The generator in an earlier state for the length of the block."""
     if generator is None or state is None:
         yield
         return
-    now = generator.get_state()
-    generator.set_state(state)
+    now = _state_of(generator)
+    generator.set_state(torch.frombuffer(state, dtype=torch.uint8))
     try:
         yield
     finally:
-        generator.set_state(now)
+        generator.set_state(torch.frombuffer(now, dtype=torch.uint8))
+
+
+def _state_of(generator: torch.Generator) -> bytearray:
+    """The state of a generator; not as a tensor, which would take part in the account of memory."""
+    return bytearray(generator.get_state().numpy())
 
 
 def _modified(what: View | Tensor, probe: Tensor, expected: int) -> RuntimeError:
