@@ -15,7 +15,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from recollect.demo.train import Result, Row, Task, run_task, tasks
-from recollect.show.text import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -44,7 +43,7 @@ def run_demo(
     Raises:
         ValueError: too few steps.
     """
-    console = console or Console()
+    console = console or Console(highlight=False)
     picture = _picture_path(Path(out))
     start = time.perf_counter()
     console.print(
@@ -75,27 +74,31 @@ def _train(task: Task, steps: int, console: Console) -> Result:
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    console.print(task.name)
-    with Progress(*columns, console=console) as progress:
-        bar = progress.add_task("  training in turns", total=steps, note="recording and planning")
+    console.print(f"[bold]{task.name}[/]: three plans are made in the first step")
+    progress = Progress(*columns, console=console)
+    bar = progress.add_task("  training in turns", total=steps, note="")
 
-        def on_step(step: int, loss: float) -> None:
-            progress.update(bar, completed=step + 1, note=f"loss {loss:.3f}")
+    def on_step(step: int, loss: float) -> None:
+        progress.start()  # Not before the first step is over: recollect shows a bar of its own while it plans.
+        progress.update(bar, completed=step + 1, note=f"loss {loss:.3f}")
 
+    try:
         return run_task(task, steps, on_step)
+    finally:
+        progress.stop()
 
 
 def table(results: list[Result]) -> Table:
     """One line for every variant, one section for every task."""
-    grid = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    grid.add_column("training")
-    for name in ("budget", "predicted peak", "measured peak", "of plain", "extra time"):
+    grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
+    grid.add_column("training", no_wrap=True)
+    for name in ("budget MB", "predicted peak MB", "measured peak MB", "extra time"):
         grid.add_column(name, justify="right")
-    for name in ("gradients identical", "state identical"):
+    for name in ("same gradients", "same state"):
         grid.add_column(name, justify="center")
     grid.add_column("final loss", justify="right")
     for result in results:
-        grid.add_row(f"[bold]{result.label}")
+        grid.add_row(f"[bold]{result.label}[/]")
         for row in result.rows:
             grid.add_row(*_cells(row, result.rows[0]))
         grid.add_section()
@@ -106,15 +109,18 @@ def _cells(row: Row, plain: Row) -> tuple[str, ...]:
     is_plain = row is plain
     return (
         row.name,
-        "" if row.budget_bytes is None else format_bytes(row.budget_bytes) + ("*" if row.at_floor else ""),
-        "" if row.predicted_bytes is None else format_bytes(row.predicted_bytes),
-        format_bytes(row.account.peak_bytes),
-        f"{row.account.peak_bytes / plain.account.peak_bytes:.1%}",
+        "" if row.budget_bytes is None else _megabytes(row.budget_bytes) + ("*" if row.at_floor else ""),
+        "" if row.predicted_bytes is None else _megabytes(row.predicted_bytes),
+        _megabytes(row.account.peak_bytes),
         "" if is_plain else f"{row.time_ratio - 1:+.1%}",
         "" if is_plain else _yes_no(row.same_gradients),
         "" if is_plain else _yes_no(row.same_state),
         f"{row.loss:.4f}",
     )
+
+
+def _megabytes(nbytes: int) -> str:
+    return f"{nbytes / _MEGA:.1f}"
 
 
 def _yes_no(yes: bool) -> str:
@@ -130,8 +136,10 @@ def summary(results: list[Result]) -> str:
     text = (
         f"recollect: {over} of {len(rows)} runs above their budget, {different} of {len(rows)} not bit-identical to "
         f"plain training; measured and predicted peak differ by at most {off:.3%}.\n"
-        "Peaks are the allocator's own account of forward, backward and optimizer step. Extra time is the median over "
-        "the steps of each step's time over the plain step beside it. State: buffers and random generator."
+        "torch checkpoint: torch.utils.checkpoint around every block. Peaks are the allocator's own account of "
+        "forward, backward and optimizer step. Extra time is the median over "
+        "the steps of each step's time over the plain step beside it. Same: identical to plain training to the last bit; "
+        "state: buffers and random generator."
     )
     return text + ("\n* the floor, as the budget asked for is below it" if any(r.at_floor for r in rows) else "")
 

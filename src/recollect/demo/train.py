@@ -183,7 +183,7 @@ def _variant(task: Task, name: str) -> Variant:
 
 
 def _torch_checkpoint(task: Task) -> Variant:
-    variant = _variant(task, "torch.utils.checkpoint")
+    variant = _variant(task, "torch checkpoint")
     models.checkpoint_every_block(variant.model)
     return variant
 
@@ -252,7 +252,7 @@ def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 def _row(variant: Variant, plain: Variant) -> Row:
     timed = slice(_WARM_UP, -1)
     ratios = [a / b for a, b in zip(variant.seconds[timed], plain.seconds[timed], strict=True)]
-    plan = None if variant.budget is None else recollect.last_plan(variant.loss)
+    plan = None if variant.budget is None else recollect.stats(variant.loss).plan
     assert variant.account is not None
     return Row(
         name=variant.name,

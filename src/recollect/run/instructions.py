@@ -6,6 +6,7 @@ Pure data, no torch. Values and ops carry the numbers that the recorder and the 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from recollect.program import Plan, Program, Schedule
 
@@ -51,6 +52,12 @@ class Instructions:
     forget: frozenset[int]
     again: frozenset[int]
     events: tuple[Event, ...]
+
+    @cached_property
+    def planned(self) -> frozenset[int]:
+        """Values whose stay in memory the plan decides; others stay for as long as a handle stands for them."""
+        installed = (rerun.install for event in self.events for rerun in event.reruns)
+        return self.keep.union(*installed)
 
 
 @dataclass

@@ -263,9 +263,8 @@ class Tape(TorchDispatchMode):
         """A handle is gone; what only handles needed may go when the last one has."""
         left = self.handles[number] - 1
         self.handles[number] = left
-        if not left and (not self.following or number not in self.instructions.keep):
-            if self.following or number not in self._sources():
-                self._held.pop(number, None)
+        if not left and number not in (self.instructions.planned if self.following else self._sources()):
+            self._held.pop(number, None)
 
     def _sources(self) -> frozenset[int]:
         """Values that another run may need as long as the plan is not followed."""

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from recollect.plan.budget import format_bytes
-from recollect.program import Plan, Program, Timeline, simulate
+from recollect.program import Op, Plan, Program, Timeline, simulate
 
 __all__ = ["fold_indices", "format_bytes", "format_seconds", "plan_text"]
 
@@ -54,10 +54,14 @@ def _repeats(program: Program, timeline: Timeline) -> list[str]:
         f"Computed again: {len(timeline.repeats)} of {len(program.ops)} ops, {runs} further runs, "
         f"{format_seconds(timeline.extra_seconds)}"
     )
-    items = [(program.ops[i].module or program.ops[i].name, n, n * program.ops[i].seconds) for i, n in timeline.repeats]
-    lines = _fold_lines(items)
+    lines = _fold_lines((_op_label(program.ops[i]), n, n * program.ops[i].seconds) for i, n in timeline.repeats)
     shown = [f"  {format_seconds(x.amount):>9}  {x.times:>4} runs  {x.name}" for x in lines[:_SHOWN]]
     return [head, *shown, *_more(format_seconds(sum(x.amount for x in lines[_SHOWN:])), len(lines) - _SHOWN)]
+
+
+def _op_label(op: Op) -> str:
+    """Module and operator, such as ``blocks.3.mlp.1 gelu``; the plain name where the program has no modules."""
+    return f"{op.module} {op.name.removeprefix('aten.').removesuffix('.default')}" if op.module else op.name
 
 
 def _peak(program: Program, timeline: Timeline) -> list[str]:

@@ -1,0 +1,112 @@
+"""Every kind of network, at five budgets: the peak is what was promised and the training is that of plain torch."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import recollect
+from recollect.demo.measure import account, resident
+from recollect.record.optimizer import optimizer_state_bytes
+from tests.zoo import CASES, Case
+
+
+@dataclass
+class Training:
+    """Everything that training leaves behind, step by step."""
+
+    losses: list[Tensor]
+    gradients: list[list[Tensor | None]]
+    buffers: list[Tensor]
+    generator: Tensor
+    parameters: list[Tensor]
+
+
+def train(model: nn.Module, step: Callable[..., Tensor], inputs: tuple[Tensor, ...], steps: int) -> Training:
+    torch.manual_seed(7)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    losses, gradients = [], []
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss = step(*inputs)
+        loss.backward()
+        losses.append(loss.detach())
+        gradients.append([None if p.grad is None else p.grad.clone() for p in model.parameters()])
+        optimizer.step()
+    buffers = [b.clone() for b in model.buffers()]
+    return Training(losses, gradients, buffers, torch.get_rng_state(), [p.detach() for p in model.parameters()])
+
+
+def assert_identical(got: Training, plain: Training) -> None:
+    for k, (a, b) in enumerate(zip(got.losses, plain.losses, strict=True)):
+        assert torch.equal(a, b), f"loss of step {k}"
+    for k, (mine, theirs) in enumerate(zip(got.gradients, plain.gradients, strict=True)):
+        for i, (g, h) in enumerate(zip(mine, theirs, strict=True)):
+            assert (g is None) == (h is None), f"step {k}: gradient {i}"
+            assert g is None or torch.equal(g, h), f"step {k}: gradient {i}"
+    assert all(torch.equal(a, b) for a, b in zip(got.buffers, plain.buffers, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(got.parameters, plain.parameters, strict=True))
+    assert torch.equal(got.generator, plain.generator)
+
+
+def measured_peak(model: nn.Module, step: Callable[..., Tensor], inputs: tuple[Tensor, ...], state_bytes: int) -> int:
+    for p in model.parameters():
+        p.grad = None
+    return account(lambda: step(*inputs).backward(), resident(model, *inputs) + state_bytes).peak_bytes
+
+
+def budgets(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], state_bytes: int) -> list[int]:
+    """Five, evenly from just above the floor up to near the plain peak."""
+    probe = recollect.checkpoint(case.loss(model), budget=1.0, optimizer=state_bytes)
+    probe(*inputs).backward()
+    plan = recollect.stats(probe).plan
+    model.zero_grad()
+    low, high = plan.floor_bytes, plan.plain_peak_bytes
+    return [low + (high - low) * k // 5 + (high - low) // 50 for k in range(5)]
+
+
+def check(case: Case, steps: int, which: slice) -> None:
+    torch.manual_seed(0)
+    model, inputs = case.model(), case.inputs()
+    state_bytes = optimizer_state_bytes(torch.optim.Adam(model.parameters()))
+    asked = budgets(case, copy.deepcopy(model), inputs, state_bytes)[which]
+    reference = copy.deepcopy(model)
+    plain = train(reference, case.loss(reference), inputs, steps)
+    for budget in asked:
+        mine = copy.deepcopy(model)
+        step = recollect.checkpoint(case.loss(mine), budget=budget, optimizer=state_bytes)
+        assert_identical(train(mine, step, inputs, steps), plain)
+        stats = recollect.stats(step)
+        assert stats.plan is not None
+        assert (stats.planned, stats.deviations, stats.unplanned) == (1, 0, 0)
+        peak = measured_peak(mine, step, inputs, state_bytes)
+        print(f"{case.name}: budget {budget} predicted {stats.plan.peak_bytes} measured {peak}")
+        assert peak <= budget
+        assert abs(peak - stats.plan.peak_bytes) <= 0.005 * stats.plan.peak_bytes
+        assert recollect.verify(stats.plan.program, stats.plan) == ()
+        assert stats.reruns > 0
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_two_budgets_for_three_steps(case: Case) -> None:
+    check(case, 3, slice(0, 4, 3))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_five_budgets_for_fifty_steps(case: Case) -> None:
+    check(case, 50, slice(0, 5))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_the_plain_peak_is_predicted(case: Case) -> None:
+    torch.manual_seed(0)
+    model, inputs = case.model(), case.inputs()
+    plan = recollect.plan(case.loss(model), *inputs, budget=1.0, timing="measure")
+    case.loss(model)(*inputs).backward()
+    assert measured_peak(model, case.loss(model), inputs, 0) == plan.plain_peak_bytes
