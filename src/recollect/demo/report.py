@@ -92,11 +92,11 @@ def table(results: list[Result]) -> Table:
     """One line for every variant, one section for every task."""
     grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     grid.add_column("training", no_wrap=True)
-    for name in ("budget MB", "predicted peak MB", "measured peak MB", "extra time"):
-        grid.add_column(name, justify="right")
-    for name in ("same gradients", "same state"):
-        grid.add_column(name, justify="center")
-    grid.add_column("final loss", justify="right")
+    for name in ("budget\nMB", "predicted\npeak MB", "measured\npeak MB", "extra\ntime"):
+        grid.add_column(name, justify="right", no_wrap=True)
+    for name in ("same\ngradients", "same\nstate"):
+        grid.add_column(name, justify="center", no_wrap=True)
+    grid.add_column("final\nloss", justify="right", no_wrap=True)
     for result in results:
         grid.add_row(f"[bold]{result.label}[/]")
         for row in result.rows:
@@ -137,9 +137,8 @@ def summary(results: list[Result]) -> str:
         f"recollect: {over} of {len(rows)} runs above their budget, {different} of {len(rows)} not bit-identical to "
         f"plain training; measured and predicted peak differ by at most {off:.3%}.\n"
         "torch checkpoint: torch.utils.checkpoint around every block. Peaks are the allocator's own account of "
-        "forward, backward and optimizer step. Extra time is the median over "
-        "the steps of each step's time over the plain step beside it. Same: identical to plain training to the last bit; "
-        "state: buffers and random generator."
+        "forward, backward and optimizer step. Extra time is the median over the steps of each step's time over the "
+        "plain step beside it. Same: identical to plain training to the last bit; state: buffers and random generator."
     )
     return text + ("\n* the floor, as the budget asked for is below it" if any(r.at_floor for r in rows) else "")
 
