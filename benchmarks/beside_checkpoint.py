@@ -45,12 +45,12 @@ class Network:
 def networks() -> tuple[Network, ...]:
     """The two networks of the comparison."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(blocks=12, width=256, heads=8, context=256, dropout=0.1))
-    tokens = torch.randint(0, 256, (2, 4, 256))
-    resnet = ResNet(ResNetConfig(widths=(32, 64, 128), blocks_per_stage=4))
+    gpt = GPT(GPTConfig(blocks=6, width=192, heads=6, context=128, dropout=0.1))
+    tokens = torch.randint(0, 256, (2, 16, 128))
+    resnet = ResNet(ResNetConfig(widths=(24, 48, 96), blocks_per_stage=3))
     return (
         Network("GPT", gpt, _next_token, (tokens[0], tokens[1])),
-        Network("ResNet", resnet, _classify, (torch.randn(32, 1, 32, 32), torch.randint(0, 10, (32,)))),
+        Network("ResNet", resnet, _classify, (torch.randn(64, 1, 32, 32), torch.randint(0, 10, (64,)))),
     )
 
 
@@ -65,7 +65,10 @@ def _classify(model: nn.Module) -> Callable[..., Tensor]:
 def steps_of(network: Network, budgets: Mapping[str, int]) -> dict[str, tuple[nn.Module, Step]]:
     """Plain, every block, and recollect at each budget: each with a model of its own."""
     plain, blocks = copy.deepcopy(network.model), checkpoint_every_block(copy.deepcopy(network.model))
-    steps = {"plain": (plain, _step(network.loss(plain), network)), "block": (blocks, _step(network.loss(blocks), network))}
+    steps = {
+        "plain": (plain, _step(network.loss(plain), network)),
+        "block": (blocks, _step(network.loss(blocks), network)),
+    }
     for name, budget in budgets.items():
         model = copy.deepcopy(network.model)
         steps[name] = (model, _step(recollect.checkpoint(network.loss(model), budget=budget), network))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ def xor_mlp() -> nn.Module:
     """Widths 2-200-500-1000(x9)-500-200-100-50-2."""
     widths = [2, 200, 500, *[1000] * 9, 500, 200, 100, 50, 2]
     layers: list[nn.Module] = []
-    for inputs, outputs in zip(widths, widths[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(widths):
         layers += [nn.Linear(inputs, outputs), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from recollect.plan import parse_budget, solve
 from recollect.program import InfeasibleBudget, Plan
-from recollect.record import NothingDifferentiable, UnusableInput, record
+from recollect.record import UnusableInput, record
 from recollect.record.optimizer import optimizer_state_bytes
 from recollect.run import Session, Stats
 from recollect.run.session import NotPlannable
@@ -170,7 +170,7 @@ class _Options:
             try:
                 state = optimizer_state_bytes(self.optimizer)
                 program = record(fn, args, kwargs, optimizer_bytes=state, progress=progress)
-            except (NothingDifferentiable, UnusableInput):
+            except UnusableInput:
                 raise
             except Exception as error:
                 raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
@@ -189,6 +189,7 @@ class _Forward:
     def _wrap(self) -> None:
         plain = self.replaced or functools.partial(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
+        self.__wrapped__ = plain  # already bound: the signature is that of a call
         self.session = Session(_PlainForward(self.module, plain), self.options.make_plan)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

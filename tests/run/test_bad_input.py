@@ -34,7 +34,9 @@ def assert_untouched(model: nn.Module, before: tuple[Any, ...]) -> None:
     assert all(torch.equal(v, tensors[k]) for k, v in model.state_dict().items())
 
 
-@pytest.mark.parametrize("budget", [0, -5, "-3GiB", "0", 1.5, 0.0, float("nan"), "ten", "", "5 apples", None, True, [1]])
+@pytest.mark.parametrize(
+    "budget", [0, -5, "-3GiB", "0", 1.5, 0.0, float("nan"), "ten", "", "5 apples", None, True, [1]]
+)
 def test_malformed_budgets(budget: Any) -> None:
     model = network()
     before = state_of(model)

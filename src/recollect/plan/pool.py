@@ -15,12 +15,15 @@ from recollect.plan.greedy import greedy
 from recollect.plan.min_cut import Pricer
 from recollect.plan.search import Candidate, Entry, Search, no_noise
 from recollect.plan.segments import boundaries, crossing
-from recollect.program import Program, Schedule
+from recollect.plan.walks import Walks
+from recollect.program import Program, Schedule, simulate
 
 _SMALL_PROGRAM = 200
 _LARGE_PROGRAM = 6000
 _RUNGS = 16
 _SEED = 20160421
+_MISSES = 8
+"""After how many walks without success the rest of the disturbances is left to shave and fill."""
 
 
 @dataclass(frozen=True)
@@ -43,25 +46,31 @@ class Pool:
 
     def __init__(self, program: Program) -> None:
         self._search = Search(program)
+        self._walks = Walks(self._search)
         floor = list(self._floor_work())
         self._mandatory = len(floor)
         self._jobs = [*floor, *self._work()]
         self._done = 0
         self._base: tuple[Entry, ...] = ()
+        self._leveled: tuple[Entry, ...] = ()
+        self._floor: list[Entry] = []
+        """The candidate with the lowest peak after the mandatory jobs, so that it does not depend on the time."""
 
     # -- the pool ------------------------------------------------------------------------------------------------------
 
     def grow(self, deadline: float, progress: Callable[[str, float], None]) -> None:
         """Make the candidates that are not there yet, until the deadline."""
         if self._done:
-            self._search.frontier = list(self._base)
+            self._search.frontier, self._search.leveled = list(self._base), list(self._leveled)
         while self._done < len(self._jobs):
             if self._done >= self._mandatory and time.monotonic() > deadline:
                 break
             progress("pool of candidates", 0.6 * self._done / len(self._jobs))
             self._jobs[self._done](deadline)
             self._done += 1
-        self._base = tuple(self._search.frontier)
+            if self._done == self._mandatory:
+                self._floor = self._search.frontier[:1]
+        self._base, self._leveled = tuple(self._search.frontier), tuple(self._search.leveled)
 
     def _floor_work(self) -> Iterator[Callable[[float], None]]:
         """The jobs that find the floor; they are done whatever the time, so that a floor is always known."""
@@ -70,6 +79,7 @@ class Pool:
         yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
         yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
         yield lambda deadline: self._find_floor()
+        yield lambda deadline: self._walks.find_floor()
 
     def _work(self) -> Iterator[Callable[[float], None]]:
         """The jobs that make the rest of the pool, the most valuable first."""
@@ -79,6 +89,7 @@ class Pool:
         for price in prices:
             for cut in cuts:
                 yield self._priced(pricer, price, cut)
+        yield from self._walks.ladder()
         if len(search.tables.ops) <= _SMALL_PROGRAM:
             yield from (self._rung(k) for k in range(_RUNGS))
 
@@ -118,7 +129,7 @@ class Pool:
 
     def _find_floor(self) -> None:
         """Shave the lowest peaks as far down as it goes."""
-        for entry in self._search.frontier[:3]:
+        for entry in self._search.leveled[:3]:
             self._search.shave(self._search.recall(entry), 0, rounds=40)
 
     def _rung(self, k: int) -> Callable[[float], None]:
@@ -137,8 +148,9 @@ class Pool:
     ) -> Found:
         """The best candidate for the budget."""
         begin = time.monotonic()
-        self.grow(begin + 0.5 * limit, progress)
-        floor = self._base[0]
+        nothing_to_do = budget_bytes >= simulate(program).peak_bytes
+        self.grow(begin if nothing_to_do else begin + 0.5 * limit, progress)
+        floor = self._floor[0]
         greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.65 * limit)
         if budget_bytes >= floor.peak_bytes and solver == "auto":
             progress("search", 0.6)
@@ -161,7 +173,7 @@ class Pool:
     def _choose(self, budget_bytes: int, solver: str, greedy_one: Candidate) -> Entry | None:
         if solver == "greedy":
             return greedy_one.entry if greedy_one.peak_bytes <= budget_bytes else None
-        return self._search.best_within(budget_bytes) if budget_bytes >= self._base[0].peak_bytes else None
+        return self._search.best_within(budget_bytes) if budget_bytes >= self._floor[0].peak_bytes else None
 
     def _report(self, program: Program, budget_bytes: int, greedy_one: Candidate) -> tuple[tuple[str, int, float], ...]:
         """The greedy and the best of every algorithm of the pool that fits."""
@@ -183,11 +195,15 @@ class Pool:
             if time.monotonic() > deadline:
                 return
             self._fit(search.recall(entry), budget_bytes, budget_bytes, deadline)
-        dice = random.Random(_SEED)
-        for _ in range(disturbances):
+        self._walks.around(budget_bytes, deadline)
+        dice, misses = random.Random(_SEED), 0
+        for k in range(disturbances):
             best = search.best_within(budget_bytes)
             if best is None or best.extra_seconds == 0 or time.monotonic() > deadline:
                 return
+            if k % 2 and misses < _MISSES:
+                self._walks.disturb(best, budget_bytes, dice)
+                misses = misses + 1 if search.best_within(budget_bytes) is best else 0
             self._disturb(best, budget_bytes, dice, deadline)
 
     def _disturbances(self) -> int:
@@ -196,8 +212,10 @@ class Pool:
 
     def _disturb(self, best: Entry, budget_bytes: int, dice: random.Random, deadline: float) -> None:
         """Large-neighbourhood search, one step: shave below the budget with noisy scores, then fill."""
-        above = [e for e in self._search.frontier if e.peak_bytes > budget_bytes][:12]
-        start = dice.choice(above) if above and dice.random() < 0.3 else best
+        levels = self._search.leveled
+        above = [e for e in levels if e.peak_bytes > budget_bytes][:12]
+        below = best if best.runs is None else next((e for e in reversed(levels) if e.peak_bytes <= budget_bytes), best)
+        start = dice.choice(above) if above and dice.random() < 0.3 else below
         spread, share = dice.choice((0.0, 0.1, 0.3, 0.6, 1.0)), dice.choice((0.99, 0.97, 0.94, 0.9, 0.8))
         self._search.noise = lambda: exp(dice.gauss(0, spread))
         try:
@@ -207,9 +225,9 @@ class Pool:
 
     def _starts(self, budget_bytes: int) -> list[Entry]:
         """The best that fit, and some that do not, from a little to much above the budget."""
-        frontier = self._search.frontier
-        fit = [e for e in frontier if e.peak_bytes <= budget_bytes]
-        above = [e for e in frontier if e.peak_bytes > budget_bytes]
+        leveled = self._search.leveled
+        fit = [e for e in leveled if e.peak_bytes <= budget_bytes]
+        above = [e for e in leveled if e.peak_bytes > budget_bytes]
         ranks = dict.fromkeys((0, 1, 2, 3, *(len(above) * k // 8 for k in range(1, 8)), len(above) - 1))
         return fit[-2:] + [above[k] for k in ranks if 0 <= k < len(above)]
 

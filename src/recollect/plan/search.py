@@ -17,6 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from recollect.plan.account import Account, Accountant
+from recollect.plan.reuse import reuse
 from recollect.plan.tables import Tables, tables_of
 from recollect.plan.unroll import Levels, reruns
 from recollect.program import Program
@@ -35,12 +36,16 @@ def no_noise() -> float:
 
 @dataclass(frozen=True, eq=False)
 class Entry:
-    """A candidate without its account: what is dropped, its peak and the seconds it costs."""
+    """A candidate without its account: what is dropped, its peak and the seconds it costs.
+
+    ``runs`` are the further runs of a candidate that no levels describe; ``dropped`` is empty then.
+    """
 
     name: str
     dropped: Levels
     peak_bytes: int
     extra_seconds: float
+    runs: tuple[tuple[int, int], ...] | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,12 +57,14 @@ class Candidate:
         dropped: from the forward, of the first copies made again, of the second, ...
         runs: the further runs as ``(late op, op)``.
         account: bytes run by run.
+        walked: the runs come from a walk (``evict``), and no levels describe them.
     """
 
     name: str
     dropped: Levels
     runs: list[tuple[int, int]]
     account: Account
+    walked: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -72,7 +79,8 @@ class Candidate:
     @property
     def entry(self) -> Entry:
         """What is worth remembering."""
-        return Entry(self.name, self.dropped, self.peak_bytes, self.extra_seconds)
+        runs = tuple(self.runs) if self.walked else None
+        return Entry(self.name, self.dropped, self.peak_bytes, self.extra_seconds, runs)
 
     @property
     def rank(self) -> tuple[float, int]:
@@ -86,6 +94,7 @@ class Search:
     Attributes:
         tables, accountant: facts about the program.
         frontier: of all candidates seen those that no other beats in both bytes and seconds, by rising peak.
+        leveled: the same of the candidates that are not walked, which alone ``shave`` and ``fill`` can change.
         evaluations: how many candidates were looked at.
         noise: factor on every score of ``shave`` and ``fill``; 1.0 unless a search wants variety.
     """
@@ -94,6 +103,7 @@ class Search:
         self.tables: Tables = tables_of(program)
         self.accountant = Accountant(program)
         self.frontier: list[Entry] = []
+        self.leveled: list[Entry] = []
         self.evaluations = 0
         self.noise: Callable[[], float] = no_noise
         self._known: dict[Levels, Candidate] = {}
@@ -125,21 +135,24 @@ class Search:
             self._known[dropped] = candidate
         return candidate
 
+    def reuse(self, name: str, runs: list[tuple[int, int]], budget_bytes: int) -> Candidate:
+        """The candidate with the given further runs, less those that the room below the budget makes superfluous."""
+        left, account = reuse(self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
+        self.evaluations += 1
+        candidate = Candidate(name, (), left, account, walked=True)
+        self._remember(candidate)
+        return candidate
+
     def _remember(self, candidate: Candidate) -> None:
-        """Keep the candidates that no other beats in both bytes and seconds, by rising peak."""
-        peaks = [c.peak_bytes for c in self.frontier]
-        k = bisect_right(peaks, candidate.peak_bytes)
-        if k and self.frontier[k - 1].extra_seconds <= candidate.extra_seconds:
-            return
-        while k < len(self.frontier) and self.frontier[k].extra_seconds >= candidate.extra_seconds:
-            del self.frontier[k]
-        if k and self.frontier[k - 1].peak_bytes == candidate.peak_bytes:
-            k -= 1
-            del self.frontier[k]
-        self.frontier.insert(k, candidate.entry)
+        _insert(self.frontier, candidate.entry)
+        if not candidate.walked:
+            _insert(self.leveled, candidate.entry)
 
     def recall(self, entry: Entry) -> Candidate:
         """The candidate of an entry."""
+        if entry.runs is not None:
+            runs = list(entry.runs)
+            return Candidate(entry.name, (), runs, self.accountant(self.accountant.order(runs)), walked=True)
         return self.evaluate(entry.name, entry.dropped)
 
     def best_within(self, budget_bytes: int) -> Entry | None:
@@ -159,7 +172,12 @@ class Search:
         rounds: int = 60,
         deadline: float = float("inf"),
     ) -> Candidate:
-        """Lower the peak towards the target; the last candidate, or the lowest when the target is out of reach."""
+        """Lower the peak towards the target; the last candidate, or the lowest when the target is out of reach.
+
+        A walked candidate stays as it is: a walk with a lower limit is the way to lower that one.
+        """
+        if start.walked:
+            return start
         current = lowest = start
         stuck = 0
         for _ in range(rounds):
@@ -238,6 +256,8 @@ class Search:
         self, start: Candidate, budget_bytes: int, *, rounds: int = 24, deadline: float = float("inf")
     ) -> Candidate:
         """Keep more while the peak stays within the budget; never worse than ``start``."""
+        if start.walked:
+            return self.reuse(start.name, start.runs, budget_bytes)
         best, refused = start, set[tuple[int, int]]()
         size = 1 << 30
         for _ in range(rounds):
@@ -274,6 +294,19 @@ class Search:
                 picks.append((v, level))
                 taken.add(v)
         return picks
+
+
+def _insert(frontier: list[Entry], entry: Entry) -> None:
+    """Keep the entries that no other beats in both bytes and seconds, by rising peak."""
+    k = bisect_right([e.peak_bytes for e in frontier], entry.peak_bytes)
+    if k and frontier[k - 1].extra_seconds <= entry.extra_seconds:
+        return
+    while k < len(frontier) and frontier[k].extra_seconds >= entry.extra_seconds:
+        del frontier[k]
+    if k and frontier[k - 1].peak_bytes == entry.peak_bytes:
+        k -= 1
+        del frontier[k]
+    frontier.insert(k, entry)
 
 
 def _gaps(current: Candidate) -> Iterator[tuple[int, int, int, int]]:

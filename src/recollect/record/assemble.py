@@ -83,6 +83,8 @@ def _reason(op: RecordedOp, recorder: Recorder, lost: set[int], benign: set[int]
         return "backward"
     if facts.never_again:
         return facts.never_again
+    if not recorder.changed_unseen.isdisjoint(op.writes):
+        return "what it makes is changed by something that torch does not see"
     if op.opaque:
         return "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
     if facts.batch_norm:
@@ -98,12 +100,15 @@ def _reason(op: RecordedOp, recorder: Recorder, lost: set[int], benign: set[int]
 
 
 def _stale(op: RecordedOp, recorder: Recorder, *, skip: bool) -> str:
-    """Reads something from outside that is overwritten later (running statistics in training are not read)."""
+    """Reads something from outside that the step overwrites (running statistics in training are not read).
+
+    One overwritten before counts too: the next forward overwrites it again, perhaps before this one's backward.
+    """
     if skip and op.effects:
         return ""
-    for n, version in op.outside_versions:
-        if recorder.outside_version(n) != version:
-            return f"reads {recorder.values[n].label}, which is overwritten later"
+    for n in op.reads:
+        if n < 0 and recorder.outside_version(n):
+            return f"reads {recorder.values[n].label}, which every step overwrites"
     return ""
 
 

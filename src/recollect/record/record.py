@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
@@ -75,7 +76,7 @@ def record(
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
     try:
-        with _fake_world(modules, args, kwargs, device) as world:
+        with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device) as world:
             recorder = _record_in(world, fn, modules, progress)
     except NothingDifferentiable:
         raise
@@ -96,9 +97,12 @@ def record(
 class _World:
     """Arguments and helpers of one recording: fake or real."""
 
-    def __init__(self, args: Any, kwargs: Any, convert: Any, blank: Any, before_write: Any) -> None:
+    def __init__(
+        self, args: Any, kwargs: Any, convert: Any, blank: Any, before_write: Any, content: Any, fingerprint: Any
+    ) -> None:
         self.args, self.kwargs = args, kwargs
-        self.convert, self.blank, self.before_write = convert, blank, before_write
+        self.convert, self.blank, self.before_write, self.content = convert, blank, before_write, content
+        self.fingerprint = fingerprint
 
 
 @contextmanager
@@ -124,12 +128,12 @@ def _fake_world(
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
         return torch.empty(n, dtype=dtype, device=where)
 
-    with undisturbed(modules), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         swap_tensors(modules, convert)
         fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert)
         with mode:
-            yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None)
+            yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, lambda t: None, None)
 
 
 def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
@@ -161,9 +165,12 @@ def _record_for_real(
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
     outside.update(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
-    with undisturbed(modules):
+    twin = _Twins()
+    with undisturbed(modules, fn, args, kwargs):
         try:
-            world = _World(args, kwargs, lambda t: t, blank, before_write)
+            swap_tensors(modules, twin)
+            args, kwargs = map_tensors((tuple(args), kwargs), twin)
+            world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, _fingerprint)
             return _record_in(world, fn, modules, progress)
         except NothingDifferentiable:
             raise
@@ -175,24 +182,68 @@ def _record_for_real(
                     whole.copy_(saved)
 
 
+class _Twins:
+    """Real tensors under another identity, on the same memory.
+
+    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer) and
+    does not run into the graph that an input comes from.
+    """
+
+    def __init__(self) -> None:
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or not tensor.requires_grad:
+            return tensor
+        if id(tensor) not in self._twins:
+            twin = tensor.detach()
+            twin = nn.Parameter(twin) if isinstance(tensor, nn.Parameter) else twin.requires_grad_()
+            if tensor.is_leaf:
+                twin.grad = tensor.grad
+            self._twins[id(tensor)] = tensor, twin
+        return self._twins[id(tensor)][1]
+
+
+def _copy_of_integers(tensor: Tensor) -> Tensor | None:
+    """The memory of a mask or an index, which the backward cannot do without."""
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+        return None
+    storage = tensor.untyped_storage()
+    flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+    return flat.set_(storage, 0, (storage.nbytes() // tensor.itemsize,)).clone()  # type: ignore[call-overload]
+
+
+def _fingerprint(storage: torch.UntypedStorage) -> int:
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    if storage.device.type == "cpu":
+        return zlib.crc32(whole.numpy().data)
+    wide = whole[: storage.nbytes() // 8 * 8].view(torch.int64)
+    return int(wide.sum()) ^ int(whole[wide.numel() * 8 :].sum())
+
+
 def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: Progress | None) -> Recorder:
     """Run forward and backward under the recorder."""
     paths = ModulePaths(modules)
-    recorder = Recorder(world.blank, world.convert, world.before_write, paths.current)
+    recorder = Recorder(world.blank, world.convert, world.before_write, paths.current, world.content, world.fingerprint)
     if progress is not None:
         recorder.on_op = lambda n: progress("recording", 0.0) if n % 256 == 0 else None
     _know_the_world(recorder, world, modules)
-    with torch.enable_grad(), recorder:
+    with ExitStack() as stack:
+        stack.callback(recorder.reset_generators)
+        stack.enter_context(torch.enable_grad())
+        first_node = torch.ones(1, requires_grad=True).clone().grad_fn
+        stack.enter_context(recorder)
         with paths, recorder.hooks():
             result = fn(*world.args, **world.kwargs)
         torch.clear_autocast_cache()
+        recorder.forward_ends()
         outputs = differentiable_outputs(result)
         if not outputs:
             raise NothingDifferentiable(
                 "the callable returned nothing that requires grad, so there is no backward pass to plan for; return "
                 "the loss (or the model's output), and check that some parameter has requires_grad=True"
             )
-        leaves = leaves_of(outputs)
+        leaves = leaves_of(outputs, since=first_node)
         with gradients_kept(leaves), recorder.seeded(outputs) as start:
             recorder.backward = True
             start()

@@ -39,7 +39,6 @@ class RecordedOp:
     facts: OpFacts | None
     effects: tuple[int, ...] = ()
     opaque: bool = False
-    outside_versions: tuple[tuple[int, int], ...] = ()
     covers_all: bool = False
     signature: CallSignature | None = None
     module: str = ""
@@ -70,10 +69,10 @@ class _Storage:
 class _Packed:
     """What the recorder keeps of a saved tensor: no data."""
 
-    __slots__ = ("__weakref__", "device", "module", "number", "unpacked", "view")
+    __slots__ = ("__weakref__", "content", "device", "module", "number", "unpacked", "view")
 
-    def __init__(self, number: int, view: View, device: torch.device, module: str) -> None:
-        self.number, self.view, self.device, self.module = number, view, device, module
+    def __init__(self, number: int, view: View, device: torch.device, module: str, content: Tensor | None) -> None:
+        self.number, self.view, self.device, self.module, self.content = number, view, device, module, content
         self.unpacked = False
 
 
@@ -85,6 +84,9 @@ class Recorder(TorchDispatchMode):
         blank: makes memory for an unpacked tensor: ``blank(nelements, dtype, device)``.
         convert: turns a tensor met on the way into one of the recording's world (a fake one); identity on real ones.
         before_write: called with every tensor from outside that is about to be overwritten.
+        content: what to keep of a saved tensor after all: a copy where the backward needs the numbers (indices), or
+            nothing.
+        fingerprint: a number that tells the contents of memory apart; None where there are no contents.
         module_path: the path of the module that runs now.
     """
 
@@ -92,6 +94,8 @@ class Recorder(TorchDispatchMode):
     convert: Callable[[Tensor], Tensor]
     before_write: Callable[[Tensor], None]
     module_path: Callable[[], str]
+    content: Callable[[Tensor], Tensor | None] = lambda tensor: None
+    fingerprint: Callable[[torch.UntypedStorage], int] | None = None
     map: ValueMap = field(default_factory=ValueMap)
     ops: list[RecordedOp] = field(default_factory=list)
     values: dict[int, RecordedValue] = field(default_factory=dict)
@@ -104,8 +108,13 @@ class Recorder(TorchDispatchMode):
         self._paused = False
         self._storages: dict[int, _Storage] = {}
         self._packed: dict[int, weakref.ref[_Packed]] = {}
+        self._packed_as: dict[int, int] = {}
+        self._packs_of: dict[int, set[int]] = {}
+        self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
         self._open: set[int] = set()
         self._outside_version: dict[int, int] = {}
+        self._fingerprints: dict[int, int] = {}
+        self.changed_unseen: set[int] = set()
         self._backward_module = ""
 
     @classmethod
@@ -171,10 +180,12 @@ class Recorder(TorchDispatchMode):
         inputs = list(tensors_in((args, kwargs)))
         reads = self.map.reads(inputs)
         self._know_outside(inputs)
-        versions = tuple((n, self._outside_version.get(n, 0)) for n in reads[0] if n < 0)
+        self._check_fingerprints(inputs)
         with self.paused():
             for tensor in facts.written(args, kwargs):
                 self.before_write(tensor)
+        if facts.random:
+            self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
         signature = signature_of(func, args, kwargs)
         out = func(*args, **kwargs)
@@ -185,6 +196,7 @@ class Recorder(TorchDispatchMode):
         if not seen.is_op:
             return out
         in_place = seen.in_place
+        self._move_packed(in_place)
         if joins and len(seen.writes) == 1:
             in_place = ((seen.writes[0][0], reads[0][0]),)
         op = RecordedOp(
@@ -196,7 +208,6 @@ class Recorder(TorchDispatchMode):
             facts,
             seen.effects,
             seen.opaque,
-            versions,
             facts.overwriting and _covers_storage(args[0]),
             signature,
             self._backward_module if self.backward else self.module_path(),
@@ -207,7 +218,27 @@ class Recorder(TorchDispatchMode):
         self._append(op)
         for number, tensor in seen.writes:
             self._born(number, tensor, op)
+            if self.fingerprint is not None and not self.backward:
+                self._fingerprints[number] = self.fingerprint(tensor.untyped_storage())
         return out
+
+    def _check_fingerprints(self, tensors: Sequence[Tensor]) -> None:
+        """Note values that were changed since an operator made them, and by none: by NumPy, or a kernel unknown here.
+
+        Running that operator again would not bring back what the forward went on with.
+        """
+        if self.fingerprint is None or self.backward:
+            return
+        for storage in filter(None, map(storage_of, tensors)):
+            number = self.map.number(storage)
+            if self._fingerprints.get(number) not in (None, self.fingerprint(storage)):
+                self.changed_unseen.add(number)
+
+    def forward_ends(self) -> None:
+        """Note what was changed unseen after the last operator that read it."""
+        living = [s.ref() for s in self._storages.values() if s.ref is not None]
+        with self.paused():
+            self._check_fingerprints([torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in living if s])
 
     def _converted(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
@@ -290,13 +321,34 @@ class Recorder(TorchDispatchMode):
             if number < 0:
                 self._know_outside([tensor])
                 return tensor.detach()
-        packed = _Packed(number, View.of(tensor), tensor.device, self.module_path())
+            content = self.content(tensor)
+        packed = _Packed(number, View.of(tensor), tensor.device, self.module_path(), content)
         key = id(packed)
-        self._packed[key] = weakref.ref(packed, lambda _, n=number, k=key: self._released(k, n))
+        self._packed[key] = weakref.ref(packed, lambda _: self._released(key))
+        self._packed_as[key] = number
+        self._packs_of.setdefault(number, set()).add(key)
         return packed
 
-    def _released(self, key: int, number: int) -> None:
+    def _move_packed(self, in_place: Sequence[tuple[int, int]]) -> None:
+        """What was saved is what its memory holds in the end.
+
+        Overwriting a saved tensor is an error of the user's that shows in the backward, unless it is another part of
+        the memory that is overwritten, with a version counter of its own (``unsafe_chunk``, ``tensor.data``).
+        """
+        if self.backward:
+            return
+        for new, old in in_place:
+            for key in self._packs_of.pop(old, ()):
+                packed = self._packed[key]()
+                if packed is not None:
+                    packed.number = new
+                self._packed_as[key] = new
+                self._packs_of.setdefault(new, set()).add(key)
+
+    def _released(self, key: int) -> None:
         del self._packed[key]
+        number = self._packed_as.pop(key)
+        self._packs_of[number].discard(key)
         if key in self._open:
             self._open.discard(key)
         else:  # never asked for: plain training would have kept it until now
@@ -313,6 +365,8 @@ class Recorder(TorchDispatchMode):
             view = packed.view
             nelements = -(-self.values[packed.number].nbytes // view.dtype.itemsize)
             base = self.blank(nelements, view.dtype, packed.device)
+            if packed.content is not None:
+                base[: packed.content.numel()].copy_(packed.content)
             tensor = base.as_strided(view.size, view.stride, view.offset)
             tensor = torch._conj(tensor) if view.conjugated else tensor
             tensor = torch._neg_view(tensor) if view.negated else tensor
@@ -328,6 +382,17 @@ class Recorder(TorchDispatchMode):
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """The saved-tensor hooks of this recording."""
         return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
+
+    def _keep_generators(self, arguments: Sequence[Any]) -> None:
+        """Remember the state of explicit generators."""
+        for g in arguments:
+            if isinstance(g, torch.Generator) and id(g) not in self._generators:
+                self._generators[id(g)] = g, g.get_state()
+
+    def reset_generators(self) -> None:
+        """Put explicit generators back to where they were when the recording first met them."""
+        for generator, state in self._generators.values():
+            generator.set_state(state)
 
     def finish(self) -> None:
         """Whatever still lives is held to the end of the step."""

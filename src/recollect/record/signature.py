@@ -41,6 +41,8 @@ def freeze(tree: Any) -> Any:
     """Nested arguments as a hashable tree with ``TensorSpec`` in place of tensors."""
     if isinstance(tree, Tensor):
         return spec_of(tree)
+    if isinstance(tree, torch.Generator):
+        return None  # measuring must not draw from the user's
     if isinstance(tree, dict):
         return Items(dict, tuple((k, freeze(v)) for k, v in tree.items()))
     if isinstance(tree, list):

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 Convert = Callable[[Tensor], Tensor]
 _CONTAINERS = (dict, list, set)
@@ -95,10 +96,15 @@ def named_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, str, Tens
 
 
 @contextmanager
-def undisturbed(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put back, at the end, every module attribute and every random generator as it was."""
+def undisturbed(
+    modules: Sequence[nn.Module], fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Iterator[None]:
+    """Put back, at the end, what the code can reach: module attributes, random generators, lists, dicts and sets."""
     with ExitStack() as stack:
         stack.enter_context(_generators_kept())
+        stack.enter_context(_no_cached_parametrizations())
+        for thing in _mutable_things(modules, fn, args, kwargs or {}):
+            stack.callback(*_way_back(thing))
         for module in {id(m): m for root in modules for m in root.modules()}.values():
             stack.callback(_restore_attributes, module, _attributes(module))
         yield
@@ -122,6 +128,84 @@ def _restore_attributes(module: nn.Module, attributes: list[tuple[str, Any, Any]
         elif content is not None:
             value.clear()
             value.update(content)
+
+
+def _mutable_things(
+    modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> list[Any]:
+    """Containers and random generators that the callable, the modules' attributes, code and hooks mention."""
+    pending = list(_mentioned(fn, args, kwargs))
+    for module in {id(m): m for root in modules for m in root.modules()}.values():
+        hooks = [h for table in _hook_tables(module) for h in table.values()]
+        for code in (getattr(type(module), "forward", None), *hooks):
+            pending += _mentioned(code, (), {})
+        for value in (v for k, v in vars(module).items() if k not in _MODULE_TABLES):
+            pending += _mentioned(value, (), {})
+    found: dict[int, Any] = {}
+    while pending:
+        thing = pending.pop()
+        if id(thing) in found or not isinstance(thing, (*_CONTAINERS, tuple, *_generator_types())):
+            continue
+        if isinstance(thing, dict) and "__builtins__" in thing:
+            continue
+        found[id(thing)] = thing
+        pending += thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
+    return [thing for thing in found.values() if not isinstance(thing, tuple)]
+
+
+_MODULE_TABLES = frozenset(vars(nn.Module()))
+
+
+def _hook_tables(module: nn.Module) -> Iterator[Mapping[Any, Any]]:
+    for name, table in vars(module).items():
+        if name.endswith("_hooks") and isinstance(table, Mapping):
+            yield table
+
+
+def _generator_types() -> tuple[type, ...]:
+    numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+    of_numpy = (numpy_random.Generator, numpy_random.RandomState) if numpy_random is not None else ()
+    return (random.Random, torch.Generator, *of_numpy)
+
+
+def _way_back(thing: Any) -> tuple[Any, ...]:
+    """A function and its arguments that bring a container or generator back to its state of now."""
+    if isinstance(thing, _CONTAINERS):
+        return _refill, thing, thing.copy()
+    if isinstance(thing, random.Random):
+        return thing.setstate, thing.getstate()
+    if isinstance(thing, torch.Generator) or hasattr(thing, "set_state"):
+        return thing.set_state, thing.get_state()
+    return setattr, thing.bit_generator, "state", thing.bit_generator.state
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container its former content, if it has another one now."""
+    if len(container) == len(content) and all(a is b for a, b in zip(_items(container), _items(content), strict=True)):
+        return
+    if isinstance(container, list):
+        container[:] = content
+    else:
+        container.clear()
+        container.update(content)
+
+
+def _items(container: Any) -> Iterator[Any]:
+    if isinstance(container, dict):
+        for pair in container.items():
+            yield from pair
+    else:
+        yield from container
+
+
+@contextmanager
+def _no_cached_parametrizations() -> Iterator[None]:
+    """What ``torch.nn.utils.parametrize.cached()`` has cached belongs to the outside, and fakes must not stay in it."""
+    before, parametrize._cache = parametrize._cache, {}
+    try:
+        yield
+    finally:
+        parametrize._cache = before
 
 
 @contextmanager
@@ -153,8 +237,12 @@ def map_tensors(tree: Any, convert: Convert) -> Any:
     return torch.utils._pytree.tree_map_only(Tensor, convert, tree)
 
 
-def leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
-    """The leaves that the graph behind these outputs accumulates gradients into."""
+def leaves_of(outputs: Sequence[Tensor], since: Any) -> list[Tensor]:
+    """The leaves that the graph behind these outputs accumulates gradients into.
+
+    Raises:
+        RuntimeError: the graph reaches nodes that were made before the node ``since``.
+    """
     pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
     seen, leaves = set(pending), []
     while pending:
@@ -162,6 +250,11 @@ def leaves_of(outputs: Sequence[Tensor]) -> list[Tensor]:
         variable = getattr(node, "variable", None)
         if isinstance(variable, Tensor):
             leaves.append(variable)
+        elif node._sequence_nr() < since._sequence_nr():
+            raise RuntimeError(
+                f"a tensor that is no argument was computed outside, with gradients ({node.name()}); pass it as an "
+                "argument, or compute it inside"
+            )
         for successor, _ in node.next_functions:
             if successor is not None and successor not in seen:
                 seen.add(successor)

@@ -5,6 +5,7 @@ Pure data, no torch. Values and ops carry the numbers that the recorder and the 
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -56,8 +57,12 @@ class Instructions:
     @cached_property
     def planned(self) -> frozenset[int]:
         """Values whose stay in memory the plan decides; others stay for as long as a handle stands for them."""
-        installed = (rerun.install for event in self.events for rerun in event.reruns)
-        return self.keep.union(*installed)
+        return self.keep.union(self.installs)
+
+    @cached_property
+    def installs(self) -> Counter[int]:
+        """How often each value is made again."""
+        return Counter(n for event in self.events for rerun in event.reruns for n in rerun.install)
 
 
 @dataclass

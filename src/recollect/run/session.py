@@ -5,7 +5,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.program import Plan
+from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
 from recollect.run.instructions import Instructions, instructions_for
@@ -86,22 +88,42 @@ class Session:
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._counts = _Counts()
         self._lock = threading.RLock()
+        self._turns = _Turns()
+        self._here = threading.local()
         self._last: Plan | None = None
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
-        if not torch.is_grad_enabled() or _taken_over():
+        if getattr(self._here, "inside", False) or _taken_over():
             return self.fn(*args, **kwargs)
-        obstacle = _obstacle()
+        self._here.inside = True
+        try:
+            return self._outermost(args, kwargs)
+        finally:
+            self._here.inside = False
+
+    def _outermost(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        obstacle = _obstacle() if torch.is_grad_enabled() else ""
+        entry = None
         if obstacle:
-            return self._plainly(obstacle, args, kwargs)
-        self._counts.calls += 1
-        entry = self._entry(args, kwargs)
-        if entry.instructions is None:
+            self._refuse(obstacle)
+        elif torch.is_grad_enabled():
+            self._counts.calls += 1
+            entry = self._entry(args, kwargs)
+        with self._turns.call():
+            if entry is None or entry.instructions is None:
+                return self._without_tape(entry, args, kwargs)
+            tape = Tape(entry.instructions, lambda reason: self._deviated(entry, reason), self._count_rerun)
+            with tape.forward():
+                return self.fn(*args, **kwargs)
+
+    def _without_tape(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        try:
             return self.fn(*args, **kwargs)
-        tape = Tape(entry.instructions, lambda reason: self._deviated(entry, reason), self._count_rerun)
-        with tape.forward():
-            return self.fn(*args, **kwargs)
+        except BaseException:
+            if entry is not None and entry.plan is None:
+                entry.stale = True  # this error is why it could not be recorded; the next call may be a good one
+            raise
 
     def stats(self) -> Stats:
         """What has happened so far."""
@@ -130,7 +152,12 @@ class Session:
             )
             return _Entry(None, None, deviations=deviations)
         try:
-            plan = self._planner(self.fn, args, kwargs)
+            with self._turns.recording():
+                plan = self._planner(self.fn, args, kwargs)
+        except NothingDifferentiable:
+            if self._last is None:
+                raise
+            return _Entry(None, None)  # it has been trained before; this call, an evaluation say, needs no plan
         except NotPlannable as obstacle:
             self._warn(f"{obstacle}; it runs without checkpointing")
             self._counts.unplanned += 1
@@ -151,10 +178,9 @@ class Session:
     def _count_rerun(self) -> None:
         self._counts.reruns += 1
 
-    def _plainly(self, obstacle: str, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+    def _refuse(self, obstacle: str) -> None:
         self._counts.unplanned += 1
         self._warn(f"{obstacle}: running without checkpointing")
-        return self.fn(*args, **kwargs)
 
     def _warn(self, message: str) -> None:
         """Say each thing once."""
@@ -162,6 +188,38 @@ class Session:
         if kind not in self._counts.warned:
             self._counts.warned.add(kind)
             warnings.warn(f"recollect: {message}", RuntimeWarning, stacklevel=2)
+
+
+class _Turns:
+    """Calls of several threads run side by side; a recording, which puts fake tensors into the modules, runs alone."""
+
+    def __init__(self) -> None:
+        self._change = threading.Condition()
+        self._calls, self._recording = 0, False
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        with self._change:
+            self._change.wait_for(lambda: not self._recording)
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._change:
+                self._calls -= 1
+                self._change.notify_all()
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        with self._change:
+            self._change.wait_for(lambda: not self._calls and not self._recording)
+            self._recording = True
+        try:
+            yield
+        finally:
+            with self._change:
+                self._recording = False
+                self._change.notify_all()
 
 
 def _taken_over() -> bool:
@@ -178,6 +236,8 @@ def _obstacle() -> str:
         return "called inside a torch.func transform (grad, vmap, ...)"
     if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():
         return "saved-tensor hooks are disabled here"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "saved-tensor hooks are active around the call, and they would not see what recollect keeps"
     if torch.utils._python_dispatch._get_current_dispatch_mode_stack():
         return "another TorchDispatchMode is active"
     return ""
@@ -193,9 +253,14 @@ def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), kwargs))
     modules = reachable_modules(fn, args, kwargs)
     flags = tuple(m.training for root in modules for m in root.modules())
-    tensors = tuple((t.requires_grad, t.is_leaf and t.grad is not None) for _, _, t in named_tensors(modules))
+    tensors = tuple(_tensor_signature(t) for _, _, t in named_tensors(modules))
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast
+
+
+def _tensor_signature(tensor: Tensor) -> tuple[Any, ...]:
+    shape = None if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+    return tensor.requires_grad, tensor.is_leaf and tensor.grad is not None, tensor.dtype, shape
 
 
 def _leaf_signature(x: Any) -> Any:

@@ -16,6 +16,7 @@ class NumericSettings(NamedTuple):
     deterministic: bool
     deterministic_warn_only: bool
     cudnn: tuple[bool, bool, bool, bool]
+    grad: bool
 
     @staticmethod
     def now() -> NumericSettings:
@@ -26,22 +27,25 @@ class NumericSettings(NamedTuple):
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
             (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
+            torch.is_grad_enabled(),  # kernels ask for it too: mkldnn_rnn_layer makes its workspace only then
         )
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The switches as they were, for the length of the block."""
         before = NumericSettings.now()
-        if before == self:
-            yield
-            return
-        self._set()
+        self._set(before)
         try:
             yield
         finally:
-            before._set()
+            before._set(self)
 
-    def _set(self) -> None:
+    def _set(self, now: NumericSettings) -> None:
+        """Change what differs from now: some of the setters are slow."""
+        if self.grad != now.grad:
+            torch.set_grad_enabled(self.grad)
+        if self[:-1] == now[:-1]:
+            return
         torch.set_float32_matmul_precision(self.matmul_precision)
         torch.use_deterministic_algorithms(self.deterministic, warn_only=self.deterministic_warn_only)
         cudnn = torch.backends.cudnn

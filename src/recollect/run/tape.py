@@ -9,7 +9,10 @@ random numbers, the same numeric settings, in-place operators on copies.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import threading
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +27,9 @@ from recollect.run.settings import NumericSettings
 
 _NO_TASK = -1
 
+_DRAWING = threading.RLock()
+"""Held while a generator's state is taken and used, or changed for a while: other threads may draw from it too."""
+
 
 class Handle:
     """Stands for a saved tensor: which value, seen how; notices when the value is changed behind autograd's back."""
@@ -34,7 +40,8 @@ class Handle:
         self.tape, self.number, self.view = tape, number, View.of(tensor)
         self._probe = _version_probe(tensor)
         self._version = tensor._version
-        tape.handles[number] = tape.handles.get(number, 0) + 1
+        tape.handles.setdefault(number, set()).add(id(self))
+        tape.waiting.setdefault(number, set()).add(id(self))
 
     def check_unchanged(self) -> None:
         """Raise what autograd would raise if the saved tensor has been modified in place."""
@@ -43,7 +50,7 @@ class Handle:
 
     def __del__(self) -> None:
         with contextlib.suppress(AttributeError):  # a handle whose making failed
-            self.tape.released(self.number)
+            self.tape.released(self.number, id(self))
 
 
 class OutsideHandle:
@@ -56,7 +63,7 @@ class OutsideHandle:
 
     def get(self) -> Tensor:
         """The tensor; raises what autograd would raise if it has been modified in place since."""
-        if self.alias._version != self.version:
+        if version_of(self.alias) != self.version:
             raise _modified(self.alias, self.alias, self.version)
         return self.alias
 
@@ -71,7 +78,7 @@ class _Held:
 
     def storage(self) -> torch.UntypedStorage:
         """The memory; raises if somebody changed a value of the forward in place since."""
-        if self.version is not None and self.alias._version != self.version:
+        if self.version is not None and version_of(self.alias) != self.version:
             raise _modified(self.alias, self.alias, self.version)
         return self.alias.untyped_storage()
 
@@ -98,6 +105,8 @@ class _Entry:
     generator: torch.Generator | None
     generator_state: bytearray | None
     settings: NumericSettings
+    checksum: int | None
+    """Of what a random op drew, where other threads might have drawn in between."""
 
 
 class Tape(TorchDispatchMode):
@@ -123,13 +132,20 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.instructions = instructions
         self.following = True
-        self.handles: dict[int, int] = {}
+        self.handles: dict[int, set[int]] = {}
+        """For every value the handles that live."""
+        self.waiting: dict[int, set[int]] = {}
+        """Those of them that have not been served in this backward pass."""
         self._on_deviation, self._on_rerun = on_deviation, on_rerun
         self._map: ValueMap | None = ValueMap()
         self._n_ops = 0
         self._held: dict[int, _Held] = {}
         self._entries: dict[int, _Entry] = {}
         self._maker: dict[int, int] = {}
+        self._moved: dict[int, int] = {}
+        self._late: set[int] = set()
+        self._installs_left = Counter(instructions.installs)
+        self._outside: dict[int, list[OutsideHandle]] = {}
         self._cursor = 0
         self._task: int | None = None
         self._retained = False
@@ -146,33 +162,80 @@ class Tape(TorchDispatchMode):
         if self._rerunning or self._map is None or (facts.is_view and not facts.fresh_constant):
             return func(*args, **kwargs)
         reads = self._map.reads(tensors_in((args, kwargs)))
-        entry = self._prepare(func, facts, args, kwargs) if self._n_ops in self.instructions.again else None
-        out = func(*args, **kwargs)
+        rescued = self._rescue(facts, facts.written(args, kwargs), reads[0])
+        with _DRAWING if facts.random else contextlib.nullcontext():
+            again = self._n_ops in self.instructions.again and self._expects(facts.name, reads[0])
+            entry = self._prepare(func, facts, args, kwargs) if again else None
+            out = func(*args, **kwargs)
         outputs = list(tensors_in(out))
         seen = self._map.seen(facts, args, kwargs, reads, outputs)
         if seen.is_op:
-            self._note(facts, seen, entry, outputs)
+            self._note(facts, seen, entry, outputs, rescued)
         return out
 
-    def _note(self, facts: OpFacts, seen: Seen, entry: _Unfinished | None, outputs: Sequence[Tensor]) -> None:
+    def _note(
+        self,
+        facts: OpFacts,
+        seen: Seen,
+        entry: _Unfinished | None,
+        outputs: Sequence[Tensor],
+        rescued: frozenset[int],
+    ) -> None:
         """Compare with the plan's path and hold what it says."""
         k, self._n_ops = self._n_ops, self._n_ops + 1
         if self.following:
-            self._compare(k, facts.name, seen)
-        for _, old in seen.in_place:
-            self._held.pop(old, None)
+            self._compare(k, facts.name, seen.reads)
+        for new, old in seen.in_place:
+            self._overwritten(new, old, rescued)
         for number, tensor in seen.writes:
-            if number in self.instructions.keep and self.following:
+            kept = self.following and number in self.instructions.keep
+            forgotten = self.following and number in self.instructions.forget
+            if kept or (number in self.handles and not forgotten):
                 self._held[number] = _Held(_alias(tensor), original=True)
         if entry is not None and self.following:
             self._entries[k] = entry.finish(seen, outputs)
             self._maker.update((n, k) for n, _ in seen.writes)
 
-    def _compare(self, k: int, name: str, seen: Seen) -> None:
+    def _overwritten(self, new: int, old: int, rescued: frozenset[int]) -> None:
+        """The memory of a value holds another one: that is what its handles stand for (see ``Recorder``)."""
+        if old not in rescued:
+            self._held.pop(old, None)
+        if old in self.handles:
+            self.handles[new] = self.handles.pop(old)
+            self.waiting[new] = self.waiting.pop(old)
+            self._moved[old] = new
+
+    def _rescue(self, facts: OpFacts, written: Sequence[Tensor], reads: Sequence[int]) -> frozenset[int]:
+        """Copy what reruns will read and an op that the plan does not know is about to overwrite."""
+        assert self._map is not None
+        rescued = set()
+        for tensor in written:
+            storage = storage_of(tensor)
+            number = None if storage is None else self._map.number(storage)
+            if number is None:
+                continue
+            if number < 0:
+                self._rescue_outside(number)
+            elif number in self._held and not self._expects(facts.name, reads) and number in self._sources():
+                self._held[number] = _Held(_whole(self._held[number].storage()).clone(), original=True)
+                rescued.add(number)
+        return frozenset(rescued)
+
+    def _rescue_outside(self, number: int) -> None:
+        for handle in self._outside.pop(number, ()):
+            handle.alias = handle.get().clone(memory_format=torch.preserve_format)
+            handle.version = version_of(handle.alias)
+
+    def _expects(self, name: str, reads: Sequence[int]) -> bool:
+        """Whether the plan has this op next."""
+        path, k = self.instructions.path, self._n_ops
+        return self.following and k < len(path) and _matches(path[k], name, reads)
+
+    def _compare(self, k: int, name: str, reads: Sequence[int]) -> None:
         path = self.instructions.path
         if k >= len(path):
             self._deviate(f"operator {k} ({name}) comes after the end of the recorded forward")
-        elif path[k] != (name, tuple(n for n in seen.reads if n >= 0)):
+        elif not _matches(path[k], name, reads):
             self._deviate(f"operator {k} is {name}, the recorded forward had {path[k][0]}")
 
     def _deviate(self, reason: str) -> None:
@@ -187,8 +250,8 @@ class Tape(TorchDispatchMode):
         assert self._map is not None
         return _Unfinished(
             func,
-            _template(tuple(args), self._map),
-            _template(kwargs, self._map),
+            _template(tuple(args), self._map, self._outside),
+            _template(kwargs, self._map, self._outside),
             generator,
             None if generator is None else _state_of(generator),
             NumericSettings.now(),
@@ -200,7 +263,7 @@ class Tape(TorchDispatchMode):
             storage = storage_of(tensor)
             number = -1 if storage is None or self._map is None else self._map.number(storage)
             if number < 0:
-                return OutsideHandle(tensor.detach(), tensor._version)
+                return OutsideHandle(tensor.detach(), version_of(tensor))
             forgotten = self.following and number in self.instructions.forget
             if not forgotten and number not in self._held:
                 self._held[number] = _Held(tensor.detach(), original=True)
@@ -211,8 +274,9 @@ class Tape(TorchDispatchMode):
         if self.following and self._n_ops < len(self.instructions.path):
             self._deviate(f"the forward ended after {self._n_ops} of {len(self.instructions.path)} operators")
         for held in self._held.values():  # only now: an in-place op counts up the version after we have seen it
-            held.version = held.alias._version
+            held.version = version_of(held.alias)
         self._map = None
+        self._outside.clear()
 
     # ---- backward ------------------------------------------------------------------------------------------------
 
@@ -221,10 +285,11 @@ class Tape(TorchDispatchMode):
         if isinstance(packed, OutsideHandle):
             return packed.get()
         packed.check_unchanged()
-        number, view = packed.number, packed.view
+        number, view = self._now(packed.number), packed.view
         if torch._C._current_graph_task_id() == _NO_TASK:  # somebody looks at grad_fn._saved_...
             return view.on(self._look_up(number))
         self._notice_task()
+        self.waiting[number].discard(id(packed))
         events = self.instructions.events
         if self.following and self._cursor < len(events) and events[self._cursor].value == number:
             event = events[self._cursor]
@@ -238,7 +303,15 @@ class Tape(TorchDispatchMode):
             if number in self.instructions.forget or number in self.instructions.keep:
                 self.following = False  # another order than the plan's: compute on demand from here on
             storage = self._on_demand(number)
+        if self._map is not None:  # a backward inside the forward: its operators read this value
+            self._map.rebind(storage, number)
         return _alias_free(view, storage)
+
+    def _now(self, number: int) -> int:
+        """The value that the memory of this one holds in the end."""
+        while number in self._moved:
+            number = self._moved[number]
+        return number
 
     def _storage(self, number: int) -> torch.UntypedStorage:
         held = self._held.get(number)
@@ -250,20 +323,33 @@ class Tape(TorchDispatchMode):
         if task != self._task:
             if self._retained:
                 self._cursor = 0
+                self.waiting = {n: set(h) for n, h in self.handles.items()}
+                self._installs_left = Counter(self.instructions.installs)
                 self._held = {n: h for n, h in self._held.items() if h.original}
             self._task = task
             self._retained = torch._C._autograd._get_current_graph_task_keep_graph()
 
     def _drop(self, number: int) -> None:
+        """Let go of a value, unless a part of the graph that was not recorded still waits for it."""
         held = self._held.get(number)
-        if held is not None and not (self._retained and held.original):
+        if held is None or (self._retained and held.original):
+            return
+        if self._is_awaited(number):
+            self._late.add(number)
+        else:
             del self._held[number]
 
-    def released(self, number: int) -> None:
+    def _is_awaited(self, number: int) -> bool:
+        """Whether a handle stands for a value that the plan will not make again."""
+        return bool(self.waiting.get(number)) and not self._installs_left[number]
+
+    def released(self, number: int, handle: int) -> None:
         """A handle is gone; what only handles needed may go when the last one has."""
-        left = self.handles[number] - 1
-        self.handles[number] = left
-        if not left and number not in (self.instructions.planned if self.following else self._sources()):
+        number = self._now(number)
+        self.handles[number].discard(handle)
+        self.waiting[number].discard(handle)
+        planned = self.instructions.planned - self._late if self.following else self._sources()
+        if not self.handles[number] and number not in planned:
             self._held.pop(number, None)
 
     def _sources(self) -> frozenset[int]:
@@ -309,16 +395,20 @@ class Tape(TorchDispatchMode):
         self._on_rerun()
         memory = {n: self._storage(n) for n in entry.reads}
         for new, old in entry.in_place:
-            ends = rerun is not None and old in rerun.drops and not self._held[old].original
+            ends = rerun is not None and old in rerun.drops and not self._is_awaited(old)
+            ends = ends and not self._held[old].original
             memory[old] = memory[old] if ends else memory[old].clone()
             memory[new] = memory[old]
         results = self._call(entry, memory)
         made = {n: results[i].untyped_storage() for i, n in entry.outputs} | {n: memory[n] for n, _ in entry.in_place}
+        if entry.checksum is not None and entry.checksum != _checksum(made[n] for n in sorted(made)):
+            raise _disturbed(entry.func)
         for n, storage in made.items():
             if rerun is None:
                 if n not in self._held:
                     self._held[n] = _Held(_whole(storage), original=False)
             elif n in rerun.install:
+                self._installs_left[n] -= 1
                 self._held[n] = _Held(_whole(storage), original=False)
         if rerun is not None:
             for n in rerun.drops:
@@ -329,6 +419,7 @@ class Tape(TorchDispatchMode):
         self._rerunning, before = True, self._rerunning
         try:
             with (
+                _DRAWING if entry.generator is not None else contextlib.nullcontext(),
                 torch._C._AutoDispatchBelowAutograd(),
                 torch._C._DisableAutocast(),
                 entry.settings.applied(),
@@ -373,22 +464,40 @@ class _Unfinished:
             self.generator,
             self.generator_state,
             self.settings,
+            _checksum(t.untyped_storage() for _, t in seen.writes) if self._may_be_disturbed() else None,
         )
 
+    def _may_be_disturbed(self) -> bool:
+        """Whether a thread that knows no tape may have drawn between our look at the generator and the op."""
+        generator = self.generator
+        return generator is not None and generator.device.type == "cpu" and threading.active_count() > 1
 
-def _template(tree: Any, values: ValueMap) -> Any:
-    """Arguments without tensors: made values by number and view, tensors from outside by alias."""
+
+def _matches(step: tuple[str, tuple[int, ...]], name: str, reads: Sequence[int]) -> bool:
+    """Whether an op is the one that was recorded.
+
+    In a backward inside the forward, the program also lists what the autograd node holds; those come last.
+    """
+    made = tuple(n for n in reads if n >= 0)
+    return step[0] == name and step[1][: len(made)] == made
+
+
+def _template(tree: Any, values: ValueMap, outside: dict[int, list[OutsideHandle]]) -> Any:
+    """Arguments without tensors: made values by number and view, tensors from outside by alias (listed, too)."""
     if isinstance(tree, Tensor):
         storage = storage_of(tree)
         number = -1 if storage is None else values.number(storage)
         if number >= 0:
             return _Made(number, View.of(tree))
         alias = _alias(tree)
-        return OutsideHandle(alias, alias._version)
+        handle = OutsideHandle(alias, version_of(alias))
+        if storage is not None:
+            outside.setdefault(number, []).append(handle)
+        return handle
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_template(v, values) for v in tree)
+        return type(tree)(_template(v, values, outside) for v in tree)
     if isinstance(tree, dict):
-        return {k: _template(v, values) for k, v in tree.items()}
+        return {k: _template(v, values, outside) for k, v in tree.items()}
     return tree
 
 
@@ -410,6 +519,11 @@ def _alias(tensor: Tensor) -> Tensor:
     key = torch._C.DispatchKey.ADInplaceOrView
     with torch._C._SetExcludeDispatchKeyGuard(key, False), torch._C._IncludeDispatchKeyGuard(key):
         return tensor.detach()
+
+
+def version_of(tensor: Tensor) -> int:
+    """The version counter; inference tensors, which have none, never change under autograd."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 _EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
@@ -466,6 +580,20 @@ def _generator_at(generator: torch.Generator | None, state: bytearray | None) ->
 def _state_of(generator: torch.Generator) -> bytearray:
     """The state of a generator; not as a tensor, which would take part in the account of memory."""
     return bytearray(generator.get_state().numpy())
+
+
+def _checksum(memory: Iterable[torch.UntypedStorage]) -> int:
+    total = 0
+    for storage in memory:
+        total = zlib.crc32(_whole(storage).numpy().data, total)
+    return total
+
+
+def _disturbed(func: Any) -> RuntimeError:
+    return RuntimeError(
+        f"recollect cannot draw the numbers of {func} again: another thread drew from the same generator at the same "
+        "moment. Give that thread a torch.Generator of its own, or let the step use one"
+    )
 
 
 def _modified(what: View | Tensor, probe: Tensor, expected: int) -> RuntimeError:

@@ -1,0 +1,175 @@
+"""A training step run twice, plainly and checkpointed, and everything it leaves behind compared to the last bit."""
+
+from __future__ import annotations
+
+import random
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import recollect
+import recollect.api
+from recollect.record.timing import Cost
+from recollect.run import Stats
+
+FRACTIONS: tuple[float, ...] = ()
+"""The budgets of this test, beside the floor."""
+
+
+@pytest.fixture(autouse=True, params=["", pytest.param("thorough", marks=pytest.mark.slow)])
+def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Every operator costs the same, and a program recorded twice is planned from what is known of it already.
+
+    How good the plans are is not the question here, and both save most of the time.
+    """
+    programs: dict[Any, recollect.Program] = {}
+
+    def solve(program: recollect.Program, budget: Any, **options: Any) -> recollect.Plan:
+        known = programs.setdefault((program.values, program.ops), program)
+        return recollect.solve(known, budget, **options | {"time_limit_seconds": 0.02})
+
+    def costs(signatures: Any, progress: Any = None) -> list[Cost]:
+        return [Cost(0.0 if s is None else 1e-6) for s in signatures]
+
+    monkeypatch.setattr(sys.modules[__name__], "FRACTIONS", (0.9, 0.7, 0.5) if request.param else (0.6,))
+    monkeypatch.setattr(recollect.api, "solve", solve)
+    monkeypatch.setattr(sys.modules["recollect.record.record"], "measure_all", costs)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@dataclass
+class World:
+    """A fresh world: what is checkpointed, and a step that is given the callable to use.
+
+    Attributes:
+        target: a module or a callable.
+        step: called with the target, plain or checkpointed; returns anything whose tensors must be the same.
+        modules: modules whose gradients and buffers must be the same, beside ``target`` itself.
+        extra: further tensors, generators or plain values that must be the same at the end.
+    """
+
+    target: Any
+    step: Callable[[Any], Any]
+    modules: tuple[nn.Module, ...] = ()
+    extra: Callable[[], Any] = lambda: None
+
+    def roots(self) -> list[nn.Module]:
+        return [m for m in (self.target, *self.modules) if isinstance(m, nn.Module)]
+
+
+def seeded(build: Callable[[], World]) -> World:
+    torch.manual_seed(0)
+    random.seed(0)
+    np.random.seed(0)
+    return build()
+
+
+def observe(world: World, call: Any, steps: int) -> list[Any]:
+    """Every number of several steps, each under its name."""
+    seen: list[Any] = []
+    for k in range(steps):
+        results = world.step(call)
+        for i, leaf in enumerate(torch.utils._pytree.tree_leaves(results)):
+            seen.append((f"step {k}, result {i}", frozen(leaf)))
+        for root in world.roots():
+            for name, p in root.named_parameters():
+                seen.append((f"step {k}, gradient of {name}", frozen(p.grad)))
+            for name, b in root.named_buffers():
+                seen.append((f"step {k}, buffer {name}", frozen(b)))
+    assert all(x.isfinite().all() for _, x in seen if isinstance(x, Tensor)), "numbers out of range hide mistakes"
+    for i, leaf in enumerate(torch.utils._pytree.tree_leaves(world.extra())):
+        seen.append((f"extra {i}", frozen(leaf)))
+    numpy_state = np.random.get_state()
+    seen.append(("torch generator", torch.get_rng_state()))
+    seen.append(("python generator", random.getstate()))
+    seen.append(("numpy generator", (numpy_state[1].tolist(), numpy_state[2])))
+    return seen
+
+
+def frozen(x: Any) -> Any:
+    if isinstance(x, Tensor):
+        x = x.detach()
+        return (x.coalesce().to_dense() if x.layout is torch.sparse_coo else x).clone()
+    return x.get_state() if isinstance(x, torch.Generator) else x
+
+
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        if a.dtype != b.dtype or a.shape != b.shape:
+            return False
+        return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+    return type(a) is type(b) and a == b
+
+
+def assert_same(got: list[Any], plain: list[Any]) -> None:
+    assert [name for name, _ in got] == [name for name, _ in plain]
+    wrong = [name for (name, a), (_, b) in zip(got, plain, strict=True) if not same(a, b)]
+    assert not wrong, f"not as in plain training: {wrong}"
+
+
+def attempt(build: Callable[[], World], budget: int | float, steps: int) -> tuple[list[Any], Stats, list[str]]:
+    """Observations, statistics and recollect's warnings of a training under a budget."""
+    world = seeded(build)
+    call = recollect.checkpoint(world.target, budget=budget, time_limit_seconds=1.0)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        got = observe(world, call, steps)
+    return got, recollect.stats(call), [str(w.message) for w in caught if "recollect" in str(w.message)]
+
+
+def at_the_floor(build: Callable[[], World], steps: int) -> tuple[list[Any], Stats, list[str]]:
+    """A training under the smallest budget that all its plans fit into."""
+    budget = 1
+    for _ in range(8):
+        try:
+            return attempt(build, budget, steps)
+        except recollect.InfeasibleBudget as error:  # of the first kind of call that needs more
+            budget = max(budget + 1, error.floor_bytes)
+    raise AssertionError("no floor")
+
+
+def exact(
+    build: Callable[[], World],
+    *,
+    steps: int = 2,
+    reruns: bool = True,
+    deviates: bool = False,
+    unplanned: bool = False,
+) -> Stats:
+    """Assert that training is the same under the feasible ``FRACTIONS`` and at the floor; the last statistics.
+
+    Args:
+        build: makes a fresh world; called after seeding every generator.
+        steps: steps to compare.
+        reruns: at the floor operators must have run again.
+        deviates: some step leaves the recorded path.
+        unplanned: the step cannot be planned; it must run plainly, with a warning.
+    """
+    world = seeded(build)
+    plain = observe(world, world.target, steps)
+    warn = deviates or unplanned
+    for budget in (*FRACTIONS, None):
+        try:
+            got, stats, messages = attempt(build, budget, steps) if budget else at_the_floor(build, steps)
+        except recollect.InfeasibleBudget:
+            continue
+        assert_same(got, plain)
+        assert (stats.deviations > 0) <= deviates, messages
+        assert (stats.unplanned > 0) <= unplanned, messages
+        assert bool(messages) <= warn, messages
+    assert not unplanned or stats.unplanned > 0
+    assert not deviates or stats.deviations > 0
+    assert not warn or messages
+    if reruns and not unplanned:
+        assert stats.reruns > 0, "nothing ran again: the attack did not test anything"
+    return stats
