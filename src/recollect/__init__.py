@@ -29,7 +29,7 @@ __all__ = [
     "verify",
 ]
 
-# ``recollect.plan`` is the function; the package of the same name stays importable (``from recollect.plan import ...``).
+# ``recollect.plan`` is the function; the package of that name stays importable: ``from recollect.plan import ...``.
 globals().pop("plan", None)
 
 _NEED_TORCH = ("checkpoint", "plan", "restore", "stats")

@@ -29,9 +29,7 @@ def checkpoint(target: F, *, budget: Budget, optimizer: Any = None, time_limit_s
 def checkpoint(
     target: None = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0
 ) -> Callable[[F], F]: ...
-def checkpoint(
-    target: Any = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0
-) -> Any:
+def checkpoint(target: Any = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0) -> Any:
     """Make a module or a callable train within a memory budget.
 
     At the first call with a kind of input, the step (forward and backward) is recorded on fake tensors, its operators
@@ -221,7 +219,7 @@ def _checkpoint_module(module: nn.Module, options: _Options) -> nn.Module:
             f"{type(module).__name__} has no parameters that require grad, so there is no backward pass to save memory "
             "for; to checkpoint a computation on inputs that require grad, wrap a function instead of the module"
         )
-    module.forward = _Forward(module, options)  # type: ignore[method-assign,assignment]
+    module.forward = _Forward(module, options)
     return module
 
 

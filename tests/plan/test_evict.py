@@ -37,12 +37,17 @@ def walk(program: Program, limit: int) -> Schedule | None:
     return None if runs is None else Schedule.from_order(program, merge(tables, runs))
 
 
-def test_the_walk_of_a_chain_recomputes_from_the_nearest_value_that_is_left():
-    program = chain(3)
-    schedule = walk(program, 404)
-    names = " ".join(program.ops[i].name for i in schedule.order if program.ops[i].name not in ("unpack", "back"))
-    assert names == "f0 f1 f2 ones_like f1 f0"
-    assert simulate(program, schedule).peak_bytes == 404
+@pytest.mark.parametrize(
+    ("n", "limit", "peak", "again"),
+    [(3, 403, 400, "f0"), (3, 404, 404, ""), (5, 404, 404, "f0 f1 f0"), (5, 504, 500, "f0 f1 f2")],
+)
+def test_the_walk_of_a_chain(n: int, limit: int, peak: int, again: str):
+    program = chain(n)
+    schedule = walk(program, limit)
+    names = [program.ops[i].name for i in schedule.order]
+    late = names[names.index("ones_like") + 1 :]
+    assert " ".join(name for name in late if name not in ("unpack", "back")) == again
+    assert simulate(program, schedule).peak_bytes == peak
 
 
 def test_no_walk_below_what_one_op_needs():

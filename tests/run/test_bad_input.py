@@ -57,7 +57,9 @@ def test_below_the_floor() -> None:
         model(x)
     error = caught.value
     assert error.floor_bytes > error.budget_bytes == 1000
-    assert error.peak_op and error.largest and str(error.floor_bytes) in str(error)
+    assert error.peak_op
+    assert error.largest
+    assert str(error.floor_bytes) in str(error)
     assert torch.equal(generator, torch.get_rng_state())
     assert_untouched(recollect.restore(model), before)
     recollect.checkpoint(model, budget=error.floor_bytes)  # the floor that it names is enough

@@ -85,7 +85,6 @@ def check(case: Case, steps: int, which: slice) -> None:
         assert stats.plan is not None
         assert (stats.planned, stats.deviations, stats.unplanned) == (1, 0, 0)
         peak = measured_peak(mine, step, inputs, state_bytes)
-        print(f"{case.name}: budget {budget} predicted {stats.plan.peak_bytes} measured {peak}")
         assert peak <= budget
         assert abs(peak - stats.plan.peak_bytes) <= 0.005 * stats.plan.peak_bytes
         assert recollect.verify(stats.plan.program, stats.plan) == ()

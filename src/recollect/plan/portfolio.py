@@ -1,10 +1,11 @@
 """``solve``: program and budget in, plan out. Runs what fits into the time allowed and takes the best.
 
 ``auto`` works in three steps. (1) A *pool* of candidates that does not depend on the budget: minimum cuts for a grid of
-prices and segmentations, and nested segments for small budgets; made once per program. (2) For the budget: the greedy;
-the best of the pool, filled up; the pool's candidates just above the budget, shaved down and filled up. (3) The best
-is squeezed below the budget and filled up again, a few times. Since the pool is the same for all budgets and step 2
-includes fixed smaller budgets, more budget hardly ever costs more.
+prices and segmentations, nested segments and walks of the evicting executor for small budgets; made once per program.
+(2) For the budget: the greedy; the best of the pool, filled up; the pool's candidates just above the budget, shaved
+down and filled up; walks that start from what those drop. (3) The best is squeezed below the budget and filled up
+again, or walked again, a few times. Since the pool is the same for all budgets and step 2 includes fixed smaller
+budgets, more budget hardly ever costs more.
 """
 
 from __future__ import annotations

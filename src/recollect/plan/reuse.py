@@ -31,7 +31,7 @@ def reuse(
         return runs, account
     for _ in range(rounds):
         spared = _spare(_ledger(tables, account), account, budget_bytes, noise)
-        if not spared:
+        if len(spared) <= len(runs) // 1000:
             break
         runs = [run for run in runs if run not in spared]
         account = accountant(accountant.order(runs))

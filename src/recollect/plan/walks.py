@@ -42,7 +42,7 @@ class Walks:
             if low >= high:
                 return
             limit = (low + high) // 2
-            if not any(self._walk(Rules(limit, limit, power), limit) for power in _POWERS[:2]):
+            if not any(self._walk(Rules(limit, limit, power), limit) for power in _POWERS[: self._tries(2)]):
                 low = limit + 1
 
     def _unavoidable_bytes(self) -> int:
@@ -120,4 +120,4 @@ class Walks:
 
     def _tries(self, most: int) -> int:
         """How many walks to spend: fewer on large programs."""
-        return max(2, min(most, most * _WORK // max(1, len(self._search.tables.ops))))
+        return max(1, min(most, most * _WORK // max(1, len(self._search.tables.ops))))

@@ -122,5 +122,5 @@ def _overwritten_at_once(ops: Sequence[RecordedOp]) -> set[int]:
     return {
         n
         for n in made
-        if (op := first_reader.get(n)) and op.covers_all and any(old == n for _, old in op.in_place)
+        if (reader := first_reader.get(n)) and reader.covers_all and any(old == n for _, old in reader.in_place)
     }

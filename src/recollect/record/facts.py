@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any, Final
 
 import torch
@@ -82,7 +82,7 @@ class OpFacts:
         return list(tensors_in(found))
 
 
-@lru_cache(maxsize=None)
+@cache
 def facts_of(func: torch._ops.OpOverload) -> OpFacts:
     """The facts of one operator, read off its schema and the tables of this module."""
     schema, packet = func._schema, str(func.overloadpacket)

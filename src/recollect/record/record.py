@@ -155,7 +155,7 @@ def _record_for_real(
     def before_write(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         if storage._cdata in outside and storage._cdata not in before:
-            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)  # type: ignore[call-overload]
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             before[storage._cdata] = (whole, whole.clone())
 
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:

@@ -415,7 +415,7 @@ class _Seed(torch.autograd.Function):
         return torch.zeros((), device=outputs[0].device)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Any:
         return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs)
 
 
@@ -466,7 +466,8 @@ def _is_sole_owner(tensor: Tensor) -> bool:
 def _use_counts(tensor: Tensor) -> tuple[int, int]:
     """How many references there are to the tensor and to its storage, those of the caller included."""
     storage = tensor.untyped_storage()
-    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)
+    counted: Any = tensor
+    return counted._use_count(), torch._C._storage_Use_Count(storage._cdata)
 
 
 @lru_cache(maxsize=1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ def measure_all(signatures: Sequence[CallSignature | None], progress: Progress |
     arguments and results of one call at a time.
     """
     distinct = [s for s in dict.fromkeys(signatures) if s is not None and _key(s) not in _MEASURED]
-    with _quiet_generators():
+    with _undisturbing():
         for i, signature in enumerate(distinct):
             _MEASURED[_key(signature)] = _measure(signature)
             if progress is not None:
@@ -83,7 +84,7 @@ def estimate_all(
 
 def estimate(signature: CallSignature, output_bytes: int, backend: str | None = None) -> Cost:
     """The roofline estimate of one call."""
-    specs = [leaf for leaf in _specs(signature)]
+    specs = list(_specs(signature))
     device = backend or (specs[0].device.type if specs else "cpu")
     rates = _RATES.get(device, _RATES["cuda"])
     moved = output_bytes + sum(math.prod(s.size) * s.dtype.itemsize for s in specs)
@@ -208,20 +209,10 @@ def _random(spec: TensorSpec) -> Tensor:
     return base.as_strided(spec.size, spec.stride)
 
 
-class _quiet_generators:  # noqa: N801 - reads as a with-block
-    """Leaves the random generators as they were; no autograd, no autocast, no dispatch modes inside."""
-
-    def __enter__(self) -> None:
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
-        self._contexts = [
-            torch.random.fork_rng(devices=list(devices)),
-            torch._C._AutoDispatchBelowAutograd(),
-            torch._C._DisableAutocast(),
-        ]
-        for context in self._contexts:
-            context.__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for context in reversed(self._contexts):
-            context.__exit__(*error)
-
+@contextmanager
+def _undisturbing() -> Iterator[None]:
+    """Leaves the random generators as they were; no autograd and no autocast inside."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    below_autograd, no_autocast = torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast()
+    with torch.random.fork_rng(devices=list(devices)), below_autograd, no_autocast:
+        yield

@@ -34,13 +34,18 @@ class View(NamedTuple):
     def of(tensor: Tensor) -> View:
         """The view that this tensor is."""
         return View(
-            tensor.dtype, tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.is_conj(), tensor.is_neg()
+            tensor.dtype,
+            tensor.size(),
+            tensor.stride(),
+            int(tensor.storage_offset()),
+            tensor.is_conj(),
+            tensor.is_neg(),
         )
 
     def on(self, storage: torch.UntypedStorage) -> Tensor:
         """A tensor that looks at the storage in this way; no gradient, a version counter of its own."""
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
-        tensor.set_(storage, self.offset, self.size, self.stride)  # type: ignore[call-overload]
+        tensor.set_(storage, self.offset, self.size, self.stride)
         if self.conjugated:
             tensor = torch._conj(tensor)
         return torch._neg_view(tensor) if self.negated else tensor

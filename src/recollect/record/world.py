@@ -130,9 +130,7 @@ def _restore_attributes(module: nn.Module, attributes: list[tuple[str, Any, Any]
             value.update(content)
 
 
-def _mutable_things(
-    modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> list[Any]:
+def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
     """Containers and random generators that the callable, the modules' attributes, code and hooks mention."""
     pending = list(_mentioned(fn, args, kwargs))
     for module in {id(m): m for root in modules for m in root.modules()}.values():

@@ -541,7 +541,7 @@ def _version_probe(tensor: Tensor) -> Tensor:
 
 def _whole(storage: torch.UntypedStorage) -> Tensor:
     """A tensor that holds the storage."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)  # type: ignore[call-overload]
+    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
 
 
 def _alias_free(view: View, storage: torch.UntypedStorage) -> Tensor:
