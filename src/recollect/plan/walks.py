@@ -36,8 +36,8 @@ class Walks:
 
     def find_floor(self) -> None:
         """Bisect for the lowest limit that a walk can keep to. The number of walks depends on the program alone."""
-        low = self._unavoidable_bytes()
-        for _ in range(self._tries(12)):
+        low, tries = self._unavoidable_bytes(), self._tries(12)
+        for _ in range(tries if tries > 1 else 0):  # one walk alone finds nothing and takes long on such a program
             high = self._search.frontier[0].peak_bytes
             if low >= high:
                 return
