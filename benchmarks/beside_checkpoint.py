@@ -45,8 +45,8 @@ class Network:
 def networks() -> tuple[Network, ...]:
     """The two networks of the comparison."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(blocks=6, width=192, heads=6, context=128, dropout=0.1))
-    tokens = torch.randint(0, 256, (2, 16, 128))
+    gpt = GPT(GPTConfig(blocks=6, width=256, heads=8, context=128, dropout=0.1))
+    tokens = torch.randint(0, 256, (2, 32, 128))
     resnet = ResNet(ResNetConfig(widths=(24, 48, 96), blocks_per_stage=3))
     return (
         Network("GPT", gpt, _next_token, (tokens[0], tokens[1])),
@@ -107,7 +107,7 @@ def compare(network: Network, rounds: int) -> None:
     """Print the comparison for one network."""
     first = steps_of(network, {})
     peaks = {name: peak_of(network, model, step) for name, (model, step) in first.items()}
-    shares = (1.0, 0.8, 0.75, 0.7)
+    shares = (1.0, 0.8)
     budgets = {f"recollect at {s:.0%}": int(s * peaks["block"]) for s in shares}
     budgets = {name: b for name, b in budgets.items() if _feasible(network, b)}
     steps = steps_of(network, budgets)

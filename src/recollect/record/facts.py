@@ -6,7 +6,7 @@ numbers). The rest, where schemas are silent, stands in the small tables here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
@@ -75,11 +75,13 @@ class OpFacts:
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
+        if not (self.written_args or self.written_kwargs or self.batch_norm):
+            return []
         found = [args[i] for i in self.written_args if i < len(args)]
         found += [kwargs[k] for k in self.written_kwargs if k in kwargs]
         if self.batch_norm and args[TRAINING]:
             found += [args[i] for i in RUNNING_STATISTICS]
-        return list(tensors_in(found))
+        return tensors_in(found)
 
 
 @cache
@@ -113,13 +115,18 @@ def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
     return ""
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in operator arguments or results: nested tuples, lists and dicts, in order."""
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for item in tree:
-            yield from tensors_in(item)
-    elif isinstance(tree, dict):
-        for item in tree.values():
-            yield from tensors_in(item)
+    found: list[Tensor] = []
+    _collect((tree,), found)
+    return found
+
+
+def _collect(items: Iterable[Any], found: list[Tensor]) -> None:
+    for item in items:
+        if isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list)):
+            _collect(item, found)
+        elif isinstance(item, dict):
+            _collect(item.values(), found)

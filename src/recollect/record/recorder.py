@@ -177,7 +177,7 @@ class Recorder(TorchDispatchMode):
         facts = facts_of(func)
         if facts.is_view and not facts.fresh_constant:
             return func(*args, **kwargs)
-        inputs = list(tensors_in((args, kwargs)))
+        inputs = tensors_in((args, kwargs))
         reads = self.map.reads(inputs)
         self._know_outside(inputs)
         self._check_fingerprints(inputs)
@@ -189,7 +189,7 @@ class Recorder(TorchDispatchMode):
         joins = self._is_accumulation(func, args)
         signature = signature_of(func, args, kwargs)
         out = func(*args, **kwargs)
-        outputs = list(tensors_in(out))
+        outputs = tensors_in(out)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)
         if facts.fresh_constant:
             self._know_outside(outputs)

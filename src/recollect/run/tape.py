@@ -26,6 +26,7 @@ from recollect.run.instructions import Instructions, Rerun
 from recollect.run.settings import NumericSettings
 
 _NO_TASK = -1
+_NOTHING: frozenset[int] = frozenset()
 
 _DRAWING = threading.RLock()
 """Held while a generator's state is taken and used, or changed for a while: other threads may draw from it too."""
@@ -162,12 +163,16 @@ class Tape(TorchDispatchMode):
         if self._rerunning or self._map is None or (facts.is_view and not facts.fresh_constant):
             return func(*args, **kwargs)
         reads = self._map.reads(tensors_in((args, kwargs)))
-        rescued = self._rescue(facts, facts.written(args, kwargs), reads[0])
-        with _DRAWING if facts.random else contextlib.nullcontext():
-            again = self._n_ops in self.instructions.again and self._expects(facts.name, reads[0])
-            entry = self._prepare(func, facts, args, kwargs) if again else None
+        written = facts.written(args, kwargs)
+        rescued = self._rescue(facts, written, reads[0]) if written else _NOTHING
+        entry = None
+        if self._n_ops in self.instructions.again and self._expects(facts.name, reads[0]):
+            with _DRAWING if facts.random else contextlib.nullcontext():
+                entry = self._prepare(func, facts, args, kwargs)
+                out = func(*args, **kwargs)
+        else:
             out = func(*args, **kwargs)
-        outputs = list(tensors_in(out))
+        outputs = tensors_in(out)
         seen = self._map.seen(facts, args, kwargs, reads, outputs)
         if seen.is_op:
             self._note(facts, seen, entry, outputs, rescued)
@@ -426,7 +431,7 @@ class Tape(TorchDispatchMode):
                 _generator_at(entry.generator, entry.generator_state),
             ):
                 args, kwargs = _resolved(entry.args, memory), _resolved(entry.kwargs, memory)
-                return list(tensors_in(entry.func(*args, **kwargs)))
+                return tensors_in(entry.func(*args, **kwargs))
         finally:
             self._rerunning = before
 
@@ -555,7 +560,7 @@ def _generator_of(args: Any, kwargs: Any) -> torch.Generator:
         if isinstance(a, torch.Generator):
             return a
     given = kwargs.get("device")
-    first = next(tensors_in((args, kwargs)), None)
+    first = next(iter(tensors_in((args, kwargs))), None)
     device = torch.device(given) if given is not None else first.device if first is not None else torch.device("cpu")
     if device.type == "cuda":
         index = device.index if device.index is not None else torch.cuda.current_device()
