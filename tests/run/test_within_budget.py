@@ -97,6 +97,7 @@ def test_two_budgets_for_three_steps(case: Case) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_five_budgets_for_fifty_steps(case: Case) -> None:
     check(case, 50, slice(0, 5))

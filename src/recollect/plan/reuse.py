@@ -33,8 +33,11 @@ def reuse(
         spared = _spare(_ledger(tables, account), account, budget_bytes, noise)
         if len(spared) <= len(runs) // 1000:
             break
-        runs = [run for run in runs if run not in spared]
-        account = accountant(accountant.order(runs))
+        fewer = [run for run in runs if run not in spared]
+        lighter = accountant(accountant.order(fewer))
+        if lighter.peak_bytes > budget_bytes:  # the room was judged gap by gap: together they may not fit
+            break
+        runs, account = fewer, lighter
     return runs, account
 
 
