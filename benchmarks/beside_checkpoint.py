@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -87,10 +88,13 @@ def peak_of(network: Network, model: nn.Module, step: Step) -> int:
 
 
 def seconds_of(steps: Mapping[str, tuple[nn.Module, Step]], rounds: int) -> dict[str, float]:
-    """Median seconds of every step, the steps taking turns."""
+    """Median seconds of every step, the steps taking turns, in another order each time."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0)
     for _ in range(rounds + 1):
-        for name, (model, step) in steps.items():
+        shuffle.shuffle(order)  # what one step leaves in the allocator and the caches, the next one meets
+        for name in order:
+            model, step = steps[name]
             model.zero_grad()
             begin = time.perf_counter()
             step()

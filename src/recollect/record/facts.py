@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Final
 
 import torch
@@ -84,16 +83,27 @@ class OpFacts:
         return tensors_in(found)
 
 
-@cache
+_FACTS: dict[int, tuple[torch._ops.OpOverload, OpFacts]] = {}
+"""By the address of the operator, which hashes faster than the operator itself and stays its own while it is here."""
+
+
 def facts_of(func: torch._ops.OpOverload) -> OpFacts:
-    """The facts of one operator, read off its schema and the tables of this module."""
+    """The facts of one operator, looked up at every call of it, computed once."""
+    known = _FACTS.get(id(func))
+    if known is None:
+        known = _FACTS[id(func)] = func, _read_facts(func)
+    return known[1]
+
+
+def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
+    """Read off the schema and the tables of this module."""
     schema, packet = func._schema, str(func.overloadpacket)
     arguments = schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     aliases = [r.alias_info is not None for r in schema.returns]
     return OpFacts(
         name=str(func),
-        is_view=bool(aliases) and all(aliases) and not any(written),
+        is_view=bool(aliases) and all(aliases) and not any(written) and packet not in FRESH_CONSTANT,
         fresh_constant=packet in FRESH_CONSTANT,
         written_args=tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only),
         written_kwargs=tuple(a.name for i, a in enumerate(arguments) if written[i]),
@@ -117,6 +127,8 @@ def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in operator arguments or results: nested tuples, lists and dicts, in order."""
+    if isinstance(tree, Tensor):
+        return [tree]
     found: list[Tensor] = []
     _collect((tree,), found)
     return found

@@ -175,7 +175,7 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
         facts = facts_of(func)
-        if facts.is_view and not facts.fresh_constant:
+        if facts.is_view:
             return func(*args, **kwargs)
         inputs = tensors_in((args, kwargs))
         reads = self.map.reads(inputs)

@@ -32,7 +32,7 @@ _MIN_SECONDS: Final = 0.02
 _MAX_REPEATS: Final = 5
 """... but not more often than this."""
 
-_CACHE_BYTES: Final = 1 << 25
+_CACHE_BYTES: Final = 1 << 26
 """Memory that is written before each timed call, so that caches hold nothing of its arguments."""
 
 _NEEDS_ITS_WORKSPACE: Final = frozenset(

@@ -8,7 +8,6 @@ inputs, constants) count -1, -2, ... in the order they are first met.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -66,8 +65,7 @@ def _wraps(tensor: Tensor) -> bool:
     return not isinstance(tensor, fake) and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-@dataclass(frozen=True, slots=True)
-class Seen:
+class Seen(NamedTuple):
     """What one operator call did to values.
 
     Attributes:
@@ -131,12 +129,14 @@ class ValueMap:
         """Numbers of the values these tensors look at, each once; and whether any tensor was opaque."""
         numbers: dict[int, None] = {}
         opaque = False
+        known = self._known
         for tensor in tensors:
             storage = storage_of(tensor)
             if storage is None:
                 opaque = True
-            else:
-                numbers[self.number(storage)] = None
+                continue
+            found = known.get(storage._cdata)
+            numbers[found[0] if found is not None else self.bind_outside(storage)] = None
         return tuple(numbers), opaque
 
     def seen(

@@ -44,6 +44,7 @@ class Instructions:
         path: for every op of the forward, its name and the made values that it reads: the path of the plan.
         keep: values to hold on to when the forward makes them.
         forget: saved values to let go of although the backward will ask for them.
+        asked: values that the backward will ask for: the forward saves them.
         again: ops that will run again.
         events: what to do at each request of the backward, in order.
     """
@@ -51,6 +52,7 @@ class Instructions:
     path: tuple[tuple[str, tuple[int, ...]], ...]
     keep: frozenset[int]
     forget: frozenset[int]
+    asked: frozenset[int]
     again: frozenset[int]
     events: tuple[Event, ...]
 
@@ -114,6 +116,7 @@ class _Compiler:
             path=tuple((ops[i].name, self._made_reads(i)) for i in self.tape_op),
             keep=frozenset(keep),
             forget=frozenset(asked - keep),
+            asked=frozenset(asked),
             again=frozenset(self.tape_op[order[p]] for p in again),
             events=tuple(events),
         )

@@ -27,6 +27,7 @@ from recollect.run.settings import NumericSettings
 
 _NO_TASK = -1
 _NOTHING: frozenset[int] = frozenset()
+_UNREAD: tuple[tuple[int, ...], bool] = ((), False)
 
 _DRAWING = threading.RLock()
 """Held while a generator's state is taken and used, or changed for a while: other threads may draw from it too."""
@@ -35,23 +36,23 @@ _DRAWING = threading.RLock()
 class Handle:
     """Stands for a saved tensor: which value, seen how; notices when the value is changed behind autograd's back."""
 
-    __slots__ = ("_probe", "_version", "number", "tape", "view")
+    __slots__ = ("number", "probe", "served", "tape", "version", "view")
 
-    def __init__(self, tape: Tape, number: int, tensor: Tensor) -> None:
+    def __init__(self, tape: Tape, number: int, tensor: Tensor, probe: Tensor) -> None:
         self.tape, self.number, self.view = tape, number, View.of(tensor)
-        self._probe = _version_probe(tensor)
-        self._version = tensor._version
-        tape.handles.setdefault(number, set()).add(id(self))
-        tape.waiting.setdefault(number, set()).add(id(self))
+        self.probe, self.version = probe, tensor._version
+        self.served = 0
+        """The backward pass, counted by the tape, in which it was served last."""
+        tape.handles[number] = tape.handles.get(number, 0) + 1
+        tape.waiting[number] = tape.waiting.get(number, 0) + 1
 
     def check_unchanged(self) -> None:
         """Raise what autograd would raise if the saved tensor has been modified in place."""
-        if self._probe._version != self._version:
-            raise _modified(self.view, self._probe, self._version)
+        if self.probe._version != self.version:
+            raise _modified(self.view, self.probe, self.version)
 
     def __del__(self) -> None:
-        with contextlib.suppress(AttributeError):  # a handle whose making failed
-            self.tape.released(self.number, id(self))
+        self.tape.released(self)
 
 
 class OutsideHandle:
@@ -71,17 +72,18 @@ class OutsideHandle:
 
 @dataclass(slots=True)
 class _Held:
-    """A value in memory: an alias of it, whether it is the one that the forward made, and its version then."""
+    """A value in memory, and whether it is the one that the forward made: then an alias tells its version."""
 
-    alias: Tensor
+    memory: torch.UntypedStorage
     original: bool
+    alias: Tensor | None = None
     version: int | None = None
 
     def storage(self) -> torch.UntypedStorage:
         """The memory; raises if somebody changed a value of the forward in place since."""
-        if self.version is not None and version_of(self.alias) != self.version:
+        if self.alias is not None and self.version is not None and version_of(self.alias) != self.version:
             raise _modified(self.alias, self.alias, self.version)
-        return self.alias.untyped_storage()
+        return self.memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +135,10 @@ class Tape(TorchDispatchMode):
         super().__init__()
         self.instructions = instructions
         self.following = True
-        self.handles: dict[int, set[int]] = {}
-        """For every value the handles that live."""
-        self.waiting: dict[int, set[int]] = {}
-        """Those of them that have not been served in this backward pass."""
+        self.handles: dict[int, int] = {}
+        """For every value the number of handles that live."""
+        self.waiting: dict[int, int] = {}
+        """How many of them have not been served in this backward pass."""
         self._on_deviation, self._on_rerun = on_deviation, on_rerun
         self._map: ValueMap | None = ValueMap()
         self._n_ops = 0
@@ -149,6 +151,7 @@ class Tape(TorchDispatchMode):
         self._outside: dict[int, list[OutsideHandle]] = {}
         self._cursor = 0
         self._task: int | None = None
+        self._pass = 1
         self._retained = False
         self._rerunning = False
 
@@ -160,13 +163,17 @@ class Tape(TorchDispatchMode):
         """Run one operator of the forward and take note of it."""
         kwargs = kwargs or {}
         facts = facts_of(func)
-        if self._rerunning or self._map is None or (facts.is_view and not facts.fresh_constant):
+        if facts.is_view or self._rerunning or self._map is None:
             return func(*args, **kwargs)
-        reads = self._map.reads(tensors_in((args, kwargs)))
         written = facts.written(args, kwargs)
-        rescued = self._rescue(facts, written, reads[0]) if written else _NOTHING
+        if written or self._n_ops in self.instructions.again or not self._expects(facts.name):
+            reads = self._map.reads(tensors_in((args, kwargs)))
+            expected = self._expects(facts.name, reads[0])
+        else:  # what it makes gets its numbers in any case; that nobody asks what it read saves time
+            reads, expected = _UNREAD, True
+        rescued = self._rescue(written, expected) if written else _NOTHING
         entry = None
-        if self._n_ops in self.instructions.again and self._expects(facts.name, reads[0]):
+        if expected and self._n_ops in self.instructions.again:
             with _DRAWING if facts.random else contextlib.nullcontext():
                 entry = self._prepare(func, facts, args, kwargs)
                 out = func(*args, **kwargs)
@@ -175,28 +182,28 @@ class Tape(TorchDispatchMode):
         outputs = tensors_in(out)
         seen = self._map.seen(facts, args, kwargs, reads, outputs)
         if seen.is_op:
-            self._note(facts, seen, entry, outputs, rescued)
+            if self.following and not expected:
+                self._leave_path(facts.name)
+            self._note(seen, entry, outputs, rescued)
         return out
 
     def _note(
         self,
-        facts: OpFacts,
         seen: Seen,
         entry: _Unfinished | None,
         outputs: Sequence[Tensor],
         rescued: frozenset[int],
     ) -> None:
-        """Compare with the plan's path and hold what it says."""
+        """Hold what the plan says."""
         k, self._n_ops = self._n_ops, self._n_ops + 1
-        if self.following:
-            self._compare(k, facts.name, seen.reads)
         for new, old in seen.in_place:
             self._overwritten(new, old, rescued)
         for number, tensor in seen.writes:
             kept = self.following and number in self.instructions.keep
             forgotten = self.following and number in self.instructions.forget
             if kept or (number in self.handles and not forgotten):
-                self._held[number] = _Held(_alias(tensor), original=True)
+                saved = number in self.instructions.asked and number not in self.handles  # then pack makes the alias
+                self._held[number] = _Held(tensor.untyped_storage(), True, None if saved else _alias(tensor))
         if entry is not None and self.following:
             self._entries[k] = entry.finish(seen, outputs)
             self._maker.update((n, k) for n, _ in seen.writes)
@@ -204,13 +211,13 @@ class Tape(TorchDispatchMode):
     def _overwritten(self, new: int, old: int, rescued: frozenset[int]) -> None:
         """The memory of a value holds another one: that is what its handles stand for (see ``Recorder``)."""
         if old not in rescued:
-            self._held.pop(old, None)
+            self._let_go(old)
         if old in self.handles:
             self.handles[new] = self.handles.pop(old)
             self.waiting[new] = self.waiting.pop(old)
             self._moved[old] = new
 
-    def _rescue(self, facts: OpFacts, written: Sequence[Tensor], reads: Sequence[int]) -> frozenset[int]:
+    def _rescue(self, written: Sequence[Tensor], expected: bool) -> frozenset[int]:
         """Copy what reruns will read and an op that the plan does not know is about to overwrite."""
         assert self._map is not None
         rescued = set()
@@ -221,8 +228,10 @@ class Tape(TorchDispatchMode):
                 continue
             if number < 0:
                 self._rescue_outside(number)
-            elif number in self._held and not self._expects(facts.name, reads) and number in self._sources():
-                self._held[number] = _Held(_whole(self._held[number].storage()).clone(), original=True)
+            elif number in self._held and not expected and number in self._sources():
+                copy = self._held[number].storage().clone()
+                self._let_go(number)
+                self._held[number] = _Held(copy, original=True)
                 rescued.add(number)
         return frozenset(rescued)
 
@@ -231,16 +240,16 @@ class Tape(TorchDispatchMode):
             handle.alias = handle.get().clone(memory_format=torch.preserve_format)
             handle.version = version_of(handle.alias)
 
-    def _expects(self, name: str, reads: Sequence[int]) -> bool:
+    def _expects(self, name: str, reads: Sequence[int] | None = None) -> bool:
         """Whether the plan has this op next."""
         path, k = self.instructions.path, self._n_ops
         return self.following and k < len(path) and _matches(path[k], name, reads)
 
-    def _compare(self, k: int, name: str, reads: Sequence[int]) -> None:
-        path = self.instructions.path
+    def _leave_path(self, name: str) -> None:
+        path, k = self.instructions.path, self._n_ops
         if k >= len(path):
             self._deviate(f"operator {k} ({name}) comes after the end of the recorded forward")
-        elif not _matches(path[k], name, reads):
+        else:
             self._deviate(f"operator {k} is {name}, the recorded forward had {path[k][0]}")
 
     def _deviate(self, reason: str) -> None:
@@ -269,17 +278,24 @@ class Tape(TorchDispatchMode):
             number = -1 if storage is None or self._map is None else self._map.number(storage)
             if number < 0:
                 return OutsideHandle(tensor.detach(), version_of(tensor))
-            forgotten = self.following and number in self.instructions.forget
-            if not forgotten and number not in self._held:
-                self._held[number] = _Held(tensor.detach(), original=True)
-            return Handle(self, number, tensor)
+            held, alias = self._held.get(number), tensor.detach()
+            if held is None and not (self.following and number in self.instructions.forget):
+                held = self._held[number] = _Held(storage, True)
+            if held is not None and held.alias is None:
+                held.alias = alias  # loses the memory when the tape lets go of the value
+            else:
+                _take_memory(alias)
+            return Handle(self, number, tensor, alias)
 
     def finish_forward(self) -> None:
         """The forward is over: from now on the tape only answers the backward."""
         if self.following and self._n_ops < len(self.instructions.path):
             self._deviate(f"the forward ended after {self._n_ops} of {len(self.instructions.path)} operators")
-        for held in self._held.values():  # only now: an in-place op counts up the version after we have seen it
-            held.version = version_of(held.alias)
+        for number, held in self._held.items():
+            if held.alias is not None:  # only now: an in-place op counts up the version after we have seen it
+                held.version = version_of(held.alias)
+            elif self.following and number in self.instructions.keep:
+                self._deviate(f"the recorded forward saved value {number} for the backward, this one did not")
         self._map = None
         self._outside.clear()
 
@@ -289,12 +305,14 @@ class Tape(TorchDispatchMode):
         """The tensor that a handle stands for, computed again if it is gone."""
         if isinstance(packed, OutsideHandle):
             return packed.get()
-        packed.check_unchanged()
         number, view = self._now(packed.number), packed.view
+        packed.check_unchanged()
         if torch._C._current_graph_task_id() == _NO_TASK:  # somebody looks at grad_fn._saved_...
             return view.on(self._look_up(number))
         self._notice_task()
-        self.waiting[number].discard(id(packed))
+        if packed.served != self._pass:
+            packed.served = self._pass
+            self.waiting[number] -= 1
         events = self.instructions.events
         if self.following and self._cursor < len(events) and events[self._cursor].value == number:
             event = events[self._cursor]
@@ -328,7 +346,8 @@ class Tape(TorchDispatchMode):
         if task != self._task:
             if self._retained:
                 self._cursor = 0
-                self.waiting = {n: set(h) for n, h in self.handles.items()}
+                self._pass += 1
+                self.waiting = dict(self.handles)
                 self._installs_left = Counter(self.instructions.installs)
                 self._held = {n: h for n, h in self._held.items() if h.original}
             self._task = task
@@ -342,20 +361,26 @@ class Tape(TorchDispatchMode):
         if self._is_awaited(number):
             self._late.add(number)
         else:
-            del self._held[number]
+            self._let_go(number)
+
+    def _let_go(self, number: int) -> None:
+        held = self._held.pop(number, None)
+        if held is not None and held.alias is not None:
+            _take_memory(held.alias)
 
     def _is_awaited(self, number: int) -> bool:
         """Whether a handle stands for a value that the plan will not make again."""
-        return bool(self.waiting.get(number)) and not self._installs_left[number]
+        return self.waiting.get(number, 0) > 0 and not self._installs_left[number]
 
-    def released(self, number: int, handle: int) -> None:
+    def released(self, handle: Handle) -> None:
         """A handle is gone; what only handles needed may go when the last one has."""
-        number = self._now(number)
-        self.handles[number].discard(handle)
-        self.waiting[number].discard(handle)
+        number = self._now(handle.number)
+        self.handles[number] -= 1
+        if handle.served != self._pass:
+            self.waiting[number] -= 1
         planned = self.instructions.planned - self._late if self.following else self._sources()
         if not self.handles[number] and number not in planned:
-            self._held.pop(number, None)
+            self._let_go(number)
 
     def _sources(self) -> frozenset[int]:
         """Values that another run may need as long as the plan is not followed."""
@@ -411,10 +436,10 @@ class Tape(TorchDispatchMode):
         for n, storage in made.items():
             if rerun is None:
                 if n not in self._held:
-                    self._held[n] = _Held(_whole(storage), original=False)
+                    self._held[n] = _Held(storage, original=False)
             elif n in rerun.install:
                 self._installs_left[n] -= 1
-                self._held[n] = _Held(_whole(storage), original=False)
+                self._held[n] = _Held(storage, original=False)
         if rerun is not None:
             for n in rerun.drops:
                 self._drop(n)
@@ -478,11 +503,13 @@ class _Unfinished:
         return generator is not None and generator.device.type == "cpu" and threading.active_count() > 1
 
 
-def _matches(step: tuple[str, tuple[int, ...]], name: str, reads: Sequence[int]) -> bool:
-    """Whether an op is the one that was recorded.
+def _matches(step: tuple[str, tuple[int, ...]], name: str, reads: Sequence[int] | None) -> bool:
+    """Whether an op is the one that was recorded, by its name and, if they are given, by what it reads.
 
     In a backward inside the forward, the program also lists what the autograd node holds; those come last.
     """
+    if reads is None:
+        return step[0] == name
     made = tuple(n for n in reads if n >= 0)
     return step[0] == name and step[1][: len(made)] == made
 
@@ -534,14 +561,12 @@ def version_of(tensor: Tensor) -> int:
 _EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
-def _version_probe(tensor: Tensor) -> Tensor:
-    """A tensor without memory that shares the version counter."""
-    key = tensor.dtype, tensor.device
+def _take_memory(alias: Tensor) -> None:
+    """Leave the alias its version counter, but not the memory."""
+    key = alias.dtype, alias.device
     if key not in _EMPTY:
-        _EMPTY[key] = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    probe = tensor.detach()
-    probe.data = _EMPTY[key]
-    return probe
+        _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
+    alias.data = _EMPTY[key]
 
 
 def _whole(storage: torch.UntypedStorage) -> Tensor:
@@ -550,7 +575,7 @@ def _whole(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _alias_free(view: View, storage: torch.UntypedStorage) -> Tensor:
-    with torch._C._DisableTorchDispatch(), torch.no_grad():
+    with torch._C._DisableTorchDispatch():
         return view.on(storage)
 
 
