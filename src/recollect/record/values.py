@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from recollect.record.facts import OpFacts
 
@@ -95,14 +94,15 @@ class ValueMap:
     """
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[int, StorageWeakRef]] = {}
+        self._known: dict[int, int] = {}
+        self._weak_references: list[int] = []
         self.made = 0
         self.outside = 0
 
     def number(self, storage: torch.UntypedStorage) -> int:
         """The value that the storage holds now; a storage never met is a value from outside."""
         known = self._known.get(storage._cdata)
-        return known[0] if known is not None else self.bind_outside(storage)
+        return known if known is not None else self.bind_outside(storage)
 
     def bind_made(self, storage: torch.UntypedStorage) -> int:
         """A new value, made by an operator, that this storage holds from now on."""
@@ -118,8 +118,14 @@ class ValueMap:
         return -self.outside
 
     def _bind(self, storage: torch.UntypedStorage, number: int) -> None:
-        known = self._known.get(storage._cdata)
-        self._known[storage._cdata] = (number, known[1] if known is not None else StorageWeakRef(storage))
+        address = storage._cdata
+        if address not in self._known:
+            self._weak_references.append(storage._weak_ref())
+        self._known[address] = number
+
+    def __del__(self) -> None:
+        for reference in self._weak_references:
+            torch.UntypedStorage._free_weak_ref(reference)
 
     def rebind(self, storage: torch.UntypedStorage, number: int) -> None:
         """Let this storage hold a value that has a number already."""
@@ -136,7 +142,7 @@ class ValueMap:
                 opaque = True
                 continue
             found = known.get(storage._cdata)
-            numbers[found[0] if found is not None else self.bind_outside(storage)] = None
+            numbers[found if found is not None else self.bind_outside(storage)] = None
         return tuple(numbers), opaque
 
     def seen(

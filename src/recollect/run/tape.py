@@ -305,10 +305,10 @@ class Tape(TorchDispatchMode):
         """The tensor that a handle stands for, computed again if it is gone."""
         if isinstance(packed, OutsideHandle):
             return packed.get()
-        number, view = self._now(packed.number), packed.view
+        number = self._now(packed.number)
         packed.check_unchanged()
         if torch._C._current_graph_task_id() == _NO_TASK:  # somebody looks at grad_fn._saved_...
-            return view.on(self._look_up(number))
+            return packed.view.on(self._look_up(number))
         self._notice_task()
         if packed.served != self._pass:
             packed.served = self._pass
@@ -319,16 +319,24 @@ class Tape(TorchDispatchMode):
             self._cursor += 1
             for rerun in event.reruns:
                 self._run_again(rerun.op, rerun)
-            storage = self._storage(number)
+            tensor = self._saved(packed, self._storage(number))
             if event.drop:
                 self._drop(number)
         else:
             if number in self.instructions.forget or number in self.instructions.keep:
                 self.following = False  # another order than the plan's: compute on demand from here on
-            storage = self._on_demand(number)
+            tensor = self._saved(packed, self._on_demand(number))
         if self._map is not None:  # a backward inside the forward: its operators read this value
-            self._map.rebind(storage, number)
-        return _alias_free(view, storage)
+            self._map.rebind(tensor.untyped_storage(), number)
+        return tensor
+
+    def _saved(self, packed: Handle, storage: torch.UntypedStorage) -> Tensor:
+        """The tensor that was saved, on the memory that holds its value now."""
+        held = self._held.get(packed.number)
+        with torch._C._DisableTorchDispatch():
+            if held is not None and held.alias is packed.probe:  # the tensor itself
+                return packed.probe.detach()
+            return packed.view.on(storage)
 
     def _now(self, number: int) -> int:
         """The value that the memory of this one holds in the end."""
@@ -572,11 +580,6 @@ def _take_memory(alias: Tensor) -> None:
 def _whole(storage: torch.UntypedStorage) -> Tensor:
     """A tensor that holds the storage."""
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _alias_free(view: View, storage: torch.UntypedStorage) -> Tensor:
-    with torch._C._DisableTorchDispatch():
-        return view.on(storage)
 
 
 def _generator_of(args: Any, kwargs: Any) -> torch.Generator:
