@@ -46,8 +46,8 @@ class Network:
 def networks() -> tuple[Network, ...]:
     """The two networks of the comparison."""
     torch.manual_seed(0)
-    gpt = GPT(GPTConfig(blocks=6, width=256, heads=8, context=128, dropout=0.1))
-    tokens = torch.randint(0, 256, (2, 32, 128))
+    gpt = GPT(GPTConfig(blocks=6, width=384, heads=6, context=256, dropout=0.2))
+    tokens = torch.randint(0, 256, (2, 16, 256))
     resnet = ResNet(ResNetConfig(widths=(24, 48, 96), blocks_per_stage=3))
     return (
         Network("GPT", gpt, _next_token, (tokens[0], tokens[1])),

@@ -13,8 +13,8 @@ from recollect.plan.unroll import merge, reruns
 from recollect.program import Program, Schedule
 
 
-def every_block(program: Program) -> Schedule:
-    """The schedule of ``torch.utils.checkpoint`` around every numbered module. O(reads)."""
+def every_block(program: Program, budget_bytes: int = 0) -> Schedule:
+    """Whatever the budget, the schedule of ``torch.utils.checkpoint`` around every numbered module. O(reads)."""
     tables = tables_of(program)
     blocks = block_of(tables)
     dropped = frozenset(v for v in tables.droppable if not _leaves_its_block(tables, blocks, v))

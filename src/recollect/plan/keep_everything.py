@@ -5,6 +5,6 @@ from __future__ import annotations
 from recollect.program import Program, Schedule
 
 
-def keep_everything(program: Program) -> Schedule:
-    """The program as it is: every value stays until its last reader has run."""
+def keep_everything(program: Program, budget_bytes: int = 0) -> Schedule:
+    """The program as it is, whatever the budget: every value stays until its last reader has run."""
     return Schedule.plain(program)

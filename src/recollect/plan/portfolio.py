@@ -25,7 +25,7 @@ from recollect.program import Plan, Program, Schedule, simulate
 if TYPE_CHECKING:
     from recollect.plan.pool import Pool
 
-_CLASSICS: Final[Mapping[str, Callable[[Program], Schedule]]] = MappingProxyType(
+_CLASSICS: Final[Mapping[str, Callable[[Program, int], Schedule]]] = MappingProxyType(
     {"keep-everything": keep_everything, "every-block": every_block, "segments": segments}
 )
 SOLVERS: Final = ("auto", "greedy", *_CLASSICS)
@@ -97,7 +97,7 @@ def _pool_of(program: Program) -> Pool:
 def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int) -> Plan:
     from recollect.plan.bounds import lower_bound
 
-    schedule = _CLASSICS[solver](program)
+    schedule = _CLASSICS[solver](program, budget_bytes)
     peak = simulate(program, schedule).peak_bytes
     if peak > budget_bytes:
         raise infeasible(program, budget_bytes, schedule, solver=solver)

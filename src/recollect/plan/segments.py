@@ -17,8 +17,8 @@ from recollect.plan.unroll import unroll
 from recollect.program import Program, Schedule
 
 
-def segments(program: Program) -> Schedule:
-    """The schedule with about sqrt(n) segments, n the number of forward ops that may run again. O(n log n)."""
+def segments(program: Program, budget_bytes: int = 0) -> Schedule:
+    """Whatever the budget, the schedule with about sqrt(n) segments, n the number of forward ops that may run again. O(n log n)."""
     tables = tables_of(program)
     count = max(1, isqrt(len(tables.replayed)))
     return Schedule.from_order(program, unroll(program, crossing(tables, boundaries(tables, count))))
