@@ -18,7 +18,10 @@ from recollect.program import Program, Schedule
 
 
 def segments(program: Program, budget_bytes: int = 0) -> Schedule:
-    """Whatever the budget, the schedule with about sqrt(n) segments, n the number of forward ops that may run again. O(n log n)."""
+    """The schedule with about sqrt(n) segments, n the number of forward ops that may run again, whatever the budget.
+
+    O(n log n).
+    """
     tables = tables_of(program)
     count = max(1, isqrt(len(tables.replayed)))
     return Schedule.from_order(program, unroll(program, crossing(tables, boundaries(tables, count))))

@@ -95,7 +95,7 @@ class ValueMap:
 
     def __init__(self) -> None:
         self._known: dict[int, int] = {}
-        self._weak_references: list[int] = []
+        self._weak_references: list[Any] = []
         self.made = 0
         self.outside = 0
 

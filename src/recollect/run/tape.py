@@ -276,7 +276,7 @@ class Tape(TorchDispatchMode):
         with torch._C._DisableTorchDispatch():
             storage = storage_of(tensor)
             number = -1 if storage is None or self._map is None else self._map.number(storage)
-            if number < 0:
+            if storage is None or number < 0:
                 return OutsideHandle(tensor.detach(), version_of(tensor))
             held, alias = self._held.get(number), tensor.detach()
             if held is None and not (self.following and number in self.instructions.forget):
