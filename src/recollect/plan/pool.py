@@ -15,6 +15,7 @@ from recollect.plan.greedy import greedy
 from recollect.plan.min_cut import Pricer
 from recollect.plan.search import Candidate, Entry, Search, no_noise
 from recollect.plan.segments import boundaries, crossing
+from recollect.plan.tables import open_tables_of
 from recollect.plan.walks import Walks
 from recollect.program import Program, Schedule, simulate
 
@@ -46,7 +47,8 @@ class Pool:
 
     def __init__(self, program: Program) -> None:
         self._search = Search(program)
-        self._walks = Walks(self._search)
+        open_tables = open_tables_of(program)
+        self._walks = [Walks(self._search, t) for t in (self._search.tables, open_tables) if t is not None]
         floor = list(self._floor_work())
         self._mandatory = len(floor)
         self._jobs = [*floor, *self._work()]
@@ -79,7 +81,8 @@ class Pool:
         yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
         yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
         yield lambda deadline: self._find_floor()
-        yield lambda deadline: self._walks.find_floor()
+        for walks in self._walks:
+            yield self._floor_of(walks)
 
     def _work(self) -> Iterator[Callable[[float], None]]:
         """The jobs that make the rest of the pool, the most valuable first."""
@@ -89,7 +92,8 @@ class Pool:
         for price in prices:
             for cut in cuts:
                 yield self._priced(pricer, price, cut)
-        yield from self._walks.ladder()
+        for walks in self._walks:
+            yield from walks.ladder()
         if len(search.tables.ops) <= _SMALL_PROGRAM:
             yield from (self._rung(k) for k in range(_RUNGS))
 
@@ -126,6 +130,9 @@ class Pool:
                 self._search.keeping("nested segments", *keeps)
 
         return make
+
+    def _floor_of(self, walks: Walks) -> Callable[[float], None]:
+        return lambda deadline: walks.find_floor()
 
     def _find_floor(self) -> None:
         """Shave the lowest peaks as far down as it goes."""
@@ -195,14 +202,15 @@ class Pool:
             if time.monotonic() > deadline:
                 return
             self._fit(search.recall(entry), budget_bytes, budget_bytes, deadline)
-        self._walks.around(budget_bytes, deadline)
+        for walks in self._walks:
+            walks.around(budget_bytes, deadline)
         dice, misses = random.Random(_SEED), 0
         for k in range(disturbances):
             best = search.best_within(budget_bytes)
             if best is None or best.extra_seconds == 0 or time.monotonic() > deadline:
                 return
             if k % 2 and misses < _MISSES:
-                self._walks.disturb(best, budget_bytes, dice)
+                self._walks[k // 2 % len(self._walks)].disturb(best, budget_bytes, dice)
                 misses = misses + 1 if search.best_within(budget_bytes) is best else 0
             self._disturb(best, budget_bytes, dice, deadline)
 

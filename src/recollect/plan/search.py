@@ -135,9 +135,11 @@ class Search:
             self._known[dropped] = candidate
         return candidate
 
-    def reuse(self, name: str, runs: list[tuple[int, int]], budget_bytes: int) -> Candidate:
+    def reuse(
+        self, name: str, runs: list[tuple[int, int]], budget_bytes: int, tables: Tables | None = None
+    ) -> Candidate:
         """The candidate with the given further runs, less those that the room below the budget makes superfluous."""
-        left, account = reuse(self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
+        left, account = reuse(tables or self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
         self.evaluations += 1
         candidate = Candidate(name, (), left, account, walked=True)
         self._remember(candidate)

@@ -16,6 +16,7 @@ from math import exp
 
 from recollect.plan.evict import Course, Rules, course_of, evicting
 from recollect.plan.search import Candidate, Entry, Search, no_noise
+from recollect.plan.tables import Tables
 
 _NAME = "evicting"
 _WORK = 500
@@ -27,12 +28,12 @@ _POWERS = (0.0, 0.5, 1.0)
 class Walks:
     """The walks of one program; what they find is remembered by the search."""
 
-    def __init__(self, search: Search) -> None:
-        self._search = search
+    def __init__(self, search: Search, tables: Tables) -> None:
+        self._search, self._tables = search, tables
 
     @cached_property
     def _course(self) -> Course:
-        return course_of(self._search.tables)
+        return course_of(self._tables)
 
     def find_floor(self) -> None:
         """Bisect for the lowest limit that a walk can keep to. The number of walks depends on the program alone."""
@@ -47,7 +48,7 @@ class Walks:
 
     def _unavoidable_bytes(self) -> int:
         """Bytes below which no schedule can be: of some op, with what it reads and what no plan can drop."""
-        course, tables = self._course, self._search.tables
+        course, tables = self._course, self._tables
         droppable = frozenset(tables.droppable)
         return max(
             (
@@ -78,7 +79,7 @@ class Walks:
             self._walk(rules, budget_bytes)
         best = next((e for e in reversed(self._search.leveled) if e.peak_bytes <= budget_bytes), None)
         if best:
-            self._search.reuse(best.name, self._search.recall(best).runs, budget_bytes)
+            self._search.reuse(best.name, self._search.recall(best).runs, budget_bytes, self._tables)
 
     def _rules(self, budget_bytes: int) -> Iterator[Rules]:
         tries = self._tries(16)
@@ -105,7 +106,7 @@ class Walks:
         """The values that a candidate drops from the forward."""
         if candidate.dropped:
             return candidate.dropped[0]
-        tables, account = self._search.tables, candidate.account
+        tables, account = self._tables, candidate.account
         first_end: dict[int, int] = {}
         for v, end in zip(account.value.tolist(), account.end.tolist(), strict=True):
             first_end.setdefault(v, end)
@@ -116,8 +117,8 @@ class Walks:
         runs = evicting(self._course, replace(rules, most_bytes=budget_bytes))
         if runs is None:
             return None
-        return self._search.reuse(_NAME, runs, budget_bytes)
+        return self._search.reuse(_NAME, runs, budget_bytes, self._tables)
 
     def _tries(self, most: int) -> int:
         """How many walks to spend: fewer on large programs."""
-        return max(1, min(most, most * _WORK // max(1, len(self._search.tables.ops))))
+        return max(1, min(most, most * _WORK // max(1, len(self._tables.ops))))
