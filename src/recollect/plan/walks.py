@@ -22,6 +22,8 @@ _NAME = "evicting"
 _WORK = 500
 """Programs with more ops get fewer walks."""
 _RUNGS = 8
+_FINEST = 100
+"""The floor is looked for down to one part in so many."""
 _POWERS = (0.0, 0.5, 1.0)
 
 
@@ -40,7 +42,7 @@ class Walks:
         low, tries = self._unavoidable_bytes(), self._tries(12)
         for _ in range(tries if tries > 1 else 0):  # one walk alone finds nothing and takes long on such a program
             high = self._search.frontier[0].peak_bytes
-            if low >= high:
+            if low >= high - high // _FINEST:
                 return
             limit = (low + high) // 2
             if not any(self._walk(Rules(limit, limit, power), limit) for power in _POWERS[: self._tries(2)]):
