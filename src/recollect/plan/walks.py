@@ -20,10 +20,8 @@ from recollect.plan.tables import Tables
 
 _NAME = "evicting"
 _WORK = 500
-"""Programs with more ops get fewer walks."""
+"""Programs with more ops get fewer walks, and a floor that may be one percent too high."""
 _RUNGS = 8
-_FINEST = 100
-"""The floor is looked for down to one part in so many."""
 _POWERS = (0.0, 0.5, 1.0)
 
 
@@ -40,9 +38,10 @@ class Walks:
     def find_floor(self) -> None:
         """Bisect for the lowest limit that a walk can keep to. The number of walks depends on the program alone."""
         low, tries = self._unavoidable_bytes(), self._tries(12)
+        slack = 0.01 if len(self._tables.ops) > _WORK else 0.0
         for _ in range(tries if tries > 1 else 0):  # one walk alone finds nothing and takes long on such a program
             high = self._search.frontier[0].peak_bytes
-            if low >= high - high // _FINEST:
+            if low >= high - slack * high:
                 return
             limit = (low + high) // 2
             if not any(self._walk(Rules(limit, limit, power), limit) for power in _POWERS[: self._tries(2)]):
