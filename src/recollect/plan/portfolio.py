@@ -16,17 +16,28 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from recollect.plan.budget import parse_budget
+from recollect.plan.chen import chen
+from recollect.plan.chen_recursive import chen_recursive
 from recollect.plan.every_block import every_block
 from recollect.plan.infeasible import infeasible
 from recollect.plan.keep_everything import keep_everything
+from recollect.plan.revolve import revolve
 from recollect.plan.segments import segments
+from recollect.plan.uniform import proven
 from recollect.program import Plan, Program, Schedule, simulate
 
 if TYPE_CHECKING:
     from recollect.plan.pool import Pool
 
 _CLASSICS: Final[Mapping[str, Callable[[Program, int], Schedule]]] = MappingProxyType(
-    {"keep-everything": keep_everything, "every-block": every_block, "segments": segments}
+    {
+        "keep-everything": keep_everything,
+        "every-block": every_block,
+        "segments": segments,
+        "chen": chen,
+        "chen-recursive": chen_recursive,
+        "revolve": revolve,
+    }
 )
 SOLVERS: Final = ("auto", "greedy", *_CLASSICS)
 """Names that ``solve`` accepts as ``solver``."""
@@ -68,6 +79,12 @@ def solve(
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in _CLASSICS:
         return _classic(program, budget_bytes, solver, plain_peak)
+    if solver == "auto" and (optimum := proven(program, budget_bytes)):
+        if not optimum.fits:
+            raise infeasible(program, budget_bytes, optimum.schedule, solver=solver)
+        return _plan(
+            program, optimum.schedule, budget_bytes, plain_peak, optimum.floor_bytes, optimum.lower_bound, "revolve", ()
+        )
     pool = _pool_of(program)
     found = pool.solve(program, budget_bytes, solver, time_limit_seconds, progress or _silent)
     if found.schedule is None:
