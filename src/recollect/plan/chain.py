@@ -1,8 +1,8 @@
 """A program as a chain of blocks: what the classics for chains (Chen, Revolve, rotor) need to know of any program.
 
 The forward is cut where little crosses. Block k turns state k, the values that cross into it, into state k + 1; its
-backward begins at its *moment*, the first late op that asks for state k or for what only block k has. A chain schedule is
-a list of *sweeps*: before the backward of a block, run again from some state up to that block. Which states stay in
+backward begins at its *moment*, the first late op that asks for state k or for what only block k has. A chain schedule
+is a list of *sweeps*: before the backward of a block, run again from some state up to that block. Which states stay in
 between follows from the order of the runs alone (``Schedule.from_order``).
 """
 
@@ -86,7 +86,7 @@ def chain_of(tables: Tables, most: int = NEVER) -> Chain:
     """The program as a chain of at most so many blocks; each has something that the backward asks for.
 
     The cuts are where at most one value crosses; where there are too many of these, or one block between them would
-    hold more than a quarter of what the backward needs, they are the cheapest cuts near equal shares. O(blocks * values).
+    hold more than a quarter of what the backward needs, the cheapest cuts near equal shares. O(blocks * values).
     """
     cuts = narrow_cuts(tables)
     if len(cuts) >= most or not cuts:
@@ -161,4 +161,3 @@ def _moments(tables: Tables, asked: Sequence[Sequence[int]]) -> tuple[int, ...]:
         moments[k] = min((tables.first_start(v, before) for v in asked[k]), default=NEVER)
         before = moments[k] if moments[k] < NEVER else before
     return tuple(moments)
-

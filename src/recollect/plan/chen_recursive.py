@@ -1,13 +1,14 @@
 """Recursive checkpointing: memory ``g(n) = k + g(n / (k + 1)) = k log_{k+1} n`` for a chain of n blocks.
 
-Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4.4 (more general recursion and subroutine): keep k states
-that cut the chain into k + 1 equal parts, and treat every part the same way when its backward comes. With k = 1 a chain
-of n layers needs O(log n) memory and O(n log n) forward steps.
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4.4: keep k states that cut
+the chain into k + 1 equal parts, and treat every part the same way when its backward comes. With k = 1 a chain of n
+layers needs O(log n) memory and O(n log n) forward steps.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 from recollect.plan.chain import Chain, Runs, Sweep, chain_of, pick
 from recollect.plan.tables import tables_of
@@ -39,5 +40,5 @@ def recursive_sweeps(blocks: int, kept: int) -> Iterator[Sweep]:
         while n > 1:
             parts = min(n, kept + 1)
             begin = [base + n * j // parts for j in range(parts + 1)]
-            left += [(a, b - a) for a, b in zip(begin[:-2], begin[1:-1], strict=True)]
+            left += [(a, b - a) for a, b in pairwise(begin[:-1])]
             base, n = begin[-2], begin[-1] - begin[-2]

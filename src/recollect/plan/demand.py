@@ -1,7 +1,7 @@
 """What every block of a chain takes: the bytes and seconds that rotor's dynamic programming reckons with.
 
-Bytes are of everything, fixed values and gradients included, except what the chain schedule itself has stored. Estimates
-per block, on the safe side: a state that is being used is counted where it is stored and where it is used.
+Bytes are of everything, fixed values and gradients included, except what the chain schedule itself has stored. They are
+estimates on the safe side: a state that is being used may be counted where it is stored and where it is used.
 """
 
 from __future__ import annotations
@@ -89,9 +89,7 @@ def demand_of(chain: Chain) -> Demand:
         tape_seconds=tuple(map(chain.seconds_of, chain.taping)),
         whole_seconds=tuple(map(chain.seconds_of, both)),
         advance_bytes=tuple(_transient(tables, chain.advancing[k], following[k]) for k in range(count)),
-        whole_run_bytes=tuple(
-            _transient(tables, both[k], (*chain.products[k], *following[k])) for k in range(count)
-        ),
+        whole_run_bytes=tuple(_transient(tables, both[k], (*chain.products[k], *following[k])) for k in range(count)),
         beside_bytes=tuple(beside),
         target_bytes=tuple(max(backward[k], beside[k] + taping[k]) for k in range(count)),
         backward_bytes=tuple(backward),

@@ -10,6 +10,7 @@ from itertools import pairwise
 from math import exp, inf
 
 from recollect.plan.bounds import lower_bound
+from recollect.plan.classics import Classics
 from recollect.plan.every_block import block_of
 from recollect.plan.greedy import greedy
 from recollect.plan.min_cut import Pricer
@@ -47,6 +48,7 @@ class Pool:
     def __init__(self, program: Program) -> None:
         self._search = Search(program)
         self._walks = Walks(self._search)
+        self._classics = Classics(self._search)
         floor = list(self._floor_work())
         self._mandatory = len(floor)
         self._jobs = [*floor, *self._work()]
@@ -78,6 +80,7 @@ class Pool:
         yield lambda deadline: _ignore(search.keeping("keep-everything", frozenset(search.tables.droppable)))
         yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
         yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
+        yield lambda deadline: self._classics.find_floor()
         yield lambda deadline: self._find_floor()
         yield lambda deadline: self._walks.find_floor()
 
@@ -191,6 +194,7 @@ class Pool:
     def _improve(self, budget_bytes: int, deadline: float, disturbances: int) -> None:
         """Fill the best that fits, shave and fill those just above, then disturb the best again and again."""
         search = self._search
+        self._classics.around(budget_bytes, deadline)
         for entry in self._starts(budget_bytes):
             if time.monotonic() > deadline:
                 return

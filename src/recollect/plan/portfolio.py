@@ -18,10 +18,12 @@ from typing import TYPE_CHECKING, Final
 from recollect.plan.budget import parse_budget
 from recollect.plan.chen import chen
 from recollect.plan.chen_recursive import chen_recursive
+from recollect.plan.dtr import dtr
 from recollect.plan.every_block import every_block
 from recollect.plan.infeasible import infeasible
 from recollect.plan.keep_everything import keep_everything
 from recollect.plan.revolve import revolve
+from recollect.plan.rotor import rotor
 from recollect.plan.segments import segments
 from recollect.plan.uniform import proven
 from recollect.program import Plan, Program, Schedule, simulate
@@ -37,6 +39,8 @@ _CLASSICS: Final[Mapping[str, Callable[[Program, int], Schedule]]] = MappingProx
         "chen": chen,
         "chen-recursive": chen_recursive,
         "revolve": revolve,
+        "rotor": rotor,
+        "dtr": dtr,
     }
 )
 SOLVERS: Final = ("auto", "greedy", *_CLASSICS)

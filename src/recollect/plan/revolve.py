@@ -1,7 +1,7 @@
 """Revolve: the optimal schedule of a uniform chain, in closed form.
 
-Griewank and Walther 2000, "Algorithm 799: revolve: an implementation of checkpointing for the reverse or adjoint mode of
-computational differentiation". A chain of n equal steps with s slots for states, the initial one included, needs
+Griewank and Walther 2000, "Algorithm 799: revolve: an implementation of checkpointing for the reverse or adjoint mode
+of computational differentiation". A chain of n equal steps with s slots for states, the initial one included, needs
 ``r * n - C(s + r, r - 1)`` forward steps beyond the first n, r the least integer with ``C(s + r, s) >= n``; no schedule
 needs fewer. On any other program the blocks of its chain are taken for equal steps.
 """
@@ -9,13 +9,15 @@ needs fewer. On any other program the blocks of its chain are taken for equal st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from math import comb, inf
+from math import comb
 
 from recollect.plan.account import Accountant
 from recollect.plan.chain import Chain, Runs, Sweep, chain_of, pick
 from recollect.plan.tables import tables_of
 from recollect.program import Program, Schedule
+
+_MOST_RUNS = 100_000
+"""How many forward steps the schedule with the fewest slots may have; on long chains 20 of each step."""
 
 
 def revolve(program: Program, budget_bytes: int) -> Schedule:
@@ -25,11 +27,14 @@ def revolve(program: Program, budget_bytes: int) -> Schedule:
 
 
 def revolve_plans(chain: Chain, accountant: Accountant, budget_bytes: int) -> Iterator[Runs]:
-    """With one slot, and with the most that fit."""
-    most = most_that_fit(
-        len(chain), lambda s: accountant(accountant.order(revolve_runs(chain, s))).peak_bytes <= budget_bytes
-    )
-    for slots in dict.fromkeys((1, most)):
+    """With the fewest slots, and with the most that fit."""
+    fewest = fewest_slots(len(chain))
+
+    def fits(slots: int) -> bool:
+        return accountant(accountant.order(revolve_runs(chain, slots))).peak_bytes <= budget_bytes
+
+    most = most_that_fit(len(chain), lambda s: s <= fewest or fits(s))
+    for slots in dict.fromkeys((fewest, most)):
         yield revolve_runs(chain, slots)
 
 
@@ -45,6 +50,11 @@ def most_that_fit(most: int, fits: Callable[[int], bool]) -> int:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if fits(middle) else (low, middle - 1)
     return low
+
+
+def fewest_slots(steps: int) -> int:
+    """The fewest slots worth asking for: one on all but long chains, whose schedule would never end."""
+    return most_that_fit(steps, lambda s: s == 1 or revolve_forwards(steps, s - 1) > max(_MOST_RUNS, 20 * steps))
 
 
 def revolve_forwards(steps: int, slots: int) -> int:

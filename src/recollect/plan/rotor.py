@@ -3,9 +3,9 @@
 Beaumont, Eyraud-Dubois, Herrmann, Joly and Shilova 2019, "Optimal checkpointing for heterogeneous chains: how to train
 deep neural networks with limited memory", Theorem 1 and Algorithm 1. To run the blocks s..t forward and backward with m
 bytes, either run s for everything that its backward asks for and keep that (``F_all``), or keep its input only
-(``F_ck``), go on to some s' without keeping anything (``F_none``), do s'..t with what is left, then s..s'-1 again. That is
-optimal among the *memory-persistent* schedules, in which what is kept stays until its backward. Memory is in slots, and
-sizes are rounded up, as in rotor.
+(``F_ck``), go on to some s' without keeping anything (``F_none``), do s'..t with what is left, then s..s'-1 again. That
+is optimal among the *memory-persistent* schedules, in which what is kept stays until its backward. Memory is in slots,
+and sizes are rounded up, as in rotor.
 
 Two things differ from the paper, because only further runs cost something here: the first forward pass, which is free,
 has a table of its own; and a block that runs again only for its output may leave out some of its ops. Since what bytes
@@ -23,13 +23,14 @@ import numpy.typing as npt
 from recollect.plan.account import Accountant
 from recollect.plan.chain import Chain, Runs, Sweep, chain_of, pick
 from recollect.plan.demand import Demand, demand_of
+from recollect.plan.revolve import most_that_fit
 from recollect.plan.tables import tables_of
 from recollect.program import Program, Schedule
 
 Costs = npt.NDArray[np.float32]
 _Choose = Callable[[int, int, int], int]
 
-_MOST_BLOCKS = 200
+MOST_BLOCKS = 200
 _SLOTS = 500
 _SPARE = 1.25
 """Limits up to so many times the budget are tried: rounding and estimates are on the safe side."""
@@ -38,27 +39,28 @@ _CLIMB = 6
 
 
 def rotor(program: Program, budget_bytes: int) -> Schedule:
-    """rotor's schedule on at most 200 blocks, with about 500 slots. O(blocks^3 * slots)."""
-    chain, accountant = chain_of(tables_of(program), _MOST_BLOCKS), Accountant(program)
+    """The best schedule on at most 200 blocks, with about 500 slots. O(blocks^3 * slots)."""
+    chain, accountant = chain_of(tables_of(program), MOST_BLOCKS), Accountant(program)
     return pick(program, budget_bytes, rotor_plans(chain, accountant, budget_bytes))
 
 
 def rotor_plans(chain: Chain, accountant: Accountant, budget_bytes: int, slots: int = _SLOTS) -> Iterator[Runs]:
-    """The plan with the lowest limit, and those around the highest whose peak is within the budget."""
-    table = Table(demand_of(chain), int(budget_bytes * _SPARE), slots)
+    """Plans with limits around the highest whose peak is within the budget; where none is, with the lowest limit."""
+    demand = demand_of(chain)
+    table = Table(demand, int(budget_bytes * _SPARE), slots)
     limits = table.limits()
 
     def fits(k: int) -> bool:
-        return accountant(accountant.order(chain.runs(table.sweeps(limits[k])))).peak_bytes <= budget_bytes
+        """Whether the plan with the k-th lowest limit does."""
+        return accountant(accountant.order(chain.runs(table.sweeps(limits[k - 1])))).peak_bytes <= budget_bytes
 
-    low, high = 0, len(limits) - 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    for k in dict.fromkeys((0, *range(low, min(low + _CLIMB, len(limits))))) if limits else ():
-        yield chain.runs(table.sweeps(limits[k]))
-    if not limits:
-        yield chain.runs(())
+    highest = most_that_fit(len(limits), fits) - 1
+    plans = [chain.runs(table.sweeps(limit)) for limit in limits[highest : highest + _CLIMB]]
+    yield from plans
+    if not any(accountant(accountant.order(runs)).peak_bytes <= budget_bytes for runs in plans):
+        plain = accountant(accountant.order(())).peak_bytes
+        table = Table(demand, int(plain * _SPARE), slots)
+        yield chain.runs(table.sweeps(table.limits()[0]))
 
 
 class Table:
@@ -74,8 +76,10 @@ class Table:
         self.count = len(d.state)
         slots = max(16, min(slots, 20_000_000 // self.count**2))
         grain = gcd(*d.state, *d.whole) or 1
-        self.unit = grain * max(1, -(-most_bytes // (slots * grain)))
-        self.slots = most_bytes // self.unit
+        # A slot is a whole part of the common divisor of all sizes, or a multiple of it: equal sizes lose nothing.
+        self._parts = max(1, slots * grain // max(1, most_bytes))
+        self._of_bytes = grain * max(1, -(-most_bytes // (slots * grain)))
+        self.slots = most_bytes * self._parts // self._of_bytes
         shape = (self.count, self.count, self.slots + 1)
         self.again: Costs = np.full(shape, np.inf, dtype=np.float32)
         self.shifted: Costs = np.full(shape, np.inf, dtype=np.float32)
@@ -143,11 +147,12 @@ class Table:
         return row
 
     def _units(self, nbytes: int) -> int:
-        return max(0, min(-(-nbytes // self.unit), self.slots + 1))
+        """Slots that so many bytes take, at most one more than there are."""
+        return max(0, min(-(-nbytes * self._parts // self._of_bytes), self.slots + 1))
 
     def _moved(self, row: Costs, *nbytes: int) -> Costs:
         """The costs when so many bytes of the slots are taken."""
-        by = min(sum(-(-n // self.unit) for n in nbytes), self.slots + 1)
+        by = min(sum(self._units(n) for n in nbytes), self.slots + 1)
         moved = np.full_like(row, np.inf)
         moved[by:] = row[: self.slots + 1 - by]
         return moved
@@ -162,10 +167,10 @@ class Table:
             if k == s:
                 whole.add(s)
                 k = s + 1
-                m -= -(-d.whole[s] // self.unit)
+                m -= self._units(d.whole[s])
             else:
                 left.append((s, k - 1, m))
-            m -= -(-d.state[k] // self.unit)
+            m -= self._units(d.state[k])
             s = k
         return frozenset(whole)
 
@@ -176,7 +181,7 @@ class Table:
         split = split + self.advance[s + 1 : t + 1] - self.advance[s]
         if m < self._units(d.sweep_bytes(s, t)):
             split[:] = np.inf
-        rest = m - -(-d.whole[s] // self.unit)
+        rest = m - self._units(d.whole[s])
         whole = np.inf
         if rest >= 0 and m >= self._units(d.whole_bytes(s, t)):
             whole = d.whole_seconds[s] + self.shifted[t, s + 1, rest]

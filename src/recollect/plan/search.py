@@ -135,6 +135,13 @@ class Search:
             self._known[dropped] = candidate
         return candidate
 
+    def look(self, name: str, runs: list[tuple[int, int]]) -> Candidate:
+        """The candidate with the given further runs as they are."""
+        self.evaluations += 1
+        candidate = Candidate(name, (), runs, self.accountant(self.accountant.order(runs)), walked=True)
+        self._remember(candidate)
+        return candidate
+
     def reuse(self, name: str, runs: list[tuple[int, int]], budget_bytes: int) -> Candidate:
         """The candidate with the given further runs, less those that the room below the budget makes superfluous."""
         left, account = reuse(self.tables, self.accountant, runs, budget_bytes, noise=self.noise)

@@ -1,6 +1,6 @@
 """Uniform chains: Revolve's closed form as a lower bound, and its schedule as the optimum where that meets the bound.
 
-Let values x_1, ..., x_N each be made from the one before by an op of at least u seconds, and have at least S bytes each;
+Let values x_1, ..., x_N each be made from the one before by an op of u seconds, and have S bytes each;
 let the backward read them in the order x_N, ..., x_1. When x_i is read there for the first time, at most c of
 x_1, ..., x_{i-1} are in memory, whatever the schedule: more do not fit beside what must be there. Between these moments
 memory may be as large as it likes. So every schedule is one of Griewank and Walther's (2000) with c slots and one more
@@ -15,7 +15,7 @@ from itertools import accumulate, pairwise
 
 from recollect.plan.account import Account, Accountant
 from recollect.plan.chain import Chain, chain_of
-from recollect.plan.revolve import most_that_fit, revolve_forwards, revolve_runs
+from recollect.plan.revolve import fewest_slots, revolve_forwards, revolve_runs
 from recollect.plan.tables import tables_of
 from recollect.program import Program, Schedule
 
@@ -24,9 +24,6 @@ _CLOSE = 1e-3
 
 _TRIMMED = 3
 """How many values at the end of the chain the bound may leave out, where more room is at the turn than later."""
-
-_MOST_RUNS = 100_000
-"""How long the schedule may be for which the floor is claimed; on long chains 20 runs of each step."""
 
 _SHORT = 8
 """Shorter chains are left to the search."""
@@ -88,7 +85,7 @@ def proven(program: Program, budget_bytes: int) -> Proven | None:
     if uniform is None:
         return None
     chain, accountant = chain_of(tables_of(program)), Accountant(program)
-    fewest = _fewest_slots(len(chain))
+    fewest = fewest_slots(len(chain))
     lowest = _account(chain, accountant, fewest)
     floor = lowest.peak_bytes
     if floor > uniform.floor_bytes + (fewest - 1) * uniform.nbytes:
@@ -103,11 +100,6 @@ def proven(program: Program, budget_bytes: int) -> Proven | None:
             close = account.extra_seconds <= (bound + _CLOSE) * program.seconds
             return Proven(_schedule(program, account), True, floor, bound) if close else None
     return None
-
-
-def _fewest_slots(steps: int) -> int:
-    """With how few slots the floor is claimed: one for all but long chains, whose schedule would never end."""
-    return most_that_fit(steps, lambda s: s == 1 or revolve_forwards(steps, s - 1) > max(_MOST_RUNS, 20 * steps))
 
 
 def _account(chain: Chain, accountant: Accountant, slots: int) -> Account:
