@@ -40,7 +40,7 @@ class Chain:
 
     Attributes:
         tables: of the program.
-        cuts: the ops with which the blocks after the first begin.
+        cuts: the ops with which the blocks after the first begin; the last block may be empty.
         states: droppable values that cross into the block.
         products: droppable values which the backward asks for and which are made in the block and cross no cut.
         advancing: the ops that make the next state from the block's own.
@@ -92,10 +92,8 @@ def chain_of(tables: Tables, most: int = NEVER) -> Chain:
     if len(cuts) >= most or not cuts:
         cuts = boundaries(tables, min(most, len(tables.early)))
     chain = _cut(tables, cuts)
-    idle = [m == NEVER for m in chain.moments]
-    if any(idle[1:]):
-        chain = _cut(tables, tuple(c for c, none in zip(cuts, idle[1:], strict=True) if not none))
-    return chain
+    asked = [m < NEVER for m in chain.moments[1 : len(cuts) + 1]]
+    return chain if all(asked) else _cut(tables, tuple(c for c, some in zip(cuts, asked, strict=True) if some))
 
 
 def pick(program: Program, budget_bytes: int, plans: Iterable[Runs]) -> Schedule:
@@ -123,6 +121,10 @@ def _cut(tables: Tables, cuts: tuple[int, ...]) -> Chain:
             states[k].append(v)
         if bisect_right(cuts, last) <= home and tables.starts[v]:
             products[home].append(v)
+    if _turns_on_one_value(tables, states[-1], products[-1]):
+        cuts, count = (*cuts, tables.early[-1] + 1), count + 1
+        states.append(products[-1])
+        products[-1:] = [[], []]
     begin = [0, *cuts]
     following = [*states[1:], []]
     advancing = tuple(_closure(tables, [v for v in following[k] if tables.producer[v] >= b], b)
@@ -134,6 +136,14 @@ def _cut(tables: Tables, cuts: tuple[int, ...]) -> Chain:
         tables, cuts, tuple(map(tuple, states)), tuple(map(tuple, products)), advancing, taping,
         _moments(tables, asked),
     )  # fmt: skip
+
+
+def _turns_on_one_value(tables: Tables, state: Sequence[int], products: Sequence[int]) -> bool:
+    """Whether the last block ends in one value, which the backward is through with before it asks for the state."""
+    if len(products) != 1 or not state:
+        return False
+    wanted_before = min(tables.first_start(v, -1) for v in state)
+    return tables.ends[products[0]][-1] < wanted_before < NEVER
 
 
 def _closure(tables: Tables, values: Sequence[int], begin: int) -> tuple[int, ...]:

@@ -1,7 +1,7 @@
 """The classics as candidates of the search, so that no plan is worse than theirs.
 
-``around`` one budget: the plans of Chen, Revolve, rotor and DTR are looked at, and the best of each that fits is filled up
-by ``reuse``. ``find_floor``: Revolve with few slots, which on chains needs the least memory of all.
+``around`` one budget: the plans of Chen, Revolve, rotor and DTR are looked at, and the best of each that fits is filled
+up by ``reuse``. ``find_floor``: Revolve with few slots, which on chains needs the least memory of all.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
 Kirisame et al. 2021, "Dynamic Tensor Rematerialization", the heuristic h_DTR: when memory is full, the tensor with the
 smallest ``cost / (bytes * staleness)`` leaves, where the cost is that of its op and of its evicted neighbourhood (all
-that is gone and would have to be made for it, or that would need it to be made), and the staleness is the time since its
-last access. What no reference is left to leaves first (eager eviction). Nothing here looks ahead: a value may leave once
-the forward is done with it, and is known to be dead once its last reader has run. Scores are computed anew after a
+that is gone and would have to be made for it, or that would need it to be made), and the staleness is the time since
+its last access. What no reference is left to leaves first (eager eviction). Nothing here looks ahead: a value may leave
+once the forward is done with it, and is known to be dead once its last reader has run. Scores are computed anew after a
 couple of evictions rather than at each.
 """
 

@@ -25,7 +25,7 @@ _CLOSE = 1e-3
 _TRIMMED = 3
 """How many values at the end of the chain the bound may leave out, where more room is at the turn than later."""
 
-_SHORT = 8
+_SHORT = 4
 """Shorter chains are left to the search."""
 
 
@@ -54,7 +54,7 @@ class Uniform:
 
     def extra_seconds(self, budget_bytes: int) -> float:
         """What the further runs of every schedule within the budget take at least."""
-        return max(self._bound(budget_bytes, trimmed) for trimmed in range(_TRIMMED))
+        return max(self._bound(budget_bytes, trimmed) for trimmed in range(min(_TRIMMED, len(self.beside_bytes) - 1)))
 
     def _bound(self, budget_bytes: int, trimmed: int) -> float:
         length = len(self.beside_bytes) - trimmed
