@@ -73,10 +73,10 @@ def chain(n: int, nbytes: int = 100, seconds: float = 1.0) -> Program:
 def steps(
     sizes: Sequence[int], seconds: Sequence[float], *, grad_bytes: int = 100, taped: bool = False
 ) -> Program:  # fmt: skip
-    """A chain as the literature has it: step i makes state i + 1 of state i, backward i reads state i and gradient i + 1.
+    """A chain of the literature: step i makes state i + 1 of state i, backward i reads state i and gradient i + 1.
 
     ``sizes`` are those of states 0 to n - 1; state 0 is an input. The last step is part of its backward, since nothing
-    reads state n; with ``taped`` every step also writes what its backward reads in place of the state, ten thousand bytes.
+    reads state n. With ``taped`` every step also writes 10,000 bytes that its backward reads in place of the state.
     """
     n, values, ops = len(sizes), [Value("x0", sizes[0], fixed=True)], list[Op]()
     states, tapes = [0], list[int]()
@@ -104,7 +104,7 @@ def uniform_steps(n: int, *, taped: bool = False) -> Program:
 def bytes_of_slots(slots: int) -> int:
     """The budget of ``uniform_steps`` in which so many states have a slot, the initial one included.
 
-    Besides, there are a state that is being used, and the one or the gradient that is made of it with the gradient before.
+    Besides, there are a state that is being used, what is made of it, and the gradient before.
     """
     return 100 * (slots + 3)
 

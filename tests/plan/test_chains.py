@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import time
+from collections.abc import Iterator
+from itertools import combinations, pairwise, product
 from math import ceil, log2
 
 import pytest
@@ -12,9 +15,10 @@ from hypothesis import strategies as st
 
 from recollect.plan import solve
 from recollect.plan.account import Accountant
-from recollect.plan.chain import chain_of
+from recollect.plan.chain import Sweep, chain_of
 from recollect.plan.chen import chen, greedy_cuts, thresholds
 from recollect.plan.chen_recursive import chen_recursive, recursive_sweeps
+from recollect.plan.portfolio import _CLASSICS
 from recollect.plan.revolve import revolve, revolve_forwards, revolve_sweeps
 from recollect.plan.rotor import rotor
 from recollect.plan.tables import tables_of
@@ -177,6 +181,34 @@ def test_rotor_is_never_below_brute_force(program: Program, share: float):
         assert best <= timeline.extra_seconds
 
 
+def persistent(s: int, t: int, *, first: bool = True) -> Iterator[list[Sweep]]:
+    """All memory-persistent schedules of the blocks s..t, in which what is kept stays until its backward."""
+    for kept in (k for r in range(t - s + 1) for k in combinations(range(s + 1, t + 1), r)):
+        parts = [(a, b - 1) for a, b in pairwise((s, *kept))]
+        for choice in product(*(list(persistent(a, b, first=False)) for a, b in reversed(parts))):
+            yield ([] if first else [Sweep(t, s)]) + [sweep for part in choice for sweep in part]
+
+
+def test_rotor_is_the_best_of_all_persistent_schedules_and_mostly_of_all():
+    optimal = feasible = 0
+    for seed in range(40):
+        dice = random.Random(seed)
+        n = dice.randint(3, 6)
+        sizes, seconds = ([dice.randint(1, 9) for _ in range(n)] for _ in range(2))
+        program = steps(sizes, [float(s) for s in seconds], grad_bytes=dice.randint(0, 9))
+        blocks, accountant = chain_of(tables_of(program)), Accountant(program)
+        accounts = [accountant(accountant.order(blocks.runs(sweeps))) for sweeps in persistent(0, len(blocks) - 1)]
+        for share in (0.5, 0.6, 0.7, 0.85):
+            budget = int(share * simulate(program).peak_bytes)
+            best, timeline = optimum(program, budget), simulate(program, rotor(program, budget))
+            fitting = [account.extra_seconds for account in accounts if account.peak_bytes <= budget]
+            assert (best is not None) == (timeline.peak_bytes <= budget)
+            assert best is None or timeline.extra_seconds == min(fitting)
+            feasible += best is not None
+            optimal += timeline.extra_seconds == best
+    assert (optimal, feasible) == (47, 50)
+
+
 def test_rotor_is_never_worse_than_revolve_on_uniform_chains():
     for n in (5, 9, 16, 33):
         for program in (uniform_steps(n), chain(n), uniform_steps(n, taped=True)):
@@ -191,9 +223,10 @@ def test_rotor_is_never_worse_than_revolve_on_uniform_chains():
 def test_rotor_keeps_whole_blocks_where_that_pays():
     program = gpt(6, vocabulary=256)
     budget = int(0.6 * simulate(program).peak_bytes)
-    assert simulate(program, rotor(program, budget)).extra_seconds < 0.6 * simulate(
-        program, revolve(program, budget)
-    ).extra_seconds
+    assert (
+        simulate(program, rotor(program, budget)).extra_seconds
+        < 0.6 * simulate(program, revolve(program, budget)).extra_seconds
+    )
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -206,8 +239,6 @@ def test_rotor_keeps_whole_blocks_where_that_pays():
     share=st.floats(0.1, 1.2),
 )
 def test_every_schedule_can_be_carried_out(program: Program, solver: str, share: float):
-    from recollect.plan.portfolio import _CLASSICS
-
     budget = max(1, int(share * simulate(program).peak_bytes))
     schedule = _CLASSICS[solver](program, budget)
     assert verify(program, schedule) == ()
