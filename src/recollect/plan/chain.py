@@ -85,12 +85,12 @@ class Chain:
 def chain_of(tables: Tables, most: int = NEVER) -> Chain:
     """The program as a chain of at most so many blocks; each has something that the backward asks for.
 
-    The cuts are where at most one value crosses; where there are too many of these, or one block between them would
-    hold more than a quarter of what the backward needs, the cheapest cuts near equal shares. O(blocks * values).
+    The cuts are where at most one value crosses, every second or so of them where there are too many; where one block
+    between them would hold more than a quarter of what the backward needs, the cheapest cuts near equal shares.
+    O(blocks * values).
     """
     cuts = narrow_cuts(tables)
-    if len(cuts) >= most or not cuts:
-        cuts = boundaries(tables, min(most, len(tables.early)))
+    cuts = cuts[:: 1 + len(cuts) // most] or boundaries(tables, min(most, len(tables.early)))
     chain = _cut(tables, cuts)
     asked = [m < NEVER for m in chain.moments[1 : len(cuts) + 1]]
     return chain if all(asked) else _cut(tables, tuple(c for c, some in zip(cuts, asked, strict=True) if some))

@@ -58,9 +58,11 @@ def rotor_plans(chain: Chain, accountant: Accountant, budget_bytes: int, slots: 
     plans = [chain.runs(table.sweeps(limit)) for limit in limits[highest : highest + _CLIMB]]
     yield from plans
     if not any(accountant(accountant.order(runs)).peak_bytes <= budget_bytes for runs in plans):
-        plain = accountant(accountant.order(())).peak_bytes
-        table = Table(demand, int(plain * _SPARE), slots)
-        yield chain.runs(table.sweeps(table.limits()[0]))
+        enough = max(1, budget_bytes, accountant(accountant.order(())).peak_bytes)
+        while not limits:
+            table = Table(demand, int(enough * _SPARE), slots)
+            limits, enough = table.limits(), 2 * enough
+        yield chain.runs(table.sweeps(limits[0]))
 
 
 class Table:

@@ -94,7 +94,7 @@ def proven(program: Program, budget_bytes: int) -> Proven | None:
     if budget_bytes < uniform.floor_bytes:
         return Proven(_schedule(program, lowest), False, floor, bound)
     most = uniform.slots(budget_bytes)
-    for slots in range(most, max(0, most - _TRIMMED), -1):
+    for slots in range(most, max(fewest - 1, most - _TRIMMED), -1):
         account = _account(chain, accountant, slots)
         if account.peak_bytes <= budget_bytes:
             close = account.extra_seconds <= (bound + _CLOSE) * program.seconds
