@@ -5,8 +5,8 @@ the loss and for every layer a node for the gradient of its output, which reads 
 it, and what those need to compute them: their inputs and outputs. Every node may run again. FLOPs of a backward node
 are those of the layers it goes back through.
 
-Run: ``python benchmarks/training_graphs.py``. Prints overhead, lower bound and seconds of planning at 0.9 and 0.8 of the
-plain peak.
+Run: ``python benchmarks/training_graphs.py``. Prints overhead, lower bound and seconds of planning at 0.9 and 0.8 of
+the plain peak.
 """
 
 from __future__ import annotations

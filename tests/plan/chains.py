@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from recollect.program import Op, Program, Value
@@ -67,6 +68,45 @@ def chain(n: int, nbytes: int = 100, seconds: float = 1.0) -> Program:
     for k in range(n):
         x = b.forward(f"f{k}", (x,), nbytes, seconds, saves=() if k == 0 else (x,), saves_output=True)
     return b.backward(f"chain{n}")
+
+
+def steps(
+    sizes: Sequence[int], seconds: Sequence[float], *, grad_bytes: int = 100, taped: bool = False
+) -> Program:  # fmt: skip
+    """A chain of the literature: step i makes state i + 1 of state i, backward i reads state i and gradient i + 1.
+
+    ``sizes`` are those of states 0 to n - 1; state 0 is an input. The last step is part of its backward, since nothing
+    reads state n. With ``taped`` every step also writes 10,000 bytes that its backward reads in place of the state.
+    """
+    n, values, ops = len(sizes), [Value("x0", sizes[0], fixed=True)], list[Op]()
+    states, tapes = [0], list[int]()
+    for i in range(n if taped else n - 1):
+        values.append(Value(f"x{i + 1}", [*sizes, grad_bytes][i + 1]))
+        states.append(len(values) - 1)
+        if taped:
+            values.append(Value(f"tape{i}", 10_000))
+            tapes.append(len(values) - 1)
+        ops.append(Op(f"f{i}", (states[i],), tuple(v for v in (states[-1], *tapes[-1:])), seconds[i]))
+    values.append(Value("seed", grad_bytes))
+    ops.append(Op("seed", (), (len(values) - 1,), 0.0, phase="backward"))
+    for i in reversed(range(n)):
+        values.append(Value(f"g{i}", grad_bytes))
+        reads = (tapes[i] if taped else states[i], len(values) - 2)
+        ops.append(Op(f"b{i}", reads, (len(values) - 1,), 2 * seconds[i], phase="backward"))
+    return Program(f"steps{n}", tuple(values), tuple(ops))
+
+
+def uniform_steps(n: int, *, taped: bool = False) -> Program:
+    """n equal steps with states and gradients of 100 bytes."""
+    return steps([100] * n, [1.0] * n, taped=taped)
+
+
+def bytes_of_slots(slots: int) -> int:
+    """The budget of ``uniform_steps`` in which so many states have a slot, the initial one included.
+
+    Besides, there are a state that is being used, what is made of it, and the gradient before.
+    """
+    return 100 * (slots + 3)
 
 
 def gpt(

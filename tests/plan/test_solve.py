@@ -126,7 +126,7 @@ def test_progress_is_told_from_zero_to_one():
 
 
 def test_nothing_is_kept_of_a_program_that_is_gone():
-    program = chain(9)
+    program = gpt(1, vocabulary=256)
     solve(program, 0.7)
     alive, key = weakref.ref(program), id(program)
     assert key in portfolio._POOLS

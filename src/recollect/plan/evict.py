@@ -109,7 +109,7 @@ def evicting(course: Course, rules: Rules) -> list[tuple[int, int]] | None:
 
     O(evictions * values).
     """
-    executor = _Executor(course, rules)
+    executor = Executor(course, rules)
     for t in range(len(course.tables.ops)):
         executor.step(t)
         if executor.failed:
@@ -117,7 +117,7 @@ def evicting(course: Course, rules: Rules) -> list[tuple[int, int]] | None:
     return executor.runs
 
 
-class _Executor:
+class Executor:
     """One walk: what is in memory by decision, and what has run again so far."""
 
     def __init__(self, course: Course, rules: Rules) -> None:

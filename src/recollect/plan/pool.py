@@ -10,6 +10,7 @@ from itertools import pairwise
 from math import exp, inf
 
 from recollect.plan.bounds import lower_bound
+from recollect.plan.classics import Classics
 from recollect.plan.every_block import block_of
 from recollect.plan.greedy import greedy
 from recollect.plan.min_cut import Pricer
@@ -50,6 +51,7 @@ class Pool:
         self._search = Search(program)
         open_tables = open_tables_of(program)
         self._walks = [Walks(self._search, t) for t in (self._search.tables, open_tables) if t is not None]
+        self._classics = Classics(self._search)
         floor = list(self._floor_work())
         self._mandatory = len(floor)
         self._jobs = [*floor, *self._work()]
@@ -92,6 +94,7 @@ class Pool:
         yield lambda deadline: _ignore(search.keeping("keep-everything", frozenset(search.tables.droppable)))
         yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
         yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
+        yield lambda deadline: self._classics.find_floor()
         yield lambda deadline: self._find_floor()
         for walks in self._walks:
             yield self._floor_of(walks)
@@ -174,9 +177,10 @@ class Pool:
         self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
         floor = self._floor[0]
         greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.7 * limit)
-        if budget_bytes >= floor.peak_bytes and solver == "auto":
+        if solver == "auto":
             progress("search", 0.7)
-            self._improve(budget_bytes, begin + limit, self._disturbances(), enough)
+            below = budget_bytes < floor.peak_bytes  # then what fits at all is good enough
+            self._improve(budget_bytes, begin + limit, 0 if below else self._disturbances(), inf if below else enough)
         best = self._choose(budget_bytes, solver, greedy_one)
         progress("done", 1.0)
         return Found(
@@ -191,7 +195,7 @@ class Pool:
     def _choose(self, budget_bytes: int, solver: str, greedy_one: Candidate) -> Entry | None:
         if solver == "greedy":
             return greedy_one.entry if greedy_one.peak_bytes <= budget_bytes else None
-        return self._search.best_within(budget_bytes) if budget_bytes >= self._floor[0].peak_bytes else None
+        return self._search.best_within(budget_bytes)
 
     def _report(self, program: Program, budget_bytes: int, greedy_one: Candidate) -> tuple[tuple[str, int, float], ...]:
         """The greedy and the best of every algorithm of the pool that fits."""
@@ -229,10 +233,10 @@ class Pool:
             if done():
                 return
             self._fit(search.recall(entry), budget_bytes, budget_bytes, deadline)
-        for walks in self._walks:
+        for around in (*(walks.around for walks in self._walks), self._classics.around):
             if done():
                 return
-            walks.around(budget_bytes, deadline)
+            around(budget_bytes, deadline)
         dice, misses = random.Random(_SEED), 0
         for k in range(disturbances):
             best = search.best_within(budget_bytes)

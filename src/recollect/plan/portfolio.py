@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -25,8 +26,28 @@ from recollect.program import Plan, Program, Schedule, simulate
 if TYPE_CHECKING:
     from recollect.plan.pool import Pool
 
+
+def _late(name: str) -> Callable[[Program, int], Schedule]:
+    """The function of the module of the same name, imported at its first call: importing recollect is to be cheap."""
+
+    def solver(program: Program, budget_bytes: int) -> Schedule:
+        found: Callable[[Program, int], Schedule] = getattr(import_module(f"recollect.plan.{name}"), name)
+        return found(program, budget_bytes)
+
+    return solver
+
+
 _CLASSICS: Final[Mapping[str, Callable[[Program, int], Schedule]]] = MappingProxyType(
-    {"keep-everything": keep_everything, "every-block": every_block, "segments": segments}
+    {
+        "keep-everything": keep_everything,
+        "every-block": every_block,
+        "segments": segments,
+        "chen": _late("chen"),
+        "chen-recursive": _late("chen_recursive"),
+        "revolve": _late("revolve"),
+        "rotor": _late("rotor"),
+        "dtr": _late("dtr"),
+    }
 )
 SOLVERS: Final = ("auto", "greedy", *_CLASSICS)
 """Names that ``solve`` accepts as ``solver``."""
@@ -68,6 +89,8 @@ def solve(
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in _CLASSICS:
         return _classic(program, budget_bytes, solver, plain_peak)
+    if solver == "auto" and (plan := _optimum(program, budget_bytes, plain_peak)):
+        return plan
     pool = _pool_of(program)
     found = pool.solve(program, budget_bytes, solver, time_limit_seconds, progress or _silent)
     if found.schedule is None:
@@ -92,6 +115,18 @@ def _pool_of(program: Program) -> Pool:
     key, pool = id(program), Pool(program)
     _POOLS[key] = (weakref.ref(program, lambda _: _POOLS.pop(key, None)), pool)
     return pool
+
+
+def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
+    """The plan of a uniform chain, whose optimum is known; None for all other programs."""
+    from recollect.plan.uniform import proven
+
+    found = proven(program, budget_bytes)
+    if found is None:
+        return None
+    if not found.fits:
+        raise infeasible(program, budget_bytes, found.schedule, solver="auto")
+    return _plan(program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, "revolve", ())
 
 
 def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int) -> Plan:

@@ -137,6 +137,13 @@ class Search:
             self._known[dropped] = candidate
         return candidate
 
+    def look(self, name: str, runs: list[tuple[int, int]]) -> Candidate:
+        """The candidate with the given further runs as they are."""
+        self.evaluations += 1
+        candidate = Candidate(name, (), runs, self.accountant(self.accountant.order(runs)), walked=True)
+        self.remember(candidate.entry)
+        return candidate
+
     def reuse(
         self, name: str, runs: list[tuple[int, int]], budget_bytes: int, tables: Tables | None = None
     ) -> Candidate:
