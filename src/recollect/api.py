@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from recollect.plan import parse_budget, solve
+from recollect.plan.constraints import Patterns
 from recollect.program import InfeasibleBudget, Plan
 from recollect.record import UnusableInput, record
 from recollect.record.optimizer import optimizer_state_bytes
@@ -24,12 +25,19 @@ _MARK = "__recollect__"
 
 
 @overload
-def checkpoint(target: F, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0) -> F: ...
+def checkpoint(
+    target: F, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
-    target: None = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0
-) -> Callable[[F], F]: ...
-def checkpoint(target: Any = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0) -> Any:
+    target: None = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+) -> Callable[[F], F]: ...  # fmt: skip
+def checkpoint(
+    target: Any = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+) -> Any:  # fmt: skip
     """Make a module or a callable train within a memory budget.
 
     At the first call with a kind of input, the step (forward and backward) is recorded on fake tensors, its operators
@@ -44,13 +52,17 @@ def checkpoint(target: Any = None, *, budget: Budget, optimizer: Any = None, tim
             number of bytes, a fraction of the plain peak (``0.5``, ``"50%"``), or ``"auto"`` (what the device has).
             What runs outside the callable is not seen: wrap a function that returns the loss to have all of it.
         optimizer: an optimizer, or the size of its state, to be counted as resident.
+        keep: patterns (``fnmatch``) on module paths or operator names, such as ``"blocks.0.*"`` or
+            ``("aten.bernoulli*", "head")``; what these operators make is never computed again.
+        recompute: the same; what these operators make does not stay from the forward into the backward.
         time_limit_seconds: the longest that making a plan may take, recording excluded.
 
     Returns:
         The same module, or the wrapped callable.
 
     Raises:
-        ValueError: a malformed budget, a module without trainable parameters or one that is checkpointed already.
+        ValueError: a malformed budget, a module without trainable parameters or one that is checkpointed already; at
+            the first call, a pattern that matches nothing.
         InfeasibleBudget: at the first call, when no plan fits; names the smallest budget that does.
 
     Example:
@@ -62,9 +74,9 @@ def checkpoint(target: Any = None, *, budget: Budget, optimizer: Any = None, tim
         True
     """
     _check_budget(budget)
-    options = _Options(budget, optimizer, time_limit_seconds)
+    options = _Options(budget, optimizer, keep, recompute, time_limit_seconds)
     if target is None:
-        return lambda fn: checkpoint(fn, budget=budget, optimizer=optimizer, time_limit_seconds=time_limit_seconds)
+        return functools.partial(checkpoint, **vars(options))
     if not callable(target):
         raise TypeError(f"recollect.checkpoint takes a module or a callable, got {type(target).__name__}")
     if _session(target) is not None:
@@ -110,6 +122,8 @@ def plan(
     budget: Budget,
     optimizer: Any = None,
     solver: str = "auto",
+    keep: Patterns = (),
+    recompute: Patterns = (),
     timing: str = "estimate",
     time_limit_seconds: float = 10.0,
     **kwargs: Any,
@@ -122,13 +136,14 @@ def plan(
         budget: as for ``checkpoint``.
         optimizer: as for ``checkpoint``.
         solver: name of a solver (``recollect.plan.SOLVERS``); ``"auto"`` takes the best of several.
+        keep, recompute: as for ``checkpoint``.
         timing: ``"estimate"`` operators from their FLOPs and bytes, or ``"measure"`` each distinct one, alone, on the
             device (then kernel scratch is in the account too, as it is for ``checkpoint``).
         time_limit_seconds: the longest that planning may take, recording excluded.
         **kwargs: keyword arguments of ``fn``.
 
     Raises:
-        ValueError: malformed budget, inputs on several devices, nothing differentiable.
+        ValueError: malformed budget, inputs on several devices, nothing differentiable, a pattern that matches nothing.
         InfeasibleBudget: no known plan fits.
 
     Example:
@@ -148,16 +163,19 @@ def plan(
             plain, args, kwargs, optimizer_bytes=optimizer_state_bytes(optimizer), timing=timing, progress=progress
         )
         return solve(
-            program, _in_bytes(budget, program.fixed_bytes), solver=solver, time_limit_seconds=time_limit_seconds,
-            progress=progress,
+            program, _in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
+            time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
 
 
 class _Options:
     """What a user asked of ``checkpoint``; makes the plans."""
 
-    def __init__(self, budget: Budget, optimizer: Any, time_limit_seconds: float) -> None:
+    def __init__(
+        self, budget: Budget, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float
+    ) -> None:
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
+        self.keep, self.recompute = keep, recompute
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model needs the size of the optimizer's state, not the optimizer."""
@@ -173,7 +191,10 @@ class _Options:
             except Exception as error:
                 raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
             budget = _in_bytes(self.budget, program.fixed_bytes)
-            return solve(program, budget, time_limit_seconds=self.time_limit_seconds, progress=progress)
+            return solve(
+                program, budget, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.time_limit_seconds,
+                progress=progress,
+            )  # fmt: skip
 
 
 class _Forward:

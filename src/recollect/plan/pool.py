@@ -148,7 +148,7 @@ class Pool:
     ) -> Found:
         """The best candidate for the budget."""
         begin = time.monotonic()
-        nothing_to_do = budget_bytes >= simulate(program).peak_bytes
+        nothing_to_do = budget_bytes >= simulate(program).peak_bytes and not self._search.tables.passing
         self.grow(begin if nothing_to_do else begin + 0.5 * limit, progress)
         floor = self._floor[0]
         greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.65 * limit)

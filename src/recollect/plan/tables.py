@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from recollect.plan.constraints import passing_values
 from recollect.program import Op, Program, Value
 
 NEVER: Final = 1 << 60
@@ -40,6 +41,7 @@ class Tables:
         kept: for every value 1 when every plan keeps it (it cannot be made again, or has no bytes).
         replayed: ops that run again when nothing else is kept, last one first.
         droppable: values that a plan may keep or drop, in program order.
+        passing: those of them whose first copy must be dropped, because the user wants them computed again.
     """
 
     ops: tuple[Op, ...]
@@ -57,6 +59,7 @@ class Tables:
     kept: bytes
     replayed: tuple[int, ...]
     droppable: tuple[int, ...]
+    passing: frozenset[int]
 
     def first_start(self, value: int, after: int) -> int:
         """The first late op beyond ``after`` at which the value can be demanded, or ``NEVER``."""
@@ -137,6 +140,7 @@ def _make(program: Program) -> Tables:
         kept,
         replayed,
         droppable,
+        passing_values(program).intersection(droppable),
     )
 
 
