@@ -136,7 +136,8 @@ def plan(
         budget: as for ``checkpoint``.
         optimizer: as for ``checkpoint``.
         solver: name of a solver (``recollect.plan.SOLVERS``); ``"auto"`` takes the best of several.
-        keep, recompute: as for ``checkpoint``.
+        keep: as for ``checkpoint``.
+        recompute: as for ``checkpoint``.
         timing: ``"estimate"`` operators from their FLOPs and bytes, or ``"measure"`` each distinct one, alone, on the
             device (then kernel scratch is in the account too, as it is for ``checkpoint``).
         time_limit_seconds: the longest that planning may take, recording excluded.

@@ -110,8 +110,8 @@ def _no_match(option: str, pattern: str, ops: Iterable[Op]) -> str:
     near = get_close_matches(pattern, names, n=5, cutoff=0.4) or names[:5]
     known = f"near it: {', '.join(near)}" if near else "the program has no forward ops"
     return (
-        f"{option}={pattern!r} matches no module and no operator of the forward; {known}. Patterns are those of fnmatch, "
-        'such as "blocks.0.*" or "aten.bernoulli*"'
+        f"{option}={pattern!r} matches no module and no operator of the forward; {known}. Patterns are those of "
+        'fnmatch, such as "blocks.0.*" or "aten.bernoulli*"'
     )
 
 

@@ -155,6 +155,6 @@ def _refuse_kept(program: Program, schedule: Schedule, solver: str) -> None:
     kept = kept_anyway(schedule, tables.passing, tables.until)
     if kept:
         raise ValueError(
-            f"solver {solver!r} keeps {program.label(min(kept))!r} (and {len(kept) - 1} more), which recompute= forbids; "
-            'solver="auto" can do without'
+            f"solver {solver!r} keeps {program.label(min(kept))!r} (and {len(kept) - 1} more), which recompute= "
+            'forbids; solver="auto" can do without'
         )

@@ -41,7 +41,7 @@ class Tables:
         kept: for every value 1 when every plan keeps it (it cannot be made again, or has no bytes).
         replayed: ops that run again when nothing else is kept, last one first.
         droppable: values that a plan may keep or drop, in program order.
-        passing: those of them whose first copy must be dropped, because the user wants them computed again.
+        passing: values whose first copy no plan may keep, because the user wants them computed again.
     """
 
     ops: tuple[Op, ...]
@@ -140,7 +140,7 @@ def _make(program: Program) -> Tables:
         kept,
         replayed,
         droppable,
-        passing_values(program).intersection(droppable),
+        frozenset(v for v in passing_values(program) if not kept[v]),
     )
 
 
