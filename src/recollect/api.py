@@ -1,4 +1,4 @@
-"""What users call: ``checkpoint``, ``restore``, ``plan``, ``stats``."""
+"""What users call: ``checkpoint``, ``restore``, ``plan``, ``frontier``, ``stats``."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from recollect.plan import parse_budget, solve
+from recollect.plan import Frontier, parse_budget, solve
+from recollect.plan import frontier as frontier_of
 from recollect.plan.constraints import Patterns
-from recollect.program import InfeasibleBudget, Plan
+from recollect.program import InfeasibleBudget, Plan, Program
 from recollect.record import UnusableInput, record
 from recollect.record.optimizer import optimizer_state_bytes
+from recollect.record.timing import Progress
 from recollect.run import Session, Stats
 from recollect.run.session import NotPlannable
 from recollect.show.progress import progress_bar
@@ -155,18 +157,78 @@ def plan(
         True
     """
     _check_budget(budget)
-    if timing not in ("estimate", "measure"):
-        raise ValueError(f'timing is "estimate" or "measure", not {timing!r}')
-    session = _session(fn)
-    plain = session.fn if session is not None else fn
     with progress_bar() as progress:
-        program = record(
-            plain, args, kwargs, optimizer_bytes=optimizer_state_bytes(optimizer), timing=timing, progress=progress
-        )
+        program = record_step(fn, args, kwargs, optimizer, timing, progress)
         return solve(
             program, _in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
+
+
+def frontier(
+    program_or_fn: Program | Callable[..., Any],
+    *args: Any,
+    points: int | Sequence[int | float | str] = 16,
+    optimizer: Any = None,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    timing: str = "estimate",
+    time_limit_seconds: float = 60.0,
+    **kwargs: Any,
+) -> Frontier:
+    """Overhead against peak over the whole range of budgets: what memory costs in time, before anything is run.
+
+    Args:
+        program_or_fn: a program, or a module or callable, as for ``plan``.
+        *args: the callable's positional arguments.
+        points: how many budgets, the floor and the plain peak included, closer together towards the floor; or the
+            budgets themselves.
+        optimizer: as for ``plan``; of a callable only.
+        keep: as for ``plan``.
+        recompute: as for ``plan``.
+        timing: as for ``plan``; of a callable only.
+        time_limit_seconds: the longest that planning may take, all budgets together, recording excluded.
+        **kwargs: keyword arguments of the callable.
+
+    Returns:
+        ``points``, one plan per budget; ``plan_at(budget)``; ``str()`` is a table; ``plot(path)`` draws it.
+
+    Raises:
+        TypeError: arguments beside a program.
+        ValueError: as ``plan``; fewer than two points.
+        InfeasibleBudget: one of the budgets named is below the floor.
+
+    Example:
+        >>> import torch, recollect
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> frontier = recollect.frontier(model, torch.randn(512, 64), points=4)
+        >>> [p.overhead for p in frontier.points] == sorted((p.overhead for p in frontier.points), reverse=True)
+        True
+    """
+    with progress_bar() as progress:
+        if not isinstance(program_or_fn, Program):
+            program = record_step(program_or_fn, args, kwargs, optimizer, timing, progress)
+        elif args or kwargs or optimizer is not None:
+            raise TypeError("a program stands for itself: arguments and optimizer are for a module or a callable")
+        else:
+            program = program_or_fn
+        return frontier_of(
+            program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
+            progress=progress,
+        )  # fmt: skip
+
+
+def record_step(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
+    progress: Progress | None = None,
+) -> Program:  # fmt: skip
+    """The program of a step that is not going to be run."""
+    if timing not in ("estimate", "measure"):
+        raise ValueError(f'timing is "estimate" or "measure", not {timing!r}')
+    session = _session(fn)
+    plain = session.fn if session is not None else fn
+    state = optimizer_state_bytes(optimizer)
+    return record(plain, args, kwargs, optimizer_bytes=state, timing=timing, progress=progress)
 
 
 class _Options:
@@ -281,4 +343,4 @@ def _in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
     return int(0.95 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + fixed_bytes
 
 
-__all__ = ["InfeasibleBudget", "checkpoint", "plan", "restore", "stats"]
+__all__ = ["InfeasibleBudget", "checkpoint", "frontier", "plan", "restore", "stats"]

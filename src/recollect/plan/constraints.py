@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Final
 
+from recollect.plan.infeasible import with_message
 from recollect.program import InfeasibleBudget, Op, Program, Schedule
 
 Patterns = str | Sequence[str]
@@ -74,12 +75,9 @@ def kept_anyway(schedule: Schedule, passing: frozenset[int], until: Sequence[int
 def explained(error: InfeasibleBudget, keep: Patterns, recompute: Patterns) -> InfeasibleBudget:
     """The error of a constrained program, with a word on the constraints."""
     wishes = [f"{name}={list(_several(p))!r}" for name, p in (("keep", keep), ("recompute", recompute)) if p]
-    return InfeasibleBudget(
+    return with_message(
+        error,
         f"{error}\nThat is under the constraints {' and '.join(wishes)}: the floor may be lower with fewer of them.",
-        budget_bytes=error.budget_bytes,
-        floor_bytes=error.floor_bytes,
-        peak_op=error.peak_op,
-        largest=error.largest,
     )
 
 
