@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from math import inf
 from typing import Any
 
+import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 from recollect.api import record_step
 from recollect.plan import parse_budget, solve
@@ -17,6 +18,7 @@ from recollect.plan.budget import format_bytes
 from recollect.plan.constraints import Patterns
 from recollect.plan.infeasible import with_message
 from recollect.program import InfeasibleBudget, Plan, Program
+from recollect.record import UnusableInput
 from recollect.record.world import undisturbed
 from recollect.show.progress import progress_bar
 
@@ -176,6 +178,8 @@ def _recorded(fn: Callable[..., Any], make_inputs: Callable[[int], Any], n: int,
     args, kwargs = _fake_inputs(make_inputs, n)
     try:
         return record_step(fn, args, kwargs, optimizer, "estimate")
+    except UnusableInput:
+        raise
     except Exception as error:
         raise ValueError(
             f"the step with n = {n} could not be recorded on fake tensors ({type(error).__name__}: {error}); if n is "
@@ -198,6 +202,15 @@ def _fake_inputs(make_inputs: Callable[[int], Any], n: int) -> tuple[tuple[Any, 
             f"make_inputs({n}) returned no tensors but {type(inputs).__name__}; it should return the arguments of the "
             "step as a tuple, as a mapping of keyword arguments, or as one tensor"
         )
+    inputs = tree_map(_on_meta, inputs)
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def _on_meta(leaf: Any) -> Any:
+    """What was made on the meta device as a tensor of that device, which goes where the model goes."""
+    if not isinstance(leaf, FakeTensor) or leaf.device.type != "meta":
+        return leaf
+    blank = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")
+    return blank.requires_grad_(leaf.requires_grad)

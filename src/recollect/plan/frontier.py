@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from recollect.plan.budget import parse_budget
 from recollect.plan.constraints import Patterns, constrain, explained
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 
 Budget = int | float | str
 Progress = Callable[[str, float], None]
-_PLENTY: Final = 1 << 62
 
 
 @dataclass(frozen=True)
@@ -109,19 +108,15 @@ def frontier(
         >>> [(p.peak_bytes, p.overhead) for p in frontier(Program("tiny", values, ops), points=2).points]
         [(24, 0.2), (32, 0.0)]
     """
-    if isinstance(points, int) and points < 2:
-        raise ValueError(f"points is at least 2 (the floor and the plain peak), or a list of budgets; got {points}")
+    if isinstance(points, str | float) or not points or (isinstance(points, int) and points < 2):
+        raise ValueError(f"points is at least 2 (the floor and the plain peak), or a list of budgets; got {points!r}")
     limited = constrain(program, keep, recompute) if keep or recompute else program
     try:
         plans = _solve_all(limited, points, time_limit_seconds, progress)
     except InfeasibleBudget as error:
         raise (explained(error, keep, recompute) if limited is not program else error) from None
-    return Frontier(
-        program,
-        tuple(replace(_best(plans, p.budget_bytes), program=program) for p in plans),
-        min(p.floor_bytes for p in plans),
-        simulate(program).peak_bytes,
-    )
+    best = tuple(replace(_best(plans, p.budget_bytes), program=program) for p in plans)
+    return Frontier(program, best, best[0].floor_bytes, best[0].plain_peak_bytes)
 
 
 def beside(front: Frontier, solver: str, *, time_limit_seconds: float = 10.0) -> tuple[Plan, ...]:
@@ -138,8 +133,9 @@ def beside(front: Frontier, solver: str, *, time_limit_seconds: float = 10.0) ->
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
     """A plan per budget, by rising budget; half of the time at most goes into what they share."""
     end = time.monotonic() + limit
-    _pool_of(program).grow(end - limit / 2, progress or (lambda what, share: None))
-    budgets = _budgets(points, solve(program, _PLENTY))
+    pool = _pool_of(program)
+    pool.grow(end - limit / 2, progress or (lambda what, share: None))
+    budgets = _budgets(points, pool.floor_bytes, simulate(program).peak_bytes)
     plans = []
     for k, budget_bytes in enumerate(budgets):
         share = max(0.0, end - time.monotonic()) / (len(budgets) - k)
@@ -147,11 +143,11 @@ def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, p
     return plans
 
 
-def _budgets(points: int | Sequence[Budget], whole: Plan) -> list[int]:
-    plain, floor = whole.plain_peak_bytes, whole.floor_bytes
+def _budgets(points: int | Sequence[Budget], floor_bytes: int, plain_peak_bytes: int) -> list[int]:
     if isinstance(points, int):
-        return sorted({floor + (plain - floor) * k * k // (points - 1) ** 2 for k in range(points)})
-    return sorted({parse_budget(b, plain) for b in points})
+        room = max(0, plain_peak_bytes - floor_bytes)
+        return sorted({floor_bytes + room * k * k // (points - 1) ** 2 for k in range(points)})
+    return sorted({parse_budget(b, plain_peak_bytes) for b in points})
 
 
 def _part(progress: Progress | None, k: int, count: int) -> Progress | None:

@@ -72,6 +72,11 @@ class Pool:
                 self._floor = self._search.frontier[:1]
         self._base, self._leveled = tuple(self._search.frontier), tuple(self._search.leveled)
 
+    @property
+    def floor_bytes(self) -> int:
+        """The smallest budget that ``solve`` takes; known once the pool has grown."""
+        return self._floor[0].peak_bytes
+
     def _floor_work(self) -> Iterator[Callable[[float], None]]:
         """The jobs that find the floor; they are done whatever the time, so that a floor is always known."""
         search = self._search
