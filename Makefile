@@ -19,7 +19,7 @@ test: $(VENV)/.dev
 	$(BIN)/python -m pytest
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "slow and not gpu" --deselect tests/run/test_within_budget.py
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

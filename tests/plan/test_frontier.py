@@ -123,7 +123,7 @@ def test_progress_rises_and_ends_at_one():
     shares = [share for _, share in seen]
     assert shares == sorted(shares)
     assert shares[-1] == pytest.approx(1)
-    assert any(what.startswith("budget 4 of 4") for what, _ in seen)
+    assert any(what.startswith("budget 4 of 4, ") for what, _ in seen)
 
 
 def test_the_words():

@@ -17,7 +17,7 @@ from functools import cached_property
 import numpy as np
 
 from recollect.plan.min_cut import Network, build
-from recollect.plan.tables import split_point, tables_of
+from recollect.plan.tables import split_point
 from recollect.program import Program, simulate
 
 
@@ -32,19 +32,13 @@ def lower_bound(
     """
     if program.seconds <= 0:
         return 0.0
-    best = _asked_for(program)
+    best = 0.0
     for t in interesting_points(program, points):
         if time.monotonic() > deadline:
             break
         best = max(best, bound_at(program, t, budget_bytes, steps=steps, deadline=deadline))
     # The cut is exact integers divided by a float: a hair less keeps the bound below the truth.
     return max(0.0, best * (1 - 1e-12) / program.seconds)
-
-
-def _asked_for(program: Program) -> float:
-    """Seconds of the ops that must run again because the user wants it and the backward asks for what they make."""
-    tables = tables_of(program)
-    return sum(program.ops[i].seconds for i in {tables.producer[v] for v in tables.passing if tables.starts[v]})
 
 
 def interesting_points(program: Program, count: int) -> list[int]:

@@ -22,7 +22,7 @@ from recollect.plan.tables import NEVER, Tables
 from recollect.program import Op
 
 _STALE = 24
-"""After how many changes all scores are computed anew."""
+"""After how many changes, and how many ops, all scores are computed anew."""
 
 _FARTHEST = 100
 """How many missing ops a score looks at."""
@@ -130,11 +130,13 @@ class _Executor:
         self.resident: dict[int, None] = {}
         self.droppable = frozenset(t.droppable)
         self.size = [v.nbytes for v in t.values]
+        self._seconds = [op.seconds for op in t.ops]
+        self._writes = [op.writes for op in t.ops]
         self.busy_until = [-1] * len(t.values)
         self.protected: set[int] = set()
         self._queue: list[tuple[float, int]] = []
         self._sources: dict[int, int] = {}
-        self._sources_at = -1
+        self._sources_at = -_STALE
         self._changes = 0
         self._most_runs = min(10 * len(t.ops), max(2 * len(t.ops), _MOST_RUNS))
 
@@ -270,41 +272,52 @@ class _Executor:
 
     def _scores(self) -> list[tuple[float, int]]:
         """All that may leave, the lowest score last."""
-        if self._changes >= _STALE or self._sources_at != self.now:
+        if self._changes >= _STALE or self.now - self._sources_at >= _STALE:
             self._sources, self._sources_at = self._uses_as_source(), self.now
             self._changes = 0
-        return sorted(((self._score(v, self._sources), v) for v in self.resident if self._idle(v)), reverse=True)
+        now, busy, protected, score = self.now, self.busy_until, self.protected, self._score
+        return sorted(((score(v), v) for v in self.resident if busy[v] < now and v not in protected), reverse=True)
 
     def _idle(self, value: int) -> bool:
         return value not in self.protected and self.busy_until[value] < self.now
 
-    def _score(self, value: int, sources: dict[int, int]) -> float:
+    def _score(self, value: int) -> float:
         """Seconds of the return per byte and time of absence; 0 when nothing needs the value again."""
-        due = min(self.tables.first_start(value, self.now), sources.get(value, NEVER))
+        due = min(self.tables.first_start(value, self.now), self._sources.get(value, NEVER))
         if due >= NEVER:
             return 0.0
-        absence: float = (due - self.now + 1) ** self.rules.distance_power
+        absence: float = (max(0, due - self.now) + 1) ** self.rules.distance_power
         return self._cost(value) / (self.size[value] * absence) * self.rules.noise()
 
     def _cost(self, value: int) -> float:
         """Seconds to make the value again from what is in memory now."""
-        tables, seconds, seen, stack = self.tables, 1e-9, set[int](), [self.tables.producer[value]]
+        resident, now, seconds, kept = self.resident, self.now, self._seconds, self.tables.kept
+        until, producer, reads = self.tables.until, self.tables.producer, self.tables.reads
+        total, seen, stack = 1e-9, set[int](), [producer[value]]
         while stack and len(seen) < _FARTHEST:
             i = stack.pop()
-            if i not in seen:
-                seen.add(i)
-                seconds += tables.ops[i].seconds
-                stack += [tables.producer[u] for u in tables.reads[i] if not self._at_hand(u)]
-        return seconds
+            if i in seen:
+                continue
+            seen.add(i)
+            total += seconds[i]
+            for u in reads[i]:
+                if u not in resident and not kept[u] and now > until[u]:
+                    stack.append(producer[u])
+        return total
 
     def _uses_as_source(self) -> dict[int, int]:
         """For every value the next late op that asks for something gone which is made from it. O(reads)."""
-        tables, soonest = self.tables, dict[int, int]()
+        tables, soonest, now, resident = self.tables, dict[int, int](), self.now, self.resident
+        until, kept, reads, first_start = tables.until, tables.kept, tables.reads, tables.first_start
         for i in tables.replayed:
-            gone = [w for w in tables.ops[i].writes if not self._at_hand(w)] if i < self.now else []
-            if gone:
-                due = min(min(tables.first_start(w, self.now - 1), soonest.get(w, NEVER)) for w in gone)
-                for u in tables.reads[i]:
+            if i >= now:
+                continue
+            due = NEVER
+            for w in self._writes[i]:
+                if w not in resident and not kept[w] and now > until[w]:
+                    due = min(due, first_start(w, now - 1), soonest.get(w, NEVER))
+            if due < NEVER:
+                for u in reads[i]:
                     if due < soonest.get(u, NEVER):
                         soonest[u] = due
         return soonest

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from recollect.plan.budget import parse_budget
 from recollect.plan.constraints import Patterns, constrain, explained
 from recollect.plan.infeasible import infeasible
-from recollect.plan.portfolio import _pool_of, solve
+from recollect.plan.portfolio import _pool_of, _silent, solve
 from recollect.program import InfeasibleBudget, Plan, Program, simulate
 
 if TYPE_CHECKING:
@@ -131,15 +131,15 @@ def beside(front: Frontier, solver: str, *, time_limit_seconds: float = 10.0) ->
 
 
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
-    """A plan per budget, by rising budget; half of the time at most goes into what they share."""
-    end = time.monotonic() + limit
-    pool = _pool_of(program)
-    pool.grow(end - limit / 2, progress or (lambda what, share: None))
-    budgets = _budgets(points, pool.floor_bytes, simulate(program).peak_bytes)
+    """A plan per budget, by rising budget."""
+    end, progress = time.monotonic() + limit, progress or _silent
+    budgets = _budgets(points, _pool_of(program).floor_bytes(_part(progress, 0.0, 0.1)), simulate(program).peak_bytes)
     plans = []
+    n = len(budgets)
     for k, budget_bytes in enumerate(budgets):
-        share = max(0.0, end - time.monotonic()) / (len(budgets) - k)
-        plans.append(solve(program, budget_bytes, time_limit_seconds=share, progress=_part(progress, k, len(budgets))))
+        share = max(0.0, end - time.monotonic()) / (n - k)
+        part = _part(progress, 0.1 + 0.9 * k / n, 0.1 + 0.9 * (k + 1) / n, f"budget {k + 1} of {n}, ")
+        plans.append(solve(program, budget_bytes, time_limit_seconds=share, progress=part))
     return plans
 
 
@@ -150,10 +150,9 @@ def _budgets(points: int | Sequence[Budget], floor_bytes: int, plain_peak_bytes:
     return sorted({parse_budget(b, plain_peak_bytes) for b in points})
 
 
-def _part(progress: Progress | None, k: int, count: int) -> Progress | None:
-    if progress is None:
-        return None
-    return lambda what, share: progress(f"budget {k + 1} of {count}: {what}", 0.6 + 0.4 * (k + share) / count)
+def _part(progress: Progress, begin: float, end: float, where: str = "") -> Progress:
+    """Progress of a part of the work as that of the whole."""
+    return lambda what, share: progress(where + what, begin + (end - begin) * share)
 
 
 def _best(plans: Sequence[Plan], budget_bytes: int) -> Plan:

@@ -15,11 +15,13 @@ from recollect.plan.greedy import greedy
 from recollect.plan.min_cut import Pricer
 from recollect.plan.search import Candidate, Entry, Search, no_noise
 from recollect.plan.segments import boundaries, crossing
+from recollect.plan.tables import open_tables_of
 from recollect.plan.walks import Walks
 from recollect.program import Program, Schedule, simulate
 
 _SMALL_PROGRAM = 200
 _LARGE_PROGRAM = 6000
+_NEAR_ENOUGH = 0.0005
 _RUNGS = 16
 _SEED = 20160421
 _MISSES = 8
@@ -46,35 +48,47 @@ class Pool:
 
     def __init__(self, program: Program) -> None:
         self._search = Search(program)
-        self._walks = Walks(self._search)
+        open_tables = open_tables_of(program)
+        self._walks = [Walks(self._search, t) for t in (self._search.tables, open_tables) if t is not None]
         floor = list(self._floor_work())
         self._mandatory = len(floor)
         self._jobs = [*floor, *self._work()]
-        self._done = 0
+        self._found: list[list[Entry]] = []
+        """What each job has found, as far as they have run."""
         self._base: tuple[Entry, ...] = ()
-        self._leveled: tuple[Entry, ...] = ()
         self._floor: list[Entry] = []
         """The candidate with the lowest peak after the mandatory jobs, so that it does not depend on the time."""
 
     # -- the pool ------------------------------------------------------------------------------------------------------
 
-    def grow(self, deadline: float, progress: Callable[[str, float], None]) -> None:
-        """Make the candidates that are not there yet, until the deadline."""
-        if self._done:
-            self._search.frontier, self._search.leveled = list(self._base), list(self._leveled)
-        while self._done < len(self._jobs):
-            if self._done >= self._mandatory and time.monotonic() > deadline:
-                break
-            progress("pool of candidates", 0.6 * self._done / len(self._jobs))
-            self._jobs[self._done](deadline)
-            self._done += 1
-            if self._done == self._mandatory:
-                self._floor = self._search.frontier[:1]
-        self._base, self._leveled = tuple(self._search.frontier), tuple(self._search.leveled)
+    def grow(self, deadline: float, progress: Callable[[str, float], None], enough: Callable[[], bool]) -> None:
+        """Make candidates until there are enough, or until the deadline.
 
-    @property
-    def floor_bytes(self) -> int:
-        """The smallest budget that ``solve`` takes; known once the pool has grown."""
+        Starts from nothing each time and takes what a job found before from its record; so the pool is the same
+        whichever budgets have been asked for before.
+        """
+        search = self._search
+        search.frontier, search.leveled = [], []
+        for k, job in enumerate(self._jobs):
+            if k >= self._mandatory and enough():
+                break
+            if k < len(self._found):
+                for entry in self._found[k]:
+                    search.remember(entry)
+            elif k < self._mandatory or time.monotonic() <= deadline:
+                progress("pool of candidates", 0.6 * k / len(self._jobs))
+                search.found = []
+                job(deadline)
+                self._found.append(search.found)
+            else:
+                break
+            if k + 1 == self._mandatory:
+                self._floor = search.frontier[:1]
+        self._base = tuple(search.frontier)
+
+    def floor_bytes(self, progress: Callable[[str, float], None]) -> int:
+        """The smallest budget that ``solve`` takes."""
+        self.grow(0.0, progress, lambda: True)
         return self._floor[0].peak_bytes
 
     def _floor_work(self) -> Iterator[Callable[[float], None]]:
@@ -84,7 +98,8 @@ class Pool:
         yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
         yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
         yield lambda deadline: self._find_floor()
-        yield lambda deadline: self._walks.find_floor()
+        for walks in self._walks:
+            yield self._floor_of(walks)
 
     def _work(self) -> Iterator[Callable[[float], None]]:
         """The jobs that make the rest of the pool, the most valuable first."""
@@ -94,7 +109,8 @@ class Pool:
         for price in prices:
             for cut in cuts:
                 yield self._priced(pricer, price, cut)
-        yield from self._walks.ladder()
+        for walks in self._walks:
+            yield from walks.ladder()
         if len(search.tables.ops) <= _SMALL_PROGRAM:
             yield from (self._rung(k) for k in range(_RUNGS))
 
@@ -132,6 +148,9 @@ class Pool:
 
         return make
 
+    def _floor_of(self, walks: Walks) -> Callable[[float], None]:
+        return lambda deadline: walks.find_floor()
+
     def _find_floor(self) -> None:
         """Shave the lowest peaks as far down as it goes."""
         for entry in self._search.leveled[:3]:
@@ -152,26 +171,26 @@ class Pool:
         self, program: Program, budget_bytes: int, solver: str, limit: float, progress: Callable[[str, float], None]
     ) -> Found:
         """The best candidate for the budget."""
-        begin = time.monotonic()
-        nothing_to_do = budget_bytes >= simulate(program).peak_bytes and not self._search.tables.passing
-        self.grow(begin if nothing_to_do else begin + 0.5 * limit, progress)
+        begin, bound = time.monotonic(), 0.0
+        if budget_bytes < simulate(program).peak_bytes:
+            progress("lower bound", 0.0)
+            bound = lower_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
+        bound = max(bound, self._search.tables.asked_seconds / (program.seconds or 1.0))
+        enough = (bound + self._near_enough) * program.seconds
+        self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
         floor = self._floor[0]
-        greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.65 * limit)
+        greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.7 * limit)
         if budget_bytes >= floor.peak_bytes and solver == "auto":
-            progress("search", 0.6)
-            self._improve(budget_bytes, begin + 0.9 * limit, self._disturbances())
+            progress("search", 0.7)
+            self._improve(budget_bytes, begin + limit, self._disturbances(), enough)
         best = self._choose(budget_bytes, solver, greedy_one)
-        bound = 0.0
-        if best and best.extra_seconds > 0:
-            progress("lower bound", 0.9)
-            bound = lower_bound(program, budget_bytes, deadline=begin + limit)
         progress("done", 1.0)
         return Found(
             best.name if best else "",
             self._schedule(program, best) if best else None,
             self._schedule(program, floor),
             floor.peak_bytes,
-            bound,
+            bound if best and best.extra_seconds > 0 else 0.0,
             self._report(program, budget_bytes, greedy_one),
         )
 
@@ -193,21 +212,40 @@ class Pool:
     def _schedule(self, program: Program, entry: Entry) -> Schedule:
         return Schedule.from_order(program, self._search.recall(entry).account.order.tolist())
 
-    def _improve(self, budget_bytes: int, deadline: float, disturbances: int) -> None:
-        """Fill the best that fits, shave and fill those just above, then disturb the best again and again."""
+    def _is_down_to(self, seconds: float, budget_bytes: int) -> bool:
+        best = self._search.best_within(budget_bytes)
+        return best is not None and best.extra_seconds <= seconds
+
+    @property
+    def _near_enough(self) -> float:
+        """The gap to the lower bound at which to stop; small programs go on, so that the laws hold exactly."""
+        return 0.0 if len(self._search.tables.ops) <= _SMALL_PROGRAM else _NEAR_ENOUGH
+
+    def _improve(self, budget_bytes: int, deadline: float, disturbances: int, enough: float = 0.0) -> None:
+        """Fill the best that fits, shave and fill those just above, then disturb the best again and again.
+
+        Stops early where the extra seconds are down to ``enough``.
+        """
         search = self._search
+
+        def done() -> bool:
+            return time.monotonic() > deadline or self._is_down_to(enough, budget_bytes)
+
         for entry in self._starts(budget_bytes):
-            if time.monotonic() > deadline:
+            if done():
                 return
             self._fit(search.recall(entry), budget_bytes, budget_bytes, deadline)
-        self._walks.around(budget_bytes, deadline)
+        for walks in self._walks:
+            if done():
+                return
+            walks.around(budget_bytes, deadline)
         dice, misses = random.Random(_SEED), 0
         for k in range(disturbances):
             best = search.best_within(budget_bytes)
-            if best is None or best.extra_seconds == 0 or time.monotonic() > deadline:
+            if best is None or done():
                 return
             if k % 2 and misses < _MISSES:
-                self._walks.disturb(best, budget_bytes, dice)
+                self._walks[k // 2 % len(self._walks)].disturb(best, budget_bytes, dice)
                 misses = misses + 1 if search.best_within(budget_bytes) is best else 0
             self._disturb(best, budget_bytes, dice, deadline)
 

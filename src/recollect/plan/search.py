@@ -95,6 +95,7 @@ class Search:
         tables, accountant: facts about the program.
         frontier: of all candidates seen those that no other beats in both bytes and seconds, by rising peak.
         leveled: the same of the candidates that are not walked, which alone ``shave`` and ``fill`` can change.
+        found: those that came into either, in the order they came.
         evaluations: how many candidates were looked at.
         noise: factor on every score of ``shave`` and ``fill``; 1.0 unless a search wants variety.
     """
@@ -104,6 +105,7 @@ class Search:
         self.accountant = Accountant(program)
         self.frontier: list[Entry] = []
         self.leveled: list[Entry] = []
+        self.found: list[Entry] = []
         self.evaluations = 0
         self.noise: Callable[[], float] = no_noise
         self._known: dict[Levels, Candidate] = {}
@@ -124,7 +126,7 @@ class Search:
             dropped = dropped[:-1]
         known = self._known.get(dropped)
         candidate = replace(known, name=name) if known else self._look_at(name, dropped)
-        self._remember(candidate)
+        self.remember(candidate.entry)
         return candidate
 
     def _look_at(self, name: str, dropped: Levels) -> Candidate:
@@ -135,18 +137,23 @@ class Search:
             self._known[dropped] = candidate
         return candidate
 
-    def reuse(self, name: str, runs: list[tuple[int, int]], budget_bytes: int) -> Candidate:
+    def reuse(
+        self, name: str, runs: list[tuple[int, int]], budget_bytes: int, tables: Tables | None = None
+    ) -> Candidate:
         """The candidate with the given further runs, less those that the room below the budget makes superfluous."""
-        left, account = reuse(self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
+        left, account = reuse(tables or self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
         self.evaluations += 1
         candidate = Candidate(name, (), left, account, walked=True)
-        self._remember(candidate)
+        self.remember(candidate.entry)
         return candidate
 
-    def _remember(self, candidate: Candidate) -> None:
-        _insert(self.frontier, candidate.entry)
-        if not candidate.walked:
-            _insert(self.leveled, candidate.entry)
+    def remember(self, entry: Entry) -> None:
+        """Take note of a candidate that no other beats."""
+        new = _insert(self.frontier, entry)
+        if entry.runs is None:
+            new |= _insert(self.leveled, entry)
+        if new:
+            self.found.append(entry)
 
     def recall(self, entry: Entry) -> Candidate:
         """The candidate of an entry."""
@@ -296,17 +303,18 @@ class Search:
         return picks
 
 
-def _insert(frontier: list[Entry], entry: Entry) -> None:
-    """Keep the entries that no other beats in both bytes and seconds, by rising peak."""
-    k = bisect_right([e.peak_bytes for e in frontier], entry.peak_bytes)
+def _insert(frontier: list[Entry], entry: Entry) -> bool:
+    """Keep the entries that no other beats in both bytes and seconds, by rising peak; whether this is one of them."""
+    k = bisect_right(frontier, entry.peak_bytes, key=lambda e: e.peak_bytes)
     if k and frontier[k - 1].extra_seconds <= entry.extra_seconds:
-        return
+        return False
     while k < len(frontier) and frontier[k].extra_seconds >= entry.extra_seconds:
         del frontier[k]
     if k and frontier[k - 1].peak_bytes == entry.peak_bytes:
         k -= 1
         del frontier[k]
     frontier.insert(k, entry)
+    return True
 
 
 def _gaps(current: Candidate) -> Iterator[tuple[int, int, int, int]]:

@@ -61,6 +61,13 @@ class Tables:
     droppable: tuple[int, ...]
     passing: frozenset[int]
 
+    @property
+    def asked_seconds(self) -> float:
+        """Seconds of the ops that run again in every plan, because late ops ask for what must not stay."""
+        again = {self.producer[v] for v in self.passing if self.starts[v]}
+        # A hair less, because a plan adds up the same seconds in another order.
+        return sum(self.ops[i].seconds for i in again) * (1 - 1e-12)
+
     def first_start(self, value: int, after: int) -> int:
         """The first late op beyond ``after`` at which the value can be demanded, or ``NEVER``."""
         starts = self.starts[value]
@@ -81,10 +88,23 @@ def tables_of(program: Program) -> Tables:
     found = _CACHE.get(id(program))
     if found is not None and found[0]() is program:
         return found[1]
-    tables = _make(program)
+    late = _late_ops(program)
+    tables = _make(program, late, tuple(not x for x in late))
     key = id(program)
     _CACHE[key] = (weakref.ref(program, lambda _: _CACHE.pop(key, None)), tables)
     return tables
+
+
+def open_tables_of(program: Program) -> Tables | None:
+    """Tables in which every op is early and late at once; None where a program or a user divides forward and backward.
+
+    Where nothing divides them, values of any op may leave and be made again at any op. Then only
+    walks (``evict``), which decide as they go, can plan: there is no one moment at which to choose what is kept.
+    """
+    everywhere = (True,) * len(program.ops)
+    if passing_values(program) or any(op.phase == "backward" or op.in_place for op in program.ops):
+        return None
+    return _make(program, late=everywhere, early=everywhere)
 
 
 def split_point(program: Program) -> int:
@@ -108,30 +128,28 @@ def _late_ops(program: Program) -> tuple[bool, ...]:
     return tuple(i >= split for i in range(len(program.ops)))
 
 
-def _make(program: Program) -> Tables:
+def _make(program: Program, late: tuple[bool, ...], early: tuple[bool, ...]) -> Tables:
     values, ops = program.values, program.ops
-    late = _late_ops(program)
     reads = tuple(tuple(v for v in dict.fromkeys(op.reads) if not values[v].fixed) for op in ops)
-    made_early = [p >= 0 and not late[p] for p in program.producer]
+    made_early = [p >= 0 and early[p] for p in program.producer]
     until = _unconditional(program, late, made_early)
     starts, ends = _demands(program, late, made_early, until)
     keepable, lost_late = _overwritten(program, late)
-    rerunnable = _rerunnable(program, late, reads, keepable, lost_late)
+    rerunnable = _rerunnable(program, early, reads, keepable, lost_late)
     kept = bytes(
         (not made_early[v] or not rerunnable[program.producer[v]] or (x.nbytes == 0 and keepable[v]))
         for v, x in enumerate(values)
     )
     replayed, demanded = _closure(program, reads, rerunnable, starts, until, kept)
     droppable = tuple(v for v in range(len(values)) if v in demanded and keepable[v] and not kept[v])
-    early = tuple(i for i in range(len(ops)) if not late[i])
     return Tables(
         ops,
         values,
         program.producer,
         late,
-        early,
+        tuple(i for i in range(len(ops)) if early[i]),
         reads,
-        tuple(tuple(i for i in readers if not late[i]) for readers in program.readers),
+        tuple(tuple(i for i in readers if early[i]) for readers in program.readers),
         starts,
         ends,
         tuple(until),
@@ -193,7 +211,7 @@ def _overwritten(program: Program, late: Sequence[bool]) -> tuple[tuple[bool, ..
 
 def _rerunnable(
     program: Program,
-    late: Sequence[bool],
+    early: Sequence[bool],
     reads: Sequence[Sequence[int]],
     keepable: Sequence[bool],
     lost_late: set[int],
@@ -202,7 +220,7 @@ def _rerunnable(
     table: list[bool] = []
     for i, op in enumerate(program.ops):
         inputs = all(keepable[v] or table[program.producer[v]] for v in reads[i])
-        table.append(not late[i] and not op.repeatable and inputs and lost_late.isdisjoint(reads[i]))
+        table.append(early[i] and not op.repeatable and inputs and lost_late.isdisjoint(reads[i]))
     return tuple(table)
 
 

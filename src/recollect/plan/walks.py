@@ -16,10 +16,11 @@ from math import exp
 
 from recollect.plan.evict import Course, Rules, course_of, evicting
 from recollect.plan.search import Candidate, Entry, Search, no_noise
+from recollect.plan.tables import Tables
 
 _NAME = "evicting"
 _WORK = 500
-"""Programs with more ops get fewer walks."""
+"""Programs with more ops get fewer walks, and a floor that may be one percent too high."""
 _RUNGS = 8
 _POWERS = (0.0, 0.5, 1.0)
 
@@ -27,19 +28,20 @@ _POWERS = (0.0, 0.5, 1.0)
 class Walks:
     """The walks of one program; what they find is remembered by the search."""
 
-    def __init__(self, search: Search) -> None:
-        self._search = search
+    def __init__(self, search: Search, tables: Tables) -> None:
+        self._search, self._tables = search, tables
 
     @cached_property
     def _course(self) -> Course:
-        return course_of(self._search.tables)
+        return course_of(self._tables)
 
     def find_floor(self) -> None:
         """Bisect for the lowest limit that a walk can keep to. The number of walks depends on the program alone."""
         low, tries = self._unavoidable_bytes(), self._tries(12)
+        slack = 0.01 if len(self._tables.ops) > _WORK else 0.0
         for _ in range(tries if tries > 1 else 0):  # one walk alone finds nothing and takes long on such a program
             high = self._search.frontier[0].peak_bytes
-            if low >= high:
+            if low >= high - slack * high:
                 return
             limit = (low + high) // 2
             if not any(self._walk(Rules(limit, limit, power), limit) for power in _POWERS[: self._tries(2)]):
@@ -47,7 +49,7 @@ class Walks:
 
     def _unavoidable_bytes(self) -> int:
         """Bytes below which no schedule can be: of some op, with what it reads and what no plan can drop."""
-        course, tables = self._course, self._search.tables
+        course, tables = self._course, self._tables
         droppable = frozenset(tables.droppable)
         return max(
             (
@@ -78,7 +80,7 @@ class Walks:
             self._walk(rules, budget_bytes)
         best = next((e for e in reversed(self._search.leveled) if e.peak_bytes <= budget_bytes), None)
         if best:
-            self._search.reuse(best.name, self._search.recall(best).runs, budget_bytes)
+            self._search.reuse(best.name, self._search.recall(best).runs, budget_bytes, self._tables)
 
     def _rules(self, budget_bytes: int) -> Iterator[Rules]:
         tries = self._tries(16)
@@ -105,7 +107,7 @@ class Walks:
         """The values that a candidate drops from the forward."""
         if candidate.dropped:
             return candidate.dropped[0]
-        tables, account = self._search.tables, candidate.account
+        tables, account = self._tables, candidate.account
         first_end: dict[int, int] = {}
         for v, end in zip(account.value.tolist(), account.end.tolist(), strict=True):
             first_end.setdefault(v, end)
@@ -113,12 +115,12 @@ class Walks:
 
     def _walk(self, rules: Rules, budget_bytes: int) -> Candidate | None:
         """One walk and what ``reuse`` makes of it; None when it does not fit into ``budget_bytes``."""
-        dropped = rules.dropped | self._search.tables.passing
+        dropped = rules.dropped | self._tables.passing
         runs = evicting(self._course, replace(rules, dropped=dropped, most_bytes=budget_bytes))
         if runs is None:
             return None
-        return self._search.reuse(_NAME, runs, budget_bytes)
+        return self._search.reuse(_NAME, runs, budget_bytes, self._tables)
 
     def _tries(self, most: int) -> int:
         """How many walks to spend: fewer on large programs."""
-        return max(1, min(most, most * _WORK // max(1, len(self._search.tables.ops))))
+        return max(1, min(most, most * _WORK // max(1, len(self._tables.ops))))
