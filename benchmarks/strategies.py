@@ -119,7 +119,7 @@ def draw(results: list[tuple[Program, list[Row]]], path: str) -> None:
     columns = 3
     figure = Figure(figsize=(13, 3.4 * ceil(len(results) / columns)), layout="constrained")
     panels = figure.subplots(ceil(len(results) / columns), columns, squeeze=False).flat
-    for axes, (program, rows) in zip(panels, results, strict=False):
+    for (program, rows), axes in zip(results, panels, strict=False):
         for row in rows:
             y = [float("nan") if x is None else 100 * x for x in row.overheads]
             bound = row.solver == "lower bound"
