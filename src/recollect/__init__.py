@@ -6,13 +6,15 @@ the budget, and runs it with bit-identical gradients.
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from recollect.plan import solve
 from recollect.program import InfeasibleBudget, Plan, Program, Schedule, simulate, verify
 
 if TYPE_CHECKING:
-    from recollect.api import checkpoint, plan, restore, stats
+    from recollect.api import checkpoint, frontier, plan, restore, stats
+    from recollect.largest import max_batch
 
 __version__ = "0.1.0"
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "Program",
     "Schedule",
     "checkpoint",
+    "frontier",
+    "max_batch",
     "plan",
     "restore",
     "simulate",
@@ -32,15 +36,16 @@ __all__ = [
 # ``recollect.plan`` is the function; the package of that name stays importable: ``from recollect.plan import ...``.
 globals().pop("plan", None)
 
-_NEED_TORCH = ("checkpoint", "plan", "restore", "stats")
+_NEED_TORCH = {
+    **dict.fromkeys(("checkpoint", "frontier", "plan", "restore", "stats"), "recollect.api"),
+    "max_batch": "recollect.largest",
+}
 
 
 def __getattr__(name: str) -> Any:
     """Import torch only when something needs it: programs, solvers and the judge do without."""
     if name in _NEED_TORCH:
-        from recollect import api
-
-        value = getattr(api, name)
+        value = getattr(import_module(_NEED_TORCH[name]), name)
         globals()[name] = value
         return value
     raise AttributeError(f"module 'recollect' has no attribute {name!r}")

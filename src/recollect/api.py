@@ -1,4 +1,4 @@
-"""What users call: ``checkpoint``, ``restore``, ``plan``, ``stats``."""
+"""What users call: ``checkpoint``, ``restore``, ``plan``, ``frontier``, ``stats``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import nn
 
-from recollect.plan import parse_budget, solve
-from recollect.program import InfeasibleBudget, Plan
+from recollect.plan import Frontier, parse_budget, solve
+from recollect.plan import frontier as frontier_of
+from recollect.plan.constraints import Patterns
+from recollect.program import InfeasibleBudget, Plan, Program
 from recollect.record import UnusableInput, record
 from recollect.record.optimizer import optimizer_state_bytes
+from recollect.record.timing import Progress
 from recollect.run import Session, Stats
 from recollect.run.session import NotPlannable
 from recollect.show.progress import progress_bar
@@ -24,12 +27,19 @@ _MARK = "__recollect__"
 
 
 @overload
-def checkpoint(target: F, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0) -> F: ...
+def checkpoint(
+    target: F, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
-    target: None = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0
-) -> Callable[[F], F]: ...
-def checkpoint(target: Any = None, *, budget: Budget, optimizer: Any = None, time_limit_seconds: float = 10.0) -> Any:
+    target: None = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+) -> Callable[[F], F]: ...  # fmt: skip
+def checkpoint(
+    target: Any = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+) -> Any:  # fmt: skip
     """Make a module or a callable train within a memory budget.
 
     At the first call with a kind of input, the step (forward and backward) is recorded on fake tensors, its operators
@@ -44,13 +54,17 @@ def checkpoint(target: Any = None, *, budget: Budget, optimizer: Any = None, tim
             number of bytes, a fraction of the plain peak (``0.5``, ``"50%"``), or ``"auto"`` (what the device has).
             What runs outside the callable is not seen: wrap a function that returns the loss to have all of it.
         optimizer: an optimizer, or the size of its state, to be counted as resident.
+        keep: patterns (``fnmatch``) on module paths or operator names, such as ``"blocks.0.*"`` or
+            ``("aten.bernoulli*", "head")``; what these operators make is never computed again.
+        recompute: the same; what these operators make does not stay from the forward into the backward.
         time_limit_seconds: the longest that making a plan may take, recording excluded.
 
     Returns:
         The same module, or the wrapped callable.
 
     Raises:
-        ValueError: a malformed budget, a module without trainable parameters or one that is checkpointed already.
+        ValueError: a malformed budget, a module without trainable parameters or one that is checkpointed already; at
+            the first call, a pattern that matches nothing.
         InfeasibleBudget: at the first call, when no plan fits; names the smallest budget that does.
 
     Example:
@@ -62,9 +76,9 @@ def checkpoint(target: Any = None, *, budget: Budget, optimizer: Any = None, tim
         True
     """
     _check_budget(budget)
-    options = _Options(budget, optimizer, time_limit_seconds)
+    options = _Options(budget, optimizer, keep, recompute, time_limit_seconds)
     if target is None:
-        return lambda fn: checkpoint(fn, budget=budget, optimizer=optimizer, time_limit_seconds=time_limit_seconds)
+        return functools.partial(checkpoint, **vars(options))
     if not callable(target):
         raise TypeError(f"recollect.checkpoint takes a module or a callable, got {type(target).__name__}")
     if _session(target) is not None:
@@ -110,6 +124,8 @@ def plan(
     budget: Budget,
     optimizer: Any = None,
     solver: str = "auto",
+    keep: Patterns = (),
+    recompute: Patterns = (),
     timing: str = "estimate",
     time_limit_seconds: float = 10.0,
     **kwargs: Any,
@@ -122,13 +138,15 @@ def plan(
         budget: as for ``checkpoint``.
         optimizer: as for ``checkpoint``.
         solver: name of a solver (``recollect.plan.SOLVERS``); ``"auto"`` takes the best of several.
+        keep: as for ``checkpoint``.
+        recompute: as for ``checkpoint``.
         timing: ``"estimate"`` operators from their FLOPs and bytes, or ``"measure"`` each distinct one, alone, on the
             device (then kernel scratch is in the account too, as it is for ``checkpoint``).
         time_limit_seconds: the longest that planning may take, recording excluded.
         **kwargs: keyword arguments of ``fn``.
 
     Raises:
-        ValueError: malformed budget, inputs on several devices, nothing differentiable.
+        ValueError: malformed budget, inputs on several devices, nothing differentiable, a pattern that matches nothing.
         InfeasibleBudget: no known plan fits.
 
     Example:
@@ -139,25 +157,88 @@ def plan(
         True
     """
     _check_budget(budget)
+    with progress_bar() as progress:
+        program = record_step(fn, args, kwargs, optimizer, timing, progress)
+        return solve(
+            program, _in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
+            time_limit_seconds=time_limit_seconds, progress=progress,
+        )  # fmt: skip
+
+
+def frontier(
+    program_or_fn: Program | Callable[..., Any],
+    *args: Any,
+    points: int | Sequence[int | float | str] = 16,
+    optimizer: Any = None,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    timing: str = "estimate",
+    time_limit_seconds: float = 60.0,
+    **kwargs: Any,
+) -> Frontier:
+    """Overhead against peak over the whole range of budgets: what memory costs in time, before anything is run.
+
+    Args:
+        program_or_fn: a program, or a module or callable, as for ``plan``.
+        *args: the callable's positional arguments.
+        points: how many budgets, the floor and the plain peak included, closer together towards the floor; or the
+            budgets themselves.
+        optimizer: as for ``plan``; of a callable only.
+        keep: as for ``plan``.
+        recompute: as for ``plan``.
+        timing: as for ``plan``; of a callable only.
+        time_limit_seconds: the longest that planning may take, all budgets together, recording excluded.
+        **kwargs: keyword arguments of the callable.
+
+    Returns:
+        ``points``, one plan per budget; ``plan_at(budget)``; ``str()`` is a table; ``plot(path)`` draws it.
+
+    Raises:
+        TypeError: arguments beside a program.
+        ValueError: as ``plan``; fewer than two points.
+        InfeasibleBudget: one of the budgets named is below the floor.
+
+    Example:
+        >>> import torch, recollect
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> frontier = recollect.frontier(model, torch.randn(512, 64), points=4)
+        >>> [p.overhead for p in frontier.points] == sorted((p.overhead for p in frontier.points), reverse=True)
+        True
+    """
+    with progress_bar() as progress:
+        if not isinstance(program_or_fn, Program):
+            program = record_step(program_or_fn, args, kwargs, optimizer, timing, progress)
+        elif args or kwargs or optimizer is not None:
+            raise TypeError("a program stands for itself: arguments and optimizer are for a module or a callable")
+        else:
+            program = program_or_fn
+        return frontier_of(
+            program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
+            progress=progress,
+        )  # fmt: skip
+
+
+def record_step(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
+    progress: Progress | None = None,
+) -> Program:  # fmt: skip
+    """The program of a step that is not going to be run."""
     if timing not in ("estimate", "measure"):
         raise ValueError(f'timing is "estimate" or "measure", not {timing!r}')
     session = _session(fn)
     plain = session.fn if session is not None else fn
-    with progress_bar() as progress:
-        program = record(
-            plain, args, kwargs, optimizer_bytes=optimizer_state_bytes(optimizer), timing=timing, progress=progress
-        )
-        return solve(
-            program, _in_bytes(budget, program.fixed_bytes), solver=solver, time_limit_seconds=time_limit_seconds,
-            progress=progress,
-        )  # fmt: skip
+    state = optimizer_state_bytes(optimizer)
+    return record(plain, args, kwargs, optimizer_bytes=state, timing=timing, progress=progress)
 
 
 class _Options:
     """What a user asked of ``checkpoint``; makes the plans."""
 
-    def __init__(self, budget: Budget, optimizer: Any, time_limit_seconds: float) -> None:
+    def __init__(
+        self, budget: Budget, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float
+    ) -> None:
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
+        self.keep, self.recompute = keep, recompute
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model needs the size of the optimizer's state, not the optimizer."""
@@ -173,7 +254,10 @@ class _Options:
             except Exception as error:
                 raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
             budget = _in_bytes(self.budget, program.fixed_bytes)
-            return solve(program, budget, time_limit_seconds=self.time_limit_seconds, progress=progress)
+            return solve(
+                program, budget, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.time_limit_seconds,
+                progress=progress,
+            )  # fmt: skip
 
 
 class _Forward:
@@ -259,4 +343,4 @@ def _in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
     return int(0.95 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + fixed_bytes
 
 
-__all__ = ["InfeasibleBudget", "checkpoint", "plan", "restore", "stats"]
+__all__ = ["InfeasibleBudget", "checkpoint", "frontier", "plan", "restore", "stats"]

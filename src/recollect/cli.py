@@ -1,4 +1,4 @@
-"""The ``recollect`` command: ``recollect demo``, ``recollect solve``."""
+"""The ``recollect`` command: ``recollect demo``, ``recollect solve``, ``recollect frontier``."""
 
 from __future__ import annotations
 
@@ -77,22 +77,36 @@ def _require(extra: str, *modules: str) -> None:
         raise click.ClickException(f"this needs {' and '.join(missing)}; run: pip install 'recollect[{extra}]'")
 
 
+_keep = click.option("--keep", multiple=True, metavar="PATTERN", help="Modules or ops never computed again.")
+_recompute = click.option("--recompute", multiple=True, metavar="PATTERN", help="Modules or ops always computed again.")
+
+
 @main.command()
 @click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 @click.option(
     "--budget", required=True, help='Bytes ("3000000", "10GiB"), or a share of the plain peak ("0.5", "50%").'
 )
 @click.option("--solver", default="auto", show_default=True, help="Name of a solver.")
+@_keep
+@_recompute
 @click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the plan to this file.")
 @click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save memory over the step as a picture.")
-def solve(file: Path, budget: str, solver: str, json_path: Path | None, plot_path: Path | None) -> None:
+def solve(
+    file: Path,
+    budget: str,
+    solver: str,
+    keep: tuple[str, ...],
+    recompute: tuple[str, ...],
+    json_path: Path | None,
+    plot_path: Path | None,
+) -> None:
     """Plan the program in FILE (recollect-program JSON) and print the plan."""
     if plot_path is not None:
         _require("plots", "matplotlib")
     from recollect.plan import solve as make_plan
     from recollect.program import Program
 
-    plan = make_plan(Program.from_json(file), _budget(budget), solver=solver)
+    plan = make_plan(Program.from_json(file), _budget(budget), solver=solver, keep=keep, recompute=recompute)
     click.echo(str(plan))
     if json_path is not None:
         plan.to_json(json_path)
@@ -101,6 +115,36 @@ def solve(file: Path, budget: str, solver: str, json_path: Path | None, plot_pat
         from recollect.show.plots import memory_plot
 
         click.echo(f"Picture written to {memory_plot(plan, plot_path)}")
+
+
+@main.command()
+@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.option("--points", type=click.IntRange(min=2), default=16, show_default=True, help="How many budgets.")
+@_keep
+@_recompute
+@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save the frontier as a picture.")
+@click.option("--beside", multiple=True, metavar="SOLVER", help="Solvers to mark in the picture.")
+def frontier(
+    file: Path,
+    points: int,
+    keep: tuple[str, ...],
+    recompute: tuple[str, ...],
+    plot_path: Path | None,
+    beside: tuple[str, ...],
+) -> None:
+    """Print overhead against peak for the program in FILE, from the floor to the plain peak."""
+    if plot_path is not None:
+        _require("plots", "matplotlib")
+    from recollect.plan import frontier as make_frontier
+    from recollect.program import Program
+    from recollect.show.progress import progress_bar
+
+    with progress_bar() as progress:
+        found = make_frontier(Program.from_json(file), points=points, keep=keep, recompute=recompute, progress=progress)
+    click.echo(str(found))
+    if plot_path is not None:
+        found.plot(plot_path, beside=beside)
+        click.echo(f"Picture written to {plot_path}")
 
 
 def _budget(text: str) -> int | float | str:

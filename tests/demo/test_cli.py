@@ -49,6 +49,29 @@ def test_solve_takes_shares_and_solvers(program: str) -> None:
     assert "100.0% of the plain peak" in result.output
 
 
+def test_solve_takes_constraints(program: str) -> None:
+    result = call("solve", program, "--budget", "100%", "--recompute", "f0")
+    assert result.exit_code == 0, result.output
+    assert "1 of 5 ops" in result.output
+    assert_one_line(call("solve", program, "--budget", "87", "--keep", "f0"), "under the constraints keep=['f0']")
+    assert_one_line(call("solve", program, "--budget", "87", "--keep", "g*"), "keep='g*' matches no module")
+
+
+def test_frontier_prints_a_table_and_saves_a_picture(program: str, tmp_path: Path) -> None:
+    picture = tmp_path / "frontier.png"
+    result = call("frontier", program, "--points", "3", "--plot", str(picture), "--beside", "segments")
+    assert result.exit_code == 0, result.output
+    assert "Frontier of chain: floor 87 B, plain peak 95 B" in result.output
+    assert "100.0%" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_frontier_names_unknown_solvers(program: str, tmp_path: Path) -> None:
+    result = call("frontier", program, "--plot", str(tmp_path / "f.png"), "--beside", "magic")
+    assert result.exit_code == 1
+    assert "unknown solver 'magic'" in result.output
+
+
 def test_a_budget_below_the_floor_names_the_floor(program: str) -> None:
     assert_one_line(call("solve", program, "--budget", "11"), "87 bytes", "Give a budget of at least 87 bytes")
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,6 +47,35 @@ def test_every_solver_plans_the_plain_peak(program: Program, solver: str):
     plan = solve(program, plain, solver=solver)
     assert verify(program, plan) == ()
     assert solver != "auto" or plan.overhead == 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(program=steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
+def test_every_solver_is_lawful_at_every_budget_it_reaches(program: Program, share: float, solver: str):
+    budget = budget_at(program, share)
+    try:
+        plan = solve(program, budget, solver=solver)
+    except InfeasibleBudget as error:
+        plan = solve(program, error.floor_bytes, solver=solver)
+    assert verify(program, plan) == ()
+    assert simulate(program, plan).peak_bytes == plan.peak_bytes <= plan.budget_bytes
+    assert plan.floor_bytes <= plan.peak_bytes
+    assert plan.lower_bound <= plan.overhead + 1e-12
+
+
+@settings(max_examples=15, deadline=None)
+@given(program=steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
+def test_the_same_plan_for_the_same_input(program: Program, share: float, solver: str):
+    budget = budget_at(program, share)
+    twin = Program(program.name, program.values, program.ops)  # nothing is remembered of another object
+    assert _outcome(program, budget, solver) == _outcome(twin, budget, solver)
+
+
+def _outcome(program: Program, budget: int, solver: str) -> object:
+    try:
+        return solve(program, budget, solver=solver)
+    except InfeasibleBudget as error:
+        return error.floor_bytes
 
 
 @settings(max_examples=30, deadline=None)

@@ -32,13 +32,17 @@ class Classics:
 
     def find_floor(self) -> None:
         """Revolve with the fewest slots for which the schedule is not endless, and Chen's plans."""
+        if self._search.tables.passing:
+            return
         self._search.look("revolve", revolve_runs(self._chain, fewest_slots(len(self._chain))))
         for plans in (chen_plans(self._chain), chen_recursive_plans(self._chain)):
             for runs in plans:
                 self._search.look("chen", runs)
 
     def around(self, budget_bytes: int, deadline: float) -> None:
-        """Look at all plans for the budget."""
+        """Look at all plans for the budget; none where the user forbids to keep something, which they cannot obey."""
+        if self._search.tables.passing:
+            return
         for name, plans in self._plans(budget_bytes):
             looks = [(self._search.look(name, runs), runs) for runs in plans]
             fitting = [(look.rank, runs) for look, runs in looks if look.peak_bytes <= budget_bytes]

@@ -68,4 +68,5 @@ def _rest_of_blocks(tables: Tables, blocks: tuple[int, ...], runs: list[tuple[in
 
 
 def _inputs_at_hand(tables: Tables, asked: dict[int, bool], op: int) -> bool:
-    return all(tables.keepable[v] or tables.producer[v] in asked for v in tables.reads[op])
+    gone = tables.passing
+    return all((tables.keepable[v] and v not in gone) or tables.producer[v] in asked for v in tables.reads[op])

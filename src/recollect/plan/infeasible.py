@@ -28,6 +28,17 @@ def infeasible(program: Program, budget_bytes: int, lowest: Schedule, *, solver:
     )
 
 
+def with_message(error: InfeasibleBudget, message: str) -> InfeasibleBudget:
+    """The same error with more to say."""
+    return InfeasibleBudget(
+        message,
+        budget_bytes=error.budget_bytes,
+        floor_bytes=error.floor_bytes,
+        peak_op=error.peak_op,
+        largest=error.largest,
+    )
+
+
 def _exact(nbytes: int) -> str:
     return f"{format_bytes(nbytes)} ({nbytes} bytes)" if nbytes >= 1000 else f"{nbytes} bytes"
 

@@ -248,7 +248,7 @@ class Pricer:
             ops,
             lambda v: bool(t.starts[v]),
             free,
-            lambda v: t.keepable[v],
+            lambda v: t.keepable[v] and v not in t.passing,
             lambda i: t.ops[i].writes,
             lambda i: t.reads[i],
         )

@@ -88,6 +88,11 @@ class Pool:
                 self._floor = search.frontier[:1]
         self._base = tuple(search.frontier)
 
+    def floor_bytes(self, progress: Callable[[str, float], None]) -> int:
+        """The smallest budget that ``solve`` takes."""
+        self.grow(0.0, progress, lambda: True)
+        return self._floor[0].peak_bytes
+
     def _floor_work(self) -> Iterator[Callable[[float], None]]:
         """The jobs that find the floor; they are done whatever the time, so that a floor is always known."""
         search = self._search
@@ -173,6 +178,7 @@ class Pool:
         if budget_bytes < simulate(program).peak_bytes:
             progress("lower bound", 0.0)
             bound = lower_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
+        bound = max(bound, self._search.tables.asked_seconds / (program.seconds or 1.0))
         enough = (bound + self._near_enough) * program.seconds
         self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
         floor = self._floor[0]

@@ -12,16 +12,19 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from recollect.plan.budget import parse_budget
+from recollect.plan.constraints import Patterns, constrain, explained, kept_anyway, passing_values
 from recollect.plan.every_block import every_block
 from recollect.plan.infeasible import infeasible
 from recollect.plan.keep_everything import keep_everything
 from recollect.plan.segments import segments
-from recollect.program import Plan, Program, Schedule, simulate
+from recollect.plan.tables import tables_of
+from recollect.program import InfeasibleBudget, Plan, Program, Schedule, simulate
 
 if TYPE_CHECKING:
     from recollect.plan.pool import Pool
@@ -60,6 +63,8 @@ def solve(
     budget: int | float | str,
     *,
     solver: str = "auto",
+    keep: Patterns = (),
+    recompute: Patterns = (),
     time_limit_seconds: float = 10.0,
     progress: Callable[[str, float], None] | None = None,
 ) -> Plan:
@@ -69,13 +74,17 @@ def solve(
         program: the step to plan.
         budget: bytes, a size such as ``"10GiB"``, or a share of the plain peak such as ``0.5`` or ``"50%"``.
         solver: one of ``SOLVERS``. ``auto`` compares many; the others are the classics by name.
+        keep: patterns on module paths or names of ops; what these ops make is never computed again.
+        recompute: the same; what these ops make does not stay from the forward into the backward, and is computed again
+            where the backward asks for it. What must not run again stays all the same.
         time_limit_seconds: when to stop looking for a better plan. Where the limit is not hit, the plan depends on
             nothing but the program and the budget.
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
 
     Raises:
         InfeasibleBudget: no schedule known to the solver fits.
-        ValueError: an unknown solver, or a budget that cannot be read.
+        ValueError: an unknown solver, a budget that cannot be read, a pattern that matches nothing, or a solver that
+            cannot do what ``recompute`` asks.
 
     Example:
         >>> from recollect.program import Op, Program, Value
@@ -85,11 +94,18 @@ def solve(
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    if keep or recompute:
+        limited = constrain(program, keep, recompute)
+        try:
+            plan = solve(limited, budget, solver=solver, time_limit_seconds=time_limit_seconds, progress=progress)
+        except InfeasibleBudget as error:
+            raise explained(error, keep, recompute) from None
+        return replace(plan, program=program)
     plain_peak = simulate(program).peak_bytes
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in _CLASSICS:
         return _classic(program, budget_bytes, solver, plain_peak)
-    if solver == "auto" and (plan := _optimum(program, budget_bytes, plain_peak)):
+    if solver == "auto" and not passing_values(program) and (plan := _optimum(program, budget_bytes, plain_peak)):
         return plan
     pool = _pool_of(program)
     found = pool.solve(program, budget_bytes, solver, time_limit_seconds, progress or _silent)
@@ -151,6 +167,7 @@ def _plan(
     candidates: tuple[tuple[str, int, float], ...],
 ) -> Plan:
     """The plan with the figures of the one simulator, not of the planner's own account."""
+    _refuse_kept(program, schedule, solver)
     timeline = simulate(program, schedule)
     overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
     return Plan(
@@ -165,3 +182,14 @@ def _plan(
         solver=solver,
         candidates=candidates,
     )
+
+
+def _refuse_kept(program: Program, schedule: Schedule, solver: str) -> None:
+    """Not every solver can be told what not to keep."""
+    tables = tables_of(program)
+    kept = kept_anyway(schedule, tables.passing, tables.until)
+    if kept:
+        raise ValueError(
+            f"solver {solver!r} keeps {program.label(min(kept))!r} (and {len(kept) - 1} more), which recompute= "
+            'forbids; solver="auto" can do without'
+        )

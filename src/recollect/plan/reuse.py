@@ -101,6 +101,13 @@ def _ledger(tables: Tables, account: Account) -> _Ledger:
     return _Ledger(tables, order, late, further, fed, made, uses, starts)
 
 
+def _may_stay(tables: Tables, owner: list[int], k: int) -> bool:
+    """Whether the residency before ``k``, of the same value, may last until it."""
+    v = owner[k]
+    is_second = k < 2 or owner[k - 2] != v
+    return tables.keepable[v] and not (is_second and v in tables.passing)
+
+
 def _spare(ledger: _Ledger, account: Account, budget_bytes: int, noise: Callable[[], float]) -> set[tuple[int, int]]:
     """The further runs that one sweep makes superfluous."""
     tables, during = ledger.tables, account.during.copy()
@@ -108,7 +115,7 @@ def _spare(ledger: _Ledger, account: Account, budget_bytes: int, noise: Callable
     options = []
     for run, again in enumerate(ledger.further):
         wanted = [k for k in ledger.made[run] if ledger.uses[k]] if again else []
-        if again and all(tables.keepable[owner[k]] for k in wanted):
+        if again and all(_may_stay(tables, owner, k) for k in wanted):
             idle = ledger.feeders(run, _FARTHEST)
             ledger.restore(idle)
             seconds = sum(tables.ops[ledger.order[r]].seconds for r in idle)

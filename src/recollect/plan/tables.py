@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from recollect.plan.constraints import passing_values
 from recollect.program import Op, Program, Value
 
 NEVER: Final = 1 << 60
@@ -40,6 +41,7 @@ class Tables:
         kept: for every value 1 when every plan keeps it (it cannot be made again, or has no bytes).
         replayed: ops that run again when nothing else is kept, last one first.
         droppable: values that a plan may keep or drop, in program order.
+        passing: values whose first copy no plan may keep, because the user wants them computed again.
     """
 
     ops: tuple[Op, ...]
@@ -57,6 +59,14 @@ class Tables:
     kept: bytes
     replayed: tuple[int, ...]
     droppable: tuple[int, ...]
+    passing: frozenset[int]
+
+    @property
+    def asked_seconds(self) -> float:
+        """Seconds of the ops that run again in every plan, because late ops ask for what must not stay."""
+        again = {self.producer[v] for v in self.passing if self.starts[v]}
+        # A hair less, because a plan adds up the same seconds in another order.
+        return sum(self.ops[i].seconds for i in again) * (1 - 1e-12)
 
     def first_start(self, value: int, after: int) -> int:
         """The first late op beyond ``after`` at which the value can be demanded, or ``NEVER``."""
@@ -86,13 +96,13 @@ def tables_of(program: Program) -> Tables:
 
 
 def open_tables_of(program: Program) -> Tables | None:
-    """Tables in which every op is early and late at once; None for programs that say what is backward.
+    """Tables in which every op is early and late at once; None where a program or a user divides forward and backward.
 
-    Where nothing divides forward from backward, values of any op may leave and be made again at any op. Then only
+    Where nothing divides them, values of any op may leave and be made again at any op. Then only
     walks (``evict``), which decide as they go, can plan: there is no one moment at which to choose what is kept.
     """
     everywhere = (True,) * len(program.ops)
-    if any(op.phase == "backward" or op.in_place for op in program.ops):
+    if passing_values(program) or any(op.phase == "backward" or op.in_place for op in program.ops):
         return None
     return _make(program, late=everywhere, early=everywhere)
 
@@ -148,6 +158,7 @@ def _make(program: Program, late: tuple[bool, ...], early: tuple[bool, ...]) -> 
         kept,
         replayed,
         droppable,
+        frozenset(v for v in passing_values(program) if not kept[v]),
     )
 
 

@@ -55,7 +55,7 @@ def reruns(tables: Tables, levels: Levels) -> list[tuple[int, int]]:
 def _staying(tables: Tables, dropped: frozenset[int]) -> bytearray:
     """For every value 1 when it stays from its first run on."""
     stay = bytearray(kept or keepable for kept, keepable in zip(tables.kept, tables.keepable, strict=True))
-    for v in dropped:
+    for v in (*dropped, *tables.passing):
         stay[v] = tables.kept[v]
     return stay
 

@@ -115,7 +115,8 @@ class Walks:
 
     def _walk(self, rules: Rules, budget_bytes: int) -> Candidate | None:
         """One walk and what ``reuse`` makes of it; None when it does not fit into ``budget_bytes``."""
-        runs = evicting(self._course, replace(rules, most_bytes=budget_bytes))
+        dropped = rules.dropped | self._tables.passing
+        runs = evicting(self._course, replace(rules, dropped=dropped, most_bytes=budget_bytes))
         if runs is None:
             return None
         return self._search.reuse(_NAME, runs, budget_bytes, self._tables)

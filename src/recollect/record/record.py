@@ -141,8 +141,11 @@ def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
     with mode, torch.no_grad():
         moved = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=device)
     if isinstance(fake, nn.Parameter):
-        return nn.Parameter(moved, requires_grad=fake.requires_grad)
-    return moved.requires_grad_(fake.requires_grad)
+        moved = nn.Parameter(moved, requires_grad=fake.requires_grad)
+    moved.requires_grad_(fake.requires_grad)
+    if fake.is_leaf and fake.grad is not None:
+        moved.grad = _placed(fake.grad, mode, device)
+    return moved
 
 
 def _record_for_real(

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
+from collections.abc import Sequence
+from itertools import accumulate, cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from recollect.plan.frontier import Frontier
+from recollect.plan.frontier import beside as solve_beside
 from recollect.program import Plan, Program, Schedule, Timeline, simulate
 from recollect.show.text import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _MEGA: Final = 1e6
 
@@ -32,6 +36,54 @@ def memory_plot(plan: Plan, path: str | Path) -> Path:
     draw_memory(figure.subplots(), plan)
     figure.savefig(target, dpi=130)
     return target
+
+
+def frontier_plot(front: Frontier, path: str | Path | None = None, *, beside: Sequence[str] = ()) -> Figure:
+    """Draw overhead against peak, with what no plan can go below, the floor and the plain peak.
+
+    ``beside`` names solvers whose plans at the same budgets are marked. The picture is saved where a path is given; its
+    suffix decides the format, and folders on the way are made.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed (``pip install 'recollect[plots]'``).
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    draw_frontier(figure.subplots(), front, beside=beside)
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    return figure
+
+
+def draw_frontier(axes: Axes, front: Frontier, *, beside: Sequence[str] = ()) -> None:
+    """Draw what ``frontier_plot`` saves into axes of your own."""
+    budgets, bounds = [p.budget_bytes / _MEGA for p in front.points], [100 * p.lower_bound for p in front.points]
+    peaks, overheads = [p.peak_bytes / _MEGA for p in front.points], [100 * p.overhead for p in front.points]
+    # A bound holds for all smaller budgets, a plan for all larger ones: steps, not slopes.
+    axes.fill_between(budgets, bounds, step="pre", color="#c0392b", alpha=0.15, linewidth=0, label="no plan is here")
+    axes.step(peaks, overheads, where="post", color="#08519c", marker="o", markersize=3, label="recollect")
+    for name, marker in zip(beside, cycle("sxD^v+*P"), strict=False):
+        plans = solve_beside(front, name)
+        x, y = [p.peak_bytes / _MEGA for p in plans], [100 * p.overhead for p in plans]
+        axes.plot(x, y, marker, markersize=5, alpha=0.8, label=name)
+    for name, nbytes in (("floor", front.floor_bytes), ("plain peak", front.plain_peak_bytes)):
+        label = f"{name} {format_bytes(nbytes)}"
+        axes.axvline(nbytes / _MEGA, color="#8a8f98", linewidth=1, linestyle="--", label=label)
+    axes.set_xlabel("peak, MB")
+    axes.set_ylabel("extra time, %")
+    axes.set_yscale("symlog", linthresh=1)
+    axes.set_yticks(*_ticks(max([*overheads, 1.0])))
+    axes.set_ylim(bottom=0)
+    axes.set_title(front.program.name or "program", loc="left")
+    axes.legend(fontsize=8)
+
+
+def _ticks(most: float) -> tuple[list[float], list[str]]:
+    """Percentages for a logarithmic axis from 0, and their names."""
+    shown = [0.0, *(t * 10**k for k in range(6) for t in (1.0, 2.0, 5.0) if t * 10**k <= 2 * most)]
+    return shown, [f"{t:.0f}" for t in shown]
 
 
 def draw_memory(axes: Axes, plan: Plan) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from typing import Final, NamedTuple
+from io import StringIO
+from math import log1p
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from recollect.plan.budget import format_bytes
 from recollect.program import Op, Plan, Program, Timeline, simulate
 
-__all__ = ["fold_indices", "format_bytes", "format_seconds", "plan_text"]
+if TYPE_CHECKING:
+    from recollect.plan.frontier import Frontier
+
+__all__ = ["fold_indices", "format_bytes", "format_seconds", "frontier_text", "plan_text"]
 
 _SHOWN: Final = 6
+_WIDTH: Final = 110
+_BAR: Final = 36
 _LAYER: Final = re.compile(r"^((?:[^\s.]+\.)*?)(\d+)(?=[.\s]|$)")
 
 
@@ -146,3 +153,34 @@ def fold_indices(indices: Iterable[int]) -> str:
         else:
             spans.append([i, i])
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
+
+
+def frontier_text(front: Frontier) -> str:
+    """A frontier as a table: a line per budget with peak, extra time, lower bound and a logarithmic bar of the two."""
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("budget", "of plain", "peak", "extra time", "none below"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("█ cannot be avoided, ░ perhaps can", no_wrap=True)
+    most = max(p.overhead for p in front.points) or 1.0
+    for p in front.points:
+        share = _share(p.budget_bytes, front.plain_peak_bytes)
+        sizes = format_bytes(p.budget_bytes), share, format_bytes(p.peak_bytes)
+        table.add_row(*sizes, f"{p.overhead:+.1%}", f"{p.lower_bound:+.1%}", _bar(p, most))
+    page = StringIO()
+    Console(width=_WIDTH, color_system=None, file=page).print(table)
+    name = f" of {front.program.name}" if front.program.name else ""
+    head = (
+        f"Frontier{name}: floor {format_bytes(front.floor_bytes)}, plain peak {format_bytes(front.plain_peak_bytes)}; "
+        f"seconds are {front.program.timing}"
+    )
+    return "\n".join([head, *(line.rstrip() for line in page.getvalue().splitlines() if line.strip())])
+
+
+def _bar(plan: Plan, most: float) -> str:
+    """The overhead as a bar; ``most`` fills the whole width."""
+    sure, all_of_it = (round(_BAR * log1p(100 * x) / log1p(100 * most)) for x in (plan.lower_bound, plan.overhead))
+    return "█" * sure + "░" * (all_of_it - sure)
