@@ -22,6 +22,7 @@ import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 
 from recollect.plan.stages import Stages
+from recollect.plan.tables import split_point
 from recollect.program import Program, Schedule, simulate
 
 _HAIR = 1e-7
@@ -63,6 +64,11 @@ class _Solver:
         self.unit = _unit(program)
         self.stages = Stages(program, budget_bytes, range(len(program.ops)), _where(program), self.unit)
         self.filled: set[int] = set()
+        import os
+        n=len(program.ops); k=int(os.environ.get("SINCE","0"))
+        if k:
+            split=min(split_point(program),n-1)
+            for t in sorted({split+(n-1-split)*j//k for j in range(k)}): self.stages.since(t)
 
     def solve(self) -> Outcome:
         while self.bound < self.best_cost * (1 - _HAIR) and time.monotonic() < self.deadline:

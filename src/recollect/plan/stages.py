@@ -240,6 +240,25 @@ class Stages:
         if sum(max(b, 0.0) for b, _ in terms) > free:
             self.table.row(terms, free)
 
+    def since(self, w: int) -> None:
+        """Add rows that look at all stages from ``w`` on at once: whatever runs again does so *at least once*.
+
+        Every schedule keeps them, but a relaxed one may run an op half a time in two stages and its sources half a time
+        in one. With these rows the relaxation is at least as good as the minimum cut of ``bounds`` at that moment.
+        """
+        begin, table = self.first(w), self.table
+        later = range(w, len(self.moments))
+        ever = {i: [self.again[x, i] for x in later if (x, i) in self.again] for i in range(begin)}
+        once = {i: table.column(whole=False) for i, columns in ever.items() if columns}
+        for i, column in once.items():
+            table.below(column, *ever[i])
+        reads = {u for i in range(begin, len(self.program.ops)) for u in self._reads[i]}
+        for column, sources in [(ONE, reads), *((c, self._reads[i]) for i, c in once.items())]:
+            for u in sources:
+                producer = self.program.producer[u]
+                if producer < begin:
+                    table.below(column, self.at(w, u), once.get(producer, ZERO))
+
     # -- within a stage ------------------------------------------------------------------------------------------------
 
     def inside(self, w: int) -> None:
