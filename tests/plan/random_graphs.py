@@ -52,5 +52,12 @@ def _backward(dice: random.Random, values: list[Value], ops: list[Op], inputs: l
         values.append(Value(f"b{k + 1}", values[k + 1].nbytes))
         grad_of[k] = len(values) - 1
         ops.append(
-            Op(f"b{k + 1}", tuple(dict.fromkeys((*grads, *saved))), (grad_of[k],), dice.randint(2, 30) / 4, 0, "backward")
+            Op(
+                f"b{k + 1}",
+                tuple(dict.fromkeys((*grads, *saved))),
+                (grad_of[k],),
+                dice.randint(2, 30) / 4,
+                0,
+                "backward",
+            )
         )

@@ -4,10 +4,10 @@ The linear program of ``stages`` with a stage for every op is solved over whole 
 bytes at further runs, then with those of the stages that the solution has overfilled, until a solution can be carried
 out (constraint generation, as in Benders 1962). The best schedule known so far decides which columns can still be part
 of a better one: a column whose reduced cost in the relaxation would lift the cost above it is fixed (Crowder, Johnson
-and Padberg 1983), which is most of them.
+and Padberg 1983).
 
-Optimal among the schedules that run an op at most once more within a stage, in program order there, and in a recorded
-program only where the tape can: before an ``unpack``.
+The optimum is that of the schedules that run an op at most once more within a stage, in program order there, and in a
+recorded program only where the tape can: before an ``unpack``.
 """
 
 from __future__ import annotations
@@ -15,18 +15,29 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from math import inf
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
+from scipy.optimize import Bounds, LinearConstraint, milp
 
-from recollect.plan.stages import Stages
+from recollect.plan.stages import Relaxed, Stages
 from recollect.plan.tables import split_point
 from recollect.program import Program, Schedule, simulate
 
-_HAIR = 1e-7
-"""Costs closer than this share of the whole are equal."""
+_HAIR: Final = 1e-7
+"""Costs that differ by a smaller share are equal."""
+
+_LARGEST: Final = 2_000_000
+"""Stages times values beyond which there is no point in trying."""
+
+_LOOKS: Final = 8
+"""From how many moments on all later stages are looked at together."""
+
+_SHARE: Final = 0.6
+"""Of the time left for one integer program: the next one may have to take back an overfilled stage."""
+
+_PROVEN, _OUT_OF_TIME, _INFEASIBLE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -35,8 +46,8 @@ class Outcome:
 
     Attributes:
         schedule: the best schedule within the budget, None when none was found.
-        bound_seconds: further runs cost at least this much in every schedule of the kind that is looked at; ``inf``
-            when there is none within the budget.
+        bound_seconds: further runs cost at least this much in every schedule of the kind that is looked at; equal to
+            the cost of ``schedule`` when that is proven to be the cheapest; ``inf`` when none fits.
     """
 
     schedule: Schedule | None
@@ -50,12 +61,18 @@ def exact(program: Program, budget_bytes: int, known: Schedule | None = None, *,
         program: the step; up to about a hundred ops.
         budget_bytes: the most bytes at any run.
         known: a schedule within the budget; the better it is, the faster this goes.
-        deadline: on ``time.monotonic``.
+        deadline: on ``time.monotonic``; then the outcome is as far as it got.
+
+    Exponential at worst; seconds for a hundred ops where ``known`` is close to the optimum.
     """
+    if len(program.ops) * len(program.values) > _LARGEST or not program.ops:
+        return Outcome(known, 0.0)
     return _Solver(program, budget_bytes, known, deadline).solve()
 
 
 class _Solver:
+    """The integer program of one program and budget, the best schedule so far and the bound so far."""
+
     def __init__(self, program: Program, budget_bytes: int, known: Schedule | None, deadline: float) -> None:
         self.program, self.budget_bytes, self.deadline = program, budget_bytes, deadline
         self.best = known
@@ -64,103 +81,75 @@ class _Solver:
         self.unit = _unit(program)
         self.stages = Stages(program, budget_bytes, range(len(program.ops)), _where(program), self.unit)
         self.filled: set[int] = set()
-        import os
-        n=len(program.ops); k=int(os.environ.get("SINCE","0"))
-        if k:
-            split=min(split_point(program),n-1)
-            for t in sorted({split+(n-1-split)*j//k for j in range(k)}): self.stages.since(t)
+        for t in _looks(program):
+            self.stages.since(t)
 
     def solve(self) -> Outcome:
-        while self.bound < self.best_cost * (1 - _HAIR) and time.monotonic() < self.deadline:
-            if not self._round():
-                break
-        return Outcome(self.best, min(self.bound, self.best_cost))
+        """Rounds until the gap is closed, nothing changes any more or the time is over."""
+        while not self._closed() and time.monotonic() < self.deadline and self._round():
+            pass
+        return Outcome(self.best, self.best_cost if self._closed() else self.bound)
+
+    def _closed(self) -> bool:
+        return self.bound >= self.best_cost * (1 - _HAIR)
 
     def _round(self) -> bool:
-        """Solve the program as it is; False when nothing more is to be had in the time."""
+        """Solve the integer program as it is now; False when another round would not bring more."""
+        relaxed = self.stages.table.relax(self.deadline - time.monotonic())
+        if relaxed is None:
+            return False
+        self._raise_bound(relaxed.cost)
+        if self._closed():
+            return False
+        result = self._whole(relaxed)
+        # Columns are fixed as in a schedule that is cheaper than the best: no point means that there is none.
+        self._raise_bound(self.best_cost / self.unit if result.status == _INFEASIBLE else result.mip_dual_bound)
+        return result.x is not None and self._take(result.x)
+
+    def _whole(self, relaxed: Relaxed) -> Any:
         table = self.stages.table
-        found = _relaxed(table, self.deadline)
-        if found is None:
-            return False
-        if not self._raise_bound(found.cost):
-            return False
-        low, high = self._bounds(found)
-        result = milp(
+        return milp(
             np.array(table.cost),
             integrality=np.array(table.whole),
-            bounds=Bounds(low, high),
+            bounds=Bounds(*self._bounds(relaxed)),
             constraints=LinearConstraint(table.matrix(), -np.inf, np.array(table.most)),
-            options={"time_limit": max(0.1, self.deadline - time.monotonic()), "mip_rel_gap": 0.0},
+            options={"time_limit": max(0.1, _SHARE * (self.deadline - time.monotonic())), "mip_rel_gap": 0.0},
         )
-        print('  milp', result.status, result.fun, result.mip_dual_bound, 'lp', found.cost, 'best', self.best_cost/self.unit, 'free', int((high>low).sum()), 'of', len(low), 'rows', len(table.most), 'filled', len(self.filled), round(self.deadline-time.monotonic(),1), flush=True)
-        if result.status == 2:
-            self.bound = self.best_cost
-            return False
-        if result.mip_dual_bound is not None and not self._raise_bound(result.mip_dual_bound):
-            return False
-        if result.x is None:
-            return False
-        return self._take(result.x) and result.status == 0
 
-    def _raise_bound(self, cost: float) -> bool:
-        """Take over a bound; False when it closes the gap."""
-        self.bound = max(self.bound, cost * self.unit)
-        return self.bound < self.best_cost * (1 - _HAIR)
+    def _bounds(self, relaxed: Relaxed) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+        """What the columns may be in a schedule that is no dearer than the best known one."""
+        table = self.stages.table
+        low, high = np.array(table.low), np.array(table.high)
+        room = self.best_cost / self.unit * (1 + _HAIR) - relaxed.cost
+        free = np.array(table.whole, dtype=bool)
+        high[free & (relaxed.reduced > room)] = 0.0
+        low[free & (relaxed.reduced < -room)] = 1.0
+        return low, high
+
+    def _raise_bound(self, cost: float | None) -> None:
+        self.bound = max(self.bound, (cost or 0.0) * self.unit)
 
     def _take(self, point: npt.NDArray[np.float64]) -> bool:
-        """Keep a schedule that fits, or fill in the rows that it breaks; False when that changes nothing."""
+        """Keep a schedule that fits, or add the rows of the stages that it overfills; True when rows were added."""
         schedule = Schedule.from_order(self.program, self.stages.order(point))
-        over = self._overfilled(schedule)
-        if not over:
-            cost = schedule.extra_seconds(self.program)
-            if cost < self.best_cost:
-                self.best, self.best_cost = schedule, cost
-            return False
-        new = over - self.filled
+        new = self._overfilled(schedule) - self.filled
         for w in sorted(new):
             self.stages.inside(w)
         self.filled |= new
+        cost = schedule.extra_seconds(self.program)
+        if cost < self.best_cost and simulate(self.program, schedule).peak_bytes <= self.budget_bytes:
+            self.best, self.best_cost = schedule, cost
         return bool(new)
 
     def _overfilled(self, schedule: Schedule) -> set[int]:
         """The stages in which the schedule exceeds the budget."""
         over: set[int] = set()
-        seen = -1
+        following = 0
         for i, nbytes in zip(schedule.order, simulate(self.program, schedule).resident_bytes, strict=True):
             if nbytes > self.budget_bytes:
-                over.add(seen + 1)
-            seen = max(seen, i)
+                over.add(following)
+            following = max(following, i + 1)
         return over
-
-    def _bounds(self, found: _Relaxed) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-        """What the columns may be in a schedule that is cheaper than the best known one."""
-        table = self.stages.table
-        low, high = np.array(table.low), np.array(table.high)
-        room = self.best_cost / self.unit * (1 + _HAIR) - found.cost
-        whole = np.array(table.whole, dtype=bool)
-        high[whole & (found.reduced > room)] = 0.0
-        low[whole & (found.reduced < -room)] = 1.0
-        return low, np.maximum(low, high)
-
-
-@dataclass(frozen=True)
-class _Relaxed:
-    cost: float
-    reduced: npt.NDArray[np.float64]
-
-
-def _relaxed(table: Any, deadline: float) -> _Relaxed | None:
-    result = linprog(
-        table.cost,
-        A_ub=table.matrix(),
-        b_ub=table.most,
-        bounds=np.stack([table.low, table.high], axis=1),
-        method="highs",
-        options={"time_limit": max(0.1, deadline - time.monotonic())},
-    )
-    if result.status == 2:
-        return _Relaxed(inf, np.zeros(len(table.cost)))
-    return _Relaxed(result.fun, result.lower.marginals + result.upper.marginals) if result.status == 0 else None
 
 
 def _where(program: Program) -> list[bool] | None:
@@ -169,12 +158,20 @@ def _where(program: Program) -> list[bool] | None:
     return unpacks if any(unpacks) else None
 
 
+def _looks(program: Program) -> list[int]:
+    """Moments along the backward."""
+    last = len(program.ops) - 1
+    split = min(split_point(program), last)
+    return sorted({split + (last - split) * k // _LOOKS for k in range(_LOOKS)})
+
+
 def _unit(program: Program) -> float:
-    """Seconds per unit of cost: whole costs where the seconds are multiples of the shortest, else 1e4 in the step."""
+    """Seconds per unit of cost: whole costs where the seconds have a common measure, else a ten-thousandth of all."""
     seconds = np.array([op.seconds for op in program.ops if op.seconds > 0])
     if not len(seconds):
         return 1.0
-    ratios = seconds / seconds.min()
-    if ratios.max() < 1e5 and np.allclose(ratios, np.round(ratios), rtol=0, atol=1e-9):
-        return float(seconds.min())
+    for parts in range(1, 25):
+        multiples = seconds / seconds.min() * parts
+        if multiples.max() < 1e5 and np.allclose(multiples, np.round(multiples), rtol=0, atol=1e-9):
+            return float(seconds.min() / parts)
     return float(seconds.sum() / 1e4)

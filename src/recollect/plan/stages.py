@@ -20,19 +20,37 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from math import inf
 from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import linprog
 from scipy.sparse import csr_matrix
 
 from recollect.program import Program
 
 Floats = npt.NDArray[np.float64]
 
+_INFEASIBLE: Final = 2
+
 ZERO: Final = 0
 ONE: Final = 1
 """Two columns that are always 0 and 1, so that every quantity is a column."""
+
+
+@dataclass(frozen=True)
+class Relaxed:
+    """The optimum of a linear program over fractions.
+
+    Attributes:
+        cost: no point, whole or not, costs less; ``inf`` when there is none.
+        reduced: for every column by how much at least the cost grows when it is 1 instead of 0 (negative: when it is
+            0 instead of 1).
+    """
+
+    cost: float
+    reduced: Floats
 
 
 @dataclass
@@ -71,6 +89,21 @@ class Table:
         """The coefficients, one row per constraint."""
         shape = (len(self.most), len(self.cost))
         return csr_matrix((self._coefficients, (self._rows, self._columns)), shape=shape)
+
+    def relax(self, seconds: float) -> Relaxed | None:
+        """The optimum over fractions (HiGHS); None when the time is over."""
+        matrix, box = self.matrix(), np.stack([self.low, self.high], axis=1)
+        options = {"time_limit": max(0.1, seconds)}
+        found = linprog(self.cost, A_ub=matrix, b_ub=self.most, bounds=box, method="highs", options=options)
+        if found.status == _INFEASIBLE:
+            return Relaxed(inf, np.zeros(len(self.cost)))
+        if found.status != 0:
+            return None
+        # Any multipliers give a bound (weak duality), so the tolerances of the solver cannot make this one wrong.
+        prices = np.minimum(found.ineqlin.marginals, 0.0)
+        reduced = np.array(self.cost) - matrix.T @ prices
+        slack = np.where(reduced < 0, reduced * box[:, 1], reduced * box[:, 0]).sum()
+        return Relaxed(float(prices @ np.array(self.most) + slack), reduced)
 
 
 @dataclass
