@@ -10,8 +10,10 @@ budgets, more budget hardly ever costs more.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
@@ -23,13 +25,16 @@ from recollect.plan.segments import segments
 from recollect.program import Plan, Program, Schedule, simulate
 
 if TYPE_CHECKING:
-    from recollect.plan.pool import Pool
+    from recollect.plan.pool import Found, Pool
 
 _CLASSICS: Final[Mapping[str, Callable[[Program, int], Schedule]]] = MappingProxyType(
     {"keep-everything": keep_everything, "every-block": every_block, "segments": segments}
 )
-SOLVERS: Final = ("auto", "greedy", *_CLASSICS)
+SOLVERS: Final = ("auto", "exact", "greedy", *_CLASSICS)
 """Names that ``solve`` accepts as ``solver``."""
+
+_FIRST_SHARE: Final = 0.25
+"""Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
 
 _POOLS: dict[int, tuple[weakref.ref[Program], Pool]] = {}
 
@@ -47,7 +52,9 @@ def solve(
     Args:
         program: the step to plan.
         budget: bytes, a size such as ``"10GiB"``, or a share of the plain peak such as ``0.5`` or ``"50%"``.
-        solver: one of ``SOLVERS``. ``auto`` compares many; the others are the classics by name.
+        solver: one of ``SOLVERS``. ``auto`` compares many; ``exact`` goes on from there to the optimum of a small
+            program (up to about a hundred ops; see ``plan/exact.py`` for what it is the optimum of): the lower bound
+            is then equal to the overhead, or says how far it got; the others are the classics by name.
         time_limit_seconds: when to stop looking for a better plan. Where the limit is not hit, the plan depends on
             nothing but the program and the budget.
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
@@ -68,14 +75,35 @@ def solve(
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in _CLASSICS:
         return _classic(program, budget_bytes, solver, plain_peak)
-    pool = _pool_of(program)
-    found = pool.solve(program, budget_bytes, solver, time_limit_seconds, progress or _silent)
+    begin, share = time.monotonic(), _FIRST_SHARE if solver == "exact" else 1.0
+    found = _pool_of(program).solve(
+        program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
+        progress or _silent,
+    )  # fmt: skip
+    if solver == "exact":
+        found = _made_exact(program, budget_bytes, found, begin + time_limit_seconds)
     if found.schedule is None:
         raise infeasible(program, budget_bytes, found.lowest, solver=solver)
     return _plan(
         program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, found.name,
         found.candidates,
     )  # fmt: skip
+
+
+def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: float) -> Found:
+    """What the exact solver makes of what is known."""
+    from recollect.plan.exact import exact
+
+    known = found.schedule
+    if known and known.extra_seconds(program) <= found.lower_bound * program.seconds:
+        return replace(found, name="exact")
+    outcome = exact(program, budget_bytes, known, deadline=deadline)
+    beside = found.candidates
+    if known:
+        timeline = simulate(program, known)
+        beside = (("auto", timeline.peak_bytes, timeline.extra_seconds / (program.seconds or 1.0)), *beside)
+    bound = max(found.lower_bound, outcome.bound_seconds / (program.seconds or 1.0)) if outcome.schedule else 0.0
+    return replace(found, name="exact", schedule=outcome.schedule, lower_bound=bound, candidates=beside)
 
 
 def _silent(what: str, share: float) -> None:
@@ -116,6 +144,8 @@ def _plan(
     candidates: tuple[tuple[str, int, float], ...],
 ) -> Plan:
     """The plan with the figures of the one simulator, not of the planner's own account."""
+    from recollect.plan.bounds import floor_bound
+
     timeline = simulate(program, schedule)
     overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
     return Plan(
@@ -129,4 +159,5 @@ def _plan(
         lower_bound=bound,
         solver=solver,
         candidates=candidates,
+        floor_lower_bound_bytes=floor_bound(program),
     )

@@ -74,6 +74,7 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
         "lower_bound": float(plan.lower_bound),
         "solver": plan.solver,
         **_unless({"candidates": candidates}, candidates=[]),
+        **_unless({"floor_lower_bound_bytes": int(plan.floor_lower_bound_bytes)}, floor_lower_bound_bytes=0),
         "order": [int(i) for i in plan.schedule.order],
         "frees": [[ids[v] for v in frees] for frees in plan.schedule.frees],
         "program": program_to_data(plan.program),
@@ -208,6 +209,7 @@ def plan_from_data(data: Mapping[str, Any]) -> Plan:
         lower_bound=_number(data, "plan", "lower_bound"),
         solver=_get(data, "plan", "solver", str),
         candidates=tuple(_candidate(i, item) for i, item in enumerate(_get(data, "plan", "candidates", list, ()))),
+        floor_lower_bound_bytes=_get(data, "plan", "floor_lower_bound_bytes", int, 0),
     )
 
 
