@@ -61,3 +61,14 @@ def _backward(dice: random.Random, values: list[Value], ops: list[Op], inputs: l
                 "backward",
             )
         )
+
+
+def checkmate_chain(layers: int, unit_bytes: int) -> Program:
+    """The linear network of Checkmate: unit costs and sizes, the backward of a layer reads its output."""
+    values = [Value(f"f{k}", unit_bytes) for k in range(layers)] + [Value("loss", unit_bytes)]
+    ops = [Op(f"f{k}", (k - 1,) if k else (), (k,), 1.0) for k in range(layers)]
+    ops.append(Op("loss", (layers - 1,), (layers,), 1.0))
+    for k in reversed(range(layers)):
+        values.append(Value(f"b{k}", unit_bytes))
+        ops.append(Op(f"b{k}", (len(values) - 2, k), (len(values) - 1,), 1.0))
+    return Program(f"checkmate {layers}", tuple(values), tuple(ops))
