@@ -23,7 +23,7 @@ def graph(seed: int, n_ops: int) -> Program:
 def layered(seed: int, n_ops: int) -> Program:
     """Forward nodes in layers of one to three with skips, then one backward node each; every op may run again.
 
-    The backward node of ``f`` reads the gradients from the readers of ``f``, what ``f`` reads and, sometimes, its output.
+    The backward node of ``f`` reads the gradients from the readers of ``f``, what ``f`` reads and perhaps its output.
     """
     dice = random.Random(seed)
     values, ops = [Value("x", 3, fixed=True)], list[Op]()

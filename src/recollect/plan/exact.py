@@ -34,7 +34,7 @@ _LARGEST: Final = 2_000_000
 _LOOKS: Final = 8
 """From how many moments on all later stages are looked at together."""
 
-_SHARE: Final = 0.6
+_SHARE: Final = 0.8
 """Of the time left for one integer program: the next one may have to take back an overfilled stage."""
 
 _PROVEN, _OUT_OF_TIME, _INFEASIBLE = 0, 1, 2
