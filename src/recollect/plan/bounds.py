@@ -9,7 +9,8 @@ concave in ``p``, so bisection on the sign of its slope finds the best. Rounding
 
 One cut at one price ranks many moments; the best few get the bisection. Where memory is tight, one moment is not
 enough: ops run again several times, and what was made again must fit at the next moment, too. So the linear program of
-``stages`` looks at some moments at once.
+``stages`` looks at some moments at once. And where few large values or long ops decide, fractions of them are not
+enough: at two moments, it is solved over whole numbers, as far as a short search gets.
 """
 
 from __future__ import annotations
@@ -46,8 +47,17 @@ _LOOKED_AT: Final = 80_000
 _STEPS: Final = 24
 """Steps of the bisection."""
 
+_LARGEST_WHOLE: Final = 2500
+"""Ops up to which an integer program over two moments takes about a second."""
+
+_NODES: Final = 100
+"""Nodes of the search for it."""
+
+_TOLERANCE: Final = 2e-6
+"""Of the integer program, as a share."""
+
 _MOST_SECONDS: Final = 2.0
-"""Time for the linear program."""
+"""Time for the linear program, and for the integer program."""
 
 
 def lower_bound(program: Program, budget_bytes: int, *, deadline: float = inf) -> float:
@@ -63,7 +73,10 @@ def lower_bound(program: Program, budget_bytes: int, *, deadline: float = inf) -
     best = max((bound for bound, _ in ranked), default=0.0)
     for _, t in ranked[:_REFINED]:
         best = max(best, bound_at(program, t, budget_bytes, deadline=deadline))
-    best = max(best, _together(program, budget_bytes, [t for _, t in ranked], deadline))
+    moments = [t for _, t in ranked]
+    best = max(
+        best, _together(program, budget_bytes, moments, deadline), _whole(program, budget_bytes, moments, deadline)
+    )
     # The cut is exact integers divided by a float: a hair less keeps the bound below the truth.
     return best * (1 - 1e-12) / program.seconds
 
@@ -182,12 +195,31 @@ def _together(program: Program, budget_bytes: int, ranked: list[int], deadline: 
     count = min(_TOGETHER, _LARGEST // len(program.ops))
     if count < 2 or not ranked or time.monotonic() > deadline:
         return 0.0
-    moments = sorted({*_spread(ranked, count), len(program.ops) - 1})
-    stages = Stages(program, budget_bytes, moments)
-    for w in range(1, len(moments)):
+    table = _stages(program, budget_bytes, _spread(ranked, count)).table
+    found = table.relax(min(_MOST_SECONDS, deadline - time.monotonic()))
+    return found.cost * _unit(program) if found and found.cost < inf else 0.0
+
+
+def _whole(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:
+    """The same at two moments, with ops that cannot run half a time and values that cannot be half in memory."""
+    if len(program.ops) > _LARGEST_WHOLE or not ranked or time.monotonic() > deadline:
+        return 0.0
+    table = _stages(program, budget_bytes, _spread(ranked, 2)).table
+    found = table.solve(min(_MOST_SECONDS, deadline - time.monotonic()), nodes=_NODES)
+    return found.bound * _unit(program) * (1 - _TOLERANCE) if found.bound < inf else 0.0
+
+
+def _stages(program: Program, budget_bytes: int, moments: list[int]) -> Stages:
+    ends = sorted({*moments, len(program.ops) - 1})
+    stages = Stages(program, budget_bytes, ends, unit_seconds=_unit(program))
+    for w in range(1, len(ends)):
         stages.since(w)
-    found = stages.table.relax(min(_MOST_SECONDS, deadline - time.monotonic()))
-    return found.cost if found and found.cost < inf else 0.0
+    return stages
+
+
+def _unit(program: Program) -> float:
+    """Seconds per unit of cost, so that the tolerances of the solver are far below what counts."""
+    return program.seconds / 1e4
 
 
 def _spread(ranked: list[int], count: int) -> list[int]:

@@ -15,11 +15,10 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from math import inf
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from recollect.plan.stages import Relaxed, Stages
 from recollect.plan.tables import split_point
@@ -36,8 +35,6 @@ _LOOKS: Final = 8
 
 _SHARE: Final = 0.8
 """Of the time left for one integer program: the next one may have to take back an overfilled stage."""
-
-_PROVEN, _OUT_OF_TIME, _INFEASIBLE = 0, 1, 2
 
 
 @dataclass(frozen=True)
@@ -101,20 +98,11 @@ class _Solver:
         self._raise_bound(relaxed.cost)
         if self._closed():
             return False
-        result = self._whole(relaxed)
+        low, high = self._bounds(relaxed)
+        found = self.stages.table.solve(_SHARE * (self.deadline - time.monotonic()), low=low, high=high)
         # Columns are fixed as in a schedule that is cheaper than the best: no point means that there is none.
-        self._raise_bound(self.best_cost / self.unit if result.status == _INFEASIBLE else result.mip_dual_bound)
-        return result.x is not None and self._take(result.x)
-
-    def _whole(self, relaxed: Relaxed) -> Any:
-        table = self.stages.table
-        return milp(
-            np.array(table.cost),
-            integrality=np.array(table.whole),
-            bounds=Bounds(*self._bounds(relaxed)),
-            constraints=LinearConstraint(table.matrix(), -np.inf, np.array(table.most)),
-            options={"time_limit": max(0.1, _SHARE * (self.deadline - time.monotonic())), "mip_rel_gap": 0.0},
-        )
+        self._raise_bound(min(found.bound, self.best_cost / self.unit))
+        return found.point is not None and self._take(found.point)
 
     def _bounds(self, relaxed: Relaxed) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
         """What the columns may be in a schedule that is no dearer than the best known one."""
@@ -126,8 +114,8 @@ class _Solver:
         low[free & (relaxed.reduced < -room)] = 1.0
         return low, high
 
-    def _raise_bound(self, cost: float | None) -> None:
-        self.bound = max(self.bound, (cost or 0.0) * self.unit)
+    def _raise_bound(self, cost: float) -> None:
+        self.bound = max(self.bound, cost * self.unit)
 
     def _take(self, point: npt.NDArray[np.float64]) -> bool:
         """Keep a schedule that fits, or add the rows of the stages that it overfills; True when rows were added."""

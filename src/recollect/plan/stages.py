@@ -25,7 +25,7 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import linprog
+from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix
 
 from recollect.program import Program
@@ -51,6 +51,19 @@ class Relaxed:
 
     cost: float
     reduced: Floats
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What is known of the optimum over whole numbers.
+
+    Attributes:
+        bound: no whole point costs less, to a millionth; ``inf`` when there is none.
+        point: the best one found.
+    """
+
+    bound: float
+    point: Floats | None
 
 
 @dataclass
@@ -104,6 +117,29 @@ class Table:
         reduced = np.array(self.cost) - matrix.T @ prices
         slack = np.where(reduced < 0, reduced * box[:, 1], reduced * box[:, 0]).sum()
         return Relaxed(float(prices @ np.array(self.most) + slack), reduced)
+
+    def solve(
+        self, seconds: float, *, low: Floats | None = None, high: Floats | None = None, nodes: int | None = None
+    ) -> Whole:
+        """The optimum over whole numbers (HiGHS), or how far it got in the time and the nodes of the search.
+
+        Args:
+            seconds: limit of time.
+            low, high: narrower limits of the columns.
+            nodes: limit of the search that, unlike the time, makes no difference between fast and slow machines.
+        """
+        limits = {"time_limit": max(0.1, seconds), "mip_rel_gap": 0.0}
+        found = milp(
+            np.array(self.cost),
+            integrality=np.array(self.whole),
+            bounds=Bounds(self.low if low is None else low, self.high if high is None else high),
+            constraints=LinearConstraint(self.matrix(), -np.inf, np.array(self.most)),
+            options=limits if nodes is None else limits | {"node_limit": nodes},
+        )
+        if found.status == _INFEASIBLE:
+            return Whole(inf, None)
+        bound = found.mip_dual_bound
+        return Whole(bound if bound is not None and bound > -inf else 0.0, found.x)
 
 
 @dataclass
