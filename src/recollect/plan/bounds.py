@@ -10,7 +10,7 @@ concave in ``p``, so bisection on the sign of its slope finds the best. Rounding
 One cut at one price ranks many moments; the best few get the bisection. Where memory is tight, one moment is not
 enough: ops run again several times, and what was made again must fit at the next moment, too. So the linear program of
 ``stages`` looks at some moments at once. And where few large values or long ops decide, fractions of them are not
-enough: at two moments, it is solved over whole numbers, as far as a short search gets.
+enough: at two moments or a few more, it is solved over whole numbers, as far as a short search gets.
 """
 
 from __future__ import annotations
@@ -48,7 +48,10 @@ _STEPS: Final = 24
 """Steps of the bisection."""
 
 _LARGEST_WHOLE: Final = 2500
-"""Ops up to which an integer program over two moments takes about a second."""
+"""Ops up to which an integer program over two moments is worth its time."""
+
+_WHOLE: Final = 1200
+"""Moments times ops up to which it takes more than two moments."""
 
 _NODES: Final = 100
 """Nodes of the search for it."""
@@ -56,7 +59,7 @@ _NODES: Final = 100
 _TOLERANCE: Final = 2e-6
 """Of the integer program, as a share."""
 
-_MOST_SECONDS: Final = 2.0
+_MOST_SECONDS: Final = 0.6
 """Time for the linear program, and for the integer program."""
 
 
@@ -201,10 +204,11 @@ def _together(program: Program, budget_bytes: int, ranked: list[int], deadline: 
 
 
 def _whole(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:
-    """The same at two moments, with ops that cannot run half a time and values that cannot be half in memory."""
+    """The same with ops that cannot run half a time, and at fewer moments."""
     if len(program.ops) > _LARGEST_WHOLE or not ranked or time.monotonic() > deadline:
         return 0.0
-    table = _stages(program, budget_bytes, _spread(ranked, 2)).table
+    count = max(2, min(_TOGETHER, _WHOLE // len(program.ops)))
+    table = _stages(program, budget_bytes, _spread(ranked, count)).table
     found = table.solve(min(_MOST_SECONDS, deadline - time.monotonic()), nodes=_NODES)
     return found.bound * _unit(program) * (1 - _TOLERANCE) if found.bound < inf else 0.0
 

@@ -125,7 +125,8 @@ class Table:
 
         Args:
             seconds: limit of time.
-            low, high: narrower limits of the columns.
+            low: narrower lower limits of the columns.
+            high: narrower upper limits.
             nodes: limit of the search that, unlike the time, makes no difference between fast and slow machines.
         """
         limits = {"time_limit": max(0.1, seconds), "mip_rel_gap": 0.0}
