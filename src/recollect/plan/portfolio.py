@@ -36,6 +36,9 @@ SOLVERS: Final = ("auto", "exact", "greedy", *_CLASSICS)
 _FIRST_SHARE: Final = 0.25
 """Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
 
+_TINY: Final = 24
+"""Ops up to which ``auto`` asks the exact solver, too: it takes milliseconds."""
+
 _POOLS: dict[int, tuple[weakref.ref[Program], Pool]] = {}
 
 
@@ -80,13 +83,13 @@ def solve(
         program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
         progress or _silent,
     )  # fmt: skip
-    if solver == "exact":
+    if solver == "exact" or (solver == "auto" and found.schedule and len(program.ops) <= _TINY):
         found = _made_exact(program, budget_bytes, found, begin + time_limit_seconds)
     if found.schedule is None:
         raise infeasible(program, budget_bytes, found.lowest, solver=solver)
     return _plan(
-        program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, found.name,
-        found.candidates,
+        program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound,
+        solver if solver == "exact" else found.name, found.candidates,
     )  # fmt: skip
 
 
@@ -96,14 +99,15 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
 
     known = found.schedule
     if known and known.extra_seconds(program) <= found.lower_bound * program.seconds:
-        return replace(found, name="exact")
+        return found
     outcome = exact(program, budget_bytes, known, deadline=deadline)
     beside = found.candidates
     if known:
         timeline = simulate(program, known)
         beside = (("auto", timeline.peak_bytes, timeline.extra_seconds / (program.seconds or 1.0)), *beside)
     bound = max(found.lower_bound, outcome.bound_seconds / (program.seconds or 1.0)) if outcome.schedule else 0.0
-    return replace(found, name="exact", schedule=outcome.schedule, lower_bound=bound, candidates=beside)
+    name = found.name if outcome.schedule is known else "exact"
+    return replace(found, name=name, schedule=outcome.schedule, lower_bound=bound, candidates=beside)
 
 
 def _silent(what: str, share: float) -> None:
