@@ -44,6 +44,7 @@ def chain_plan(**changes: object) -> Plan:
         "overhead": 0.125,
         "lower_bound": 0.125,
         "solver": "by hand",
+        "floor_lower_bound_bytes": 87,
         "candidates": (("keep everything", 95, 0.0),),
     }
     return Plan(**(said | changes))  # type: ignore[arg-type]

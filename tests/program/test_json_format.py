@@ -121,7 +121,8 @@ def test_plan_round_trip(data: st.DataObject) -> None:
     numbers, fractions = st.integers(0, 10**15), st.floats(allow_nan=False, allow_infinity=False)
     bytes_ = [data.draw(numbers) for _ in range(4)]
     candidates = tuple(data.draw(st.lists(st.tuples(texts, numbers, fractions), max_size=2)))
-    plan = Plan(program, schedule, *bytes_, data.draw(fractions), data.draw(fractions), data.draw(texts), candidates)
+    rates, name, least = (data.draw(fractions), data.draw(fractions)), data.draw(texts), data.draw(st.integers(0))
+    plan = Plan(program, schedule, *bytes_, *rates, name, candidates, floor_lower_bound_bytes=least)
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(json.loads(plan.to_json())) == plan
 
@@ -145,7 +146,9 @@ def test_defaults_are_left_out() -> None:
     assert data["values"][2] == {"id": "q", "bytes": 5}
     assert data["ops"][0] == {"name": "split", "reads": ["x"], "writes": ["p", "q"], "seconds": 1.0}
     assert "timing" not in data
-    assert "candidates" not in plan_to_data(chain_plan(candidates=()))
+    data = plan_to_data(chain_plan(candidates=(), floor_lower_bound_bytes=0))
+    assert not {"candidates", "floor_lower_bound_bytes"} & data.keys()
+    assert Plan.from_json(data) == chain_plan(candidates=(), floor_lower_bound_bytes=0)
 
 
 def test_one_value_op_or_run_per_line() -> None:
@@ -279,6 +282,7 @@ REFUSED_PLANS: dict[str, tuple[Change, str]] = {
     "peak": (put("peak_bytes", value=1.5), "plan: field 'peak_bytes' must be an integer, got 1.5"),
     "no plain peak": (drop("plain_peak_bytes"), "plan: field 'plain_peak_bytes' is missing"),
     "no floor": (drop("floor_bytes"), "plan: field 'floor_bytes' is missing"),
+    "floor bound": (put("floor_lower_bound_bytes", value="1"), "field 'floor_lower_bound_bytes' must be an integer"),
     "overhead": (put("overhead", value="4 %"), "plan: field 'overhead' must be a finite number, got '4 %'"),
     "no bound": (drop("lower_bound"), "plan: field 'lower_bound' is missing"),
     "solver": (put("solver", value=None), "plan: field 'solver' must be a string, got None"),

@@ -11,7 +11,7 @@ from tests.program.hand import chain_plan
 GOLDEN = """\
 Plan for chain by solver by hand
   budget           90 B  94.7% of the plain peak
-  peak             87 B  91.6% (plain 95 B, floor 87 B)
+  peak             87 B  91.6% (plain 95 B, floor 87 B; no plan can be below 87 B)
   extra time     +12.5%  no plan within this budget can be below +12.5%
   seconds are given; the plain step takes 8.00 s
 Computed again: 1 of 5 ops, 1 further runs, 1.00 s
@@ -33,6 +33,8 @@ def test_a_plan_without_further_runs_says_so() -> None:
     plan = chain_plan()
     text = plan_text(replace(plan, schedule=Schedule.plain(plan.program), candidates=()))
     assert "Nothing is computed again." in text
+    assert "floor 87 B; no plan can be below 87 B)" in text
+    assert "floor 87 B)" in plan_text(replace(plan, floor_lower_bound_bytes=0))
     assert "Beside it" not in text
 
 

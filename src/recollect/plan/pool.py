@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
 
-from recollect.plan.bounds import lower_bound
+from recollect.plan.bounds import closer_bound, cut_bound
 from recollect.plan.classics import Classics
 from recollect.plan.every_block import block_of
 from recollect.plan.greedy import greedy
@@ -23,6 +23,8 @@ from recollect.program import Program, Schedule, simulate
 _SMALL_PROGRAM = 200
 _LARGE_PROGRAM = 6000
 _NEAR_ENOUGH = 0.0005
+_CLOSE = 0.0025
+"""The gap beyond which a closer look at the bound is worth its time."""
 _RUNGS = 16
 _SEED = 20160421
 _MISSES = 8
@@ -174,10 +176,10 @@ class Pool:
         self, program: Program, budget_bytes: int, solver: str, limit: float, progress: Callable[[str, float], None]
     ) -> Found:
         """The best candidate for the budget."""
-        begin, bound = time.monotonic(), 0.0
+        begin, bound, moments = time.monotonic(), 0.0, list[int]()
         if budget_bytes < simulate(program).peak_bytes:
             progress("lower bound", 0.0)
-            bound = lower_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
+            bound, moments = cut_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
         bound = max(bound, self._search.tables.asked_seconds / (program.seconds or 1.0))
         enough = (bound + self._near_enough) * program.seconds
         self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
@@ -186,8 +188,12 @@ class Pool:
         if solver == "auto":
             progress("search", 0.7)
             below = budget_bytes < floor.peak_bytes  # then what fits at all is good enough
-            self._improve(budget_bytes, begin + limit, 0 if below else self._disturbances(), inf if below else enough)
+            last = begin + 0.9 * limit
+            self._improve(budget_bytes, last, 0 if below else self._disturbances(), inf if below else enough)
         best = self._choose(budget_bytes, solver, greedy_one)
+        if best and best.extra_seconds > (bound + _CLOSE) * program.seconds:
+            progress("closer bound", 0.95)
+            bound = max(bound, closer_bound(program, budget_bytes, moments, deadline=begin + limit))
         progress("done", 1.0)
         return Found(
             best.name if best else "",

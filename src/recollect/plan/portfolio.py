@@ -10,6 +10,7 @@ budgets, more budget hardly ever costs more.
 
 from __future__ import annotations
 
+import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -27,7 +28,7 @@ from recollect.plan.tables import tables_of
 from recollect.program import InfeasibleBudget, Plan, Program, Schedule, simulate
 
 if TYPE_CHECKING:
-    from recollect.plan.pool import Pool
+    from recollect.plan.pool import Found, Pool
 
 
 def _late(name: str) -> Callable[[Program, int], Schedule]:
@@ -52,8 +53,19 @@ _CLASSICS: Final[Mapping[str, Callable[[Program, int], Schedule]]] = MappingProx
         "dtr": _late("dtr"),
     }
 )
-SOLVERS: Final = ("auto", "greedy", *_CLASSICS)
+SOLVERS: Final = ("auto", "exact", "greedy", *_CLASSICS)
 """Names that ``solve`` accepts as ``solver``."""
+
+_FIRST_SHARE: Final = 0.25
+"""Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
+
+_TINY: Final = 24
+"""Ops up to which ``auto`` asks the exact solver, too: it takes milliseconds."""
+
+_SMALL: Final = 160
+"""Ops up to which ``auto`` asks it where a gap of more than ``_GAP`` is left, for a part of the time."""
+
+_GAP: Final = 0.001
 
 _POOLS: dict[int, tuple[weakref.ref[Program], Pool]] = {}
 
@@ -73,7 +85,9 @@ def solve(
     Args:
         program: the step to plan.
         budget: bytes, a size such as ``"10GiB"``, or a share of the plain peak such as ``0.5`` or ``"50%"``.
-        solver: one of ``SOLVERS``. ``auto`` compares many; the others are the classics by name.
+        solver: one of ``SOLVERS``. ``auto`` compares many; ``exact`` goes on from there to the optimum of a small
+            program (up to about a hundred ops; see ``plan/exact.py`` for what it is the optimum of): the lower bound
+            is then equal to the overhead, or says how far it got; the others are the classics by name.
         keep: patterns on module paths or names of ops; what these ops make is never computed again.
         recompute: the same; what these ops make does not stay from the forward into the backward, and is computed again
             where the backward asks for it. What must not run again stays all the same.
@@ -107,14 +121,43 @@ def solve(
         return _classic(program, budget_bytes, solver, plain_peak)
     if solver == "auto" and not passing_values(program) and (plan := _optimum(program, budget_bytes, plain_peak)):
         return plan
-    pool = _pool_of(program)
-    found = pool.solve(program, budget_bytes, solver, time_limit_seconds, progress or _silent)
+    begin, share = time.monotonic(), _FIRST_SHARE if solver == "exact" else 1.0
+    found = _pool_of(program).solve(
+        program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
+        progress or _silent,
+    )  # fmt: skip
+    if solver == "exact" or (solver == "auto" and _is_worth_an_exact_look(program, found)):
+        found = _made_exact(program, budget_bytes, found, begin + time_limit_seconds)
     if found.schedule is None:
         raise infeasible(program, budget_bytes, found.lowest, solver=solver)
     return _plan(
-        program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, found.name,
-        found.candidates,
+        program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound,
+        solver if solver == "exact" else found.name, found.candidates,
     )  # fmt: skip
+
+
+def _is_worth_an_exact_look(program: Program, found: Found) -> bool:
+    if found.schedule is None or passing_values(program):
+        return False
+    gap = found.schedule.extra_seconds(program) - found.lower_bound * program.seconds
+    return len(program.ops) <= (_SMALL if gap > _GAP * program.seconds else _TINY)
+
+
+def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: float) -> Found:
+    """What the exact solver makes of what is known."""
+    from recollect.plan.exact import exact
+
+    known = found.schedule
+    if known and known.extra_seconds(program) <= found.lower_bound * program.seconds:
+        return found
+    outcome = exact(program, budget_bytes, known, deadline=deadline)
+    beside = found.candidates
+    if known:
+        timeline = simulate(program, known)
+        beside = (("auto", timeline.peak_bytes, timeline.extra_seconds / (program.seconds or 1.0)), *beside)
+    bound = max(found.lower_bound, outcome.bound_seconds / (program.seconds or 1.0)) if outcome.schedule else 0.0
+    name = found.name if outcome.schedule is known else "exact"
+    return replace(found, name=name, schedule=outcome.schedule, lower_bound=bound, candidates=beside)
 
 
 def _silent(what: str, share: float) -> None:
@@ -167,6 +210,8 @@ def _plan(
     candidates: tuple[tuple[str, int, float], ...],
 ) -> Plan:
     """The plan with the figures of the one simulator, not of the planner's own account."""
+    from recollect.plan.bounds import floor_bound
+
     _refuse_kept(program, schedule, solver)
     timeline = simulate(program, schedule)
     overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
@@ -181,6 +226,7 @@ def _plan(
         lower_bound=bound,
         solver=solver,
         candidates=candidates,
+        floor_lower_bound_bytes=floor_bound(program),
     )
 
 

@@ -70,6 +70,7 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
         "peak_bytes": int(plan.peak_bytes),
         "plain_peak_bytes": int(plan.plain_peak_bytes),
         "floor_bytes": int(plan.floor_bytes),
+        **_unless({"floor_lower_bound_bytes": int(plan.floor_lower_bound_bytes)}, floor_lower_bound_bytes=0),
         "overhead": float(plan.overhead),
         "lower_bound": float(plan.lower_bound),
         "solver": plan.solver,
@@ -208,6 +209,7 @@ def plan_from_data(data: Mapping[str, Any]) -> Plan:
         lower_bound=_number(data, "plan", "lower_bound"),
         solver=_get(data, "plan", "solver", str),
         candidates=tuple(_candidate(i, item) for i, item in enumerate(_get(data, "plan", "candidates", list, ()))),
+        floor_lower_bound_bytes=_get(data, "plan", "floor_lower_bound_bytes", int, 0),
     )
 
 

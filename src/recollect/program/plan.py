@@ -26,6 +26,7 @@ class Plan:
         lower_bound: an overhead below which no schedule within this budget can go.
         solver: name of the solver whose schedule this is.
         candidates: ``(solver, peak_bytes, overhead)`` of the other schedules that were looked at.
+        floor_lower_bound_bytes: no schedule at all has a smaller peak than this; 0 when nothing is known.
     """
 
     program: Program
@@ -38,6 +39,7 @@ class Plan:
     lower_bound: float
     solver: str
     candidates: tuple[tuple[str, int, float], ...] = ()
+    floor_lower_bound_bytes: int = 0
 
     def __str__(self) -> str:
         """The plan in a few lines that a person can read."""

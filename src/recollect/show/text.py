@@ -42,12 +42,14 @@ def plan_text(plan: Plan) -> str:
 
 def _costs(plan: Plan) -> list[str]:
     plain = plan.plain_peak_bytes
+    least = plan.floor_lower_bound_bytes
+    below = f"; no plan can be below {format_bytes(least)}" if least else ""
     name = f" for {plan.program.name}" if plan.program.name else ""
     return [
         f"Plan{name} by solver {plan.solver}",
         f"  budget      {format_bytes(plan.budget_bytes):>9}  {_share(plan.budget_bytes, plain)} of the plain peak",
         f"  peak        {format_bytes(plan.peak_bytes):>9}  {_share(plan.peak_bytes, plain)} "
-        f"(plain {format_bytes(plain)}, floor {format_bytes(plan.floor_bytes)})",
+        f"(plain {format_bytes(plain)}, floor {format_bytes(plan.floor_bytes)}{below})",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
         f"  seconds are {plan.program.timing}; the plain step takes {format_seconds(plan.program.seconds)}",
     ]
