@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,7 +12,7 @@ from recollect.plan.account import Accountant
 from recollect.plan.bounds import bound_at, floor_bound, lower_bound
 from recollect.plan.search import Search
 from recollect.plan.unroll import unroll
-from recollect.program import InfeasibleBudget, Op, Program, Schedule, Value, simulate, verify
+from recollect.program import InfeasibleBudget, Op, Plan, Program, Schedule, Value, simulate, verify
 from tests.plan.brute_force import optimum
 from tests.plan.random_graphs import layered
 from tests.plan.random_programs import literature_steps, recorded_steps, steps

@@ -119,8 +119,9 @@ def solve(
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in _CLASSICS:
         return _classic(program, budget_bytes, solver, plain_peak)
-    if solver == "auto" and not passing_values(program) and (plan := _optimum(program, budget_bytes, plain_peak)):
-        return plan
+    optimum = _optimum(program, budget_bytes, plain_peak) if solver == "auto" else None
+    if optimum:
+        return optimum
     begin, share = time.monotonic(), _FIRST_SHARE if solver == "exact" else 1.0
     found = _pool_of(program).solve(
         program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
@@ -180,7 +181,7 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
     """The plan of a uniform chain, whose optimum is known; None for all other programs."""
     from recollect.plan.uniform import proven
 
-    found = proven(program, budget_bytes)
+    found = None if passing_values(program) else proven(program, budget_bytes)
     if found is None:
         return None
     if not found.fits:
