@@ -89,5 +89,5 @@ def test_the_classics_are_there_by_name(solver):
 
 
 def test_an_unknown_solver_is_refused_with_the_names():
-    with pytest.raises(ValueError, match="unknown solver 'magic'; choose one of auto, greedy, keep-everything"):
+    with pytest.raises(ValueError, match="unknown solver 'magic'; choose one of auto, exact, greedy, keep-everything"):
         solve(chain(3), 1.0, solver="magic")

@@ -43,12 +43,13 @@ class Outcome:
 
     Attributes:
         schedule: the best schedule within the budget, None when none was found.
-        bound_seconds: further runs cost at least this much in every schedule of the kind that is looked at; equal to
-            the cost of ``schedule`` when that is proven to be the cheapest; ``inf`` when none fits.
+        bound_seconds: further runs cost at least this much in every schedule whatever.
+        is_cheapest: no schedule of the kind that is looked at is cheaper; ``schedule`` is None when none fits.
     """
 
     schedule: Schedule | None
     bound_seconds: float
+    is_cheapest: bool
 
 
 def exact(program: Program, budget_bytes: int, known: Schedule | None = None, *, deadline: float = inf) -> Outcome:
@@ -63,7 +64,7 @@ def exact(program: Program, budget_bytes: int, known: Schedule | None = None, *,
     Exponential at worst; seconds for a hundred ops where ``known`` is close to the optimum.
     """
     if len(program.ops) * len(program.values) > _LARGEST or not program.ops:
-        return Outcome(known, 0.0)
+        return Outcome(known, 0.0, is_cheapest=False)
     return _Solver(program, budget_bytes, known, deadline).solve()
 
 
@@ -75,8 +76,12 @@ class _Solver:
         self.best = known
         self.best_cost = known.extra_seconds(program) if known else inf
         self.bound = 0.0
+        self.bound_of_all = 0.0
+        """The part of the bound that assumes nothing of the order of further runs, nor of where they are."""
         self.unit = _unit(program)
-        self.stages = Stages(program, budget_bytes, range(len(program.ops)), _where(program), self.unit)
+        where = _where(program)
+        self.anywhere = where is None
+        self.stages = Stages(program, budget_bytes, range(len(program.ops)), where, self.unit)
         self.filled: set[int] = set()
         for t in _looks(program):
             self.stages.since(t)
@@ -85,7 +90,9 @@ class _Solver:
         """Rounds until the gap is closed, nothing changes any more or the time is over."""
         while not self._closed() and time.monotonic() < self.deadline and self._round():
             pass
-        return Outcome(self.best, self.best_cost if self._closed() else self.bound)
+        closed = self._closed()
+        bound = self.best_cost if self.bound_of_all >= self.best_cost * (1 - _HAIR) else self.bound_of_all
+        return Outcome(self.best, bound, closed)
 
     def _closed(self) -> bool:
         return self.bound >= self.best_cost * (1 - _HAIR)
@@ -116,6 +123,8 @@ class _Solver:
 
     def _raise_bound(self, cost: float) -> None:
         self.bound = max(self.bound, cost * self.unit)
+        if not self.filled and self.anywhere:
+            self.bound_of_all = self.bound
 
     def _take(self, point: npt.NDArray[np.float64]) -> bool:
         """Keep a schedule that fits, or add the rows of the stages that it overfills; True when rows were added."""

@@ -140,6 +140,7 @@ def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, p
         share = max(0.0, end - time.monotonic()) / (n - k)
         part = _part(progress, 0.1 + 0.9 * k / n, 0.1 + 0.9 * (k + 1) / n, f"budget {k + 1} of {n}, ")
         plans.append(solve(program, budget_bytes, time_limit_seconds=share, progress=part))
+    progress("done", 1.0)
     return plans
 
 

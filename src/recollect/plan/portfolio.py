@@ -67,6 +67,9 @@ _SMALL: Final = 160
 
 _GAP: Final = 0.001
 
+_LOOK: Final = 0.2
+"""That part."""
+
 _POOLS: dict[int, tuple[weakref.ref[Program], Pool]] = {}
 
 
@@ -121,14 +124,19 @@ def solve(
         return _classic(program, budget_bytes, solver, plain_peak)
     optimum = _optimum(program, budget_bytes, plain_peak) if solver == "auto" else None
     if optimum:
+        (progress or _silent)("done", 1.0)
         return optimum
     begin, share = time.monotonic(), _FIRST_SHARE if solver == "exact" else 1.0
     found = _pool_of(program).solve(
         program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
         progress or _silent,
     )  # fmt: skip
-    if solver == "exact" or (solver == "auto" and _is_worth_an_exact_look(program, found)):
-        found = _made_exact(program, budget_bytes, found, begin + time_limit_seconds)
+    deadline = begin + time_limit_seconds
+    if solver == "exact":
+        found = _made_exact(program, budget_bytes, found, deadline)
+    elif solver == "auto" and _is_worth_an_exact_look(program, found):
+        a_look = time.monotonic() + _LOOK * time_limit_seconds
+        found = _made_exact(program, budget_bytes, found, min(deadline, a_look))
     if found.schedule is None:
         raise infeasible(program, budget_bytes, found.lowest, solver=solver)
     return _plan(
