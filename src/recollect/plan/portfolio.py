@@ -65,9 +65,9 @@ _TINY: Final = 24
 _SMALL: Final = 160
 """Ops up to which ``auto`` asks it where a gap of more than ``_GAP`` is left, for a part of the time."""
 
-_GAP: Final = 0.001
+_GAP: Final = 0.002
 
-_LOOK: Final = 0.2
+_LOOK: Final = 0.1
 """That part."""
 
 _POOLS: dict[int, tuple[weakref.ref[Program], Pool]] = {}
