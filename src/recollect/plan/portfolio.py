@@ -28,6 +28,7 @@ from recollect.plan.tables import tables_of
 from recollect.program import InfeasibleBudget, Plan, Program, Schedule, simulate
 
 if TYPE_CHECKING:
+    from recollect.plan.exact import Outcome
     from recollect.plan.pool import Found, Pool
 
 
@@ -159,7 +160,7 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
     known = found.schedule
     if known and known.extra_seconds(program) <= found.lower_bound * program.seconds:
         return found
-    outcome = exact(program, budget_bytes, known, deadline=deadline)
+    outcome = _of_all(program, budget_bytes) or exact(program, budget_bytes, known, deadline=deadline)
     beside = found.candidates
     if known:
         timeline = simulate(program, known)
@@ -167,6 +168,17 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
     bound = max(found.lower_bound, outcome.bound_seconds / (program.seconds or 1.0)) if outcome.schedule else 0.0
     name = found.name if outcome.schedule is known else "exact"
     return replace(found, name=name, schedule=outcome.schedule, lower_bound=bound, candidates=beside)
+
+
+def _of_all(program: Program, budget_bytes: int) -> Outcome | None:
+    """The cheapest of all schedules of a tiny program; of a recorded one the tape could not run them all."""
+    from recollect.plan.exact import Outcome
+    from recollect.plan.tiny import MOST_OPS, cheapest
+
+    if len(program.ops) > MOST_OPS or any(op.name == "unpack" for op in program.ops):
+        return None
+    schedule = cheapest(program, budget_bytes)
+    return Outcome(schedule, schedule.extra_seconds(program), is_cheapest=True) if schedule else None
 
 
 def _silent(what: str, share: float) -> None:
