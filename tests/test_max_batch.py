@@ -80,6 +80,7 @@ def test_the_plan_is_that_of_real_training():
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
 
 
+@pytest.mark.slow
 def test_the_length_of_a_sequence():
     model = GPT(GPTConfig(blocks=2, width=16, context=64))
 
@@ -133,6 +134,7 @@ def test_constraints_are_passed_on():
     assert found.plan.overhead == 0
 
 
+@pytest.mark.slow
 def test_nothing_large_is_allocated():
     model = mlp()
     tracemalloc.start()

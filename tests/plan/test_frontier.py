@@ -43,6 +43,7 @@ def test_more_budget_never_costs_more(program: Program):
     assert found.points[-1].overhead == 0
 
 
+@pytest.mark.slow
 def test_never_worse_than_solve_at_the_same_budget():
     program = gpt(2, vocabulary=256)
     found = frontier(program, points=4)
@@ -105,6 +106,7 @@ def test_a_plan_with_room_below_is_used_for_smaller_budgets_too():
     assert roomy.plan_at(low.budget_bytes).overhead == high.overhead
 
 
+@pytest.mark.slow
 def test_constraints_hold_along_the_frontier():
     program = gpt(2, vocabulary=256)
     found = frontier(program, points=3, keep="gelu", recompute="fc1")
