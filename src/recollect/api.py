@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from torch import nn
 from recollect.plan import Frontier, parse_budget, solve
 from recollect.plan import frontier as frontier_of
 from recollect.plan.constraints import Patterns
-from recollect.program import InfeasibleBudget, Plan, Program
+from recollect.program import InfeasibleBudget, Plan, Program, simulate
 from recollect.record import UnusableInput, record
 from recollect.record.optimizer import optimizer_state_bytes
 from recollect.record.timing import Progress
@@ -244,16 +245,26 @@ class _Options:
         """A copy of a model needs the size of the optimizer's state, not the optimizer."""
         return vars(self) | {"optimizer": optimizer_state_bytes(self.optimizer)}
 
-    def make_plan(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Plan:
+    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Program:
+        """The program of a call, operators measured."""
         with progress_bar() as progress:
             try:
                 state = optimizer_state_bytes(self.optimizer)
-                program = record(fn, args, kwargs, optimizer_bytes=state, progress=progress)
+                return record(fn, args, kwargs, optimizer_bytes=state, progress=progress)
             except UnusableInput:
                 raise
             except Exception as error:
                 raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
-            budget = _in_bytes(self.budget, program.fixed_bytes)
+
+    def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
+        """A plan within the budget, and within what else is known of the device."""
+        budget = _in_bytes(self.budget, program.fixed_bytes)
+        if at_most_bytes is not None:
+            budget = min(parse_budget(budget, simulate(program).peak_bytes), at_most_bytes)
+        if quick and not self.keep and not self.recompute:
+            with contextlib.suppress(InfeasibleBudget):
+                return solve(program, budget, solver="dtr")
+        with progress_bar() as progress:
             return solve(
                 program, budget, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.time_limit_seconds,
                 progress=progress,
@@ -272,7 +283,7 @@ class _Forward:
         plain = self.replaced or functools.partial(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
         self.__wrapped__ = plain  # already bound: the signature is that of a call
-        self.session = Session(_PlainForward(self.module, plain), self.options.make_plan)
+        self.session = Session(_PlainForward(self.module, plain), self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.session.call(args, kwargs)
@@ -308,7 +319,7 @@ def _checkpoint_module(module: nn.Module, options: _Options) -> nn.Module:
 
 
 def _checkpoint_callable(fn: Callable[..., Any], options: _Options) -> Callable[..., Any]:
-    session = Session(fn, options.make_plan)
+    session = Session(fn, options)
 
     @functools.wraps(fn)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:

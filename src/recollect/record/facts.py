@@ -34,6 +34,9 @@ TRAINING: Final = 5
 FRESH_CONSTANT: Final = frozenset({"aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"})
 """How ``torch.tensor(...)`` enters: its result existed before any operator ran."""
 
+WORKSPACES: Final = {"aten.mkldnn_rnn_layer": (3,)}
+"""Results of operators in which some bytes are whatever the memory held before; only their own backward reads them."""
+
 NEVER_AGAIN: Final = {
     "aten._cudnn_rnn": "keeps state of its own for dropout",
     "aten.miopen_rnn": "keeps state of its own for dropout",
@@ -58,6 +61,7 @@ class OpFacts:
         batch_norm: writes running statistics although the schema does not say so.
         uninitialised: the result is uninitialised memory.
         overwriting: writes every element of its first argument without reading it.
+        workspaces: positions of results in which some bytes mean nothing.
         never_again: "" or why it must not run a second time.
     """
 
@@ -70,6 +74,7 @@ class OpFacts:
     batch_norm: bool
     uninitialised: bool
     overwriting: bool
+    workspaces: tuple[int, ...]
     never_again: str
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -111,6 +116,7 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         batch_norm=packet in BATCH_NORM,
         uninitialised=packet in UNINITIALISED,
         overwriting=packet in OVERWRITING,
+        workspaces=WORKSPACES.get(packet, ()),
         never_again=_never_again(func, packet, any(written)),
     )
 

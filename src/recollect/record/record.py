@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
@@ -17,6 +16,7 @@ from recollect.program import Program
 from recollect.record.assemble import assemble
 from recollect.record.recorder import Recorder
 from recollect.record.timing import Progress, estimate_all, measure_all
+from recollect.record.values import fingerprint
 from recollect.record.world import (
     gradients_kept,
     leaves_of,
@@ -173,7 +173,7 @@ def _record_for_real(
         try:
             swap_tensors(modules, twin)
             args, kwargs = map_tensors((tuple(args), kwargs), twin)
-            world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, _fingerprint)
+            world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, fingerprint)
             return _record_in(world, fn, modules, progress)
         except NothingDifferentiable:
             raise
@@ -214,14 +214,6 @@ def _copy_of_integers(tensor: Tensor) -> Tensor | None:
     storage = tensor.untyped_storage()
     flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
     return flat.set_(storage, 0, (storage.nbytes() // tensor.itemsize,)).clone()  # type: ignore[call-overload]
-
-
-def _fingerprint(storage: torch.UntypedStorage) -> int:
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-    if storage.device.type == "cpu":
-        return zlib.crc32(whole.numpy().data)
-    wide = whole[: storage.nbytes() // 8 * 8].view(torch.int64)
-    return int(wide.sum()) ^ int(whole[wide.numel() * 8 :].sum())
 
 
 def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: Progress | None) -> Recorder:

@@ -7,7 +7,8 @@ inputs, constants) count -1, -2, ... in the order they are first met.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +63,15 @@ def _wraps(tensor: Tensor) -> bool:
     """Whether the tensor is of a class that handles operators itself (fake tensors, which we know, excepted)."""
     fake = torch._subclasses.FakeTensor
     return not isinstance(tensor, fake) and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+
+
+def fingerprint(storage: torch.UntypedStorage) -> int:
+    """A number below 2**64 that tells the contents of memory apart."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+    if storage.device.type == "cpu":
+        return zlib.crc32(whole.numpy().data)
+    wide = whole[: storage.nbytes() // 8 * 8].view(torch.int64)
+    return (int(wide.sum()) ^ int(whole[wide.numel() * 8 :].sum())) % (1 << 64)
 
 
 class Seen(NamedTuple):
@@ -126,6 +136,13 @@ class ValueMap:
     def __del__(self) -> None:
         for reference in self._weak_references:
             torch.UntypedStorage._free_weak_ref(reference)
+
+    def living(self) -> Iterator[torch.UntypedStorage]:
+        """The storages met so far that something still refers to."""
+        for reference in list(self._weak_references):
+            storage = torch.UntypedStorage._new_with_weak_ptr(reference)
+            if storage is not None:
+                yield storage
 
     def rebind(self, storage: torch.UntypedStorage, number: int) -> None:
         """Let this storage hold a value that has a number already."""

@@ -6,10 +6,12 @@ Pure data, no torch. Values and ops carry the numbers that the recorder and the 
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
-from recollect.program import Plan, Program, Schedule
+from recollect.program import Plan, Program, Schedule, Timeline, simulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +49,11 @@ class Instructions:
         asked: values that the backward will ask for: the forward saves them.
         again: ops that will run again.
         events: what to do at each request of the backward, in order.
+        twice: ops among ``again`` for whose second run, right after the first, the budget has room.
+        keep_bytes: the size of every value to hold.
+        spare_bytes: by how much the budget exceeds the plan's peak.
+        allowed_bytes: what a step off the path may hold for the backward: the budget less the most that anything else
+            takes at any moment of the plan; None: all it likes.
     """
 
     path: tuple[tuple[str, tuple[int, ...]], ...]
@@ -55,6 +62,10 @@ class Instructions:
     asked: frozenset[int]
     again: frozenset[int]
     events: tuple[Event, ...]
+    twice: frozenset[int] = frozenset()
+    keep_bytes: Mapping[int, int] = field(default_factory=dict)
+    spare_bytes: int = 0
+    allowed_bytes: int | None = None
 
     @cached_property
     def planned(self) -> frozenset[int]:
@@ -77,13 +88,14 @@ class _Residency:
 
 def instructions_for(plan: Plan) -> Instructions:
     """The instructions that carry out the plan of a recorded program. O(runs + reads)."""
-    return _Compiler(plan.program, plan.schedule).compile()
+    return _Compiler(plan.program, plan.schedule, plan.budget_bytes).compile()
 
 
 @dataclass
 class _Compiler:
     program: Program
     schedule: Schedule
+    budget_bytes: int
     number: dict[int, int] = field(default_factory=dict)
     tape_op: dict[int, int] = field(default_factory=dict)
 
@@ -111,6 +123,7 @@ class _Compiler:
                 pending = []
         first = {v: ss[0] for v, ss in stays.items()}
         asked = {e.value for e in events}
+        timeline = simulate(self.program, self.schedule)
         keep = {self.number[v] for v, s in first.items() if s.last_access is not None}
         return Instructions(
             path=tuple((ops[i].name, self._made_reads(i)) for i in self.tape_op),
@@ -119,6 +132,10 @@ class _Compiler:
             asked=frozenset(asked),
             again=frozenset(self.tape_op[order[p]] for p in again),
             events=tuple(events),
+            twice=self._twice({order[p] for p in again}, timeline),
+            keep_bytes={n: self.program.values[v].nbytes for v, n in self.number.items() if n in keep},
+            spare_bytes=self.budget_bytes - timeline.peak_bytes,
+            allowed_bytes=max(0, self.budget_bytes - self._most_beside(stays, timeline)),
         )
 
     def _reruns(self) -> set[int]:
@@ -130,6 +147,30 @@ class _Compiler:
                 positions.add(p)
             seen.add(i)
         return positions
+
+    def _twice(self, again: set[int], timeline: Timeline) -> frozenset[int]:
+        """Ops whose results, and copies of what they overwrite, fit in once more at their first run."""
+        bytes_of: dict[int, int] = {}
+        for i, resident in zip(self.schedule.order, timeline.resident_bytes, strict=True):
+            bytes_of.setdefault(i, resident)
+        found = set()
+        for i in again:
+            op = self.program.ops[i]
+            written = sum(self.program.values[v].nbytes for v in op.writes)
+            copied = sum(self.program.values[old].nbytes for _, old in op.in_place)
+            if bytes_of[i] + written + copied <= self.budget_bytes:
+                found.add(self.tape_op[i])
+        return frozenset(found)
+
+    def _most_beside(self, stays: dict[int, list[_Residency]], timeline: Timeline) -> int:
+        """The most bytes at any run that are not values which the tape holds."""
+        change = [0] * (len(self.schedule.order) + 1)
+        for v, ss in stays.items():
+            for s in ss:
+                if s.last_access is not None:
+                    change[s.made_by] += self.program.values[v].nbytes
+                    change[s.last_access + 1] -= self.program.values[v].nbytes
+        return max(r - h for r, h in zip(timeline.resident_bytes, accumulate(change), strict=False))
 
     def _residencies(self, again: set[int]) -> dict[int, list[_Residency]]:
         """The stays of every made value; accesses of the tape are requests of the backward and reads of reruns."""

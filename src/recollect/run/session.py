@@ -2,30 +2,46 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any, Final
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from recollect.program import Plan
+from recollect.program import InfeasibleBudget, Plan, Program
 from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
 from recollect.run.instructions import Instructions, instructions_for
+from recollect.run.memory import free_memory, is_out_of_memory, told
+from recollect.run.selfcheck import SelfCheck
+from recollect.run.settings import RandomStates
 from recollect.run.tape import Tape
 
-Planner = Callable[[Callable[..., Any], Sequence[Any], dict[str, Any]], Plan]
-
-MAX_PLANS: Final = 32
+MAX_PLANS: Final = 64
 """Plans of the least recently used kinds of input are forgotten beyond this."""
 MAX_DEVIATIONS: Final = 3
-"""After so many steps off the recorded path, a kind of input is no longer planned again."""
+"""After so many steps off the recorded path, a kind of input is no longer recorded again."""
+MAX_RETRIES: Final = 3
+"""How often a forward that ran out of memory is tried again, each time under a tighter plan."""
+TIGHTER: Final = 0.9
+"""The next budget, as a share of the peak of the plan that ran out of memory."""
+
+
+class Planner(Protocol):
+    """Records steps and plans them; knows the budget."""
+
+    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Program:
+        """The program of a call; raises ``NotPlannable`` for what can only run without checkpointing."""
+
+    def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
+        """A plan within the budget, and within ``at_most_bytes``; ``quick``: the first that is found."""
 
 
 class NotPlannable(Exception):
@@ -41,9 +57,11 @@ class Stats:
         plans: number of plans in the cache.
         calls: calls with gradients.
         planned: calls for which a new plan was made.
-        deviations: calls that left the recorded path and kept everything from there on.
+        deviations: calls that left the recorded path and went on under the online policy.
         unplanned: calls that ran without checkpointing.
         reruns: operators run again in all backward passes so far.
+        retries: forwards that ran out of memory and were tried again under a tighter plan.
+        differing: operators found to give something else when they run again; what they make is kept.
     """
 
     plan: Plan | None
@@ -53,16 +71,39 @@ class Stats:
     deviations: int
     unplanned: int
     reruns: int
+    retries: int
+    differing: int
 
 
 @dataclass
 class _Entry:
-    """What is known for one kind of input."""
+    """What is known for one kind of input.
 
-    plan: Plan | None
-    instructions: Instructions | None
+    Attributes:
+        plan: for it; None where it runs without checkpointing.
+        instructions: that carry it out; None where nothing runs again.
+        stale: it is to be recorded anew.
+        quick: the plan is the first that was found, good for a kind of input that never comes back.
+        checked: a step with this plan has been through the self-check.
+        at_most_bytes: what the device turned out to have, if it was less than the budget.
+        deviations: steps that left the path.
+    """
+
+    plan: Plan | None = None
+    instructions: Instructions | None = None
     stale: bool = False
+    quick: bool = False
+    checked: bool = False
+    at_most_bytes: int | None = None
     deviations: int = 0
+    differing: dict[int, str] = field(default_factory=dict)
+    """New reasons why an op must not run again, by its number among the ops of the forward."""
+
+    def follow(self, plan: Plan, *, quick: bool = False) -> None:
+        """Take this plan from now on."""
+        reruns = len(plan.schedule.order) > len(plan.program.ops)
+        self.plan, self.instructions = plan, instructions_for(plan) if reruns else None
+        self.quick, self.checked = quick, False
 
 
 @dataclass
@@ -72,6 +113,8 @@ class _Counts:
     deviations: int = 0
     unplanned: int = 0
     reruns: int = 0
+    retries: int = 0
+    differing: int = 0
     warned: set[str] = field(default_factory=set)
 
 
@@ -113,14 +156,52 @@ class Session:
         with self._turns.call():
             if entry is None or entry.instructions is None:
                 return self._without_tape(entry, args, kwargs)
-            tape = Tape(entry.instructions, lambda reason: self._deviated(entry, reason), self._count_rerun)
-            with tape.forward():
-                return self.fn(*args, **kwargs)
+            return self._with_tape(entry, args, kwargs)
+
+    def _with_tape(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """The forward under the plan, under tighter ones where the device runs out of memory."""
+        for attempt in range(MAX_RETRIES + 1):
+            tape, plan, before = self._tape(entry), entry.plan, RandomStates.now()
+            try:
+                with tape.forward():
+                    result = self.fn(*args, **kwargs)
+                self._checked(entry, tape)
+                return result
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                self._tighten(entry, error)
+                if tape.has_effects or attempt == MAX_RETRIES:
+                    raise told(error, plan) from error
+                tape.rewind()
+                before.restore()
+            self._counts.retries += 1
+            del tape
+            free_memory()
+        raise AssertionError("unreachable")
+
+    def _tape(self, entry: _Entry) -> Tape:
+        assert entry.instructions is not None
+        return Tape(
+            entry.instructions,
+            lambda reason: self._deviated(entry, reason),
+            self._count_rerun,
+            lambda error: self._ran_out(entry, error),
+            None if entry.checked else SelfCheck(entry.instructions.twice, lambda k, why: self._differs(entry, k, why)),
+        )
+
+    def _checked(self, entry: _Entry, tape: Tape) -> None:
+        """From now on the sizes seen are the plan's, and nothing is compared any more."""
+        if not entry.checked and tape.following and entry.instructions is not None:
+            entry.instructions = replace(entry.instructions, keep_bytes=tape.kept_bytes)
+        entry.checked = True
 
     def _without_tape(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
             return self.fn(*args, **kwargs)
-        except BaseException:
+        except BaseException as error:
+            if entry is not None and entry.plan is not None and is_out_of_memory(error):
+                raise self._ran_out(entry, error) from error
             if entry is not None and entry.plan is None:
                 entry.stale = True  # this error is why it could not be recorded; the next call may be a good one
             raise
@@ -128,7 +209,9 @@ class Session:
     def stats(self) -> Stats:
         """What has happened so far."""
         c = self._counts
-        return Stats(self._last, len(self._entries), c.calls, c.planned, c.deviations, c.unplanned, c.reruns)
+        return Stats(
+            self._last, len(self._entries), c.calls, c.planned, c.deviations, c.unplanned, c.reruns, c.retries, c.differing
+        )  # fmt: skip
 
     def _entry(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Entry:
         with self._lock:
@@ -139,41 +222,81 @@ class Session:
                 self._entries[key] = entry
                 while len(self._entries) > MAX_PLANS:
                     self._entries.popitem(last=False)
+            elif entry.plan is not None and (entry.quick or entry.differing):
+                self._solve(entry, entry.plan.program)
             self._entries.move_to_end(key)
             self._last = entry.plan or self._last
             return entry
 
     def _plan(self, args: Sequence[Any], kwargs: dict[str, Any], before: _Entry | None) -> _Entry:
-        deviations = before.deviations if before is not None else 0
-        if deviations > MAX_DEVIATIONS:
-            self._warn(
-                f"the forward has left its recorded path {deviations} times for the same kind of input (it depends on "
-                "the data or on state outside); such calls keep everything from now on and may exceed the budget"
-            )
-            return _Entry(None, None, deviations=deviations)
+        """Record and plan. A kind of input that was never met before gets a quick plan, unless it is the first one."""
+        entry = _Entry()
+        if before is not None:
+            entry = _Entry(deviations=before.deviations, at_most_bytes=before.at_most_bytes)
         try:
             with self._turns.recording():
-                plan = self._planner(self.fn, args, kwargs)
+                program = self._planner.record(self.fn, args, kwargs)
+                self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
             if self._last is None:
                 raise
-            return _Entry(None, None)  # it has been trained before; this call, an evaluation say, needs no plan
+            return entry  # it has been trained before; this call, an evaluation say, needs no plan
         except NotPlannable as obstacle:
             self._warn(f"{obstacle}; it runs without checkpointing")
             self._counts.unplanned += 1
-            return _Entry(None, None)
+        return entry
+
+    def _solve(self, entry: _Entry, program: Program, *, quick: bool = False) -> None:
+        """Plan a program, less what has turned out not to be repeatable."""
+        forward = [i for i, op in enumerate(program.ops) if op.phase == "forward"]
+        reasons = {forward[k]: reason for k, reason in entry.differing.items()}
+        ops = tuple(replace(op, repeatable=reasons.get(i, op.repeatable)) for i, op in enumerate(program.ops))
+        program = replace(program, ops=ops) if reasons else program
+        entry.differing = {}
+        entry.follow(self._planner.solve(program, at_most_bytes=entry.at_most_bytes, quick=quick), quick=quick)
         self._counts.planned += 1
-        reruns = len(plan.schedule.order) > len(plan.program.ops)
-        return _Entry(plan, instructions_for(plan) if reruns else None, deviations=deviations)
+
+    def _differs(self, entry: _Entry, k: int, reason: str) -> None:
+        assert entry.plan is not None
+        entry.differing[k] = reason
+        self._counts.differing += 1
+        op = [op for op in entry.plan.program.ops if op.phase == "forward"][k]
+        self._warn(
+            f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}. What it "
+            "makes is kept from now on"
+        )
 
     def _deviated(self, entry: _Entry, reason: str) -> None:
-        entry.stale = True
         entry.deviations += 1
         self._counts.deviations += 1
+        entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
-            f"a step left the path that was recorded ({reason}); it keeps everything from there on, so its gradients "
-            "are exact but its memory may exceed the budget. The next step of this kind is planned anew"
+            f"a step left the path that was recorded ({reason}); it goes on under the online policy, which lets go of what "
+            "is cheapest to compute again; its gradients are exact. The next step of this kind is recorded anew"
         )
+        if not entry.stale:
+            self._warn(
+                f"the forward has left its recorded path {entry.deviations} times for the same kind of input (it depends "
+                "on the data or on state outside); it is not recorded again: steps that leave the path of the last "
+                "recording go on under the online policy"
+            )
+
+    def _ran_out(self, entry: _Entry, error: BaseException) -> BaseException:
+        """The device has less than the plan takes: say what the plan accounts for, and plan tighter next time."""
+        plan = entry.plan
+        with contextlib.suppress(InfeasibleBudget):
+            self._tighten(entry, error)
+        return told(error, plan)
+
+    def _tighten(self, entry: _Entry, error: BaseException) -> None:
+        plan = entry.plan
+        assert plan is not None
+        entry.at_most_bytes = int(TIGHTER * plan.peak_bytes)
+        try:
+            self._solve(entry, plan.program)
+        except InfeasibleBudget as infeasible:
+            entry.at_most_bytes = None
+            raise told(error, plan) from infeasible
 
     def _count_rerun(self) -> None:
         self._counts.reruns += 1

@@ -9,10 +9,8 @@ random numbers, the same numeric settings, in-place operators on copies.
 from __future__ import annotations
 
 import contextlib
-import threading
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,17 +18,20 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recollect.record.facts import RUNNING_STATISTICS, OpFacts, facts_of, tensors_in
+from recollect.record.facts import OpFacts, facts_of, tensors_in
+from recollect.record.signature import signature_of
+from recollect.record.timing import estimate
 from recollect.record.values import Seen, ValueMap, View, storage_of
+from recollect.run.entry import DRAWING, Entry, OutsideHandle, Unfinished, alias_of, modified, prepare, version_of
 from recollect.run.instructions import Instructions, Rerun
-from recollect.run.settings import NumericSettings
+from recollect.run.memory import free_memory, is_out_of_memory
+from recollect.run.online import Online
+from recollect.run.selfcheck import Memory, SelfCheck
+from recollect.run.settings import set_state, state_of
 
 _NO_TASK = -1
 _NOTHING: frozenset[int] = frozenset()
 _UNREAD: tuple[tuple[int, ...], bool] = ((), False)
-
-_DRAWING = threading.RLock()
-"""Held while a generator's state is taken and used, or changed for a while: other threads may draw from it too."""
 
 
 class Handle:
@@ -49,25 +50,10 @@ class Handle:
     def check_unchanged(self) -> None:
         """Raise what autograd would raise if the saved tensor has been modified in place."""
         if self.probe._version != self.version:
-            raise _modified(self.view, self.probe, self.version)
+            raise modified(self.view, self.probe, self.version)
 
     def __del__(self) -> None:
         self.tape.released(self)
-
-
-class OutsideHandle:
-    """Stands for a saved tensor that the forward did not make (a parameter, an input): an alias of it."""
-
-    __slots__ = ("alias", "version")
-
-    def __init__(self, alias: Tensor, version: int) -> None:
-        self.alias, self.version = alias, version
-
-    def get(self) -> Tensor:
-        """The tensor; raises what autograd would raise if it has been modified in place since."""
-        if version_of(self.alias) != self.version:
-            raise _modified(self.alias, self.alias, self.version)
-        return self.alias
 
 
 @dataclass(slots=True)
@@ -82,34 +68,8 @@ class _Held:
     def storage(self) -> torch.UntypedStorage:
         """The memory; raises if somebody changed a value of the forward in place since."""
         if self.alias is not None and self.version is not None and version_of(self.alias) != self.version:
-            raise _modified(self.alias, self.alias, self.version)
+            raise modified(self.alias, self.alias, self.version)
         return self.memory
-
-
-@dataclass(frozen=True, slots=True)
-class _Made:
-    """An argument that looks at a value of the forward."""
-
-    number: int
-    view: View
-
-
-@dataclass(frozen=True, slots=True)
-class _Entry:
-    """An op of the forward, ready to run again."""
-
-    func: torch._ops.OpOverload
-    args: Any
-    kwargs: Any
-    outputs: tuple[tuple[int, int], ...]
-    """Pairs (position among the tensors of the result, value)."""
-    in_place: tuple[tuple[int, int], ...]
-    reads: tuple[int, ...]
-    generator: torch.Generator | None
-    generator_state: bytearray | None
-    settings: NumericSettings
-    checksum: int | None
-    """Of what a random op drew, where other threads might have drawn in between."""
 
 
 class Tape(TorchDispatchMode):
@@ -119,6 +79,8 @@ class Tape(TorchDispatchMode):
         instructions: what to hold, what to forget, what to run again.
         on_deviation: called once, with a reason, when the forward takes another path than the plan's.
         on_rerun: called at every op that runs again.
+        on_out_of_memory: called with the allocator's error where running again fails for good; its result is raised.
+        check: compares what runs again with what ran first.
     """
 
     @classmethod
@@ -131,6 +93,8 @@ class Tape(TorchDispatchMode):
         instructions: Instructions,
         on_deviation: Callable[[str], None] = lambda reason: None,
         on_rerun: Callable[[], None] = lambda: None,
+        on_out_of_memory: Callable[[BaseException], BaseException] = lambda error: error,
+        check: SelfCheck | None = None,
     ) -> None:
         super().__init__()
         self.instructions = instructions
@@ -139,11 +103,21 @@ class Tape(TorchDispatchMode):
         """For every value the number of handles that live."""
         self.waiting: dict[int, int] = {}
         """How many of them have not been served in this backward pass."""
-        self._on_deviation, self._on_rerun = on_deviation, on_rerun
+        self._on_deviation, self._on_rerun, self._on_out_of_memory = on_deviation, on_rerun, on_out_of_memory
+        self._check = check
+        self._generators: dict[int, tuple[torch.Generator, bytearray]] = {}
+        self._online: Online | None = None
+        self._pinned: set[int] = set()
+        """Values that the plan would drop and that turned out to be kept."""
+        self._overwritten_outside: set[int] = set()
+        """What this forward has overwritten of what it did not make."""
+        self._excess_bytes = 0
+        self.kept_bytes: dict[int, int] = {}
+        """What the values that it holds take for real, where it checks: fake kernels err about workspaces."""
         self._map: ValueMap | None = ValueMap()
         self._n_ops = 0
         self._held: dict[int, _Held] = {}
-        self._entries: dict[int, _Entry] = {}
+        self._entries: dict[int, Entry] = {}
         self._maker: dict[int, int] = {}
         self._moved: dict[int, int] = {}
         self._late: set[int] = set()
@@ -166,16 +140,23 @@ class Tape(TorchDispatchMode):
         if facts.is_view or self._rerunning or self._map is None:
             return func(*args, **kwargs)
         written = facts.written(args, kwargs)
-        if written or self._n_ops in self.instructions.again or not self._expects(facts.name):
-            reads = self._map.reads(tensors_in((args, kwargs)))
+        if written or self._n_ops in self.instructions.again or not self._expects(facts.name) or self._check:
+            inputs = tensors_in((args, kwargs))
+            reads = self._map.reads(inputs)
             expected = self._expects(facts.name, reads[0])
+            if self._check is not None:
+                self._look_at(inputs)
         else:  # what it makes gets its numbers in any case; that nobody asks what it read saves time
-            reads, expected = _UNREAD, True
+            inputs, reads, expected = [], _UNREAD, True
         rescued = self._rescue(written, expected) if written else _NOTHING
-        entry = None
-        if expected and self._n_ops in self.instructions.again:
-            with _DRAWING if facts.random else contextlib.nullcontext():
-                entry = self._prepare(func, facts, args, kwargs)
+        if facts.random:
+            self._remember_generators((*args, *kwargs.values()))
+        entry, memory = None, Memory()
+        if self._may_run_again(facts, expected, reads, written):
+            with DRAWING if facts.random else contextlib.nullcontext():
+                entry = prepare(func, facts, args, kwargs, self._map, self._outside)
+                if self._check is not None and expected:
+                    memory = self._check.arguments(self._n_ops, self._map, inputs, written)
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
@@ -184,29 +165,89 @@ class Tape(TorchDispatchMode):
         if seen.is_op:
             if self.following and not expected:
                 self._leave_path(facts.name)
-            self._note(seen, entry, outputs, rescued)
+            self._note(seen, entry, outputs, rescued, memory)
+            if self._online is not None and entry is not None and self._n_ops - 1 in self._entries:
+                cost = estimate(signature_of(func, args, kwargs), sum(t.nbytes for t in outputs))
+                self._online.ran(self._n_ops - 1, cost.seconds, reads[0], [n for n, _ in seen.writes])
+            self._shrink()
         return out
+
+    @property
+    def has_effects(self) -> bool:
+        """Whether the forward has changed something that it did not make, so that it cannot be run once more."""
+        return bool(self._overwritten_outside)
+
+    def rewind(self) -> None:
+        """Put the generators that were handed to operators back to where the forward found them."""
+        for generator, state in self._generators.values():
+            set_state(generator, state)
+
+    def _remember_generators(self, arguments: Sequence[Any]) -> None:
+        for g in arguments:
+            if isinstance(g, torch.Generator) and id(g) not in self._generators:
+                self._generators[id(g)] = g, state_of(g)
+
+    def _may_run_again(
+        self, facts: OpFacts, expected: bool, reads: tuple[tuple[int, ...], bool], written: Sequence[Tensor]
+    ) -> bool:
+        """Whether to prepare for another run: the plan says so, or, off its path, nothing is known against it."""
+        if expected and self.following:
+            return self._n_ops in self.instructions.again
+        if self._online is None or facts.never_again or facts.uninitialised or facts.fresh_constant:
+            return False
+        if not facts.batch_norm and any(self._is_outside(t) for t in written):
+            return False
+        return not reads[1] and all(self._is_at_hand(n) for n in reads[0])
+
+    def _is_outside(self, tensor: Tensor) -> bool:
+        storage = storage_of(tensor)
+        return storage is None or self._map is None or self._map.number(storage) < 0
+
+    def _is_at_hand(self, number: int) -> bool:
+        """Whether another run can read this value: it is held, can be made again, or is from outside and as it was."""
+        if number < 0:
+            return number not in self._overwritten_outside
+        return number in self._held or number in self._maker
 
     def _note(
         self,
         seen: Seen,
-        entry: _Unfinished | None,
+        entry: Unfinished | None,
         outputs: Sequence[Tensor],
         rescued: frozenset[int],
+        memory: Memory,
     ) -> None:
         """Hold what the plan says."""
         k, self._n_ops = self._n_ops, self._n_ops + 1
+        self._overwritten_outside.update(seen.effects)
         for new, old in seen.in_place:
             self._overwritten(new, old, rescued)
-        for number, tensor in seen.writes:
-            kept = self.following and number in self.instructions.keep
-            forgotten = self.following and number in self.instructions.forget
-            if kept or (number in self.handles and not forgotten):
-                saved = number in self.instructions.asked and number not in self.handles  # then pack makes the alias
-                self._held[number] = _Held(tensor.untyped_storage(), True, None if saved else _alias(tensor))
-        if entry is not None and self.following:
-            self._entries[k] = entry.finish(seen, outputs)
+        if entry is not None and (self.following or (not seen.opaque and (not seen.effects or entry.only_statistics))):
+            self._entries[k] = ready = entry.finish(seen, outputs)
             self._maker.update((n, k) for n, _ in seen.writes)
+            made = {n: t.untyped_storage() for n, t in seen.writes}
+            if self.following and self._check is not None and self._differs(k, ready, made, memory):
+                self._pinned.update(made)
+        for number, tensor in seen.writes:
+            kept = self.following and (number in self.instructions.keep or number in self._pinned)
+            if kept or (number in self.handles and not self._forgets(number)):
+                saved = number in self.instructions.asked and number not in self.handles  # then pack makes the alias
+                self._hold(number, tensor.untyped_storage(), None if saved else alias_of(tensor))
+
+    def _hold(self, number: int, storage: torch.UntypedStorage, alias: Tensor | None) -> None:
+        """Keep a value that the forward has made; leave the path where such values are larger than the plan's."""
+        self._held[number] = _Held(storage, True, alias)
+        planned = self.instructions.keep_bytes.get(number)
+        if self._check is not None:
+            self.kept_bytes[number] = storage.nbytes()
+        elif self.following and planned is not None:
+            self._excess_bytes += storage.nbytes() - planned
+            if self._excess_bytes > self.instructions.spare_bytes:
+                self._deviate(f"what it keeps takes {self._excess_bytes:,} bytes more than in the recorded forward")
+
+    def _forgets(self, number: int) -> bool:
+        """Whether the plan lets go of this value although the backward will ask for it."""
+        return self.following and number in self.instructions.forget and number not in self._pinned
 
     def _overwritten(self, new: int, old: int, rescued: frozenset[int]) -> None:
         """The memory of a value holds another one: that is what its handles stand for (see ``Recorder``)."""
@@ -216,6 +257,75 @@ class Tape(TorchDispatchMode):
             self.handles[new] = self.handles.pop(old)
             self.waiting[new] = self.waiting.pop(old)
             self._moved[old] = new
+
+    # ---- the self-check ------------------------------------------------------------------------------------------
+
+    def _differs(self, k: int, entry: Entry, made: Memory, memory: Memory) -> bool:
+        assert self._check is not None
+        with self._replaying():
+            return self._check.differs(k, entry, made, memory)
+
+    def _look_at(self, tensors: Sequence[Tensor]) -> None:
+        for tensor in tensors:
+            storage = storage_of(tensor)
+            if storage is not None:
+                self._look_at_value(storage)
+
+    def _look_at_value(self, storage: torch.UntypedStorage) -> None:
+        """Hold what something that torch does not see has changed: nothing can make it again."""
+        assert self._map is not None
+        assert self._check is not None
+        number = self._map.number(storage)
+        if self._check.has_changed(number, storage):
+            self._pinned.add(number)
+            if number not in self._held:
+                self._held[number] = _Held(storage, True)
+
+    # ---- off the path --------------------------------------------------------------------------------------------
+
+    def _shrink(self, locked: Collection[int] = ()) -> None:
+        """Off the path: let go of what can be made again until what is held is within what is allowed."""
+        if self._online is None:
+            return
+        if self._held_bytes() > self._online.allowed_bytes:
+            needed = self._needed()
+            for n in [n for n in self._held if not self.handles.get(n) and n not in needed and n not in locked]:
+                self._let_go(n)
+        excess = self._held_bytes() - self._online.allowed_bytes
+        if excess <= 0:
+            return
+        sizes = {n: max(1, h.memory.nbytes()) for n, h in self._held.items() if n not in locked and self._can_go(n)}
+        while excess > 0 and sizes:
+            number = self._online.pick(sizes, self._maker, self._held)
+            if self._can_go(number):
+                excess -= sizes[number]
+                self._let_go(number)
+            del sizes[number]
+
+    def _held_bytes(self) -> int:
+        storages = {h.memory._cdata: h.memory.nbytes() for h in self._held.values()}
+        return sum(storages.values())
+
+    def _can_go(self, number: int) -> bool:
+        """Whether a value can be made again from others that are held and stay."""
+        if number in self._pinned or number not in self._maker:
+            return False
+        return all(n in self._held for n in self._sources([number]))
+
+    def _sources(self, numbers: Collection[int]) -> set[int]:
+        """What must be in memory so that these values can be made again: nothing makes it."""
+        found, seen = set[int](), set[int]()
+        pending = [r for n in numbers if n in self._maker for r in self._entries[self._maker[n]].reads]
+        while pending:
+            n = pending.pop()
+            if n in seen:
+                continue
+            seen.add(n)
+            if n in self._maker and n not in self._pinned:
+                pending.extend(self._entries[self._maker[n]].reads)
+            else:
+                found.add(n)
+        return found
 
     def _rescue(self, written: Sequence[Tensor], expected: bool) -> frozenset[int]:
         """Copy what reruns will read and an op that the plan does not know is about to overwrite."""
@@ -228,7 +338,7 @@ class Tape(TorchDispatchMode):
                 continue
             if number < 0:
                 self._rescue_outside(number)
-            elif number in self._held and not expected and number in self._sources():
+            elif number in self._held and not expected and number in self._needed():
                 copy = self._held[number].storage().clone()
                 self._let_go(number)
                 self._held[number] = _Held(copy, original=True)
@@ -254,22 +364,12 @@ class Tape(TorchDispatchMode):
 
     def _deviate(self, reason: str) -> None:
         self.following = False
+        self._go_online()
         self._on_deviation(reason)
 
-    def _prepare(self, func: Any, facts: OpFacts, args: Any, kwargs: Any) -> _Unfinished:
-        """Everything that another run needs, taken before the op runs."""
-        if facts.batch_norm:
-            args = [None if i in RUNNING_STATISTICS and args[5] else a for i, a in enumerate(args)]
-        generator = _generator_of(args, kwargs) if facts.random else None
-        assert self._map is not None
-        return _Unfinished(
-            func,
-            _template(tuple(args), self._map, self._outside),
-            _template(kwargs, self._map, self._outside),
-            generator,
-            None if generator is None else _state_of(generator),
-            NumericSettings.now(),
-        )
+    def _go_online(self) -> None:
+        if self.instructions.allowed_bytes is not None:
+            self._online = Online(self.instructions.allowed_bytes)
 
     def pack(self, tensor: Tensor) -> Any:
         """A handle for what autograd wants to save."""
@@ -279,8 +379,10 @@ class Tape(TorchDispatchMode):
             if storage is None or number < 0:
                 return OutsideHandle(tensor.detach(), version_of(tensor))
             held, alias = self._held.get(number), tensor.detach()
-            if held is None and not (self.following and number in self.instructions.forget):
+            if held is None and not self._forgets(number):
                 held = self._held[number] = _Held(storage, True)
+            if self._online is not None:
+                self._online.used(number)
             if held is not None and held.alias is None:
                 held.alias = alias  # loses the memory when the tape lets go of the value
             else:
@@ -289,6 +391,10 @@ class Tape(TorchDispatchMode):
 
     def finish_forward(self) -> None:
         """The forward is over: from now on the tape only answers the backward."""
+        if self._check is not None and self._map is not None:
+            with self._replaying():
+                for storage in self._map.living():
+                    self._look_at_value(storage)
         if self.following and self._n_ops < len(self.instructions.path):
             self._deviate(f"the forward ended after {self._n_ops} of {len(self.instructions.path)} operators")
         for number, held in self._held.items():
@@ -296,6 +402,7 @@ class Tape(TorchDispatchMode):
                 held.version = version_of(held.alias)
             elif self.following and number in self.instructions.keep:
                 self._deviate(f"the recorded forward saved value {number} for the backward, this one did not")
+        self._shrink()
         self._map = None
         self._outside.clear()
 
@@ -313,6 +420,17 @@ class Tape(TorchDispatchMode):
         if packed.served != self._pass:
             packed.served = self._pass
             self.waiting[number] -= 1
+        try:
+            tensor = self._serve(packed, number)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            tensor = self._serve_in_need(packed, number)
+        if self._map is not None:  # a backward inside the forward: its operators read this value
+            self._map.rebind(tensor.untyped_storage(), number)
+        return tensor
+
+    def _serve(self, packed: Handle, number: int) -> Tensor:
         events = self.instructions.events
         if self.following and self._cursor < len(events) and events[self._cursor].value == number:
             event = events[self._cursor]
@@ -322,13 +440,21 @@ class Tape(TorchDispatchMode):
             tensor = self._saved(packed, self._storage(number))
             if event.drop:
                 self._drop(number)
-        else:
-            if number in self.instructions.forget or number in self.instructions.keep:
-                self.following = False  # another order than the plan's: compute on demand from here on
-            tensor = self._saved(packed, self._on_demand(number))
-        if self._map is not None:  # a backward inside the forward: its operators read this value
-            self._map.rebind(tensor.untyped_storage(), number)
-        return tensor
+            return tensor
+        if number in self.instructions.forget or number in self.instructions.keep:
+            self.following = False  # another order than the plan's: compute on demand from here on
+            self._go_online()
+        return self._saved(packed, self._on_demand(number))
+
+    def _serve_in_need(self, packed: Handle, number: int) -> Tensor:
+        """The device has no room for what the plan does next: hold as little as possible, and try once more."""
+        self.following, self._online = False, Online(0)
+        self._shrink()
+        free_memory()
+        try:
+            return self._saved(packed, self._on_demand(number))
+        except (RuntimeError, MemoryError) as error:
+            raise (self._on_out_of_memory(error) if is_out_of_memory(error) else error) from None
 
     def _saved(self, packed: Handle, storage: torch.UntypedStorage) -> Tensor:
         """The tensor that was saved, on the memory that holds its value now."""
@@ -364,7 +490,7 @@ class Tape(TorchDispatchMode):
     def _drop(self, number: int) -> None:
         """Let go of a value, unless a part of the graph that was not recorded still waits for it."""
         held = self._held.get(number)
-        if held is None or (self._retained and held.original):
+        if held is None or (self._retained and held.original) or number in self._pinned:
             return
         if self._is_awaited(number):
             self._late.add(number)
@@ -386,46 +512,58 @@ class Tape(TorchDispatchMode):
         self.handles[number] -= 1
         if handle.served != self._pass:
             self.waiting[number] -= 1
-        planned = self.instructions.planned - self._late if self.following else self._sources()
+        planned = self.instructions.planned - self._late if self.following else self._needed()
         if not self.handles[number] and number not in planned:
             self._let_go(number)
 
-    def _sources(self) -> frozenset[int]:
-        """Values that another run may need as long as the plan is not followed."""
-        return frozenset(n for e in self._entries.values() for n in e.reads)
+    def _needed(self) -> set[int]:
+        """What must stay in memory for the handles whose values will have to be made again."""
+        gone = [n for n, c in self.handles.items() if c and not (n in self._held and self._held[n].original)]
+        return self._sources(gone)
 
     def _look_up(self, number: int) -> torch.UntypedStorage:
-        before = dict(self._held)
+        before, online = dict(self._held), self._online
+        self._online = None  # what is held now must stay
         try:
             return self._on_demand(number)
         finally:
-            self._held = before
+            self._held, self._online = before, online
 
     def _on_demand(self, number: int) -> torch.UntypedStorage:
         """Compute a value again from what there is, whatever the plan says; keep what handles still ask for."""
         if number not in self._held:
-            needed: set[int] = set()
-            pending = [number]
-            while pending:
-                n = pending.pop()
-                if n in self._held:
-                    continue
-                k = self._maker.get(n)
-                if k is None:
-                    raise RuntimeError(
-                        f"recollect let go of value {n} and cannot compute it again on this path of the backward; "
-                        "this is a bug in recollect: run this step without it (recollect.restore) and report it"
-                    )
-                if k not in needed:
-                    needed.add(k)
-                    pending.extend(self._entries[k].reads)
-            for k in sorted(needed):
+            ops = self._missing_ops(number)
+            uses = Counter(n for k in ops for n in self._entries[k].reads)
+            for k in ops:
                 self._run_again(k, None)
-            kept = self._sources()
+                uses.subtract(self._entries[k].reads)
+                self._shrink(locked={number, *(n for n, count in uses.items() if count > 0)})
+            needed = self._needed()
             for n in [n for n, h in self._held.items() if not h.original]:
-                if n != number and not self.handles.get(n) and n not in kept:
+                if n != number and not self.handles.get(n) and n not in needed:
                     del self._held[n]
+        if self._online is not None:
+            self._online.used(number)
         return self._held[number].storage()
+
+    def _missing_ops(self, number: int) -> list[int]:
+        """The ops that have to run again for a value, in order."""
+        needed: set[int] = set()
+        pending = [number]
+        while pending:
+            n = pending.pop()
+            if n in self._held:
+                continue
+            k = self._maker.get(n)
+            if k is None:
+                raise RuntimeError(
+                    f"recollect let go of value {n} and cannot compute it again on this path of the backward; "
+                    "this is a bug in recollect: run this step without it (recollect.restore) and report it"
+                )
+            if k not in needed:
+                needed.add(k)
+                pending.extend(self._entries[k].reads)
+        return sorted(needed)
 
     def _run_again(self, k: int, rerun: Rerun | None) -> None:
         """Run op k again. Without a rerun of the plan everything that it makes is held."""
@@ -435,12 +573,15 @@ class Tape(TorchDispatchMode):
         for new, old in entry.in_place:
             ends = rerun is not None and old in rerun.drops and not self._is_awaited(old)
             ends = ends and not self._held[old].original
-            memory[old] = memory[old] if ends else memory[old].clone()
+            if ends:
+                del self._held[old]
+            else:
+                memory[old] = memory[old].clone()
             memory[new] = memory[old]
-        results = self._call(entry, memory)
-        made = {n: results[i].untyped_storage() for i, n in entry.outputs} | {n: memory[n] for n, _ in entry.in_place}
-        if entry.checksum is not None and entry.checksum != _checksum(made[n] for n in sorted(made)):
-            raise _disturbed(entry.func)
+        with self._replaying():
+            made = {n: m for n, m in entry.run(memory).items() if n not in self._pinned}
+        if self._check is not None:
+            self._check.compare(k, entry, made)
         for n, storage in made.items():
             if rerun is None:
                 if n not in self._held:
@@ -452,19 +593,12 @@ class Tape(TorchDispatchMode):
             for n in rerun.drops:
                 self._drop(n)
 
-    def _call(self, entry: _Entry, memory: dict[int, torch.UntypedStorage]) -> list[Tensor]:
-        """The op itself, below autograd and autocast, with the random numbers and settings of the forward."""
+    @contextlib.contextmanager
+    def _replaying(self) -> Iterator[None]:
+        """What runs in this block is no part of the forward."""
         self._rerunning, before = True, self._rerunning
         try:
-            with (
-                _DRAWING if entry.generator is not None else contextlib.nullcontext(),
-                torch._C._AutoDispatchBelowAutograd(),
-                torch._C._DisableAutocast(),
-                entry.settings.applied(),
-                _generator_at(entry.generator, entry.generator_state),
-            ):
-                args, kwargs = _resolved(entry.args, memory), _resolved(entry.kwargs, memory)
-                return tensors_in(entry.func(*args, **kwargs))
+            yield
         finally:
             self._rerunning = before
 
@@ -475,40 +609,6 @@ class Tape(TorchDispatchMode):
         with self, hooks:
             yield
             self.finish_forward()
-
-
-@dataclass(slots=True)
-class _Unfinished:
-    """An entry before its op has run."""
-
-    func: Any
-    args: Any
-    kwargs: Any
-    generator: torch.Generator | None
-    generator_state: bytearray | None
-    settings: NumericSettings
-
-    def finish(self, seen: Seen, outputs: Sequence[Tensor]) -> _Entry:
-        """The entry, now that it is known what the op made."""
-        replaced = {new for new, _ in seen.in_place}
-        positions = {id(t): i for i, t in reversed(list(enumerate(outputs)))}
-        return _Entry(
-            self.func,
-            self.args,
-            self.kwargs,
-            tuple((positions[id(t)], n) for n, t in seen.writes if n not in replaced),
-            seen.in_place,
-            tuple(n for n in seen.reads if n >= 0),
-            self.generator,
-            self.generator_state,
-            self.settings,
-            _checksum(t.untyped_storage() for _, t in seen.writes) if self._may_be_disturbed() else None,
-        )
-
-    def _may_be_disturbed(self) -> bool:
-        """Whether a thread that knows no tape may have drawn between our look at the generator and the op."""
-        generator = self.generator
-        return generator is not None and generator.device.type == "cpu" and threading.active_count() > 1
 
 
 def _matches(step: tuple[str, tuple[int, ...]], name: str, reads: Sequence[int] | None) -> bool:
@@ -522,50 +622,6 @@ def _matches(step: tuple[str, tuple[int, ...]], name: str, reads: Sequence[int] 
     return step[0] == name and step[1][: len(made)] == made
 
 
-def _template(tree: Any, values: ValueMap, outside: dict[int, list[OutsideHandle]]) -> Any:
-    """Arguments without tensors: made values by number and view, tensors from outside by alias (listed, too)."""
-    if isinstance(tree, Tensor):
-        storage = storage_of(tree)
-        number = -1 if storage is None else values.number(storage)
-        if number >= 0:
-            return _Made(number, View.of(tree))
-        alias = _alias(tree)
-        handle = OutsideHandle(alias, version_of(alias))
-        if storage is not None:
-            outside.setdefault(number, []).append(handle)
-        return handle
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_template(v, values, outside) for v in tree)
-    if isinstance(tree, dict):
-        return {k: _template(v, values, outside) for k, v in tree.items()}
-    return tree
-
-
-def _resolved(tree: Any, memory: dict[int, torch.UntypedStorage]) -> Any:
-    """The arguments of a template again."""
-    if isinstance(tree, _Made):
-        return tree.view.on(memory[tree.number])
-    if isinstance(tree, OutsideHandle):
-        return tree.get()
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_resolved(v, memory) for v in tree)
-    if isinstance(tree, dict):
-        return {k: _resolved(v, memory) for k, v in tree.items()}
-    return tree
-
-
-def _alias(tensor: Tensor) -> Tensor:
-    """Another tensor on the same memory that shares the version counter; to be called inside a dispatch mode."""
-    key = torch._C.DispatchKey.ADInplaceOrView
-    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch._C._IncludeDispatchKeyGuard(key):
-        return tensor.detach()
-
-
-def version_of(tensor: Tensor) -> int:
-    """The version counter; inference tensors, which have none, never change under autograd."""
-    return 0 if tensor.is_inference() else tensor._version
-
-
 _EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
@@ -575,65 +631,3 @@ def _take_memory(alias: Tensor) -> None:
     if key not in _EMPTY:
         _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
     alias.data = _EMPTY[key]
-
-
-def _whole(storage: torch.UntypedStorage) -> Tensor:
-    """A tensor that holds the storage."""
-    return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-
-
-def _generator_of(args: Any, kwargs: Any) -> torch.Generator:
-    """The generator that a random op draws from: given explicitly, or the default one of its device."""
-    for a in (*args, *kwargs.values()):
-        if isinstance(a, torch.Generator):
-            return a
-    given = kwargs.get("device")
-    first = next(iter(tensors_in((args, kwargs))), None)
-    device = torch.device(given) if given is not None else first.device if first is not None else torch.device("cpu")
-    if device.type == "cuda":
-        index = device.index if device.index is not None else torch.cuda.current_device()
-        return torch.cuda.default_generators[index]
-    return torch.default_generator
-
-
-@contextlib.contextmanager
-def _generator_at(generator: torch.Generator | None, state: bytearray | None) -> Iterator[None]:
-    """The generator in an earlier state for the length of the block."""
-    if generator is None or state is None:
-        yield
-        return
-    now = _state_of(generator)
-    generator.set_state(torch.frombuffer(state, dtype=torch.uint8))
-    try:
-        yield
-    finally:
-        generator.set_state(torch.frombuffer(now, dtype=torch.uint8))
-
-
-def _state_of(generator: torch.Generator) -> bytearray:
-    """The state of a generator; not as a tensor, which would take part in the account of memory."""
-    return bytearray(generator.get_state().numpy())
-
-
-def _checksum(memory: Iterable[torch.UntypedStorage]) -> int:
-    total = 0
-    for storage in memory:
-        total = zlib.crc32(_whole(storage).numpy().data, total)
-    return total
-
-
-def _disturbed(func: Any) -> RuntimeError:
-    return RuntimeError(
-        f"recollect cannot draw the numbers of {func} again: another thread drew from the same generator at the same "
-        "moment. Give that thread a torch.Generator of its own, or let the step use one"
-    )
-
-
-def _modified(what: View | Tensor, probe: Tensor, expected: int) -> RuntimeError:
-    size = list(what.size) if isinstance(what, View) else list(what.shape)
-    return RuntimeError(
-        "one of the variables needed for gradient computation has been modified by an inplace operation: "
-        f"[{probe.type()} {size}] is at version {probe._version}; expected version {expected} instead. Hint: enable "
-        "anomaly detection to find the operation that failed to compute its gradient, with "
-        "torch.autograd.set_detect_anomaly(True)."
-    )

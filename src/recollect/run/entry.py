@@ -1,0 +1,247 @@
+"""An op of the forward, ready to run again: its arguments without tensors, its random numbers, its settings."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from recollect.record.facts import RUNNING_STATISTICS, TRAINING, OpFacts, facts_of, tensors_in
+from recollect.record.values import Seen, ValueMap, View, fingerprint, storage_of
+from recollect.run.settings import NumericSettings, set_state, state_of
+
+DRAWING = threading.RLock()
+"""Held while a generator's state is taken and used, or changed for a while: other threads may draw from it too."""
+
+
+class OutsideHandle:
+    """Stands for a saved tensor that the forward did not make (a parameter, an input): an alias of it."""
+
+    __slots__ = ("alias", "version")
+
+    def __init__(self, alias: Tensor, version: int) -> None:
+        self.alias, self.version = alias, version
+
+    def get(self) -> Tensor:
+        """The tensor; raises what autograd would raise if it has been modified in place since."""
+        if version_of(self.alias) != self.version:
+            raise modified(self.alias, self.alias, self.version)
+        return self.alias
+
+
+@dataclass(frozen=True, slots=True)
+class _Made:
+    """An argument that looks at a value of the forward."""
+
+    number: int
+    view: View
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """An op of the forward, ready to run again."""
+
+    func: torch._ops.OpOverload
+    args: Any
+    kwargs: Any
+    outputs: tuple[tuple[int, int], ...]
+    """Pairs (position among the tensors of the result, value)."""
+    in_place: tuple[tuple[int, int], ...]
+    reads: tuple[int, ...]
+    generator: torch.Generator | None
+    generator_state: bytearray | None
+    settings: NumericSettings
+    checksum: int | None
+    """Of what a random op drew, where other threads might have drawn in between."""
+
+    def run(self, memory: dict[int, torch.UntypedStorage]) -> dict[int, torch.UntypedStorage]:
+        """Run the op again, below autograd and autocast, with the random numbers and settings of the forward.
+
+        Args:
+            memory: of the values that it reads; of those that it makes in place, too.
+
+        Returns:
+            The memory of every value that it makes.
+        """
+        with (
+            DRAWING if self.generator is not None else contextlib.nullcontext(),
+            torch._C._AutoDispatchBelowAutograd(),
+            torch._C._DisableAutocast(),
+            self.settings.applied(),
+            _generator_at(self.generator, self.generator_state),
+        ):
+            args, kwargs = _resolved(self.args, memory), _resolved(self.kwargs, memory)
+            results = tensors_in(self.func(*args, **kwargs))
+        made = {n: results[i].untyped_storage() for i, n in self.outputs} | {n: memory[n] for n, _ in self.in_place}
+        if self.checksum is not None and self.checksum != checksum(made[n] for n in sorted(made)):
+            raise _disturbed(self.func)
+        return made
+
+
+@dataclass(slots=True)
+class Unfinished:
+    """An entry before its op has run."""
+
+    func: Any
+    args: Any
+    kwargs: Any
+    generator: torch.Generator | None
+    generator_state: bytearray | None
+    settings: NumericSettings
+
+    @property
+    def only_statistics(self) -> bool:
+        """Whether all that it may overwrite are running statistics, which another run leaves alone."""
+        return facts_of(self.func).batch_norm
+
+    def finish(self, seen: Seen, outputs: Sequence[Tensor]) -> Entry:
+        """The entry, now that it is known what the op made."""
+        replaced = {new for new, _ in seen.in_place}
+        positions = {id(t): i for i, t in reversed(list(enumerate(outputs)))}
+        return Entry(
+            self.func,
+            self.args,
+            self.kwargs,
+            tuple((positions[id(t)], n) for n, t in seen.writes if n not in replaced),
+            seen.in_place,
+            tuple(n for n in seen.reads if n >= 0),
+            self.generator,
+            self.generator_state,
+            self.settings,
+            checksum(t.untyped_storage() for _, t in seen.writes) if self._may_be_disturbed() else None,
+        )
+
+    def _may_be_disturbed(self) -> bool:
+        """Whether a thread that knows no tape may have drawn between our look at the generator and the op."""
+        generator = self.generator
+        return generator is not None and generator.device.type == "cpu" and threading.active_count() > 1
+
+
+def prepare(
+    func: Any, facts: OpFacts, args: Any, kwargs: Any, values: ValueMap, outside: dict[int, list[OutsideHandle]]
+) -> Unfinished:
+    """Everything that another run of the op needs, taken before its first run.
+
+    Args:
+        func: the operator.
+        facts: about it.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        values: which value each tensor looks at.
+        outside: where handles for tensors that the forward did not make are listed.
+    """
+    if facts.batch_norm:
+        args = [None if i in RUNNING_STATISTICS and args[TRAINING] else a for i, a in enumerate(args)]
+    generator = _generator_of(args, kwargs) if facts.random else None
+    return Unfinished(
+        func,
+        _template(tuple(args), values, outside),
+        _template(kwargs, values, outside),
+        generator,
+        None if generator is None else state_of(generator),
+        NumericSettings.now(),
+    )
+
+
+def _template(tree: Any, values: ValueMap, outside: dict[int, list[OutsideHandle]]) -> Any:
+    """Arguments without tensors: made values by number and view, tensors from outside by alias (listed, too)."""
+    if isinstance(tree, Tensor):
+        storage = storage_of(tree)
+        number = -1 if storage is None else values.number(storage)
+        if number >= 0:
+            return _Made(number, View.of(tree))
+        alias = alias_of(tree)
+        handle = OutsideHandle(alias, version_of(alias))
+        if storage is not None:
+            outside.setdefault(number, []).append(handle)
+        return handle
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_template(v, values, outside) for v in tree)
+    if isinstance(tree, dict):
+        return {k: _template(v, values, outside) for k, v in tree.items()}
+    return tree
+
+
+def _resolved(tree: Any, memory: dict[int, torch.UntypedStorage]) -> Any:
+    """The arguments of a template again."""
+    if isinstance(tree, _Made):
+        return tree.view.on(memory[tree.number])
+    if isinstance(tree, OutsideHandle):
+        return tree.get()
+    if isinstance(tree, (list, tuple)):
+        return type(tree)(_resolved(v, memory) for v in tree)
+    if isinstance(tree, dict):
+        return {k: _resolved(v, memory) for k, v in tree.items()}
+    return tree
+
+
+def alias_of(tensor: Tensor) -> Tensor:
+    """Another tensor on the same memory that shares the version counter; to be called inside a dispatch mode."""
+    key = torch._C.DispatchKey.ADInplaceOrView
+    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch._C._IncludeDispatchKeyGuard(key):
+        return tensor.detach()
+
+
+def version_of(tensor: Tensor) -> int:
+    """The version counter; inference tensors, which have none, never change under autograd."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _generator_of(args: Any, kwargs: Any) -> torch.Generator:
+    """The generator that a random op draws from: given explicitly, or the default one of its device."""
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, torch.Generator):
+            return a
+    given = kwargs.get("device")
+    first = next(iter(tensors_in((args, kwargs))), None)
+    device = torch.device(given) if given is not None else first.device if first is not None else torch.device("cpu")
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return torch.cuda.default_generators[index]
+    return torch.default_generator
+
+
+@contextlib.contextmanager
+def _generator_at(generator: torch.Generator | None, state: bytearray | None) -> Iterator[None]:
+    """The generator in an earlier state for the length of the block."""
+    if generator is None or state is None:
+        yield
+        return
+    now = state_of(generator)
+    set_state(generator, state)
+    try:
+        yield
+    finally:
+        set_state(generator, now)
+
+
+def checksum(memory: Iterable[torch.UntypedStorage]) -> int:
+    """A number that tells the contents of some memory apart."""
+    total = 0
+    for storage in memory:
+        total = zlib.crc32(fingerprint(storage).to_bytes(8, "little"), total)
+    return total
+
+
+def modified(what: View | Tensor, probe: Tensor, expected: int) -> RuntimeError:
+    """What autograd raises for a saved tensor that has been modified in place."""
+    size = list(what.size) if isinstance(what, View) else list(what.shape)
+    return RuntimeError(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{probe.type()} {size}] is at version {probe._version}; expected version {expected} instead. Hint: enable "
+        "anomaly detection to find the operation that failed to compute its gradient, with "
+        "torch.autograd.set_detect_anomaly(True)."
+    )
+
+
+def _disturbed(func: Any) -> RuntimeError:
+    return RuntimeError(
+        f"recollect cannot draw the numbers of {func} again: another thread drew from the same generator at the same "
+        "moment. Give that thread a torch.Generator of its own, or let the step use one"
+    )

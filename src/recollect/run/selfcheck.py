@@ -1,0 +1,86 @@
+"""The self-check of a plan's first step: what runs again must give what it gave the first time.
+
+Right after an op that the plan runs again, it runs a second time, where the budget has room for that, and both results
+are compared. What differs is kept, in this step and from then on. Checksums of the results tell at every later look
+whether something that torch does not see has changed them: then they are kept as they are now. In the backward, what
+was computed again is compared with the checksum; by then nothing can be mended, so a difference is an error there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from recollect.record.facts import facts_of
+from recollect.record.values import ValueMap, storage_of
+from recollect.run.entry import Entry, checksum
+
+DIFFERS = "gives something else when it runs again"
+CHANGED = "what it makes is changed by something that torch does not see"
+
+Memory = dict[int, torch.UntypedStorage]
+
+
+class SelfCheck:
+    """Checksums of what one forward made, and the comparisons.
+
+    Args:
+        twice: ops for whose second run, right after the first, there is room.
+        on_difference: called with the op and the reason why it must not run again.
+    """
+
+    def __init__(self, twice: frozenset[int], on_difference: Callable[[int, str], None]) -> None:
+        self._twice, self._report = twice, on_difference
+        self._sums: dict[int, int] = {}
+        self._maker: dict[int, int] = {}
+
+    def arguments(self, k: int, values: ValueMap, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Memory:
+        """Before the first run: the memory that the second one will read; copies of what the first overwrites."""
+        if k not in self._twice:
+            return {}
+        overwritten = {s._cdata for s in map(storage_of, written) if s is not None}
+        storages = [s for s in map(storage_of, inputs) if s is not None]
+        return {values.number(s): s.clone() if s._cdata in overwritten else s for s in storages}
+
+    def differs(self, k: int, entry: Entry, made: Memory, before: Memory) -> bool:
+        """After the first run: remember what it made, and run again where there is room; whether that differs."""
+        facts = facts_of(entry.func)
+        if facts.uninitialised:
+            return False
+        skipped = {n for position, n in entry.outputs if position in facts.workspaces}
+        sums = {n: checksum([storage]) for n, storage in made.items() if n not in skipped}
+        self._sums |= sums
+        self._maker.update(dict.fromkeys(sums, k))
+        if k not in self._twice:
+            return False
+        before |= {new: before[old] for new, old in entry.in_place}
+        again = {n: checksum([storage]) for n, storage in entry.run(before).items() if n in sums}
+        if again == sums:
+            return False
+        self._report(k, DIFFERS)
+        return True
+
+    def has_changed(self, number: int, storage: torch.UntypedStorage) -> bool:
+        """Whether a value is not what its op made, although no operator has changed it since."""
+        if number not in self._sums or self._sums[number] == checksum([storage]):
+            return False
+        self._report(self._maker[number], CHANGED)
+        del self._sums[number]
+        return True
+
+    def compare(self, k: int, entry: Entry, made: Memory) -> None:
+        """In the backward: what was computed again, beside what the forward made.
+
+        Raises:
+            RuntimeError: they differ; the op is reported first, so that the next step keeps what it makes.
+        """
+        for n, storage in made.items():
+            if n in self._sums and self._sums[n] != checksum([storage]):
+                self._report(k, DIFFERS)
+                raise RuntimeError(
+                    f"recollect's check of this first step with a plan: {entry.func} gave something else when it ran "
+                    "again than in the forward, so this backward cannot go on. Its result is kept from now on: set the "
+                    "gradients to None and repeat the step"
+                )
