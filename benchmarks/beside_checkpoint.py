@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recollect
-from recollect.demo.measure import account, resident
 from recollect.demo.models import GPT, GPTConfig, ResNet, ResNetConfig, checkpoint_every_block
 from recollect.program import Plan
 from recollect.record import record
 from recollect.run import Tape, instructions_for
+from recollect.run.account import account, resident
 from recollect.show.text import format_bytes
 
 Step = Callable[[], Tensor]

@@ -12,8 +12,8 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from recollect.demo import data, models, train
-from recollect.demo.measure import Account
 from recollect.demo.report import save_picture, summary, table
+from recollect.run.account import Account
 
 
 @pytest.fixture(scope="module")

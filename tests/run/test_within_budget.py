@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import recollect
-from recollect.demo.measure import account, resident
 from recollect.record.optimizer import optimizer_state_bytes
+from recollect.run.account import account, resident
 from tests.zoo import CASES, Case
 
 

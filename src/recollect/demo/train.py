@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recollect
-from recollect.demo import data, measure, models
+from recollect.demo import data, models
+from recollect.run.account import Account, account, resident
 
 BUDGETS = (0.7, 0.5, 0.35)
 """Fractions of the plain peak that the demo plans for."""
@@ -67,7 +68,7 @@ class Row:
     """
 
     name: str
-    account: measure.Account
+    account: Account
     time_ratio: float
     same_gradients: bool
     same_state: bool
@@ -109,7 +110,7 @@ class Variant:
     same_gradients: bool = True
     same_state: bool = True
     generator_state: Tensor | None = None
-    account: measure.Account | None = None
+    account: Account | None = None
 
 
 def tasks(quick: bool = False) -> tuple[Task, Task]:
@@ -207,8 +208,8 @@ def _take_step(variant: Variant, x: Tensor, y: Tensor, *, seed: int, first: bool
     step = partial(_step, variant, x, y)
     start = time.perf_counter()
     if last:
-        before = measure.resident(variant.model, variant.optimizer, x, y)
-        variant.account = measure.account(step, before)
+        before = resident(variant.model, variant.optimizer, x, y)
+        variant.account = account(step, before)
     elif first:
         _first_step(variant, x, y)
     else:

@@ -53,7 +53,7 @@ def program_to_data(program: Program) -> dict[str, Any]:
         "format": PROGRAM_FORMAT,
         "version": VERSION,
         "name": program.name,
-        **_unless({"timing": program.timing}, timing="given"),
+        **_unless({"timing": program.timing, "recorded": program.recorded}, timing="given", recorded=""),
         "values": [_value_to_data(v) for v in program.values],
         "ops": [_op_to_data(op, ids) for op in program.ops],
     }
@@ -185,7 +185,13 @@ def program_from_data(data: Mapping[str, Any]) -> Program:
     index = {v.id: i for i, v in enumerate(values)}
     ops = tuple(_op_from_data(i, item, index) for i, item in enumerate(_get(data, "program", "ops", list)))
     name = _get(data, "program", "name", str)
-    return Program(name, values, ops, timing=_get(data, "program", "timing", str, "given"))
+    return Program(
+        name,
+        values,
+        ops,
+        timing=_get(data, "program", "timing", str, "given"),
+        recorded=_get(data, "program", "recorded", str, ""),
+    )
 
 
 def plan_from_data(data: Mapping[str, Any]) -> Plan:

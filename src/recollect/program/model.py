@@ -94,6 +94,8 @@ class Program:
     name: str
     values: tuple[Value, ...]
     ops: tuple[Op, ...]
+    recorded: str = field(default="", kw_only=True)
+    """On what the step was recorded: ``fake`` or ``real`` tensors; "" if it was not recorded."""
     timing: str = field(default="given", kw_only=True)
     """Where the seconds come from: ``measured``, ``estimated`` or ``given``."""
 

@@ -11,7 +11,9 @@ from recollect.record.recorder import RecordedOp, RecordedValue, Recorder
 from recollect.record.timing import Cost
 
 
-def assemble(recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_bytes: int, timing: str) -> Program:
+def assemble(
+    recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_bytes: int, timing: str, recorded: str = "fake"
+) -> Program:
     """The program of a finished recording.
 
     Args:
@@ -20,6 +22,7 @@ def assemble(recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_
         costs: seconds and scratch bytes of every recorded op.
         optimizer_bytes: resident state of the optimizer.
         timing: where the seconds come from.
+        recorded: on what: fake or real tensors.
     """
     device = _main_device(recorder.values)
     outside = sorted((n for n in recorder.values if n < 0), reverse=True)
@@ -44,7 +47,7 @@ def assemble(recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_
         )
         for op, cost, reason in zip(recorder.ops, costs, reasons, strict=True)
     )
-    return Program(name, tuple(values), ops, timing=timing)
+    return Program(name, tuple(values), ops, timing=timing, recorded=recorded)
 
 
 def _main_device(values: dict[int, RecordedValue]) -> torch.device:

@@ -77,13 +77,13 @@ def record(
     check_devices(modules, args, kwargs)
     try:
         with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device) as world:
-            recorder = _record_in(world, fn, modules, progress)
+            recorder, recorded = _record_in(world, fn, modules, progress), "fake"
     except NothingDifferentiable:
         raise
     except Exception as error:
         if _is_unreal(modules, args, kwargs):
             raise
-        recorder = _record_for_real(fn, modules, args, kwargs, progress, error)
+        recorder, recorded = _record_for_real(fn, modules, args, kwargs, progress, error), "real"
     signatures = [op.signature for op in recorder.ops]
     if timing == "measure" and not _is_unreal(modules, args, kwargs):
         costs, source = measure_all(signatures, progress), "measured"
@@ -91,7 +91,7 @@ def record(
         written = [sum(recorder.values[n].nbytes for n in op.writes) for op in recorder.ops]
         costs, source = estimate_all(signatures, written), "estimated"
     title = name or getattr(fn, "__name__", type(fn).__name__)
-    return assemble(recorder, title, costs, optimizer_bytes=optimizer_bytes, timing=source)
+    return assemble(recorder, title, costs, optimizer_bytes=optimizer_bytes, timing=source, recorded=recorded)
 
 
 class _World:

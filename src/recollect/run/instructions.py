@@ -50,10 +50,12 @@ class Instructions:
         again: ops that will run again.
         events: what to do at each request of the backward, in order.
         twice: ops among ``again`` for whose second run, right after the first, the budget has room.
-        keep_bytes: the size of every value to hold.
+        sizes: bytes of every value that the forward makes.
         spare_bytes: by how much the budget exceeds the plan's peak.
-        allowed_bytes: what a step off the path may hold for the backward: the budget less the most that anything else
-            takes at any moment of the plan; None: all it likes.
+        budget_bytes: the budget; None: a step off the path may take what it likes.
+        beside_bytes: what anything but the values that the tape holds takes at most: in the forward, then from each
+            request of the backward to the next.
+        fixed_bytes: what is always there.
     """
 
     path: tuple[tuple[str, tuple[int, ...]], ...]
@@ -63,14 +65,21 @@ class Instructions:
     again: frozenset[int]
     events: tuple[Event, ...]
     twice: frozenset[int] = frozenset()
-    keep_bytes: Mapping[int, int] = field(default_factory=dict)
+    sizes: Mapping[int, int] = field(default_factory=dict)
     spare_bytes: int = 0
-    allowed_bytes: int | None = None
+    budget_bytes: int | None = None
+    beside_bytes: tuple[int, ...] = (0,)
+    fixed_bytes: int = 0
 
     @cached_property
     def planned(self) -> frozenset[int]:
         """Values whose stay in memory the plan decides; others stay for as long as a handle stands for them."""
         return self.keep.union(self.installs)
+
+    @cached_property
+    def largest_bytes(self) -> int:
+        """The size of the largest value that the forward makes."""
+        return max(self.sizes.values(), default=0)
 
     @cached_property
     def installs(self) -> Counter[int]:
@@ -133,9 +142,11 @@ class _Compiler:
             again=frozenset(self.tape_op[order[p]] for p in again),
             events=tuple(events),
             twice=self._twice({order[p] for p in again}, timeline),
-            keep_bytes={n: self.program.values[v].nbytes for v, n in self.number.items() if n in keep},
+            sizes={self.number[v]: self.program.values[v].nbytes for i in self.tape_op for v in ops[i].writes},
             spare_bytes=self.budget_bytes - timeline.peak_bytes,
-            allowed_bytes=max(0, self.budget_bytes - self._most_beside(stays, timeline)),
+            budget_bytes=self.budget_bytes,
+            beside_bytes=self._beside(stays, timeline),
+            fixed_bytes=self.program.fixed_bytes,
         )
 
     def _reruns(self) -> set[int]:
@@ -162,15 +173,20 @@ class _Compiler:
                 found.add(self.tape_op[i])
         return frozenset(found)
 
-    def _most_beside(self, stays: dict[int, list[_Residency]], timeline: Timeline) -> int:
-        """The most bytes at any run that are not values which the tape holds."""
+    def _beside(self, stays: dict[int, list[_Residency]], timeline: Timeline) -> tuple[int, ...]:
+        """The most bytes that are not values held by the tape: in the forward, and from each request to the next."""
         change = [0] * (len(self.schedule.order) + 1)
         for v, ss in stays.items():
             for s in ss:
                 if s.last_access is not None:
                     change[s.made_by] += self.program.values[v].nbytes
                     change[s.last_access + 1] -= self.program.values[v].nbytes
-        return max(r - h for r, h in zip(timeline.resident_bytes, accumulate(change), strict=False))
+        found = [0]
+        for i, resident, held in zip(self.schedule.order, timeline.resident_bytes, accumulate(change), strict=False):
+            if self.program.ops[i].name == "unpack":
+                found.append(0)
+            found[-1] = max(found[-1], resident - held)
+        return tuple(found)
 
     def _residencies(self, again: set[int]) -> dict[int, list[_Residency]]:
         """The stays of every made value; accesses of the tape are requests of the backward and reads of reruns."""

@@ -27,6 +27,23 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
+def without_frames(error: BaseException) -> BaseException:
+    """The error, and those behind it, without the frames they passed through and the tensors in them."""
+    link: BaseException | None = error
+    while link is not None:
+        link.__traceback__ = None
+        link = link.__cause__ or link.__context__
+    return error
+
+
+def bytes_at(plan: Plan, k: int) -> int:
+    """What the plan has in memory while the k-th op of the forward first runs; its peak if there is no such op."""
+    forward = [i for i, op in enumerate(plan.program.ops) if op.phase == "forward"]
+    if k >= len(forward):
+        return plan.peak_bytes
+    return simulate(plan.program, plan.schedule).resident_bytes[plan.schedule.order.index(forward[k])]
+
+
 def told(error: BaseException, plan: Plan | None) -> torch.OutOfMemoryError:
     """The allocator's error with the plan's account of memory beside it."""
     if plan is None or (isinstance(error, torch.OutOfMemoryError) and "recollect" in str(error)):
@@ -39,8 +56,8 @@ def told(error: BaseException, plan: Plan | None) -> torch.OutOfMemoryError:
     account = ", ".join(f"{kind} {nbytes:,}" for kind, nbytes in kinds.most_common() if nbytes > 0)
     op = program.ops[timeline.peak_op]
     return torch.OutOfMemoryError(
-        f"out of memory under a recollect plan whose peak is {plan.peak_bytes:,} bytes (budget {plan.budget_bytes:,}), at "
-        f"{op.name} in {op.module or 'the step'}: {account} bytes. What runs outside the callable, other processes and "
-        "the allocator's own rounding are not in this account. The next step is planned for less; if that is not enough, "
-        f"name a smaller budget (the smallest known is {plan.floor_bytes:,} bytes). The allocator said: {error}"
+        f"out of memory under a recollect plan whose peak is {plan.peak_bytes:,} bytes (budget {plan.budget_bytes:,}), "
+        f"at {op.name} in {op.module or 'the step'}: {account} bytes. What runs outside the callable, other processes "
+        "and the allocator's own rounding are not in this account. The next step is planned for less; if that is not "
+        f"enough, name a smaller budget (the smallest known is {plan.floor_bytes:,} bytes). The allocator said: {error}"
     )

@@ -16,11 +16,11 @@ class Online:
     """The heuristic of DTR on what the tape tells it.
 
     Args:
-        allowed_bytes: what may be held for the backward.
+        budget_bytes: what the whole step may take.
     """
 
-    def __init__(self, allowed_bytes: int) -> None:
-        self.allowed_bytes = allowed_bytes
+    def __init__(self, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
         self._clock = 0
         self._used: dict[int, int] = {}
         self._seconds: dict[int, float] = {}

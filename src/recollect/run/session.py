@@ -19,7 +19,7 @@ from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
 from recollect.run.instructions import Instructions, instructions_for
-from recollect.run.memory import free_memory, is_out_of_memory, told
+from recollect.run.memory import bytes_at, free_memory, is_out_of_memory, told, without_frames
 from recollect.run.selfcheck import SelfCheck
 from recollect.run.settings import RandomStates
 from recollect.run.tape import Tape
@@ -31,7 +31,7 @@ MAX_DEVIATIONS: Final = 3
 MAX_RETRIES: Final = 3
 """How often a forward that ran out of memory is tried again, each time under a tighter plan."""
 TIGHTER: Final = 0.9
-"""The next budget, as a share of the peak of the plan that ran out of memory."""
+"""The next budget, as a share of what the plan has in memory where the device ran out of it."""
 
 
 class Planner(Protocol):
@@ -85,7 +85,6 @@ class _Entry:
         stale: it is to be recorded anew.
         quick: the plan is the first that was found, good for a kind of input that never comes back.
         checked: a step with this plan has been through the self-check.
-        at_most_bytes: what the device turned out to have, if it was less than the budget.
         deviations: steps that left the path.
     """
 
@@ -94,7 +93,6 @@ class _Entry:
     stale: bool = False
     quick: bool = False
     checked: bool = False
-    at_most_bytes: int | None = None
     deviations: int = 0
     differing: dict[int, str] = field(default_factory=dict)
     """New reasons why an op must not run again, by its number among the ops of the forward."""
@@ -102,7 +100,8 @@ class _Entry:
     def follow(self, plan: Plan, *, quick: bool = False) -> None:
         """Take this plan from now on."""
         reruns = len(plan.schedule.order) > len(plan.program.ops)
-        self.plan, self.instructions = plan, instructions_for(plan) if reruns else None
+        may_vary = self.deviations or plan.program.recorded == "real"
+        self.plan, self.instructions = plan, instructions_for(plan) if reruns or may_vary else None
         self.quick, self.checked = quick, False
 
 
@@ -134,6 +133,8 @@ class Session:
         self._turns = _Turns()
         self._here = threading.local()
         self._last: Plan | None = None
+        self._at_most_bytes: int | None = None
+        """What the device turned out to have, if it was less than the budget."""
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
@@ -170,14 +171,16 @@ class Session:
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
-                self._tighten(entry, error)
-                if tape.has_effects or attempt == MAX_RETRIES:
-                    raise told(error, plan) from error
-                tape.rewind()
-                before.restore()
-            self._counts.retries += 1
-            del tape
+                refusal = without_frames(error)
+            is_safe, reached = not tape.has_effects, tape.n_ops if tape.following else None
+            tape.rewind()
+            del tape  # with the error's frames, all that the forward has made: now there is room to plan
             free_memory()
+            self._tighten(entry, refusal, reached)
+            if not is_safe or attempt == MAX_RETRIES:
+                raise told(refusal, plan) from refusal
+            before.restore()
+            self._counts.retries += 1
         raise AssertionError("unreachable")
 
     def _tape(self, entry: _Entry) -> Tape:
@@ -193,7 +196,7 @@ class Session:
     def _checked(self, entry: _Entry, tape: Tape) -> None:
         """From now on the sizes seen are the plan's, and nothing is compared any more."""
         if not entry.checked and tape.following and entry.instructions is not None:
-            entry.instructions = replace(entry.instructions, keep_bytes=tape.kept_bytes)
+            entry.instructions = replace(entry.instructions, sizes=tape.sizes)
         entry.checked = True
 
     def _without_tape(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -209,9 +212,8 @@ class Session:
     def stats(self) -> Stats:
         """What has happened so far."""
         c = self._counts
-        return Stats(
-            self._last, len(self._entries), c.calls, c.planned, c.deviations, c.unplanned, c.reruns, c.retries, c.differing
-        )  # fmt: skip
+        counts = (c.calls, c.planned, c.deviations, c.unplanned, c.reruns, c.retries, c.differing)
+        return Stats(self._last, len(self._entries), *counts)
 
     def _entry(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Entry:
         with self._lock:
@@ -230,9 +232,7 @@ class Session:
 
     def _plan(self, args: Sequence[Any], kwargs: dict[str, Any], before: _Entry | None) -> _Entry:
         """Record and plan. A kind of input that was never met before gets a quick plan, unless it is the first one."""
-        entry = _Entry()
-        if before is not None:
-            entry = _Entry(deviations=before.deviations, at_most_bytes=before.at_most_bytes)
+        entry = _Entry(deviations=before.deviations if before is not None else 0)
         try:
             with self._turns.recording():
                 program = self._planner.record(self.fn, args, kwargs)
@@ -253,7 +253,7 @@ class Session:
         ops = tuple(replace(op, repeatable=reasons.get(i, op.repeatable)) for i, op in enumerate(program.ops))
         program = replace(program, ops=ops) if reasons else program
         entry.differing = {}
-        entry.follow(self._planner.solve(program, at_most_bytes=entry.at_most_bytes, quick=quick), quick=quick)
+        entry.follow(self._planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick), quick=quick)
         self._counts.planned += 1
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
@@ -262,8 +262,8 @@ class Session:
         self._counts.differing += 1
         op = [op for op in entry.plan.program.ops if op.phase == "forward"][k]
         self._warn(
-            f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}. What it "
-            "makes is kept from now on"
+            f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}. "
+            "What it makes is kept from now on"
         )
 
     def _deviated(self, entry: _Entry, reason: str) -> None:
@@ -271,14 +271,14 @@ class Session:
         self._counts.deviations += 1
         entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
-            f"a step left the path that was recorded ({reason}); it goes on under the online policy, which lets go of what "
-            "is cheapest to compute again; its gradients are exact. The next step of this kind is recorded anew"
+            f"a step left the path that was recorded ({reason}); it goes on under the online policy, which lets go of "
+            "what is cheapest to compute again; its gradients are exact. The next step of this kind is recorded anew"
         )
         if not entry.stale:
             self._warn(
-                f"the forward has left its recorded path {entry.deviations} times for the same kind of input (it depends "
-                "on the data or on state outside); it is not recorded again: steps that leave the path of the last "
-                "recording go on under the online policy"
+                f"the forward has left its recorded path {entry.deviations} times for the same kind of input (it "
+                "depends on the data or on state outside); it is not recorded again: steps that leave the path of the "
+                "last recording go on under the online policy"
             )
 
     def _ran_out(self, entry: _Entry, error: BaseException) -> BaseException:
@@ -288,14 +288,16 @@ class Session:
             self._tighten(entry, error)
         return told(error, plan)
 
-    def _tighten(self, entry: _Entry, error: BaseException) -> None:
+    def _tighten(self, entry: _Entry, error: BaseException, reached: int | None = None) -> None:
+        """Plan for what the device turned out to have: less than what the op needs that the forward has reached."""
         plan = entry.plan
         assert plan is not None
-        entry.at_most_bytes = int(TIGHTER * plan.peak_bytes)
+        had = plan.peak_bytes if reached is None else bytes_at(plan, reached)
+        before, self._at_most_bytes = self._at_most_bytes, int(TIGHTER * had)
         try:
             self._solve(entry, plan.program)
         except InfeasibleBudget as infeasible:
-            entry.at_most_bytes = None
+            self._at_most_bytes = before
             raise told(error, plan) from infeasible
 
     def _count_rerun(self) -> None:

@@ -12,6 +12,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from recollect.run.selfcheck import Memory, SelfCheck
 from recollect.run.settings import set_state, state_of
 
 _NO_TASK = -1
+_SLACK = 0.05
+"""How much further the backward of the plan may be than one off its path, as a share of all requests."""
 _NOTHING: frozenset[int] = frozenset()
 _UNREAD: tuple[tuple[int, ...], bool] = ((), False)
 
@@ -46,6 +49,7 @@ class Handle:
         """The backward pass, counted by the tape, in which it was served last."""
         tape.handles[number] = tape.handles.get(number, 0) + 1
         tape.waiting[number] = tape.waiting.get(number, 0) + 1
+        tape.packed += 1
 
     def check_unchanged(self) -> None:
         """Raise what autograd would raise if the saved tensor has been modified in place."""
@@ -111,11 +115,11 @@ class Tape(TorchDispatchMode):
         """Values that the plan would drop and that turned out to be kept."""
         self._overwritten_outside: set[int] = set()
         """What this forward has overwritten of what it did not make."""
-        self._excess_bytes = 0
-        self.kept_bytes: dict[int, int] = {}
-        """What the values that it holds take for real, where it checks: fake kernels err about workspaces."""
+        self._excess_bytes = self._kept_excess_bytes = self._largest_bytes = 0
+        self.sizes: dict[int, int] = {}
+        """What values take for real, where it checks: fake kernels err about workspaces."""
         self._map: ValueMap | None = ValueMap()
-        self._n_ops = 0
+        self.n_ops = 0
         self._held: dict[int, _Held] = {}
         self._entries: dict[int, Entry] = {}
         self._maker: dict[int, int] = {}
@@ -127,6 +131,7 @@ class Tape(TorchDispatchMode):
         self._task: int | None = None
         self._pass = 1
         self._retained = False
+        self._served = self.packed = 0
         self._rerunning = False
 
     # ---- forward -------------------------------------------------------------------------------------------------
@@ -140,7 +145,7 @@ class Tape(TorchDispatchMode):
         if facts.is_view or self._rerunning or self._map is None:
             return func(*args, **kwargs)
         written = facts.written(args, kwargs)
-        if written or self._n_ops in self.instructions.again or not self._expects(facts.name) or self._check:
+        if written or self.n_ops in self.instructions.again or not self._expects(facts.name) or self._check:
             inputs = tensors_in((args, kwargs))
             reads = self._map.reads(inputs)
             expected = self._expects(facts.name, reads[0])
@@ -156,7 +161,7 @@ class Tape(TorchDispatchMode):
             with DRAWING if facts.random else contextlib.nullcontext():
                 entry = prepare(func, facts, args, kwargs, self._map, self._outside)
                 if self._check is not None and expected:
-                    memory = self._check.arguments(self._n_ops, self._map, inputs, written)
+                    memory = self._check.arguments(self.n_ops, self._map, inputs, written)
                 out = func(*args, **kwargs)
         else:
             out = func(*args, **kwargs)
@@ -166,9 +171,9 @@ class Tape(TorchDispatchMode):
             if self.following and not expected:
                 self._leave_path(facts.name)
             self._note(seen, entry, outputs, rescued, memory)
-            if self._online is not None and entry is not None and self._n_ops - 1 in self._entries:
+            if self._online is not None and entry is not None and self.n_ops - 1 in self._entries:
                 cost = estimate(signature_of(func, args, kwargs), sum(t.nbytes for t in outputs))
-                self._online.ran(self._n_ops - 1, cost.seconds, reads[0], [n for n, _ in seen.writes])
+                self._online.ran(self.n_ops - 1, cost.seconds, reads[0], [n for n, _ in seen.writes])
             self._shrink()
         return out
 
@@ -192,7 +197,7 @@ class Tape(TorchDispatchMode):
     ) -> bool:
         """Whether to prepare for another run: the plan says so, or, off its path, nothing is known against it."""
         if expected and self.following:
-            return self._n_ops in self.instructions.again
+            return self.n_ops in self.instructions.again
         if self._online is None or facts.never_again or facts.uninitialised or facts.fresh_constant:
             return False
         if not facts.batch_norm and any(self._is_outside(t) for t in written):
@@ -218,7 +223,7 @@ class Tape(TorchDispatchMode):
         memory: Memory,
     ) -> None:
         """Hold what the plan says."""
-        k, self._n_ops = self._n_ops, self._n_ops + 1
+        k, self.n_ops = self.n_ops, self.n_ops + 1
         self._overwritten_outside.update(seen.effects)
         for new, old in seen.in_place:
             self._overwritten(new, old, rescued)
@@ -229,21 +234,27 @@ class Tape(TorchDispatchMode):
             if self.following and self._check is not None and self._differs(k, ready, made, memory):
                 self._pinned.update(made)
         for number, tensor in seen.writes:
+            storage = tensor.untyped_storage()
+            self._weigh(number, storage.nbytes())
             kept = self.following and (number in self.instructions.keep or number in self._pinned)
             if kept or (number in self.handles and not self._forgets(number)):
                 saved = number in self.instructions.asked and number not in self.handles  # then pack makes the alias
-                self._hold(number, tensor.untyped_storage(), None if saved else alias_of(tensor))
+                self._held[number] = _Held(storage, True, None if saved else alias_of(tensor))
 
-    def _hold(self, number: int, storage: torch.UntypedStorage, alias: Tensor | None) -> None:
-        """Keep a value that the forward has made; leave the path where such values are larger than the plan's."""
-        self._held[number] = _Held(storage, True, alias)
-        planned = self.instructions.keep_bytes.get(number)
+    def _weigh(self, number: int, nbytes: int) -> None:
+        """Leave the path where values are larger than the plan's, and there is no room for that."""
         if self._check is not None:
-            self.kept_bytes[number] = storage.nbytes()
-        elif self.following and planned is not None:
-            self._excess_bytes += storage.nbytes() - planned
-            if self._excess_bytes > self.instructions.spare_bytes:
-                self._deviate(f"what it keeps takes {self._excess_bytes:,} bytes more than in the recorded forward")
+            self.sizes[number] = nbytes
+        self._largest_bytes = max(self._largest_bytes, nbytes)
+        grown = nbytes - self.instructions.sizes.get(number, nbytes)
+        if grown and self.following and self._check is None:
+            if number in self.instructions.keep:
+                self._kept_excess_bytes += grown
+            else:
+                self._excess_bytes = max(self._excess_bytes, grown)
+            excess = self._kept_excess_bytes + self._excess_bytes
+            if excess > self.instructions.spare_bytes:
+                self._deviate(f"its values take {excess:,} bytes more than in the recorded forward")
 
     def _forgets(self, number: int) -> bool:
         """Whether the plan lets go of this value although the backward will ask for it."""
@@ -287,11 +298,12 @@ class Tape(TorchDispatchMode):
         """Off the path: let go of what can be made again until what is held is within what is allowed."""
         if self._online is None:
             return
-        if self._held_bytes() > self._online.allowed_bytes:
+        allowed = self._online.budget_bytes - self._beside_bytes()
+        if self._held_bytes() > allowed:
             needed = self._needed()
             for n in [n for n in self._held if not self.handles.get(n) and n not in needed and n not in locked]:
                 self._let_go(n)
-        excess = self._held_bytes() - self._online.allowed_bytes
+        excess = self._held_bytes() - allowed
         if excess <= 0:
             return
         sizes = {n: max(1, h.memory.nbytes()) for n, h in self._held.items() if n not in locked and self._can_go(n)}
@@ -301,6 +313,18 @@ class Tape(TorchDispatchMode):
                 excess -= sizes[number]
                 self._let_go(number)
             del sizes[number]
+
+    def _beside_bytes(self) -> float:
+        """What everything else may take: as in the plan, and more where values are larger than there."""
+        plan = self.instructions
+        begin, end = 0, 1
+        if self._map is None:  # in the backward: as far into it as this one is, and a little further
+            progress = self._served / max(1, self.packed)
+            last = len(plan.beside_bytes) - 1
+            begin, end = int((progress - _SLACK) * last), 1 + ceil((progress + _SLACK) * last)
+        beside = max(plan.beside_bytes[max(0, begin) : end])
+        larger = max(1.0, self._largest_bytes / max(1, plan.largest_bytes))
+        return plan.fixed_bytes + larger * (beside - plan.fixed_bytes)
 
     def _held_bytes(self) -> int:
         storages = {h.memory._cdata: h.memory.nbytes() for h in self._held.values()}
@@ -352,11 +376,11 @@ class Tape(TorchDispatchMode):
 
     def _expects(self, name: str, reads: Sequence[int] | None = None) -> bool:
         """Whether the plan has this op next."""
-        path, k = self.instructions.path, self._n_ops
+        path, k = self.instructions.path, self.n_ops
         return self.following and k < len(path) and _matches(path[k], name, reads)
 
     def _leave_path(self, name: str) -> None:
-        path, k = self.instructions.path, self._n_ops
+        path, k = self.instructions.path, self.n_ops
         if k >= len(path):
             self._deviate(f"operator {k} ({name}) comes after the end of the recorded forward")
         else:
@@ -368,8 +392,9 @@ class Tape(TorchDispatchMode):
         self._on_deviation(reason)
 
     def _go_online(self) -> None:
-        if self.instructions.allowed_bytes is not None:
-            self._online = Online(self.instructions.allowed_bytes)
+        """From now on hold no more than the budget leaves beside everything else, by the plan's account of it."""
+        if self.instructions.budget_bytes is not None:
+            self._online = Online(self.instructions.budget_bytes)
 
     def pack(self, tensor: Tensor) -> Any:
         """A handle for what autograd wants to save."""
@@ -395,8 +420,8 @@ class Tape(TorchDispatchMode):
             with self._replaying():
                 for storage in self._map.living():
                     self._look_at_value(storage)
-        if self.following and self._n_ops < len(self.instructions.path):
-            self._deviate(f"the forward ended after {self._n_ops} of {len(self.instructions.path)} operators")
+        if self.following and self.n_ops < len(self.instructions.path):
+            self._deviate(f"the forward ended after {self.n_ops} of {len(self.instructions.path)} operators")
         for number, held in self._held.items():
             if held.alias is not None:  # only now: an in-place op counts up the version after we have seen it
                 held.version = version_of(held.alias)
@@ -420,6 +445,8 @@ class Tape(TorchDispatchMode):
         if packed.served != self._pass:
             packed.served = self._pass
             self.waiting[number] -= 1
+            self._served += 1
+            self._shrink()
         try:
             tensor = self._serve(packed, number)
         except (RuntimeError, MemoryError) as error:
@@ -481,6 +508,7 @@ class Tape(TorchDispatchMode):
             if self._retained:
                 self._cursor = 0
                 self._pass += 1
+                self._served = 0
                 self.waiting = dict(self.handles)
                 self._installs_left = Counter(self.instructions.installs)
                 self._held = {n: h for n, h in self._held.items() if h.original}

@@ -1,0 +1,227 @@
+"""Steps that are not the recorded one: always exact, within the budget, and planned when they come back."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import recollect
+from recollect.demo.models import GPT, GPTConfig
+from recollect.run.account import account, resident
+from recollect.run.session import MAX_DEVIATIONS, MAX_PLANS
+
+WIDTH = 64
+
+pytestmark = pytest.mark.filterwarnings("ignore:recollect")
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+def both(model: nn.Module, budget: Any, batches: list[Any], loss_of: Callable[[nn.Module, Any], Tensor]) -> list[int]:
+    """Train plainly and under the budget on the same batches; the peaks measured, step by step, from the second on."""
+    plain, peaks = copy.deepcopy(model), list[int]()
+    step = recollect.checkpoint(lambda batch: loss_of(model, batch), budget=budget, time_limit_seconds=2.0)
+    for batch in batches:
+        for m in (plain, model):
+            m.zero_grad()
+        state = torch.get_rng_state()
+        expected = loss_of(plain, batch)
+        expected.backward()
+        after = torch.get_rng_state()
+        torch.set_rng_state(state)
+        planned = recollect.stats(step).planned
+        losses: list[Tensor] = []
+        leaves = [t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)]
+
+        def run(batch: Any = batch, losses: list[Tensor] = losses) -> None:
+            losses.append(_backward(step(batch)))
+
+        seen = account(run, resident(model, *leaves))
+        if recollect.stats(step).planned == planned:  # else operators have been measured in between
+            peaks.append(seen.peak_bytes)
+        assert torch.equal(losses[0], expected.detach())
+        assert torch.equal(torch.get_rng_state(), after)
+        assert all(map(torch.equal, gradients(model), gradients(plain)))
+        assert len(gradients(model)) == len(gradients(plain))
+    both.stats = recollect.stats(step)  # type: ignore[attr-defined]
+    return peaks
+
+
+def _backward(loss: Tensor) -> Tensor:
+    loss.backward()
+    return loss.detach()
+
+
+def blocks(n: int) -> nn.ModuleList:
+    return nn.ModuleList(
+        nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH)) for _ in range(n)
+    )
+
+
+class Branches(nn.Module):
+    """Every block goes one of two ways, which the data decide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = blocks(8)
+
+    def forward(self, x: Tensor, threshold: float) -> Tensor:
+        for block in self.blocks:
+            h = block(x)
+            x = x + (h.sigmoid() * h if h.mean().item() > threshold else (h + 1).mul_(0.5).exp() * h)
+        return x.square().mean()
+
+
+def test_branches_on_data_stay_within_the_budget() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, WIDTH)
+    model = Branches()
+    plain = recollect.plan(model, x, 1.0, budget=1.0, timing="measure").plain_peak_bytes
+    batches = [(x, 9.0)] + [(x, t) for t in (0.0, -9.0, 0.01, -0.01, 9.0, -9.0, 0.0, -9.0)]
+    budget = int(0.6 * plain)
+    peaks = both(model, budget, [(b, torch.tensor(t)) for b, t in batches], lambda m, b: m(b[0], b[1].item()))
+    stats = both.stats  # type: ignore[attr-defined]
+    assert stats.deviations > MAX_DEVIATIONS
+    assert stats.reruns > 0
+    assert max(peaks) <= budget
+
+
+class Experts(nn.Module):
+    """Every row goes to the expert that scores it highest: uneven, and different at each step."""
+
+    def __init__(self, n: int = 4) -> None:
+        super().__init__()
+        self.gates = nn.ModuleList(nn.Linear(WIDTH, n) for _ in range(3))
+        self.experts = nn.ModuleList(blocks(n) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for gate, experts in zip(self.gates, self.experts, strict=True):
+            scores = gate(x).softmax(-1)
+            chosen = scores.argmax(-1)
+            y = torch.zeros_like(x)
+            for k, expert in enumerate(experts):  # type: ignore[arg-type]
+                rows = (chosen == k).nonzero().squeeze(-1)
+                y = y.index_add(0, rows, expert(x[rows]) * scores[rows, k, None])
+            x = x + y
+        return x.square().mean()
+
+
+def test_mixture_of_experts_with_uneven_routing() -> None:
+    torch.manual_seed(0)
+    model = Experts()
+    batches = [torch.randn(512, WIDTH) + 2 * torch.randn(WIDTH) * (k > 0) for k in range(10)]
+    budget = int(0.75 * recollect.plan(model, batches[0], budget=1.0, timing="measure").plain_peak_bytes)
+    peaks = both(model, budget, batches, lambda m, b: m(b))
+    assert both.stats.reruns > 0  # type: ignore[attr-defined]
+    assert max(peaks) <= budget
+
+
+class EarlyExit(nn.Module):
+    """Leaves after as many blocks as the data ask for; drops blocks by torch's random numbers when it is told to."""
+
+    def __init__(self, drop: float = 0.0) -> None:
+        super().__init__()
+        self.blocks, self.drop = blocks(8), drop
+
+    def forward(self, x: Tensor, depth: Tensor) -> Tensor:
+        for k, block in enumerate(self.blocks):
+            if k >= depth.item():
+                break
+            if self.drop and torch.rand(()).item() < self.drop:
+                continue
+            x = x + F.dropout(block(x), 0.1, self.training)
+        return x.square().mean()
+
+
+def test_early_exit() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(512, WIDTH), EarlyExit()
+    budget = int(0.6 * recollect.plan(model, x, torch.tensor(8), budget=1.0, timing="measure").plain_peak_bytes)
+    batches = [(x, torch.tensor(d)) for d in (8, 3, 8, 5, 8, 2, 1, 7, 8, 8)]
+    peaks = both(model, budget, batches, lambda m, b: m(*b))
+    assert both.stats.deviations > 0  # type: ignore[attr-defined]
+    assert max(peaks) <= budget
+
+
+def test_stochastic_depth() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(512, WIDTH), EarlyExit(drop=0.3)
+    budget = int(0.7 * recollect.plan(EarlyExit(), x, torch.tensor(8), budget=1.0, timing="measure").plain_peak_bytes)
+    peaks = both(model, budget, [(x, torch.tensor(8))] * 12, lambda m, b: m(*b))
+    assert both.stats.deviations > 0  # type: ignore[attr-defined]
+    assert max(peaks) <= budget
+
+
+def lengths(n_steps: int, n_lengths: int, model: GPT, budget: int) -> recollect.run.Stats:
+    dice = torch.Generator().manual_seed(1)
+    rows = [24 + 2 * int(torch.randint(n_lengths, (), generator=dice)) for _ in range(n_steps)]
+    text = torch.randint(0, 256, (4, 24 + 2 * n_lengths + 1), generator=dice)
+    batches = [(text[:, :n].contiguous(), text[:, 1 : n + 1].contiguous()) for n in rows]
+    peaks = both(model, budget, batches, lambda m, b: F.cross_entropy(m(b[0]).flatten(0, 1), b[1].flatten()))
+    assert max(peaks) <= budget
+    stats: recollect.run.Stats = both.stats  # type: ignore[attr-defined]
+    assert (stats.deviations, stats.unplanned) == (0, 0)
+    assert stats.reruns > 0
+    assert stats.plans <= MAX_PLANS
+    return stats
+
+
+def longest_plain_peak(model: GPT, n_lengths: int) -> int:
+    x = torch.zeros(4, 24 + 2 * n_lengths, dtype=torch.int64)
+    return recollect.plan(lambda: F.cross_entropy(model(x).flatten(0, 1), x.flatten()), budget=1.0).plain_peak_bytes
+
+
+def test_variable_lengths() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(blocks=2, width=64, context=128))
+    stats = lengths(8, 3, model, int(0.7 * longest_plain_peak(model, 3)))
+    assert (
+        stats.planned == 5
+    )  # the first kind once and for good, the two others when they come, and when they come back
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_variable_lengths_for_200_steps() -> None:
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(blocks=3, width=64, context=128))
+    stats = lengths(200, 40, model, int(0.6 * longest_plain_peak(model, 40)))
+    assert stats.plans >= 39
+
+
+def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("recollect.run.session.MAX_PLANS", 2)
+    model = nn.Sequential(*blocks(2))
+    step = recollect.checkpoint(lambda x: model(x).square().mean(), budget=0.9, time_limit_seconds=1.0)
+    for n in (256, 320, 384, 448):
+        step(torch.randn(n, WIDTH)).backward()
+        assert recollect.stats(step).plans <= 2
+
+
+def test_switches_between_training_and_evaluation() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*blocks(4), nn.Dropout(0.2), nn.BatchNorm1d(WIDTH))
+    plain = copy.deepcopy(model)
+    recollect.checkpoint(model, budget=0.8, time_limit_seconds=1.0)
+    for k in range(8):
+        x = torch.randn(256, WIDTH)
+        results = []
+        for m in (plain, model):
+            m.train(k % 3 != 1)
+            m.zero_grad()
+            torch.manual_seed(k)
+            out = m(x)
+            out.square().mean().backward()
+            results.append((out.detach(), gradients(m), [b.clone() for b in m.buffers()]))
+        (a, b, c), (d, e, f) = results
+        assert torch.equal(a, d)
+        assert all(map(torch.equal, b + c, e + f))
+    assert recollect.stats(model).deviations == 0
