@@ -250,7 +250,7 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
         with gradients_kept(leaves), recorder.seeded(outputs) as start:
             recorder.backward = True
             start()
-            _name_gradients(recorder, leaves)
+            _name_gradients(recorder, leaves, modules)
             recorder.finish()
         del result, outputs
     return recorder
@@ -258,18 +258,25 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
 
 def _know_the_world(recorder: Recorder, world: _World, modules: Sequence[nn.Module]) -> None:
     for name, kind, tensor in named_tensors(modules):
-        recorder.know(tensor, name, kind)
+        recorder.know(tensor, name, kind, _module_of(name))
         if tensor.is_leaf and tensor.grad is not None:
-            recorder.know(tensor.grad, f"{name}.grad", "gradient")
+            recorder.know(tensor.grad, f"{name}.grad", "gradient", _module_of(name))
     leaves = [t for t in torch.utils._pytree.tree_leaves((world.args, world.kwargs)) if isinstance(t, Tensor)]
     for i, tensor in enumerate(leaves):
         recorder.know(tensor, f"input {i}", "input")
 
 
-def _name_gradients(recorder: Recorder, leaves: Sequence[Tensor]) -> None:
+def _module_of(name: str) -> str:
+    """The path of the module that has the parameter of this name."""
+    return name.rpartition(".")[0]
+
+
+def _name_gradients(recorder: Recorder, leaves: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+    names = {id(tensor): name for name, _, tensor in named_tensors(modules)}
     for leaf in leaves:
         if leaf.grad is not None:
-            recorder.call_gradient(leaf.grad)
+            name = names.get(id(leaf), "")
+            recorder.call_gradient(leaf.grad, name and f"{name}.grad", _module_of(name))
 
 
 def differentiable_outputs(result: Any) -> list[Tensor]:
