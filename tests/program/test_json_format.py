@@ -99,7 +99,7 @@ def labelled(draw: st.DrawFn) -> Program:
     """Random programs with any text wherever a text may stand."""
     program = draw(programs())
     shapes = st.none() | st.lists(st.integers(0, 9), max_size=3).map(tuple)
-    words = st.fixed_dictionaries({name: texts for name in ("label", "kind", "dtype", "module")} | {"shape": shapes})
+    words = st.fixed_dictionaries(dict.fromkeys(("label", "kind", "dtype", "module"), texts) | {"shape": shapes})
     values = tuple(Value(v.id, v.nbytes, v.fixed, v.held, **draw(words)) for v in program.values)
     ops = tuple(
         Op(draw(texts), op.reads, op.writes, op.seconds, op.scratch_bytes, draw(texts), draw(texts), op.in_place)

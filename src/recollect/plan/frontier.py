@@ -76,6 +76,12 @@ class Frontier:
 
         return frontier_text(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from recollect.show.page import as_html
+
+        return as_html(str(self))
+
 
 def frontier(
     program: Program,

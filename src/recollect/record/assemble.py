@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -55,7 +56,7 @@ def _main_device(values: dict[int, RecordedValue]) -> torch.device:
 
 def _value(number: int, value: RecordedValue, recorder: Recorder, device: torch.device) -> Value:
     nbytes = value.nbytes if value.device == device else 0
-    about = {"label": value.label, "kind": value.kind, "dtype": value.dtype, "shape": value.shape}
+    about: dict[str, Any] = {"label": value.label, "kind": value.kind, "dtype": value.dtype, "shape": value.shape}
     about["module"] = value.module
     if number < 0:
         return Value(f"x{-number}", nbytes, fixed=True, **about)

@@ -24,7 +24,9 @@ from recollect.record.facts import OpFacts, facts_of, tensors_in
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.values import ValueMap, View, storage_of
 
-_LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent / "record"))
+_OURS = Path(__file__).parent.parent
+_LIBRARY = (str(Path(torch.__file__).parent), *(str(_OURS / n) for n in ("record", "run", "api.py", "largest.py")))
+_TYPED_IN = ("<stdin>", "<ipython-input")
 
 
 @dataclass(slots=True)
@@ -460,7 +462,8 @@ def _user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith(_LIBRARY_FOLDERS) and not filename.startswith("<"):
+        generated = filename.startswith("<") and not filename.startswith(_TYPED_IN)
+        if not generated and not filename.startswith(_LIBRARY):
             return f"{filename}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""
