@@ -161,7 +161,7 @@ def plan(
     with progress_bar() as progress:
         program = record_step(fn, args, kwargs, optimizer, timing, progress)
         return solve(
-            program, _in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
+            program, in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
 
@@ -222,7 +222,7 @@ def explain(
         if budget is None:
             return explanation_of(program)
         plan = solve(
-            program, _in_bytes(budget, program.fixed_bytes), keep=keep, recompute=recompute,
+            program, in_bytes(budget, program.fixed_bytes), keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
         return explanation_of(program, plan)
@@ -323,7 +323,7 @@ class _Options:
                 raise
             except Exception as error:
                 raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
-            budget = _in_bytes(self.budget, program.fixed_bytes)
+            budget = in_bytes(self.budget, program.fixed_bytes)
             return solve(
                 program, budget, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.time_limit_seconds,
                 progress=progress,
@@ -402,7 +402,7 @@ def _check_budget(budget: Budget) -> None:
         parse_budget(budget, 1 << 62)
 
 
-def _in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
+def in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
     """``"auto"`` as bytes: what is free on the device now, plus what the step's fixed values take already."""
     if budget != "auto":
         return budget

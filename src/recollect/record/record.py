@@ -70,9 +70,11 @@ def record(
 
     Raises:
         NothingDifferentiable: nothing returned requires grad.
-        UnusableInput: parameters and inputs are on several devices.
+        UnusableInput: parameters and inputs are on several devices; ``device`` is not one of this machine's.
     """
     kwargs = dict(kwargs or {})
+    if device is not None:
+        _check_target(device)
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
     try:
@@ -293,6 +295,20 @@ def _tensors_of(tree: Any) -> list[Tensor]:
     if is_dataclass(tree) and not isinstance(tree, type):
         tree = [getattr(tree, f.name) for f in fields(tree)]
     return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _check_target(device: torch.device | str) -> None:
+    """Refuse a device that is not there: autograd would end the process."""
+    try:
+        kind = torch.device(device).type
+        there = kind == "cpu" or torch.get_device_module(kind).is_available()
+    except RuntimeError:
+        there = False
+    if not there:
+        raise UnusableInput(
+            f"device {str(device)!r} is not available to torch {torch.__version__} here; leave it out, name one that "
+            "is, or record on the machine that will train"
+        )
 
 
 def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
