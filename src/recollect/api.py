@@ -290,7 +290,7 @@ def _program_of(
 
 def record_step(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
-    progress: Progress | None = None, device: str | None = None,
+    progress: Progress | None = None, device: str | None = None, name: str = "",
 ) -> Program:  # fmt: skip
     """The program of a step that is not going to be run."""
     if timing not in ("estimate", "measure"):
@@ -298,7 +298,9 @@ def record_step(
     session = _session(fn)
     plain = session.fn if session is not None else fn
     state = optimizer_state_bytes(optimizer)
-    return record(plain, args, kwargs, optimizer_bytes=state, timing=timing, device=device, progress=progress)
+    return record(
+        plain, args, kwargs, optimizer_bytes=state, timing=timing, device=device, progress=progress, name=name
+    )
 
 
 class _Options:

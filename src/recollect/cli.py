@@ -24,24 +24,25 @@ if TYPE_CHECKING:
 # this when torch is loaded.
 _SPIN_COUNT = "1000"
 
-ERROR: Final = 1
-"""Exit code: something went wrong on the way."""
+# Exit codes; click has 1 for other errors.
 USAGE: Final = 2
-"""Exit code: the command line is wrong, or names something that is not there."""
 INFEASIBLE: Final = 3
-"""Exit code: no known plan fits into the budget."""
 
 C = TypeVar("C", bound=Callable[..., Any])
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
 
 
-class _Failure(click.ClickException):
-    """One line on stderr and an exit code."""
+class _WrongUse(click.ClickException):
+    """The command line is wrong, or names something that is not there."""
 
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
+    exit_code = USAGE
+
+
+class _Infeasible(click.ClickException):
+    """No known plan fits into the budget."""
+
+    exit_code = INFEASIBLE
 
 
 class _OneLineErrors(click.Group):
@@ -65,18 +66,19 @@ class _OneLineErrors(click.Group):
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            raise _Failure(_one_line(error), _exit_code(error)) from None
+            raise _failure_of(error) from None
 
 
 def _usage(error: click.UsageError, ctx: click.Context) -> click.ClickException:
-    if not error.message or type(error).__name__ == "NoArgsIsHelpError":  # the help itself is the message
+    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: the help is the answer
         return error
     path = (error.ctx or ctx).command_path
-    return _Failure(f"{' '.join(error.format_message().split())} See `{path} --help`.", USAGE)
+    return _WrongUse(f"{' '.join(error.format_message().split())} See `{path} --help`.")
 
 
-def _exit_code(error: Exception) -> int:
-    return INFEASIBLE if isinstance(error, InfeasibleBudget) else USAGE if isinstance(error, NoSuchStep) else ERROR
+def _failure_of(error: Exception) -> click.ClickException:
+    kinds = {InfeasibleBudget: _Infeasible, NoSuchStep: _WrongUse}
+    return kinds.get(type(error), click.ClickException)(_one_line(error))
 
 
 def _one_line(error: Exception) -> str:
@@ -96,7 +98,7 @@ def _version() -> str:
 # --- What options take ------------------------------------------------------------------------------------------------
 
 
-class _Budget(click.ParamType[int | float | str]):
+class _Budget(click.ParamType):
     """A budget as a person types it; read here, so that a malformed one is noticed before any work."""
 
     name = "budget"
@@ -112,7 +114,7 @@ class _Budget(click.ParamType[int | float | str]):
         return budget
 
 
-class _Size(click.ParamType[int]):
+class _Size(click.ParamType):
     """A number of bytes as a person types it."""
 
     name = "size"
@@ -140,7 +142,7 @@ def _number(text: Any) -> int | float | str:
 def _complete_solver(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
     from recollect.plan import SOLVERS
 
-    return [CompletionItem(name) for name in ("auto", *SOLVERS) if name.startswith(incomplete)]
+    return [CompletionItem(name) for name in SOLVERS if name.startswith(incomplete)]
 
 
 def _together(*options: Callable[[C], C]) -> Callable[[C], C]:
@@ -192,14 +194,15 @@ def _recorded(target: str, device: str | None, optimizer: int | None, timing: st
     """The program of the step that the command line names."""
     if target.endswith(".json"):
         raise NoSuchStep(
-            f"{target} is a file, not a model; a program in a file is planned by: recollect solve {target}"
+            f"{target} is a file, not a model; to plan the program in it: recollect solve {target}"
         )
     step = load_step(target)
     from recollect.api import record_step
     from recollect.show.progress import progress_bar
 
     with progress_bar() as progress:
-        return record_step(step.fn, step.args, step.kwargs, optimizer, timing or "estimate", progress, device)
+        name = target.rpartition(":")[2]
+        return record_step(step.fn, step.args, step.kwargs, optimizer, timing or "estimate", progress, device, name)
 
 
 def _read_or_recorded(target: str, device: str | None, optimizer: int | None, timing: str | None) -> Program | Plan:
@@ -232,7 +235,20 @@ def _show(found: _Printable, json_path: str | None) -> None:
         click.echo(f"{type(found).__name__} written to {json_path}")
 
 
-def _show_plan(plan: Plan, json_path: str | None, plot_path: Path | None) -> None:
+def _solve_and_show(
+    program: Program, budget: int | float | str, solver: str, wishes: tuple[tuple[str, ...], tuple[str, ...]],
+    time_limit: float, json_path: str | None, plot_path: Path | None,
+) -> None:  # fmt: skip
+    """Plan, print, write."""
+    from recollect.plan import solve as make_plan
+    from recollect.show.progress import progress_bar
+
+    keep, recompute = wishes
+    with progress_bar() as progress:
+        plan = make_plan(
+            program, budget, solver=solver, keep=keep, recompute=recompute, time_limit_seconds=time_limit,
+            progress=progress,
+        )  # fmt: skip
     _show(plan, json_path)
     if plot_path is not None:
         from recollect.show.plots import memory_plot
@@ -274,7 +290,7 @@ def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
     keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
 ) -> None:  # fmt: skip
-    """Plan a training step of MODEL within a budget; nothing of its size is allocated.
+    rr"""Plan a training step of MODEL within a budget; nothing of its size is allocated.
 
     MODEL is package.module:function or path/to/file.py:function. The function takes nothing and returns (fn, args) or
     (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the meta device cost no memory.
@@ -287,18 +303,11 @@ def plan(
     """
     if plot_path is not None:
         _require("plots", "matplotlib")
-    from recollect.plan import solve as make_plan
-
     program = _recorded(model, device, optimizer, timing)
     from recollect.api import in_bytes
-    from recollect.show.progress import progress_bar
 
-    with progress_bar() as progress:
-        made = make_plan(
-            program, in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
-            time_limit_seconds=time_limit, progress=progress,
-        )  # fmt: skip
-    _show_plan(made, json_path, plot_path)
+    budget = in_bytes(budget, program.fixed_bytes)
+    _solve_and_show(program, budget, solver, (keep, recompute), time_limit, json_path, plot_path)
 
 
 @main.command()
@@ -312,7 +321,7 @@ def explain(
     model: str, budget: int | float | str | None, device: str | None, optimizer: int | None, timing: str | None,
     keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None,
 ) -> None:  # fmt: skip
-    """Print where the peak of a training step stands, what fills it, and why.
+    rr"""Print where the peak of a training step stands, what fills it, and why.
 
     MODEL is as for `recollect plan`, or a file: a program or a plan as JSON.
 
@@ -349,7 +358,7 @@ def frontier(
     recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
     beside: tuple[str, ...],
 ) -> None:  # fmt: skip
-    """Print overhead against peak, from the floor to the plain peak.
+    rr"""Print overhead against peak, from the floor to the plain peak.
 
     MODEL is as for `recollect plan`, or a file: a program as JSON.
 
@@ -387,7 +396,7 @@ def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
     time_limit: float, json_path: str | None, plot_path: Path | None,
 ) -> None:  # fmt: skip
-    """Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed.
+    rr"""Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed.
 
     \b
     Examples:
@@ -396,12 +405,7 @@ def solve(
     """
     if plot_path is not None:
         _require("plots", "matplotlib")
-    from recollect.plan import solve as make_plan
-
-    made = make_plan(
-        Program.from_json(file), budget, solver=solver, keep=keep, recompute=recompute, time_limit_seconds=time_limit
-    )
-    _show_plan(made, json_path, plot_path)
+    _solve_and_show(Program.from_json(file), budget, solver, (keep, recompute), time_limit, json_path, plot_path)
 
 
 @main.command()
