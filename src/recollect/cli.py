@@ -193,9 +193,7 @@ def _time_limit(seconds: float) -> Callable[[C], C]:
 def _recorded(target: str, device: str | None, optimizer: int | None, timing: str | None) -> Program:
     """The program of the step that the command line names."""
     if target.endswith(".json"):
-        raise NoSuchStep(
-            f"{target} is a file, not a model; to plan the program in it: recollect solve {target}"
-        )
+        raise NoSuchStep(f"{target} is a file, not a model; to plan the program in it: recollect solve {target}")
     step = load_step(target)
     from recollect.api import record_step
     from recollect.show.progress import progress_bar
@@ -290,7 +288,7 @@ def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
     keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
 ) -> None:  # fmt: skip
-    rr"""Plan a training step of MODEL within a budget; nothing of its size is allocated.
+    r"""Plan a training step of MODEL within a budget; nothing of its size is allocated.
 
     MODEL is package.module:function or path/to/file.py:function. The function takes nothing and returns (fn, args) or
     (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the meta device cost no memory.
@@ -321,7 +319,7 @@ def explain(
     model: str, budget: int | float | str | None, device: str | None, optimizer: int | None, timing: str | None,
     keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None,
 ) -> None:  # fmt: skip
-    rr"""Print where the peak of a training step stands, what fills it, and why.
+    r"""Print where the peak of a training step stands, what fills it, and why.
 
     MODEL is as for `recollect plan`, or a file: a program or a plan as JSON.
 
@@ -358,7 +356,7 @@ def frontier(
     recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
     beside: tuple[str, ...],
 ) -> None:  # fmt: skip
-    rr"""Print overhead against peak, from the floor to the plain peak.
+    r"""Print overhead against peak, from the floor to the plain peak.
 
     MODEL is as for `recollect plan`, or a file: a program as JSON.
 
@@ -396,7 +394,7 @@ def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
     time_limit: float, json_path: str | None, plot_path: Path | None,
 ) -> None:  # fmt: skip
-    rr"""Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed.
+    r"""Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed.
 
     \b
     Examples:
