@@ -23,7 +23,7 @@ class Block:
         path: of the module.
         saved_bytes: what plain training saves for its backward.
         made_bytes: of those, what it makes itself.
-        freed_bytes: of those, what is used inside only, so that it would leave.
+        freed_bytes: of those, what no other backward reads and nothing else holds, so that it would leave.
         input_bytes: what enters it and would have to stay, although plain training does not save it.
         seconds: of one further run of its forward.
     """
@@ -49,7 +49,7 @@ class Block:
         if not self.made_bytes:
             return f"saves nothing, because all that it keeps for the backward ({saved}) is its input"
         if not self.freed_bytes:
-            return f"saves nothing, because what it keeps ({saved}) is its input or is read outside of it too"
+            return f"saves nothing, because what it keeps ({saved}) is its input, or stays for the backward of others"
         if self.gain_bytes <= 0:
             return f"saves nothing, because its input ({kept}) would have to stay and is as large as what it keeps"
         gain = format_bytes(self.gain_bytes)
@@ -91,7 +91,7 @@ def _roles(program: Program, v: int) -> tuple[set[str], ...]:
         entered = set[str]().union(*map(_above, forward)).difference(_above(home.module))
         return nothing if _outlives_the_forward(program, v) else (set(), set(), set(), entered)
     saved = set[str]().union(*map(_above, backward))
-    freed = set(_above(_common([home.module, *forward, *backward])))
+    freed = set(_above(_common([home.module, *backward])))  # who reads it in the forward does not keep it
     may_leave = not home.repeatable and not _outlives_the_forward(program, v)
     return saved, saved.intersection(_above(home.module)), freed if may_leave else set(), set()
 
