@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import click
-from click.shell_completion import CompletionItem
 
 from recollect.loading import NoSuchStep, load_step
+from recollect.plan import SOLVERS
 from recollect.plan.budget import parse_budget
 from recollect.program import InfeasibleBudget, Plan, Program
 
@@ -139,12 +139,6 @@ def _number(text: Any) -> int | float | str:
     return str(text)
 
 
-def _complete_solver(ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-    from recollect.plan import SOLVERS
-
-    return [CompletionItem(name) for name in SOLVERS if name.startswith(incomplete)]
-
-
 def _together(*options: Callable[[C], C]) -> Callable[[C], C]:
     """Several options as one decorator, in the order in which the help lists them."""
 
@@ -160,7 +154,7 @@ _BUDGET_HELP = 'Bytes ("3000000", "10GiB"), a share of the plain peak ("0.5", "5
 _file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 _budget = click.option("--budget", required=True, type=_Budget(), help=_BUDGET_HELP)
 _solver = click.option(
-    "--solver", default="auto", show_default=True, help="Name of a solver.", shell_complete=_complete_solver
+    "--solver", type=click.Choice(SOLVERS), default="auto", show_default=True, help="What makes the plan."
 )
 _wishes = _together(
     click.option("--keep", multiple=True, metavar="PATTERN", help="Modules or ops never computed again."),
@@ -176,7 +170,7 @@ _recording = _together(
 )  # fmt: skip
 _json = click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE",
-    help="Write it as JSON to this file; - prints JSON instead of text.",
+    help="Write it as JSON to this file, folders on the way are made; - prints JSON instead of text.",
 )  # fmt: skip
 _plot = click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save a picture of it.")
 
@@ -227,9 +221,11 @@ def _show(found: _Printable, json_path: str | None) -> None:
     if json_path == "-":
         click.echo(found.to_json(), nl=False)
         return
+    if json_path is not None:
+        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
+        found.to_json(json_path)
     click.echo(str(found))
     if json_path is not None:
-        found.to_json(json_path)
         click.echo(f"{type(found).__name__} written to {json_path}")
 
 
@@ -261,6 +257,11 @@ def _require(extra: str, *modules: str) -> None:
         raise click.ClickException(f"this needs {' and '.join(missing)}; run: pip install 'recollect[{extra}]'")
 
 
+def _examples(*lines: str) -> str:
+    """The end of a command's help, as it stands (which is what the backspace tells click)."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
 # --- Commands ---------------------------------------------------------------------------------------------------------
 
 
@@ -275,7 +276,13 @@ def main(debug: bool) -> None:
     """Gradient checkpointing that plans itself: training steps inside a budget in bytes."""
 
 
-@main.command()
+@main.command(
+    epilog=_examples(
+        "recollect plan examples/models.py:gpt --budget 50%",
+        "recollect plan my_package.train:step --budget 10GiB --optimizer 2.4GB",
+        "recollect plan examples/models.py:gpt --budget 3GB --keep 'head*' --json plan.json",
+    )
+)
 @click.argument("model")
 @_budget
 @_recording
@@ -288,16 +295,10 @@ def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
     keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
 ) -> None:  # fmt: skip
-    r"""Plan a training step of MODEL within a budget; nothing of its size is allocated.
+    """Plan a training step of MODEL within a budget; nothing of its size is allocated.
 
     MODEL is package.module:function or path/to/file.py:function. The function takes nothing and returns (fn, args) or
     (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the meta device cost no memory.
-
-    \b
-    Examples:
-      recollect plan examples/models.py:gpt --budget 50%
-      recollect plan my_package.train:step --budget 10GiB --optimizer 2.4GB
-      recollect plan examples/models.py:gpt --budget 3GB --keep 'head*' --json plan.json
     """
     if plot_path is not None:
         _require("plots", "matplotlib")
@@ -308,7 +309,13 @@ def plan(
     _solve_and_show(program, budget, solver, (keep, recompute), time_limit, json_path, plot_path)
 
 
-@main.command()
+@main.command(
+    epilog=_examples(
+        "recollect explain examples/models.py:gpt",
+        "recollect explain examples/models.py:gpt --budget 50%",
+        "recollect explain plan.json --json -",
+    )
+)
 @click.argument("model")
 @click.option("--budget", type=_Budget(), help=f"Explain the plan for it, not plain training. {_BUDGET_HELP}")
 @_recording
@@ -319,15 +326,9 @@ def explain(
     model: str, budget: int | float | str | None, device: str | None, optimizer: int | None, timing: str | None,
     keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None,
 ) -> None:  # fmt: skip
-    r"""Print where the peak of a training step stands, what fills it, and why.
+    """Print where the peak of a training step stands, what fills it, and why.
 
     MODEL is as for `recollect plan`, or a file: a program or a plan as JSON.
-
-    \b
-    Examples:
-      recollect explain examples/models.py:gpt
-      recollect explain examples/models.py:gpt --budget 50%
-      recollect explain plan.json --json -
     """
     if budget is None and (keep or recompute):
         raise click.UsageError("--keep and --recompute are wishes for a plan: give a --budget with them.")
@@ -341,7 +342,12 @@ def explain(
     )
 
 
-@main.command()
+@main.command(
+    epilog=_examples(
+        "recollect frontier examples/models.py:gpt --points 8",
+        "recollect frontier step.json --plot frontier.png --beside every-block --beside segments",
+    )
+)
 @click.argument("model")
 @click.option("--points", type=click.IntRange(min=2), default=16, show_default=True, help="How many budgets.")
 @_recording
@@ -349,21 +355,17 @@ def explain(
 @_time_limit(60.0)
 @_json
 @_plot
-@click.option("--beside", multiple=True, metavar="SOLVER", help="Solvers to mark in the picture.",
-              shell_complete=_complete_solver)  # fmt: skip
+@click.option(
+    "--beside", type=click.Choice(SOLVERS), multiple=True, metavar="SOLVER", help="Solvers to mark in the picture."
+)
 def frontier(
     model: str, points: int, device: str | None, optimizer: int | None, timing: str | None, keep: tuple[str, ...],
     recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
     beside: tuple[str, ...],
 ) -> None:  # fmt: skip
-    r"""Print overhead against peak, from the floor to the plain peak.
+    """Print overhead against peak, from the floor to the plain peak.
 
     MODEL is as for `recollect plan`, or a file: a program as JSON.
-
-    \b
-    Examples:
-      recollect frontier examples/models.py:gpt --points 8
-      recollect frontier step.json --plot frontier.png --beside every-block --beside segments
     """
     if plot_path is not None:
         _require("plots", "matplotlib")
@@ -382,7 +384,12 @@ def frontier(
         click.echo(f"Picture written to {plot_path}", err=json_path == "-")
 
 
-@main.command()
+@main.command(
+    epilog=_examples(
+        "recollect solve step.json --budget 50%",
+        "recollect solve step.json --budget 3GB --solver exact --time-limit 60 --json plan.json",
+    )
+)
 @_file
 @_budget
 @_solver
@@ -394,13 +401,7 @@ def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
     time_limit: float, json_path: str | None, plot_path: Path | None,
 ) -> None:  # fmt: skip
-    r"""Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed.
-
-    \b
-    Examples:
-      recollect solve step.json --budget 50%
-      recollect solve step.json --budget 3GB --solver exact --time-limit 60 --json plan.json
-    """
+    """Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed."""
     if plot_path is not None:
         _require("plots", "matplotlib")
     _solve_and_show(Program.from_json(file), budget, solver, (keep, recompute), time_limit, json_path, plot_path)
