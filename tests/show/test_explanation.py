@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -15,9 +16,10 @@ from recollect.program import END, Op, Program, Schedule, Value, simulate
 from recollect.show.blocks import blocks_of, useless_blocks
 from recollect.show.explanation import Explanation, explanation_of
 from recollect.show.modules import Module
+from recollect.show.page import PLAIN_WIDTH, page_width
 from recollect.show.residents import CATEGORIES, Resident, residents_at
 from tests.program.hand import BACKWARD, chain, chain_plan, in_place
-from tests.strategies import orders, programs
+from tests.strategies import SIZES, orders, programs
 
 PATHS = st.sampled_from(("", "stem", "layers.0", "layers.1", "layers.2", "layers.0.a", "layers.1.a", "layers.2.a"))
 KINDS = st.sampled_from(("", "parameter", "buffer", "input", "optimizer", "gradient", "activation"))
@@ -25,9 +27,12 @@ KINDS = st.sampled_from(("", "parameter", "buffer", "input", "optimizer", "gradi
 
 @st.composite
 def placed(draw: st.DrawFn) -> Program:
-    """A random program whose ops and fixed values are in modules."""
+    """A random program whose ops and fixed values are in modules; in-place ops may change the size."""
     program = draw(programs())
-    values = tuple(replace(v, module=draw(PATHS), kind=draw(KINDS)) if v.fixed else v for v in program.values)
+    values = tuple(
+        replace(v, module=draw(PATHS), kind=draw(KINDS)) if v.fixed else replace(v, nbytes=draw(SIZES))
+        for v in program.values
+    )
     return replace(program, values=values, ops=tuple(replace(op, module=draw(PATHS)) for op in program.ops))
 
 
@@ -318,3 +323,14 @@ def test_an_empty_program_is_explained_too() -> None:
     e = explanation_of(Program("", (Value("x", 4, fixed=True),), ()))
     assert e.categories == {"inputs": 4}
     assert str(e).startswith("Peak, trained plainly: 4 B")
+
+
+@pytest.mark.parametrize(("columns", "width"), [("30", 60), ("80", 80), ("500", 160)])
+def test_tables_are_as_wide_as_the_terminal(columns: str, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    assert page_width() == PLAIN_WIDTH
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert page_width() == width
+    table = str(explanation_of(step())).split("\n\n")[3]
+    assert "saved for the" in table
+    assert max(map(len, table.splitlines())) <= width
