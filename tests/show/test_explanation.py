@@ -277,29 +277,29 @@ Peak of layers, trained plainly: 500 B
   it stands at op 4 of 9, up (forward), layers.2.up
   plain training saves 300 B for the backward, in 3 values
 
- bytes   share   filled by
- ──────────────────────────────────────────────────────
- 100 B   20.0%   inputs              ██████
- 300 B   60.0%   saved activations   ██████████████████
- 100 B   20.0%   temporaries         ██████
+ bytes  share  filled by
+ ───────────────────────────────────────────────────
+ 100 B  20.0%  inputs             ██████
+ 300 B  60.0%  saved activations  ██████████████████
+ 100 B  20.0%  temporaries        ██████
 
- at the peak   saved plainly   module
- ────────────────────────────────────────────
-       500 B           300 B   the whole step
-       400 B           300 B     layers
-       200 B           200 B       0,2
-       200 B           200 B         up
-       200 B           100 B       1
-       100 B           100 B         up
-       100 B                         down
+ at peak  saved plainly  module
+ ──────────────────────────────────────
+   500 B          300 B  the whole step
+   400 B          300 B    layers
+   200 B          200 B      0,2
+   200 B          200 B        up
+   200 B          100 B      1
+   100 B          100 B        up
+   100 B                       down
 
- bytes         value   why it is in memory                       read next by
- ──────────────────────────────────────────────────────────────────────────────────
- 100 B   1 x   x       there during the whole step
- 100 B   1 x   h0      saved for the backward of layers.0.down
- 100 B   1 x   h1      saved for the backward of layers.1.down
- 100 B   1 x   y1      being read
- 100 B   1 x   h2      being written                             layers.2.down down
+ bytes       value  why it is in memory                      read next by
+ ──────────────────────────────────────────────────────────────────────────────
+ 100 B  1 x  x      there during the whole step
+ 100 B  1 x  h0     saved for the backward of layers.0.down
+ 100 B  1 x  h1     saved for the backward of layers.1.down
+ 100 B  1 x  y1     being read
+ 100 B  1 x  h2     being written                            layers.2.down down
 
 Checkpointing by hand would not pay here:
   layers.1-2 saves nothing, because its input (100 B) would have to stay and is as large as what it keeps

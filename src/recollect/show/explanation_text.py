@@ -10,7 +10,7 @@ from recollect.plan.budget import format_bytes
 from recollect.show.blocks import Block, useless_blocks
 from recollect.show.explanation import Explanation
 from recollect.show.modules import Module
-from recollect.show.page import table_lines
+from recollect.show.page import PLAIN_WIDTH, page_width, table_lines
 from recollect.show.residents import Resident, name_of, op_text
 from recollect.show.text import fold_indices, format_seconds
 
@@ -75,14 +75,15 @@ def _modules(e: Explanation) -> list[str]:
     if not e.modules.modules:
         return []
     again = e.plan is not None
-    columns = ("at the peak", "saved plainly", *(("kept", "runs again", "for") if again else ()))
-    table = _table((*columns, "module", *(("again from",) if again else ())), right=len(columns))
+    sources = again and page_width() >= PLAIN_WIDTH  # else the tree needs the room
+    columns = ("at peak", "saved plainly", *(("kept", "runs again", "taking") if again else ()))
+    table = _table((*columns, "module", *(("again from",) if sources else ())), right=len(columns))
     for depth, m in _shown(e.modules):
         figures = [_bytes(m.peak_bytes), _bytes(m.saved_bytes)]
         if again:
             runs = (str(m.runs_again), format_seconds(m.seconds_again)) if m.runs_again else ("", "")
             figures += [_bytes(m.kept_bytes), *runs]
-        table.add_row(*figures, "  " * depth + (m.name or "the whole step"), *([_sources(e, m)] if again else []))
+        table.add_row(*figures, "  " * depth + (m.name or "the whole step"), *([_sources(e, m)] if sources else []))
     return table_lines(table)
 
 
@@ -175,9 +176,10 @@ def _table(columns: Sequence[str], right: int) -> Table:
     from rich import box
     from rich.table import Table
 
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     for k, name in enumerate(columns):
-        table.add_column(name, justify="right" if k < right else "left", no_wrap=k < right, overflow="fold")
+        whole = k < right or name == "module"
+        table.add_column(name, justify="right" if k < right else "left", no_wrap=whole, overflow="fold")
     return table
 
 
