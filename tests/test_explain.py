@@ -25,7 +25,12 @@ def assert_exact(e: Explanation) -> None:
     assert (e.modules.saved_bytes, e.modules.kept_bytes) == (e.saved_bytes, e.kept_bytes)
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c.name != "XOR MLP"], ids=str)
+SLOW = ("U-Net", "unrolled LSTM", "XOR MLP")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=str(c), marks=pytest.mark.slow if c.name in SLOW else ()) for c in CASES]
+)
 def test_breakdowns_of_recorded_networks_are_exact(case: Case) -> None:
     torch.manual_seed(0)
     model = case.model()
