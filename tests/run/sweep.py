@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.testing._internal import common_methods_invocations
 from torch.testing._internal.common_methods_invocations import op_db
 from torch.testing._internal.opinfo.core import OpInfo, SampleInput
+from torch.testing._utils import wrapper_set_seed
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from recollect.plan.unroll import unroll
-from recollect.program import Op, Plan, Program, Schedule, simulate
+from recollect.program import Plan, Program, Schedule, simulate
 from recollect.record import record
 from recollect.run import Tape, instructions_for
 from tests.run.compare import same
 
+torch.backends.__allow_nonbracketed_mutation_flag = True  # torch's own test code forbids it to the whole process
+
+SEED = 1
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
 OPERATORS: tuple[OpInfo, ...] = tuple(op for op in op_db if op.supports_autograd)
 
@@ -69,90 +77,121 @@ class Outcome:
     """What became of one sample.
 
     Attributes:
+        refused: what plain torch said when it refused the sample.
         wrong: what is not as in plain training.
-        own: ATen operators that the operator consists of.
-        again: how many of them ran again.
-        kept: those that must not run again, and why.
-        left_path: the reason for which the forward left the recorded path.
+        asked: values with bytes that the operator made and the backward asks for.
+        again: how many of them are computed again.
+        kept: of the operator's ATen operators those that must not run again, and why.
+        random: numbers were drawn.
     """
 
-    wrong: tuple[str, ...]
-    own: int
-    again: int
-    kept: tuple[tuple[str, str], ...]
-    left_path: str
+    refused: str = ""
+    wrong: tuple[str, ...] = ()
+    asked: int = 0
+    again: int = 0
+    kept: tuple[tuple[str, str], ...] = ()
+    random: bool = False
+
+
+def name_of(op: OpInfo) -> str:
+    return f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+
+
+def sweep(op: OpInfo, dtypes: Iterable[torch.dtype], at_most: int) -> list[Outcome]:
+    """The outcomes of the first differentiable samples of every dtype, as a function and in place."""
+    supported = [d for d in dtypes if d in op.supported_backward_dtypes("cpu")]
+    with quiet():
+        found = [examine(call, s) for d in supported for s in samples(op, d, at_most) for call in calls_of(op, s)]
+    return [outcome for outcome in found if outcome is not None]
 
 
 def samples(op: OpInfo, dtype: torch.dtype, at_most: int) -> Iterator[SampleInput]:
     """The first samples of an operator, always the same."""
     torch.manual_seed(0)
-    for k, sample in enumerate(op.sample_inputs("cpu", dtype, requires_grad=True)):
-        if k == at_most:
-            return
-        yield sample
+    return islice(op.sample_inputs("cpu", dtype, requires_grad=True), at_most)
 
 
 def calls_of(op: OpInfo, sample: SampleInput) -> Iterator[Callable[..., Any]]:
     """The operator as a function and, where it has a differentiable one, in place."""
-    yield lambda *args, **kwargs: op.gradcheck_wrapper(op.get_op(), *args, **kwargs)
-    in_place = op.inplace_variant
-    if in_place is not None and op.supports_inplace_autograd and not sample.broadcasts_input:
-        yield lambda *args, **kwargs: op.gradcheck_wrapper(in_place, *args, **kwargs)
+    wrapper = op.gradcheck_wrapper
+    wrapper = _without_seed if wrapper is wrapper_set_seed else wrapper
+    yield partial(wrapper, op.get_op())
+    if op.inplace_variant is not None and op.supports_inplace_autograd and not sample.broadcasts_input:
+        yield partial(wrapper, op.inplace_variant)
 
 
 def examine(call: Callable[..., Any], sample: SampleInput) -> Outcome | None:
     """Train one step plainly and with everything computed again; None where nothing is differentiable."""
     step = Step(call, sample.output_process_fn_grad)
     args, kwargs = tree_map_only(Tensor, leaf, ((sample.input, *sample.args), dict(sample.kwargs)))
-    with quiet(), unchanged(args, kwargs):
-        torch.manual_seed(1)
-        loss, _ = step(*args, **kwargs)
-    if loss is None:
-        return None
-    with quiet():
+    try:
         plain = observe(step, args, kwargs)
-        with unchanged(args, kwargs):
-            plan = plan_that_keeps_nothing(record(step, args, kwargs, timing="estimate"))
-        reruns: list[None] = []
-        reasons: list[str] = []
-        tape = Tape(instructions_for(plan), reasons.append, lambda: reruns.append(None))
-        got = observe(step, args, kwargs, tape)
-    wrong = [name for name, value in plain.items() if not same(got[name], value)]
-    expected = len(plan.schedule.order) - len(plan.program.ops)
-    if not reasons and len(reruns) != expected:
-        wrong.append(f"{len(reruns)} reruns instead of {expected}")
-    own = own_ops(plan.program)
-    again = [i for i in own if plan.schedule.runs_of[i] > 1]
+    except RuntimeError as error:
+        return Outcome(refused=str(error))
+    if plain is None:
+        return None
+    with unchanged(args, kwargs):
+        plan = plan_that_keeps_nothing(record(step, args, kwargs, timing="estimate"))
+    wrong: list[str] = []
+    reruns: list[None] = []
+    tape = Tape(instructions_for(plan), wrong.append, lambda: reruns.append(None))
+    got = observe(step, args, kwargs, tape)
+    assert got is not None
+    wrong += [name for name, value in plain.items() if not same(got[name], value)]
+    if len(reruns) != len(plan.schedule.order) - len(plan.program.ops):
+        wrong.append(f"{len(reruns)} ops ran again")
+    drawn = not same(plain["generator"], torch.Generator().manual_seed(SEED).get_state())
+    return account_of(plan, tuple(wrong), drawn)
+
+
+def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:
+    """What of the operator was computed again, what was kept and why."""
+    program = plan.program
+    own = {i: op for i, op in enumerate(program.ops) if op.phase == "forward" and op.module == "operator"}
+    asked = {op.reads[0] for op in program.ops if op.name == "unpack" and program.values[op.reads[0]].nbytes}
+    makers = [program.producer[v] for v in asked if program.producer[v] in own]
+    again = sum(plan.schedule.runs_of[i] > 1 for i in makers)
     kept = [(op.name, op.repeatable) for op in own.values() if op.repeatable]
-    return Outcome(tuple(wrong), len(own), len(again), tuple(kept), "".join(reasons))
+    return Outcome("", wrong, len(makers), again, tuple(kept), random)
+
+
+def is_steady(op: OpInfo, runs: int = 12) -> bool:
+    """Whether plain torch computes the same numbers whenever it is asked."""
+    with quiet():
+        for sample in (s for dtype in DTYPES if dtype in op.dtypes for s in samples(op, dtype, 6)):
+            step = Step(next(calls_of(op, sample)), sample.output_process_fn_grad)
+            args, kwargs = tree_map_only(Tensor, leaf, ((sample.input, *sample.args), dict(sample.kwargs)))
+            first = observe(step, args, kwargs)
+            for again in (observe(step, args, kwargs) for _ in range(runs)):
+                if first and again and not all(same(again[name], value) for name, value in first.items()):
+                    return False
+    return True
 
 
 def leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(t.requires_grad)
 
 
-def own_ops(program: Program) -> dict[int, Op]:
-    """The ops of the forward that the operator consists of, by index."""
-    return {i: op for i, op in enumerate(program.ops) if op.phase == "forward" and op.module == "operator"}
-
-
 def plan_that_keeps_nothing(program: Program) -> Plan:
-    """Whatever may be computed again is."""
-    schedule = Schedule.from_order(program, unroll(program, frozenset()))
+    """Whatever may be computed again is, and what was computed again once more at the next demand."""
+    everything = frozenset(range(len(program.values)))
+    schedule = Schedule.from_order(program, unroll(program, frozenset(), drop_again=(everything,)))
     peak, plain_peak = simulate(program, schedule).peak_bytes, simulate(program).peak_bytes
     return Plan(program, schedule, peak, peak, plain_peak, peak, 0.0, 0.0, "keep nothing")
 
 
-def observe(step: Step, args: Any, kwargs: Any, tape: Tape | None = None) -> dict[str, Any]:
-    """Everything that a step leaves behind, each under its name; the inputs are as before."""
+def observe(step: Step, args: Any, kwargs: Any, tape: Tape | None = None) -> dict[str, Any] | None:
+    """Everything that a step leaves behind, each under its name; the inputs are as before.
+
+    None where nothing is differentiable.
+    """
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    torch.manual_seed(1)
+    torch.manual_seed(SEED)
     with unchanged(args, kwargs):
-        if tape is None:
+        with tape.forward() if tape is not None else nullcontext():
             loss, made = step(*args, **kwargs)
-        else:
-            with tape.forward():
-                loss, made = step(*args, **kwargs)
+        if loss is None:
+            return None
         seen: dict[str, Any] = {"generator after the forward": torch.get_rng_state(), "loss": loss.detach()}
         loss.backward()
         seen |= {f"output {i}": dense(t) for i, t in enumerate(made)}
@@ -162,8 +201,8 @@ def observe(step: Step, args: Any, kwargs: Any, tape: Tape | None = None) -> dic
     return seen
 
 
-def dense(t: Tensor | None) -> Tensor | None:
-    return t.to_dense().resolve_conj().resolve_neg() if t is not None and t.layout is not torch.strided else t
+def dense(t: Any) -> Any:
+    return t.to_dense() if t is not None and t.layout is not torch.strided else t
 
 
 @contextmanager
@@ -182,7 +221,11 @@ def unchanged(args: Any, kwargs: Any) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Operators warn of this and that."""
-    with warnings.catch_warnings():
+    """Operators warn of this and that; the database has random ones draw from a generator that is then put back."""
+    with warnings.catch_warnings(), patch.object(common_methods_invocations, "wrapper_set_seed", _without_seed):
         warnings.simplefilter("ignore")
         yield
+
+
+def _without_seed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)
