@@ -105,7 +105,7 @@ def sweep(op: OpInfo, dtypes: Iterable[torch.dtype], at_most: int) -> list[Outco
 
 
 def samples(op: OpInfo, dtype: torch.dtype, at_most: int) -> list[SampleInput]:
-    """Some samples of an operator, always the same: from all over its list, those with elements before those without."""
+    """Some samples of an operator, always the same: from all over its list, those without elements last."""
     torch.manual_seed(SEED)
     found = sorted(op.sample_inputs_func(op, "cpu", dtype, True), key=is_empty)  # without its stack traces
     n = min(at_most, len(found))

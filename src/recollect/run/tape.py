@@ -163,8 +163,10 @@ class Tape(TorchDispatchMode):
         """Run one operator of the forward and take note of it."""
         kwargs = kwargs or {}
         facts = facts_of(func)
-        if facts.is_view or self._rerunning or self._map is None:
+        if facts.is_view:
             return func(*args, **kwargs)
+        if self._rerunning or self._map is None:
+            return run_op(func, args, kwargs)
         written = facts.written(args, kwargs)
         if written or self._n_ops in self.instructions.again or not self._expects(facts.name):
             reads = self._map.reads(tensors_in((args, kwargs)))
