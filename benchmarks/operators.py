@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import sys
+import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -93,12 +94,19 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(f"`{name}`" for name in sorted(names))
 
 
+def wrapped(sentence: str) -> str:
+    """In lines of the width of the page."""
+    return textwrap.fill(sentence, 120, break_long_words=False, break_on_hyphens=False)
+
+
 def report(outcomes: Outcomes) -> Iterator[str]:
     """The section of the page."""
     yield from by_dtype(outcomes)
     yield ""
-    yield f"No differentiable sample: {listed({name for name, _ in outcomes} - compared(outcomes))}."
-    yield f"Nothing of their own to compute again in any sample (views and sparse results): {listed(views(outcomes))}."
+    without = {name for name, _ in outcomes} - compared(outcomes)
+    yield wrapped(f"Without a differentiable sample: {listed(without)}.")
+    yield ""
+    yield wrapped(f"Nothing of their own to compute again in any sample: {listed(views(outcomes))}.")
     yield ""
     yield from kept(outcomes)
     yield ""
