@@ -160,7 +160,7 @@ def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:
     return Outcome("", wrong, len(makers), again, tuple(kept), random)
 
 
-def is_steady(op: OpInfo, runs: int = 12) -> bool:
+def is_steady(op: OpInfo, runs: int = 30) -> bool:
     """Whether plain torch computes the same numbers whenever it is asked."""
     with quiet():
         for sample in (s for dtype in DTYPES if dtype in op.dtypes for s in samples(op, dtype, 6)):

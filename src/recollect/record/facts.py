@@ -40,7 +40,7 @@ NEVER_AGAIN: Final = {
     "aten.set_": "changes the storage of a tensor",
     "aten.resize_": "changes the storage of a tensor",
     "aten.record_stream": "has an effect outside its outputs",
-    "aten.linalg_lstsq": "gives other last bits at every run",
+    "aten.linalg_lstsq": "gives other last bits from run to run",
 }
 """ATen operators that must not run again, and why."""
 
