@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from recollect.record.facts import OpFacts, facts_of, tensors_in
+from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.values import ValueMap, View, storage_of
 
@@ -211,7 +211,7 @@ class Recorder(TorchDispatchMode):
             self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
         signature = signature_of(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = run_op(func, args, kwargs)
         outputs = tensors_in(out)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)
         if facts.fresh_constant:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recollect.record.facts import RUNNING_STATISTICS, OpFacts, facts_of, tensors_in
+from recollect.record.facts import RUNNING_STATISTICS, OpFacts, facts_of, run_op, tensors_in
 from recollect.record.values import Seen, ValueMap, View, storage_of
 from recollect.run.instructions import Instructions, Rerun
 from recollect.run.settings import NumericSettings
@@ -163,8 +163,10 @@ class Tape(TorchDispatchMode):
         """Run one operator of the forward and take note of it."""
         kwargs = kwargs or {}
         facts = facts_of(func)
-        if facts.is_view or self._rerunning or self._map is None:
+        if facts.is_view:
             return func(*args, **kwargs)
+        if self._rerunning or self._map is None:
+            return run_op(func, args, kwargs)
         written = facts.written(args, kwargs)
         if written or self._n_ops in self.instructions.again or not self._expects(facts.name):
             reads = self._map.reads(tensors_in((args, kwargs)))
@@ -176,9 +178,9 @@ class Tape(TorchDispatchMode):
         if expected and self._n_ops in self.instructions.again:
             with _DRAWING if facts.random else contextlib.nullcontext():
                 entry = self._prepare(func, facts, args, kwargs)
-                out = func(*args, **kwargs)
+                out = run_op(func, args, kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = run_op(func, args, kwargs)
         outputs = tensors_in(out)
         seen = self._map.seen(facts, args, kwargs, reads, outputs)
         if seen.is_op:
