@@ -13,7 +13,7 @@ from recollect.plan import solve
 from recollect.program import InfeasibleBudget, Plan, Program, Schedule, simulate, verify
 
 if TYPE_CHECKING:
-    from recollect.api import checkpoint, frontier, plan, restore, stats
+    from recollect.api import checkpoint, explain, frontier, plan, restore, stats
     from recollect.largest import max_batch
 
 __version__ = "0.1.0"
@@ -23,6 +23,7 @@ __all__ = [
     "Program",
     "Schedule",
     "checkpoint",
+    "explain",
     "frontier",
     "max_batch",
     "plan",
@@ -37,7 +38,7 @@ __all__ = [
 globals().pop("plan", None)
 
 _NEED_TORCH = {
-    **dict.fromkeys(("checkpoint", "frontier", "plan", "restore", "stats"), "recollect.api"),
+    **dict.fromkeys(("checkpoint", "explain", "frontier", "plan", "restore", "stats"), "recollect.api"),
     "max_batch": "recollect.largest",
 }
 

@@ -1,4 +1,4 @@
-"""What users call: ``checkpoint``, ``restore``, ``plan``, ``frontier``, ``stats``."""
+"""What users call: ``checkpoint``, ``restore``, ``plan``, ``explain``, ``frontier``, ``stats``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,15 @@ from torch import nn
 
 from recollect.plan import Frontier, parse_budget, solve
 from recollect.plan import frontier as frontier_of
-from recollect.plan.constraints import Patterns
+from recollect.plan.constraints import Patterns, still_possible
 from recollect.program import InfeasibleBudget, Plan, Program, simulate
 from recollect.record import UnusableInput, record
 from recollect.record.optimizer import optimizer_state_bytes
 from recollect.record.timing import Progress
 from recollect.run import Session, Stats
+from recollect.run.selfcheck import CHANGED, DIFFERS
 from recollect.run.session import NotPlannable
+from recollect.show.explanation import Explanation, explanation_of
 from recollect.show.progress import progress_bar
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -161,9 +163,71 @@ def plan(
     with progress_bar() as progress:
         program = record_step(fn, args, kwargs, optimizer, timing, progress)
         return solve(
-            program, _in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
+            program, in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
+
+
+def explain(
+    step: Plan | Program | Callable[..., Any],
+    *args: Any,
+    budget: Budget | None = None,
+    optimizer: Any = None,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    timing: str = "estimate",
+    time_limit_seconds: float = 10.0,
+    **kwargs: Any,
+) -> Explanation:
+    """Where the peak of a training step stands and what fills it, before anything is run.
+
+    Without a budget, that of plain training, with what it saves for the backward and which modules would not be worth
+    checkpointing by hand; with one, that of the plan, with what it keeps, what it computes again, how often, from what.
+
+    Args:
+        step: a module or callable, as for ``plan``; a program; or a plan.
+        *args: the callable's positional arguments.
+        budget: as for ``plan``; None explains plain training. Not beside a plan, which has one.
+        optimizer: as for ``plan``; of a callable only.
+        keep: as for ``plan``; together with a budget.
+        recompute: as for ``plan``; together with a budget.
+        timing: as for ``plan``; of a callable only.
+        time_limit_seconds: the longest that planning may take, recording excluded.
+        **kwargs: keyword arguments of the callable.
+
+    Returns:
+        ``categories``, ``modules``, ``residents``, ``savings``, ``blocks``; ``str()`` is a page of tables. Each
+        breakdown adds up to ``peak_bytes``, to the byte.
+
+    Raises:
+        TypeError: arguments beside a program or a plan, a budget beside a plan, constraints without a budget.
+        ValueError: as ``plan``.
+        InfeasibleBudget: no known plan fits.
+
+    Example:
+        >>> import torch, recollect
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> why = recollect.explain(model, torch.randn(512, 64))
+        >>> sum(why.categories.values()) == why.peak_bytes
+        True
+    """
+    if budget is None and (keep or recompute):
+        raise TypeError("keep= and recompute= are wishes for a plan: give a budget with them")
+    if isinstance(step, Plan):
+        if args or kwargs or optimizer is not None or budget is not None:
+            raise TypeError("a plan stands for itself: its program and its budget are in it")
+        return explanation_of(step.program, step)
+    if budget is not None:
+        _check_budget(budget)
+    with progress_bar() as progress:
+        program = _program_of(step, args, kwargs, optimizer, timing, progress)
+        if budget is None:
+            return explanation_of(program)
+        plan = solve(
+            program, in_bytes(budget, program.fixed_bytes), keep=keep, recompute=recompute,
+            time_limit_seconds=time_limit_seconds, progress=progress,
+        )  # fmt: skip
+        return explanation_of(program, plan)
 
 
 def frontier(
@@ -207,21 +271,28 @@ def frontier(
         True
     """
     with progress_bar() as progress:
-        if not isinstance(program_or_fn, Program):
-            program = record_step(program_or_fn, args, kwargs, optimizer, timing, progress)
-        elif args or kwargs or optimizer is not None:
-            raise TypeError("a program stands for itself: arguments and optimizer are for a module or a callable")
-        else:
-            program = program_or_fn
+        program = _program_of(program_or_fn, args, kwargs, optimizer, timing, progress)
         return frontier_of(
             program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
             progress=progress,
         )  # fmt: skip
 
 
+def _program_of(
+    step: Program | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
+    progress: Progress | None,
+) -> Program:  # fmt: skip
+    """The program itself, or that of the callable."""
+    if not isinstance(step, Program):
+        return record_step(step, args, kwargs, optimizer, timing, progress)
+    if args or kwargs or optimizer is not None:
+        raise TypeError("a program stands for itself: arguments and optimizer are for a module or a callable")
+    return step
+
+
 def record_step(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
-    progress: Progress | None = None,
+    progress: Progress | None = None, device: str | None = None, name: str = "",
 ) -> Program:  # fmt: skip
     """The program of a step that is not going to be run."""
     if timing not in ("estimate", "measure"):
@@ -229,7 +300,9 @@ def record_step(
     session = _session(fn)
     plain = session.fn if session is not None else fn
     state = optimizer_state_bytes(optimizer)
-    return record(plain, args, kwargs, optimizer_bytes=state, timing=timing, progress=progress)
+    return record(
+        plain, args, kwargs, optimizer_bytes=state, timing=timing, device=device, progress=progress, name=name
+    )
 
 
 class _Options:
@@ -258,15 +331,17 @@ class _Options:
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
         """A plan within the budget, and within what else is known of the device."""
-        budget = _in_bytes(self.budget, program.fixed_bytes)
+        budget = in_bytes(self.budget, program.fixed_bytes)
         if at_most_bytes is not None:
             budget = min(parse_budget(budget, simulate(program).peak_bytes), at_most_bytes)
         if quick and not self.keep and not self.recompute:
             with contextlib.suppress(InfeasibleBudget):
                 return solve(program, budget, solver="dtr")
+        found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
+        recompute = still_possible(program, self.recompute) if found_out else self.recompute
         with progress_bar() as progress:
             return solve(
-                program, budget, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.time_limit_seconds,
+                program, budget, keep=self.keep, recompute=recompute, time_limit_seconds=self.time_limit_seconds,
                 progress=progress,
             )  # fmt: skip
 
@@ -343,7 +418,7 @@ def _check_budget(budget: Budget) -> None:
         parse_budget(budget, 1 << 62)
 
 
-def _in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
+def in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
     """``"auto"`` as bytes: what is free on the device now, plus what the step's fixed values take already."""
     if budget != "auto":
         return budget
@@ -354,4 +429,4 @@ def _in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
     return int(0.95 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + fixed_bytes
 
 
-__all__ = ["InfeasibleBudget", "checkpoint", "frontier", "plan", "restore", "stats"]
+__all__ = ["InfeasibleBudget", "checkpoint", "explain", "frontier", "plan", "restore", "stats"]

@@ -1,34 +1,84 @@
-"""The ``recollect`` command: ``recollect demo``, ``recollect solve``, ``recollect frontier``."""
+"""The ``recollect`` command: ``plan``, ``explain``, ``frontier``, ``solve``, ``demo``."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import click
+
+from recollect.loading import NoSuchStep, load_step
+from recollect.plan import SOLVERS
+from recollect.plan.budget import parse_budget
+from recollect.program import InfeasibleBudget, Plan, Program
+
+if TYPE_CHECKING:
+    from recollect.plan.frontier import Frontier
 
 # Threads of OpenMP wait for each other busily. Where something else runs on one of two cores, that makes a training
 # step ten times slower (measured: 4.8 s instead of 0.5 s); a short wait costs 3 % on an idle machine. libgomp reads
 # this when torch is loaded.
 _SPIN_COUNT = "1000"
 
+# Exit codes; click has 1 for other errors.
+USAGE: Final = 2
+INFEASIBLE: Final = 3
+
+C = TypeVar("C", bound=Callable[..., Any])
+
+# --- Errors -----------------------------------------------------------------------------------------------------------
+
+
+class _WrongUse(click.ClickException):
+    """The command line is wrong, or names something that is not there."""
+
+    exit_code = USAGE
+
+
+class _Infeasible(click.ClickException):
+    """No known plan fits into the budget."""
+
+    exit_code = INFEASIBLE
+
 
 class _OneLineErrors(click.Group):
     """A group whose commands fail with one line that says what to do next; ``--debug`` shows the traceback."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Put what is wrong before the command's name into one line."""
+        try:
+            return super().parse_args(ctx, args)
+        except click.UsageError as error:
+            raise _usage(error, ctx) from None
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command and put any error of ours into one line."""
         try:
             return super().invoke(ctx)
+        except click.UsageError as error:
+            raise _usage(error, ctx) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
         except Exception as error:
             if ctx.params.get("debug"):
                 raise
-            raise click.ClickException(_one_line(error)) from None
+            raise _failure_of(error) from None
+
+
+def _usage(error: click.UsageError, ctx: click.Context) -> click.ClickException:
+    if type(error).__name__ == "NoArgsIsHelpError":  # nothing was asked for: the help is the answer
+        return error
+    path = (error.ctx or ctx).command_path
+    return _WrongUse(f"{' '.join(error.format_message().split())} See `{path} --help`.")
+
+
+def _failure_of(error: Exception) -> click.ClickException:
+    kinds = {InfeasibleBudget: _Infeasible, NoSuchStep: _WrongUse}
+    return kinds.get(type(error), click.ClickException)(_one_line(error))
 
 
 def _one_line(error: Exception) -> str:
@@ -45,11 +95,316 @@ def _version() -> str:
         return "unknown (not installed: pip install -e .)"
 
 
-@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"]})
+# --- What options take ------------------------------------------------------------------------------------------------
+
+
+class _Budget(click.ParamType):
+    """A budget as a person types it; read here, so that a malformed one is noticed before any work."""
+
+    name = "budget"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float | str:
+        """Numbers as numbers, everything else as it was typed."""
+        budget = _number(value)
+        if budget != "auto":
+            try:
+                parse_budget(budget, 1 << 62)
+            except ValueError as error:
+                self.fail(f"{error}.", param, ctx)
+        return budget
+
+
+class _Size(click.ParamType):
+    """A number of bytes as a person types it."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """As bytes; there is nothing that a share could be of."""
+        size = _number(value)
+        if isinstance(size, float) or str(size).strip().endswith("%"):
+            self.fail(f"{value!r} is no number of bytes; accepted are 3000000, 512MB, 1.5GiB.", param, ctx)
+        try:
+            return parse_budget(size, 0)
+        except ValueError as error:
+            self.fail(f"{error}.", param, ctx)
+
+
+def _number(text: Any) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return str(text)
+
+
+def _together(*options: Callable[[C], C]) -> Callable[[C], C]:
+    """Several options as one decorator, in the order in which the help lists them."""
+
+    def decorate(command: C) -> C:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+_BUDGET_HELP = 'Bytes ("3000000", "10GiB"), a share of the plain peak ("0.5", "50%"), or "auto".'
+_file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
+_budget = click.option("--budget", required=True, type=_Budget(), help=_BUDGET_HELP)
+_solver = click.option(
+    "--solver", type=click.Choice(SOLVERS), default="auto", show_default=True, help="What makes the plan."
+)
+_wishes = _together(
+    click.option("--keep", multiple=True, metavar="PATTERN", help="Modules or ops never computed again."),
+    click.option("--recompute", multiple=True, metavar="PATTERN", help="Modules or ops always computed again."),
+)
+_recording = _together(
+    click.option("--device", help="Where the model will train, if its tensors are on the meta device."),
+    click.option("--optimizer", type=_Size(), help="Bytes of the optimizer's state, counted in the peak."),
+    click.option(
+        "--timing", type=click.Choice(["estimate", "measure"]),
+        help="Estimate what operators take (default), or run each one, alone, on the device.",
+    ),
+)  # fmt: skip
+_json = click.option(
+    "--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE",
+    help="Write it as JSON to this file, folders on the way are made; - prints JSON instead of text.",
+)  # fmt: skip
+_plot = click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save a picture of it.")
+
+
+def _time_limit(seconds: float) -> Callable[[C], C]:
+    kind = click.FloatRange(min=0, min_open=True)
+    text = "The longest that planning may take, in seconds."
+    return click.option("--time-limit", type=kind, default=seconds, show_default=True, help=text)
+
+
+# --- What commands work on --------------------------------------------------------------------------------------------
+
+
+def _recorded(target: str, device: str | None, optimizer: int | None, timing: str | None) -> Program:
+    """The program of the step that the command line names."""
+    if target.endswith(".json"):
+        raise NoSuchStep(f"{target} is a file, not a model; to plan the program in it: recollect solve {target}")
+    step = load_step(target)
+    from recollect.api import record_step
+    from recollect.show.progress import progress_bar
+
+    with progress_bar() as progress:
+        name = target.rpartition(":")[2]
+        return record_step(step.fn, step.args, step.kwargs, optimizer, timing or "estimate", progress, device, name)
+
+
+def _read_or_recorded(target: str, device: str | None, optimizer: int | None, timing: str | None) -> Program | Plan:
+    """The program or plan in a file, or the program of a step."""
+    if not target.endswith(".json"):
+        return _recorded(target, device, optimizer, timing)
+    if device or optimizer or timing:
+        raise click.UsageError("--device, --optimizer and --timing are for models; a file has its bytes and seconds.")
+    if not Path(target).is_file():
+        raise NoSuchStep(f"there is no file {target}")
+    from recollect.program.json_format import PLAN_FORMAT, read_json
+
+    data = read_json(Path(target))
+    return Plan.from_json(data) if data.get("format") == PLAN_FORMAT else Program.from_json(data)
+
+
+class _Printable(Protocol):
+    """What can be shown as text and as JSON."""
+
+    def to_json(self, path: str | Path | None = None) -> str: ...
+
+
+def _show(found: _Printable, json_path: str | None) -> None:
+    if json_path == "-":
+        click.echo(found.to_json(), nl=False)
+        return
+    if json_path is not None:
+        Path(json_path).parent.mkdir(parents=True, exist_ok=True)
+        found.to_json(json_path)
+    click.echo(str(found))
+    if json_path is not None:
+        click.echo(f"{type(found).__name__} written to {json_path}")
+
+
+def _solve_and_show(
+    program: Program, budget: int | float | str, solver: str, wishes: tuple[tuple[str, ...], tuple[str, ...]],
+    time_limit: float, json_path: str | None, plot_path: Path | None,
+) -> None:  # fmt: skip
+    """Plan, print, write."""
+    from recollect.plan import solve as make_plan
+    from recollect.show.progress import progress_bar
+
+    keep, recompute = wishes
+    with progress_bar() as progress:
+        plan = make_plan(
+            program, budget, solver=solver, keep=keep, recompute=recompute, time_limit_seconds=time_limit,
+            progress=progress,
+        )  # fmt: skip
+    _show(plan, json_path)
+    if plot_path is not None:
+        from recollect.show.plots import memory_plot
+
+        click.echo(f"Picture written to {memory_plot(plan, plot_path)}", err=json_path == "-")
+
+
+def _require(extra: str, *modules: str) -> None:
+    """Fail before the work starts if a module of an extra is missing."""
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise click.ClickException(f"this needs {' and '.join(missing)}; run: pip install 'recollect[{extra}]'")
+
+
+def _examples(*lines: str) -> str:
+    """The end of a command's help, as it stands (which is what the backspace tells click)."""
+    return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+# --- Commands ---------------------------------------------------------------------------------------------------------
+
+
+@click.group(
+    cls=_OneLineErrors,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 done, 1 an error, 2 a wrong command line, 3 no plan fits into the budget.",
+)
 @click.version_option(_version(), prog_name="recollect")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def main(debug: bool) -> None:
     """Gradient checkpointing that plans itself: training steps inside a budget in bytes."""
+
+
+@main.command(
+    epilog=_examples(
+        "recollect plan examples/models.py:gpt --budget 50%",
+        "recollect plan my_package.train:step --budget 10GiB --optimizer 2.4GB",
+        "recollect plan examples/models.py:gpt --budget 3GB --keep 'head*' --json plan.json",
+    )
+)
+@click.argument("model")
+@_budget
+@_recording
+@_solver
+@_wishes
+@_time_limit(10.0)
+@_json
+@_plot
+def plan(
+    model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
+    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
+) -> None:  # fmt: skip
+    """Plan a training step of MODEL within a budget; nothing of its size is allocated.
+
+    MODEL is package.module:function or path/to/file.py:function. The function takes nothing and returns (fn, args) or
+    (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the meta device cost no memory.
+    """
+    if plot_path is not None:
+        _require("plots", "matplotlib")
+    program = _recorded(model, device, optimizer, timing)
+    from recollect.api import in_bytes
+
+    budget = in_bytes(budget, program.fixed_bytes)
+    _solve_and_show(program, budget, solver, (keep, recompute), time_limit, json_path, plot_path)
+
+
+@main.command(
+    epilog=_examples(
+        "recollect explain examples/models.py:gpt",
+        "recollect explain examples/models.py:gpt --budget 50%",
+        "recollect explain plan.json --json -",
+    )
+)
+@click.argument("model")
+@click.option("--budget", type=_Budget(), help=f"Explain the plan for it, not plain training. {_BUDGET_HELP}")
+@_recording
+@_wishes
+@_time_limit(10.0)
+@_json
+def explain(
+    model: str, budget: int | float | str | None, device: str | None, optimizer: int | None, timing: str | None,
+    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None,
+) -> None:  # fmt: skip
+    """Print where the peak of a training step stands, what fills it, and why.
+
+    MODEL is as for `recollect plan`, or a file: a program or a plan as JSON.
+    """
+    if budget is None and (keep or recompute):
+        raise click.UsageError("--keep and --recompute are wishes for a plan: give a --budget with them.")
+    step = _read_or_recorded(model, device, optimizer, timing)
+    if budget is not None and isinstance(step, Plan):
+        raise click.UsageError(f"{model} is a plan, which has its budget; leave --budget out.")
+    from recollect.api import explain as make_explanation
+
+    _show(
+        make_explanation(step, budget=budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit), json_path
+    )
+
+
+@main.command(
+    epilog=_examples(
+        "recollect frontier examples/models.py:gpt --points 8",
+        "recollect frontier step.json --plot frontier.png --beside every-block --beside segments",
+    )
+)
+@click.argument("model")
+@click.option("--points", type=click.IntRange(min=2), default=16, show_default=True, help="How many budgets.")
+@_recording
+@_wishes
+@_time_limit(60.0)
+@_json
+@_plot
+@click.option(
+    "--beside", type=click.Choice(SOLVERS), multiple=True, metavar="SOLVER", help="Solvers to mark in the picture."
+)
+def frontier(
+    model: str, points: int, device: str | None, optimizer: int | None, timing: str | None, keep: tuple[str, ...],
+    recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
+    beside: tuple[str, ...],
+) -> None:  # fmt: skip
+    """Print overhead against peak, from the floor to the plain peak.
+
+    MODEL is as for `recollect plan`, or a file: a program as JSON.
+    """
+    if plot_path is not None:
+        _require("plots", "matplotlib")
+    step = _read_or_recorded(model, device, optimizer, timing)
+    from recollect.plan import frontier as make_frontier
+    from recollect.show.progress import progress_bar
+
+    with progress_bar() as progress:
+        found: Frontier = make_frontier(
+            step.program if isinstance(step, Plan) else step, points=points, keep=keep, recompute=recompute,
+            time_limit_seconds=time_limit, progress=progress,
+        )  # fmt: skip
+    _show(found, json_path)
+    if plot_path is not None:
+        found.plot(plot_path, beside=beside)
+        click.echo(f"Picture written to {plot_path}", err=json_path == "-")
+
+
+@main.command(
+    epilog=_examples(
+        "recollect solve step.json --budget 50%",
+        "recollect solve step.json --budget 3GB --solver exact --time-limit 60 --json plan.json",
+    )
+)
+@_file
+@_budget
+@_solver
+@_wishes
+@_time_limit(10.0)
+@_json
+@_plot
+def solve(
+    file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
+    time_limit: float, json_path: str | None, plot_path: Path | None,
+) -> None:  # fmt: skip
+    """Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed."""
+    if plot_path is not None:
+        _require("plots", "matplotlib")
+    _solve_and_show(Program.from_json(file), budget, solver, (keep, recompute), time_limit, json_path, plot_path)
 
 
 @main.command()
@@ -68,93 +423,6 @@ def demo(steps: int, out: Path, quick: bool) -> None:
         raise click.ClickException(
             "a run left its budget or differed from plain training; please report this table with `recollect --version`"
         )
-
-
-def _require(extra: str, *modules: str) -> None:
-    """Fail before the work starts if a module of an extra is missing."""
-    missing = [name for name in modules if importlib.util.find_spec(name) is None]
-    if missing:
-        raise click.ClickException(f"this needs {' and '.join(missing)}; run: pip install 'recollect[{extra}]'")
-
-
-_keep = click.option("--keep", multiple=True, metavar="PATTERN", help="Modules or ops never computed again.")
-_recompute = click.option("--recompute", multiple=True, metavar="PATTERN", help="Modules or ops always computed again.")
-
-
-@main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option(
-    "--budget", required=True, help='Bytes ("3000000", "10GiB"), or a share of the plain peak ("0.5", "50%").'
-)
-@click.option("--solver", default="auto", show_default=True, help="Name of a solver.")
-@_keep
-@_recompute
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the plan to this file.")
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save memory over the step as a picture.")
-def solve(
-    file: Path,
-    budget: str,
-    solver: str,
-    keep: tuple[str, ...],
-    recompute: tuple[str, ...],
-    json_path: Path | None,
-    plot_path: Path | None,
-) -> None:
-    """Plan the program in FILE (recollect-program JSON) and print the plan."""
-    if plot_path is not None:
-        _require("plots", "matplotlib")
-    from recollect.plan import solve as make_plan
-    from recollect.program import Program
-
-    plan = make_plan(Program.from_json(file), _budget(budget), solver=solver, keep=keep, recompute=recompute)
-    click.echo(str(plan))
-    if json_path is not None:
-        plan.to_json(json_path)
-        click.echo(f"Plan written to {json_path}")
-    if plot_path is not None:
-        from recollect.show.plots import memory_plot
-
-        click.echo(f"Picture written to {memory_plot(plan, plot_path)}")
-
-
-@main.command()
-@click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
-@click.option("--points", type=click.IntRange(min=2), default=16, show_default=True, help="How many budgets.")
-@_keep
-@_recompute
-@click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save the frontier as a picture.")
-@click.option("--beside", multiple=True, metavar="SOLVER", help="Solvers to mark in the picture.")
-def frontier(
-    file: Path,
-    points: int,
-    keep: tuple[str, ...],
-    recompute: tuple[str, ...],
-    plot_path: Path | None,
-    beside: tuple[str, ...],
-) -> None:
-    """Print overhead against peak for the program in FILE, from the floor to the plain peak."""
-    if plot_path is not None:
-        _require("plots", "matplotlib")
-    from recollect.plan import frontier as make_frontier
-    from recollect.program import Program
-    from recollect.show.progress import progress_bar
-
-    with progress_bar() as progress:
-        found = make_frontier(Program.from_json(file), points=points, keep=keep, recompute=recompute, progress=progress)
-    click.echo(str(found))
-    if plot_path is not None:
-        found.plot(plot_path, beside=beside)
-        click.echo(f"Picture written to {plot_path}")
-
-
-def _budget(text: str) -> int | float | str:
-    """Numbers as numbers, everything else as it was typed."""
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
 
 
 if __name__ == "__main__":

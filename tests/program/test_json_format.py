@@ -38,8 +38,8 @@ def test_the_example_of_the_design_is_read_as_it_stands() -> None:
 def everything() -> Program:
     """Every field of the format with something else than its default."""
     values = (
-        Value("x", 8, fixed=True, label="input float32[2]", kind="input"),
-        Value("a", 8, held=1),
+        Value("x", 8, fixed=True, label="input float32[2]", kind="input", module="net"),
+        Value("a", 8, held=1, dtype="float32", shape=(2, 1)),
         Value("ä.1", 8, held=-1),
         Value("b", 0, held=0),
     )
@@ -98,7 +98,9 @@ texts = st.text(max_size=6)
 def labelled(draw: st.DrawFn) -> Program:
     """Random programs with any text wherever a text may stand."""
     program = draw(programs())
-    values = tuple(Value(v.id, v.nbytes, v.fixed, v.held, label=draw(texts), kind=draw(texts)) for v in program.values)
+    shapes = st.none() | st.lists(st.integers(0, 9), max_size=3).map(tuple)
+    words = st.fixed_dictionaries(dict.fromkeys(("label", "kind", "dtype", "module"), texts) | {"shape": shapes})
+    values = tuple(Value(v.id, v.nbytes, v.fixed, v.held, **draw(words)) for v in program.values)
     ops = tuple(
         Op(draw(texts), op.reads, op.writes, op.seconds, op.scratch_bytes, draw(texts), draw(texts), op.in_place)
         for op in program.ops
@@ -239,6 +241,11 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "held below": (put("values", 1, "held", value=-1), "field 'held' must be the index of an op or 'end', got -1"),
     "held beyond": (put("values", 1, "held", value=5), "value 'a': held names op 5, but the program has 5 ops"),
     "label": (put("values", 1, "label", value=[]), "value 1 (a): field 'label' must be a string, got []"),
+    "dtype": (put("values", 1, "dtype", value=4), "value 1 (a): field 'dtype' must be a string, got 4"),
+    "shape": (put("values", 1, "shape", value="2, 1"), "value 1 (a): field 'shape' must be a list, got '2, 1'"),
+    "sizes": (put("values", 1, "shape", value=[2, True]), "field 'shape' must be a list of sizes, got [2, True]"),
+    "no size": (put("values", 1, "shape", value=[-1]), "value 1 (a): field 'shape' must be a list of sizes, got [-1]"),
+    "its module": (put("values", 1, "module", value=None), "value 1 (a): field 'module' must be a string, got None"),
     "op": (put("ops", 1, value=None), "op 1 must be an object, got None"),
     "no op name": (drop("ops", 1, "name"), "op 1: field 'name' is missing"),
     "no reads": (drop("ops", 1, "reads"), "op 1 (f1): field 'reads' is missing"),

@@ -107,8 +107,12 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         if a.dtype != b.dtype or a.shape != b.shape:
             return False
-        return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+        return torch.equal(bytes_of(a), bytes_of(b))
     return type(a) is type(b) and a == b
+
+
+def bytes_of(t: Tensor) -> Tensor:
+    return t.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
 def assert_same(got: list[Any], plain: list[Any]) -> None:

@@ -81,6 +81,12 @@ def explained(error: InfeasibleBudget, keep: Patterns, recompute: Patterns) -> I
     )
 
 
+def still_possible(program: Program, recompute: Patterns) -> tuple[str, ...]:
+    """The patterns that name some op which may run again; at run time, others have turned out not to be."""
+    may = [op for op in program.ops if not op.repeatable]
+    return tuple(p for p in _several(recompute) if any(_matches(op, p) for op in may))
+
+
 def _several(patterns: Patterns) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 

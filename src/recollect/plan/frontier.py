@@ -70,11 +70,33 @@ class Frontier:
 
         return frontier_plot(self, path, beside=beside)
 
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The figures as JSON text (format ``recollect-frontier``, version 1), also to ``path`` if given."""
+        from recollect.program.json_format import write_json
+
+        figures = ("budget_bytes", "peak_bytes", "overhead", "lower_bound", "solver")
+        data = {
+            "format": "recollect-frontier",
+            "version": 1,
+            "name": self.program.name,
+            "timing": self.program.timing,
+            "floor_bytes": self.floor_bytes,
+            "plain_peak_bytes": self.plain_peak_bytes,
+            "points": [{name: getattr(plan, name) for name in figures} for plan in self.points],
+        }
+        return write_json(data, path)
+
     def __str__(self) -> str:
         """A table with a bar for every budget."""
         from recollect.show.text import frontier_text
 
         return frontier_text(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from recollect.show.page import as_html
+
+        return as_html(str(self))
 
 
 def frontier(

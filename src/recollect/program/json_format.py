@@ -43,6 +43,16 @@ _OP_DEFAULTS: Final[dict[str, object]] = {
     "source": "",
 }
 
+_VALUE_DEFAULTS: Final[dict[str, object]] = {
+    "fixed": False,
+    "held": None,
+    "label": "",
+    "kind": "",
+    "dtype": "",
+    "shape": None,
+    "module": "",
+}
+
 # --- Writing ----------------------------------------------------------------------------------------------------------
 
 
@@ -83,8 +93,9 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
 
 def _value_to_data(value: Value) -> dict[str, Any]:
     optional: dict[str, Any] = {"fixed": value.fixed, "held": "end" if value.held == END else value.held}
-    optional |= {"label": value.label, "kind": value.kind}
-    return {"id": value.id, "bytes": int(value.nbytes), **_unless(optional, fixed=False, held=None, label="", kind="")}
+    optional |= {"label": value.label, "kind": value.kind, "dtype": value.dtype}
+    optional |= {"shape": None if value.shape is None else list(value.shape), "module": value.module}
+    return {"id": value.id, "bytes": int(value.nbytes), **_unless(optional, **_VALUE_DEFAULTS)}
 
 
 def _op_to_data(op: Op, ids: list[str]) -> dict[str, Any]:
@@ -242,7 +253,19 @@ def _value_from_data(i: int, item: Any) -> Value:
         held=_held(item, where),
         label=_get(item, where, "label", str, ""),
         kind=_get(item, where, "kind", str, ""),
+        dtype=_get(item, where, "dtype", str, ""),
+        shape=_shape(item, where),
+        module=_get(item, where, "module", str, ""),
     )
+
+
+def _shape(item: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+    sizes = _get(item, where, "shape", list, None)
+    if sizes is None:
+        return None
+    if any(type(n) is not int or n < 0 for n in sizes):
+        raise InvalidProgram(f"{where}: field 'shape' must be a list of sizes, got {sizes!r}")
+    return tuple(sizes)
 
 
 def _held(item: Mapping[str, Any], where: str) -> int | None:

@@ -27,6 +27,10 @@ class Value:
             attribute or the autograd engine holds it; ``END`` for the whole step; ``None`` when nothing holds it.
         label: what a person calls it, such as ``blocks.3.mlp.0 float32[8, 64, 256]``.
         kind: ``parameter``, ``buffer``, ``input``, ``optimizer``, ``gradient``, ``activation``, ``temporary`` or "".
+        dtype: of the tensor as which the value was made, such as ``float32``; "" where that is not known.
+        shape: of the same tensor; None where that is not known.
+        module: path of the module that owns the value (a parameter, a buffer, their gradients); where it is "", the
+            value belongs to the module of the op that writes it.
     """
 
     id: str
@@ -35,6 +39,9 @@ class Value:
     held: int | None = None
     label: str = ""
     kind: str = ""
+    dtype: str = ""
+    shape: tuple[int, ...] | None = None
+    module: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +63,8 @@ class Op:
             after the first run; so no later op of the program may read it, and it is neither fixed nor held longer.
             Where the read value is needed after a further run, that run works on a copy and both are resident.
         module: path of the module that ran the op.
-        source: ``file:line`` of the user's code that ran the op.
+        source: ``file:line`` of the user's code that ran the op; of an op of the backward, where the value that it
+            asked for last was saved.
     """
 
     name: str
@@ -141,6 +149,11 @@ class Program:
     def label(self, value: int) -> str:
         """What a person calls the value."""
         return self.values[value].label or self.values[value].id
+
+    def module(self, value: int) -> str:
+        """Path of the module that the value belongs to; "" where no module is known."""
+        made_by = self.producer[value]
+        return self.values[value].module or (self.ops[made_by].module if made_by >= 0 else "")
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The program as JSON text (format ``recollect-program``, version 1), also written to ``path`` if given."""

@@ -47,6 +47,12 @@ class Plan:
 
         return plan_text(self)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from recollect.show.page import as_html
+
+        return as_html(str(self))
+
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan with its program as JSON text (format ``recollect-plan``, version 1), also to ``path`` if given."""
         from recollect.program.json_format import plan_to_data, write_json

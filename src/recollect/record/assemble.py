@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -58,12 +59,14 @@ def _main_device(values: dict[int, RecordedValue]) -> torch.device:
 
 def _value(number: int, value: RecordedValue, recorder: Recorder, device: torch.device) -> Value:
     nbytes = value.nbytes if value.device == device else 0
+    about: dict[str, Any] = {"label": value.label, "kind": value.kind, "dtype": value.dtype, "shape": value.shape}
+    about["module"] = value.module
     if number < 0:
-        return Value(f"x{-number}", nbytes, fixed=True, label=value.label, kind=value.kind)
+        return Value(f"x{-number}", nbytes, fixed=True, **about)
     held: int | None = END if value.forever else None
     if held is None and value.died is not None:
         held = max(value.died - 1, 0)
-    return Value(f"v{number}", nbytes, held=held, label=value.label, kind=value.kind)
+    return Value(f"v{number}", nbytes, held=held, **about)
 
 
 def _reasons(recorder: Recorder) -> list[str]:

@@ -34,7 +34,7 @@ TRAINING: Final = 5
 FRESH_CONSTANT: Final = frozenset({"aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"})
 """How ``torch.tensor(...)`` enters: its result existed before any operator ran."""
 
-WORKSPACES: Final = {"aten.mkldnn_rnn_layer": (3,)}
+WORKSPACES: Final = {"aten.mkldnn_rnn_layer": (3,), "aten._ctc_loss": (1,)}
 """Results of operators in which some bytes are whatever the memory held before; only their own backward reads them."""
 
 NEVER_AGAIN: Final = {
@@ -43,8 +43,12 @@ NEVER_AGAIN: Final = {
     "aten.set_": "changes the storage of a tensor",
     "aten.resize_": "changes the storage of a tensor",
     "aten.record_stream": "has an effect outside its outputs",
+    "aten.linalg_lstsq": "gives other last bits from run to run",
 }
 """ATen operators that must not run again, and why."""
+
+_KEY = torch._C.DispatchKey
+_Switch = torch._C._SetExcludeDispatchKeyGuard
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,16 @@ def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
     if "batch_norm" in packet and writes and packet not in BATCH_NORM:
         return "updates running statistics"
     return ""
+
+
+def run_op(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Run an operator from within a dispatch mode, as its kernel runs without one.
+
+    Inside a mode torch switches lazy conjugation, lazy negation and zero tensors off, also for the operators that a
+    kernel calls itself: the pseudo-inverse of a complex matrix then lacks a conjugation, under any mode at all.
+    """
+    with _Switch(_KEY.Conjugate, False), _Switch(_KEY.Negative, False), _Switch(_KEY.ZeroTensor, False):
+        return func(*args, **kwargs)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

@@ -70,9 +70,11 @@ def record(
 
     Raises:
         NothingDifferentiable: nothing returned requires grad.
-        UnusableInput: parameters and inputs are on several devices.
+        UnusableInput: parameters and inputs are on several devices; ``device`` is not one of this machine's.
     """
     kwargs = dict(kwargs or {})
+    if device is not None:
+        _check_target(device)
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
     try:
@@ -242,7 +244,7 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
         with gradients_kept(leaves), recorder.seeded(outputs) as start:
             recorder.backward = True
             start()
-            _name_gradients(recorder, leaves)
+            _name_gradients(recorder, leaves, modules)
             recorder.finish()
         del result, outputs
     return recorder
@@ -250,18 +252,25 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
 
 def _know_the_world(recorder: Recorder, world: _World, modules: Sequence[nn.Module]) -> None:
     for name, kind, tensor in named_tensors(modules):
-        recorder.know(tensor, name, kind)
+        recorder.know(tensor, name, kind, _module_of(name))
         if tensor.is_leaf and tensor.grad is not None:
-            recorder.know(tensor.grad, f"{name}.grad", "gradient")
+            recorder.know(tensor.grad, f"{name}.grad", "gradient", _module_of(name))
     leaves = [t for t in torch.utils._pytree.tree_leaves((world.args, world.kwargs)) if isinstance(t, Tensor)]
     for i, tensor in enumerate(leaves):
         recorder.know(tensor, f"input {i}", "input")
 
 
-def _name_gradients(recorder: Recorder, leaves: Sequence[Tensor]) -> None:
+def _module_of(name: str) -> str:
+    """The path of the module that has the parameter of this name."""
+    return name.rpartition(".")[0]
+
+
+def _name_gradients(recorder: Recorder, leaves: Sequence[Tensor], modules: Sequence[nn.Module]) -> None:
+    names = {id(tensor): name for name, _, tensor in named_tensors(modules)}
     for leaf in leaves:
         if leaf.grad is not None:
-            recorder.call_gradient(leaf.grad)
+            name = names.get(id(leaf), "")
+            recorder.call_gradient(leaf.grad, name and f"{name}.grad", _module_of(name))
 
 
 def differentiable_outputs(result: Any) -> list[Tensor]:
@@ -278,6 +287,20 @@ def _tensors_of(tree: Any) -> list[Tensor]:
     if is_dataclass(tree) and not isinstance(tree, type):
         tree = [getattr(tree, f.name) for f in fields(tree)]
     return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
+
+
+def _check_target(device: torch.device | str) -> None:
+    """Refuse a device that is not there: autograd would end the process."""
+    try:
+        kind = torch.device(device).type
+        there = kind == "cpu" or torch.get_device_module(kind).is_available()
+    except RuntimeError:
+        there = False
+    if not there:
+        raise UnusableInput(
+            f"device {str(device)!r} is not available to torch {torch.__version__} here; leave it out, name one that "
+            "is, or record on the machine that will train"
+        )
 
 
 def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:

@@ -20,11 +20,13 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from recollect.record.facts import OpFacts, facts_of, tensors_in
+from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.values import ValueMap, View, storage_of
 
-_LIBRARY_FOLDERS = (str(Path(torch.__file__).parent), str(Path(__file__).parent.parent / "record"))
+_OURS = Path(__file__).parent.parent
+_LIBRARY = (str(Path(torch.__file__).parent), *(str(_OURS / n) for n in ("record", "run", "api.py", "largest.py")))
+_TYPED_IN = ("<stdin>", "<ipython-input")
 
 
 @dataclass(slots=True)
@@ -53,8 +55,22 @@ class RecordedValue:
     device: torch.device
     label: str
     kind: str
+    dtype: str
+    shape: tuple[int, ...]
+    module: str = ""
     died: int | None = None
     forever: bool = False
+
+    @staticmethod
+    def of(tensor: Tensor, label: str, kind: str, module: str = "") -> RecordedValue:
+        """What a tensor that is made or met now stands for."""
+        nbytes, dtype = tensor.untyped_storage().nbytes(), str(tensor.dtype).removeprefix("torch.")
+        return RecordedValue(nbytes, tensor.device, label, kind, dtype, tuple(tensor.shape), module)
+
+    @property
+    def text(self) -> str:
+        """Type and shape, such as ``float32[8, 64]``."""
+        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 @dataclass(slots=True)
@@ -69,10 +85,13 @@ class _Storage:
 class _Packed:
     """What the recorder keeps of a saved tensor: no data."""
 
-    __slots__ = ("__weakref__", "content", "device", "module", "number", "unpacked", "view")
+    __slots__ = ("__weakref__", "content", "device", "module", "number", "source", "unpacked", "view")
 
-    def __init__(self, number: int, view: View, device: torch.device, module: str, content: Tensor | None) -> None:
-        self.number, self.view, self.device, self.module, self.content = number, view, device, module, content
+    def __init__(
+        self, number: int, view: View, device: torch.device, module: str, source: str, content: Tensor | None
+    ) -> None:
+        self.number, self.view, self.device, self.module, self.source = number, view, device, module, source
+        self.content = content
         self.unpacked = False
 
 
@@ -115,7 +134,7 @@ class Recorder(TorchDispatchMode):
         self._outside_version: dict[int, int] = {}
         self._fingerprints: dict[int, int] = {}
         self.changed_unseen: set[int] = set()
-        self._backward_module = ""
+        self._backward_module = self._backward_source = ""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -124,12 +143,12 @@ class Recorder(TorchDispatchMode):
 
     # ---- values from outside -------------------------------------------------------------------------------------
 
-    def know(self, tensor: Tensor, label: str, kind: str) -> None:
+    def know(self, tensor: Tensor, label: str, kind: str, module: str = "") -> None:
         """Register a tensor that exists before the step."""
         storage = storage_of(tensor)
         if storage is not None:
             number = self.map.number(storage)
-            self.values.setdefault(number, RecordedValue(storage.nbytes(), tensor.device, label, kind))
+            self.values.setdefault(number, RecordedValue.of(tensor, label, kind, module))
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -144,11 +163,15 @@ class Recorder(TorchDispatchMode):
         """How often a value from outside has been overwritten so far."""
         return self._outside_version.get(number, 0)
 
-    def call_gradient(self, tensor: Tensor) -> None:
-        """Note that this tensor is the gradient of a leaf."""
+    def call_gradient(self, tensor: Tensor, label: str, module: str) -> None:
+        """Note that this tensor is the gradient of a leaf: of a parameter by name, of another one without."""
         storage = storage_of(tensor)
-        if storage is not None:
-            self.values[self.map.number(storage)].kind = "gradient"
+        if storage is None:
+            return
+        value = self.values[self.map.number(storage)]
+        value.kind = "gradient"
+        if label:
+            value.label, value.module = f"{label} {value.text}", module
 
     @contextmanager
     def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
@@ -188,7 +211,7 @@ class Recorder(TorchDispatchMode):
             self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
         signature = signature_of(func, args, kwargs)
-        out = func(*args, **kwargs)
+        out = run_op(func, args, kwargs)
         outputs = tensors_in(out)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)
         if facts.fresh_constant:
@@ -211,7 +234,7 @@ class Recorder(TorchDispatchMode):
             facts.overwriting and _covers_storage(args[0]),
             signature,
             self._backward_module if self.backward else self.module_path(),
-            "" if self.backward else _user_line(),
+            self._backward_source if self.backward else _user_line(),
         )
         for n in seen.effects:
             self._outside_version[n] = self._outside_version.get(n, 0) + 1
@@ -259,7 +282,7 @@ class Recorder(TorchDispatchMode):
             if storage is not None:
                 number = self.map.number(storage)
                 if number < 0 and number not in self.values:
-                    self.values[number] = RecordedValue(storage.nbytes(), tensor.device, "constant", "input")
+                    self.values[number] = RecordedValue.of(tensor, "constant", "input")
 
     def _is_accumulation(self, func: torch._ops.OpOverload, args: Any) -> bool:
         """Whether this is the engine adding up two gradients that meet, which it does in place where it can.
@@ -280,10 +303,9 @@ class Recorder(TorchDispatchMode):
     def _born(self, number: int, tensor: Tensor, op: RecordedOp) -> None:
         storage = tensor.untyped_storage()
         kind = "temporary" if self.backward else "activation"
-        shape = ", ".join(map(str, tensor.shape))
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        label = f"{op.module or op.name} {dtype}[{shape}]"
-        self.values[number] = RecordedValue(storage.nbytes(), tensor.device, label, kind)
+        value = RecordedValue.of(tensor, "", kind)
+        value.label = f"{op.module or op.name} {value.text}"
+        self.values[number] = value
         known = self._storages.get(storage._cdata)
         if known is not None:  # written in place: the old value ends here
             self.values[known.number].died = len(self.ops)
@@ -322,7 +344,7 @@ class Recorder(TorchDispatchMode):
                 self._know_outside([tensor])
                 return tensor.detach()
             content = self.content(tensor)
-        packed = _Packed(number, View.of(tensor), tensor.device, self.module_path(), content)
+        packed = _Packed(number, View.of(tensor), tensor.device, self.module_path(), _user_line(), content)
         key = id(packed)
         self._packed[key] = weakref.ref(packed, lambda _: self._released(key))
         self._packed_as[key] = number
@@ -360,7 +382,7 @@ class Recorder(TorchDispatchMode):
         if not isinstance(packed, _Packed):
             return packed
         if self.backward:
-            self._backward_module = packed.module
+            self._backward_module, self._backward_source = packed.module, packed.source
         with self.paused():
             view = packed.view
             nelements = -(-self.values[packed.number].nbytes // view.dtype.itemsize)
@@ -372,7 +394,7 @@ class Recorder(TorchDispatchMode):
             tensor = torch._neg_view(tensor) if view.negated else tensor
         packed.unpacked = True
         self._open.add(id(packed))
-        phase_op = RecordedOp("unpack", [packed.number], (), (), True, None, module=packed.module)
+        phase_op = RecordedOp("unpack", [packed.number], (), (), True, None, module=packed.module, source=packed.source)
         self._append(phase_op)
         storage = base.untyped_storage()
         self.map.rebind(storage, packed.number)
@@ -440,7 +462,8 @@ def _user_line() -> str:
     frame = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
-        if not filename.startswith(_LIBRARY_FOLDERS) and not filename.startswith("<"):
+        generated = filename.startswith("<") and not filename.startswith(_TYPED_IN)
+        if not generated and not filename.startswith(_LIBRARY):
             return f"{filename}:{frame.f_lineno}"
         frame = frame.f_back  # type: ignore[assignment]
     return ""

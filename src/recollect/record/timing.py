@@ -98,9 +98,8 @@ def _flops(signature: CallSignature) -> float:
     count = flop_registry.get(signature.func.overloadpacket)
     if count is None:
         return 0.0
-    args = thaw(signature.args, _meta)
-    kwargs = thaw(signature.kwargs, _meta)
     try:
+        args, kwargs = thaw(signature.args, _meta), thaw(signature.kwargs, _meta)
         out = signature.func(*args, **kwargs)
         return float(count(*args, **kwargs, out_val=out))
     except Exception:  # noqa: BLE001 - a formula that does not know these arguments is no reason to fail

@@ -65,12 +65,12 @@ def _wraps(tensor: Tensor) -> bool:
     return not isinstance(tensor, fake) and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
-def fingerprint(storage: torch.UntypedStorage) -> int:
-    """A number below 2**64 that tells the contents of memory apart."""
-    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+def fingerprint(storage: torch.UntypedStorage, part: slice = slice(None)) -> int:
+    """A number below 2**64 that tells the contents of some bytes of memory apart."""
+    whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[part]
     if storage.device.type == "cpu":
         return zlib.crc32(whole.numpy().data)
-    wide = whole[: storage.nbytes() // 8 * 8].view(torch.int64)
+    wide = whole[: len(whole) // 8 * 8].clone().view(torch.int64)
     return (int(wide.sum()) ^ int(whole[wide.numel() * 8 :].sum())) % (1 << 64)
 
 

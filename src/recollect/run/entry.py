@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from recollect.record.facts import RUNNING_STATISTICS, TRAINING, OpFacts, facts_of, tensors_in
+from recollect.record.facts import RUNNING_STATISTICS, TRAINING, OpFacts, facts_of, run_op, tensors_in
 from recollect.record.values import Seen, ValueMap, View, fingerprint, storage_of
 from recollect.run.settings import NumericSettings, set_state, state_of
 
@@ -77,7 +77,7 @@ class Entry:
             _generator_at(self.generator, self.generator_state),
         ):
             args, kwargs = _resolved(self.args, memory), _resolved(self.kwargs, memory)
-            results = tensors_in(self.func(*args, **kwargs))
+            results = tensors_in(run_op(self.func, args, kwargs))
         made = {n: results[i].untyped_storage() for i, n in self.outputs} | {n: memory[n] for n, _ in self.in_place}
         if self.checksum is not None and self.checksum != checksum(made[n] for n in sorted(made)):
             raise _disturbed(self.func)

@@ -8,14 +8,14 @@ was computed again is compared with the checksum; by then nothing can be mended,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from recollect.record.facts import facts_of
-from recollect.record.values import ValueMap, storage_of
-from recollect.run.entry import Entry, checksum
+from recollect.record.values import ValueMap, fingerprint, storage_of
+from recollect.run.entry import Entry
 
 DIFFERS = "gives something else when it runs again"
 CHANGED = "what it makes is changed by something that torch does not see"
@@ -34,6 +34,8 @@ class SelfCheck:
     def __init__(self, twice: frozenset[int], on_difference: Callable[[int, str], None]) -> None:
         self._twice, self._report = twice, on_difference
         self._sums: dict[int, int] = {}
+        self._parts: dict[int, slice] = {}
+        """Where in its memory a value is: some kernels leave bytes beside it that mean nothing."""
         self._maker: dict[int, int] = {}
 
     def arguments(self, k: int, values: ValueMap, inputs: Sequence[Tensor], written: Sequence[Tensor]) -> Memory:
@@ -44,19 +46,21 @@ class SelfCheck:
         storages = [s for s in map(storage_of, inputs) if s is not None]
         return {values.number(s): s.clone() if s._cdata in overwritten else s for s in storages}
 
-    def differs(self, k: int, entry: Entry, made: Memory, before: Memory) -> bool:
+    def differs(self, k: int, entry: Entry, made: Mapping[int, Tensor], before: Memory) -> bool:
         """After the first run: remember what it made, and run again where there is room; whether that differs."""
         facts = facts_of(entry.func)
         if facts.uninitialised:
             return False
-        skipped = {n for position, n in entry.outputs if position in facts.workspaces}
-        sums = {n: checksum([storage]) for n, storage in made.items() if n not in skipped}
+        new = {n for position, n in entry.outputs if position not in facts.workspaces}
+        self._parts |= {n: _part(made[n]) for n in new}
+        compared = new.union(n for n, _ in entry.in_place)
+        sums = {n: self._sum(n, made[n].untyped_storage()) for n in compared}
         self._sums |= sums
         self._maker.update(dict.fromkeys(sums, k))
         if k not in self._twice:
             return False
-        before |= {new: before[old] for new, old in entry.in_place}
-        again = {n: checksum([storage]) for n, storage in entry.run(before).items() if n in sums}
+        before |= {n: before[old] for n, old in entry.in_place}
+        again = {n: self._sum(n, storage) for n, storage in entry.run(before).items() if n in sums}
         if again == sums:
             return False
         self._report(k, DIFFERS)
@@ -64,7 +68,7 @@ class SelfCheck:
 
     def has_changed(self, number: int, storage: torch.UntypedStorage) -> bool:
         """Whether a value is not what its op made, although no operator has changed it since."""
-        if number not in self._sums or self._sums[number] == checksum([storage]):
+        if number not in self._sums or self._sums[number] == self._sum(number, storage):
             return False
         self._report(self._maker[number], CHANGED)
         del self._sums[number]
@@ -77,10 +81,20 @@ class SelfCheck:
             RuntimeError: they differ; the op is reported first, so that the next step keeps what it makes.
         """
         for n, storage in made.items():
-            if n in self._sums and self._sums[n] != checksum([storage]):
+            if n in self._sums and self._sums[n] != self._sum(n, storage):
                 self._report(k, DIFFERS)
                 raise RuntimeError(
                     f"recollect's check of this first step with a plan: {entry.func} gave something else when it ran "
                     "again than in the forward, so this backward cannot go on. Its result is kept from now on: set the "
                     "gradients to None and repeat the step"
                 )
+
+    def _sum(self, number: int, storage: torch.UntypedStorage) -> int:
+        return fingerprint(storage, self._parts.get(number, slice(None)))
+
+
+def _part(tensor: Tensor) -> slice:
+    """The bytes of its memory from the tensor's first element to its last one."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    begin = int(tensor.storage_offset()) * tensor.itemsize
+    return slice(begin, begin + extent * tensor.itemsize)

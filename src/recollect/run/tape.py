@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recollect.record.facts import OpFacts, facts_of, tensors_in
+from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import signature_of
 from recollect.record.timing import estimate
 from recollect.record.values import Seen, ValueMap, View, storage_of
@@ -142,8 +142,10 @@ class Tape(TorchDispatchMode):
         """Run one operator of the forward and take note of it."""
         kwargs = kwargs or {}
         facts = facts_of(func)
-        if facts.is_view or self._rerunning or self._map is None:
+        if facts.is_view:
             return func(*args, **kwargs)
+        if self._rerunning or self._map is None:
+            return run_op(func, args, kwargs)
         written = facts.written(args, kwargs)
         if written or self.n_ops in self.instructions.again or not self._expects(facts.name) or self._check:
             inputs = tensors_in((args, kwargs))
@@ -162,9 +164,9 @@ class Tape(TorchDispatchMode):
                 entry = prepare(func, facts, args, kwargs, self._map, self._outside)
                 if self._check is not None and expected:
                     memory = self._check.arguments(self.n_ops, self._map, inputs, written)
-                out = func(*args, **kwargs)
+                out = run_op(func, args, kwargs)
         else:
-            out = func(*args, **kwargs)
+            out = run_op(func, args, kwargs)
         outputs = tensors_in(out)
         seen = self._map.seen(facts, args, kwargs, reads, outputs)
         if seen.is_op:
@@ -230,7 +232,7 @@ class Tape(TorchDispatchMode):
         if entry is not None and (self.following or (not seen.opaque and (not seen.effects or entry.only_statistics))):
             self._entries[k] = ready = entry.finish(seen, outputs)
             self._maker.update((n, k) for n, _ in seen.writes)
-            made = {n: t.untyped_storage() for n, t in seen.writes}
+            made = dict(seen.writes)
             if self.following and self._check is not None and self._differs(k, ready, made, memory):
                 self._pinned.update(made)
         for number, tensor in seen.writes:
@@ -271,7 +273,7 @@ class Tape(TorchDispatchMode):
 
     # ---- the self-check ------------------------------------------------------------------------------------------
 
-    def _differs(self, k: int, entry: Entry, made: Memory, memory: Memory) -> bool:
+    def _differs(self, k: int, entry: Entry, made: dict[int, Tensor], memory: Memory) -> bool:
         assert self._check is not None
         with self._replaying():
             return self._check.differs(k, entry, made, memory)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from io import StringIO
 from math import log1p
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from recollect.plan.budget import format_bytes
-from recollect.program import Op, Plan, Program, Timeline, simulate
+from recollect.program import Plan, Program, Timeline, simulate
+from recollect.show.page import table_lines
+from recollect.show.residents import op_text
 
 if TYPE_CHECKING:
     from recollect.plan.frontier import Frontier
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["fold_indices", "format_bytes", "format_seconds", "frontier_text", "plan_text"]
 
 _SHOWN: Final = 6
-_WIDTH: Final = 110
 _BAR: Final = 36
 _LAYER: Final = re.compile(r"^((?:[^\s.]+\.)*?)(\d+)(?=[.\s]|$)")
 
@@ -63,14 +63,9 @@ def _repeats(program: Program, timeline: Timeline) -> list[str]:
         f"Computed again: {len(timeline.repeats)} of {len(program.ops)} ops, {runs} further runs, "
         f"{format_seconds(timeline.extra_seconds)}"
     )
-    lines = _fold_lines((_op_label(program.ops[i]), n, n * program.ops[i].seconds) for i, n in timeline.repeats)
+    lines = _fold_lines((op_text(program.ops[i]), n, n * program.ops[i].seconds) for i, n in timeline.repeats)
     shown = [f"  {format_seconds(x.amount):>9}  {x.times:>4} runs  {x.name}" for x in lines[:_SHOWN]]
     return [head, *shown, *_more(format_seconds(sum(x.amount for x in lines[_SHOWN:])), len(lines) - _SHOWN)]
-
-
-def _op_label(op: Op) -> str:
-    """Module and operator, such as ``blocks.3.mlp.1 gelu``; the plain name where the program has no modules."""
-    return f"{op.module} {op.name.removeprefix('aten.').removesuffix('.default')}" if op.module else op.name
 
 
 def _peak(program: Program, timeline: Timeline) -> list[str]:
@@ -160,7 +155,6 @@ def fold_indices(indices: Iterable[int]) -> str:
 def frontier_text(front: Frontier) -> str:
     """A frontier as a table: a line per budget with peak, extra time, lower bound and a logarithmic bar of the two."""
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
@@ -172,14 +166,12 @@ def frontier_text(front: Frontier) -> str:
         share = _share(p.budget_bytes, front.plain_peak_bytes)
         sizes = format_bytes(p.budget_bytes), share, format_bytes(p.peak_bytes)
         table.add_row(*sizes, f"{p.overhead:+.1%}", f"{p.lower_bound:+.1%}", _bar(p, most))
-    page = StringIO()
-    Console(width=_WIDTH, color_system=None, file=page).print(table)
     name = f" of {front.program.name}" if front.program.name else ""
     head = (
         f"Frontier{name}: floor {format_bytes(front.floor_bytes)}, plain peak {format_bytes(front.plain_peak_bytes)}; "
         f"seconds are {front.program.timing}"
     )
-    return "\n".join([head, *(line.rstrip() for line in page.getvalue().splitlines() if line.strip())])
+    return "\n".join([head, *table_lines(table)])
 
 
 def _bar(plan: Plan, most: float) -> str:

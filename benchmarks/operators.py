@@ -1,0 +1,132 @@
+"""Every differentiable operator of torch, with everything computed again that may be: the figures of docs/exactness.md.
+
+The sweep of tests/run/test_operators.py, counted. Run: ``python benchmarks/operators.py``; about five minutes.
+``--quick`` looks at two samples per operator and dtype; ``--write`` puts the tables into the page.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from tests.run.sweep import DTYPES, Outcome, name_of, sweep
+from tests.run.test_operators import REFUSED, STEADY, UNSTEADY
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "exactness.md"
+BEGIN, END = "<!-- benchmarks/operators.py -->", "<!-- end -->"
+
+Outcomes = dict[tuple[str, torch.dtype], list[Outcome]]
+
+
+def run(at_most: int) -> Outcomes:
+    """The outcomes by operator and dtype."""
+    return {(name_of(op), dtype): sweep(op, [dtype], at_most) for op in STEADY for dtype in DTYPES}
+
+
+def by_dtype(outcomes: Outcomes) -> Iterator[str]:
+    """A row per dtype."""
+    yield "| dtype | operators | steps | identical | computed again | random | nothing to compute again | kept |"
+    yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
+    for dtype in DTYPES:
+        found = [(name, o) for (name, d), all_of_it in outcomes.items() if d == dtype for o in all_of_it]
+        yield row(str(dtype).removeprefix("torch."), found)
+    yield row("all", [(name, o) for (name, _), all_of_it in outcomes.items() for o in all_of_it])
+
+
+def row(title: str, found: list[tuple[str, Outcome]]) -> str:
+    """Counts of some outcomes."""
+    compared = [o for _, o in found if not o.refused]
+    counts = (
+        len({name for name, o in found if not o.refused}),
+        len(compared),
+        sum(not o.wrong for o in compared),
+        sum(o.again > 0 for o in compared),
+        sum(o.again > 0 and o.random for o in compared),
+        sum(o.asked == 0 for o in compared),
+        sum(o.asked > 0 and o.again == 0 for o in compared),
+    )
+    return f"| {title} | " + " | ".join(map(str, counts)) + " |"
+
+
+def kept(outcomes: Outcomes) -> Iterator[str]:
+    """What is kept, by reason."""
+    reasons: dict[str, tuple[set[str], set[str]]] = defaultdict(lambda: (set(), set()))
+    for (name, _), all_of_it in outcomes.items():
+        for o in all_of_it:
+            for aten, reason in o.kept if o.again < o.asked else ():
+                reasons[general(reason)][0].add(aten.removesuffix(".default"))
+                reasons[general(reason)][1].add(name)
+    yield "| reason | ATen operators that do not run again | seen in |"
+    yield "| --- | --- | --- |"
+    for reason, (atens, names) in sorted(reasons.items()):
+        yield f"| {reason} | {listed(atens)} | {listed(names)} |"
+
+
+def general(reason: str) -> str:
+    """The reason without the name of the value."""
+    return re.sub(r"(reads|overwrites) .*?(?=, which|$)", r"\1 a value", reason)
+
+
+def views(outcomes: Outcomes) -> list[str]:
+    """Operators that make nothing of their own in any sample."""
+    asked: dict[str, int] = defaultdict(int)
+    for (name, _), all_of_it in outcomes.items():
+        for o in all_of_it:
+            asked[name] += o.asked
+    return [name for name in compared(outcomes) if not asked[name]]
+
+
+def compared(outcomes: Outcomes) -> set[str]:
+    """Operators of which any step was compared."""
+    return {name for (name, _), found in outcomes.items() if any(not o.refused for o in found)}
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names in a table or a sentence."""
+    return ", ".join(f"`{name}`" for name in sorted(names))
+
+
+def wrapped(sentence: str) -> str:
+    """In lines of the width of the page."""
+    return textwrap.fill(sentence, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def report(outcomes: Outcomes) -> Iterator[str]:
+    """The section of the page."""
+    yield from by_dtype(outcomes)
+    yield ""
+    without = {name for name, _ in outcomes} - compared(outcomes)
+    yield wrapped(f"Without a differentiable sample: {listed(without)}.")
+    yield ""
+    yield wrapped(f"Nothing of their own to compute again in any sample: {listed(views(outcomes))}.")
+    yield ""
+    yield from kept(outcomes)
+    yield ""
+    yield "| left out | why |"
+    yield "| --- | --- |"
+    for name, why in UNSTEADY.items():
+        yield f"| `{name}` | {why} |"
+    for name, why in REFUSED.items():
+        yield f"| `{name}`, some samples | refused by plain torch: {why} |"
+
+
+def main() -> None:
+    """Print the tables; write them if asked to."""
+    torch.set_num_threads(1)
+    text = "\n".join(report(run(2 if "--quick" in sys.argv else 10)))
+    print(text)
+    if "--write" in sys.argv:
+        page = PAGE.read_text()
+        PAGE.write_text(page[: page.index(BEGIN) + len(BEGIN)] + f"\n\n{text}\n\n" + page[page.index(END) :])
+
+
+if __name__ == "__main__":
+    main()

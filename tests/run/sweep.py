@@ -1,0 +1,239 @@
+"""One sample of one operator of torch's own database: trained plainly and with everything computed again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.testing._internal import common_methods_invocations
+from torch.testing._internal.common_methods_invocations import op_db
+from torch.testing._internal.opinfo.core import OpInfo, SampleInput
+from torch.testing._utils import wrapper_set_seed
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from recollect.plan.unroll import unroll
+from recollect.program import Plan, Program, Schedule, simulate
+from recollect.record import record
+from recollect.run import Tape, instructions_for
+from recollect.run.selfcheck import SelfCheck
+from tests.run.compare import same
+
+torch.backends.__allow_nonbracketed_mutation_flag = True  # torch's own test code forbids it to the whole process
+
+SEED = 1
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
+OPERATORS: tuple[OpInfo, ...] = tuple(op for op in op_db if op.supports_autograd)
+
+
+class Operator(nn.Module):
+    """A module of its own, so that a program tells the operator's ops from those around it."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        super().__init__()
+        self.call = call
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.call(*args, **kwargs)
+
+
+class Step(nn.Module):
+    """The operator on activations, and a loss whose backward asks for everything that the operator made."""
+
+    def __init__(self, call: Callable[..., Any], finish: Callable[[Any], Any]) -> None:
+        super().__init__()
+        self.operator, self.finish = Operator(call), finish
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, list[Tensor]]:
+        args, kwargs = tree_map_only(Tensor, activation, (args, kwargs))
+        out = self.finish(self.operator(*args, **kwargs))
+        made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
+        squares = [square(t) for t in made if t.requires_grad]
+        return sum(squares) if squares else None, [t.detach().clone() for t in made]
+
+
+def activation(t: Tensor) -> Tensor:
+    """What a step computes from an input; running statistics stay what they are."""
+    computed = t.requires_grad or not (t.is_floating_point() or t.is_complex())
+    return t.clone() if computed else t
+
+
+def square(t: Tensor) -> Tensor:
+    """A number that depends on every element; its backward reads the tensor."""
+    t = t if t.layout is torch.strided else t.to_dense()
+    if t.is_complex():
+        return square(t.real) + square(t.imag)
+    return (t * t).sum().double()
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of one sample.
+
+    Attributes:
+        refused: what plain torch said when it refused the sample.
+        wrong: what is not as in plain training.
+        asked: values with bytes that the operator made and the backward asks for.
+        again: how many of them are computed again.
+        kept: of the operator's ATen operators those that must not run again, and why.
+        random: numbers were drawn.
+    """
+
+    refused: str = ""
+    wrong: tuple[str, ...] = ()
+    asked: int = 0
+    again: int = 0
+    kept: tuple[tuple[str, str], ...] = ()
+    random: bool = False
+
+
+def name_of(op: OpInfo) -> str:
+    return f"{op.name}.{op.variant_test_name}" if op.variant_test_name else op.name
+
+
+def sweep(op: OpInfo, dtypes: Iterable[torch.dtype], at_most: int) -> list[Outcome]:
+    """The outcomes of some samples of every dtype, as a function and in place, where they are differentiable."""
+    supported = [d for d in dtypes if d in op.supported_backward_dtypes("cpu")]
+    with quiet():
+        found = [examine(call, s) for d in supported for s in samples(op, d, at_most) for call in calls_of(op, s)]
+    return [outcome for outcome in found if outcome is not None]
+
+
+def samples(op: OpInfo, dtype: torch.dtype, at_most: int) -> list[SampleInput]:
+    """Some samples of an operator, always the same: from all over its list, those without elements last."""
+    torch.manual_seed(SEED)
+    found = sorted(op.sample_inputs_func(op, "cpu", dtype, True), key=is_empty)  # without its stack traces
+    n = min(at_most, len(found))
+    return [found[(2 * k + 1) * len(found) // (2 * n)] for k in range(n)]
+
+
+def is_empty(sample: SampleInput) -> bool:
+    return any(isinstance(t, Tensor) and not t.numel() for t in tree_leaves((sample.input, sample.args, sample.kwargs)))
+
+
+def calls_of(op: OpInfo, sample: SampleInput) -> Iterator[Callable[..., Any]]:
+    """The operator as a function and, where it has a differentiable one, in place."""
+    wrapper = op.gradcheck_wrapper
+    wrapper = _without_seed if wrapper is wrapper_set_seed else wrapper
+    yield partial(wrapper, op.get_op())
+    if op.inplace_variant is not None and op.supports_inplace_autograd and not sample.broadcasts_input:
+        yield partial(wrapper, op.inplace_variant)
+
+
+def examine(call: Callable[..., Any], sample: SampleInput) -> Outcome | None:
+    """Train one step plainly and with everything computed again; None where nothing is differentiable."""
+    step = Step(call, sample.output_process_fn_grad)
+    args, kwargs = tree_map_only(Tensor, leaf, ((sample.input, *sample.args), dict(sample.kwargs)))
+    try:
+        plain = observe(step, args, kwargs)
+    except RuntimeError as error:
+        return Outcome(refused=str(error))
+    if plain is None:
+        return None
+    with unchanged(args, kwargs):
+        plan = plan_that_keeps_nothing(record(step, args, kwargs, timing="estimate"))
+    wrong: list[str] = []
+    reruns: list[None] = []
+    instructions = instructions_for(plan)
+    check = SelfCheck(instructions.again, lambda k, reason: wrong.append(f"op {k} {reason}"))
+    tape = Tape(instructions, wrong.append, lambda: reruns.append(None), check=check)
+    got = observe(step, args, kwargs, tape)
+    assert got is not None
+    wrong += [name for name, value in plain.items() if not same(got[name], value)]
+    if len(reruns) != len(plan.schedule.order) - len(plan.program.ops):
+        wrong.append(f"{len(reruns)} ops ran again")
+    drawn = not same(plain["generator"], torch.Generator().manual_seed(SEED).get_state())
+    return account_of(plan, tuple(wrong), drawn)
+
+
+def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:
+    """What of the operator was computed again, what was kept and why."""
+    program = plan.program
+    own = {i: op for i, op in enumerate(program.ops) if op.phase == "forward" and op.module == "operator"}
+    asked = {op.reads[0] for op in program.ops if op.name == "unpack" and program.values[op.reads[0]].nbytes}
+    makers = [program.producer[v] for v in asked if program.producer[v] in own]
+    again = sum(plan.schedule.runs_of[i] > 1 for i in makers)
+    kept = [(op.name, op.repeatable) for op in own.values() if op.repeatable]
+    return Outcome("", wrong, len(makers), again, tuple(kept), random)
+
+
+def is_steady(op: OpInfo, runs: int = 30) -> bool:
+    """Whether plain torch computes the same numbers whenever it is asked."""
+    with quiet():
+        for sample in (s for dtype in DTYPES if dtype in op.dtypes for s in samples(op, dtype, 6)):
+            step = Step(next(calls_of(op, sample)), sample.output_process_fn_grad)
+            args, kwargs = tree_map_only(Tensor, leaf, ((sample.input, *sample.args), dict(sample.kwargs)))
+            first = observe(step, args, kwargs)
+            for again in (observe(step, args, kwargs) for _ in range(runs)):
+                if first and again and not all(same(again[name], value) for name, value in first.items()):
+                    return False
+    return True
+
+
+def leaf(t: Tensor) -> Tensor:
+    return t.detach().requires_grad_(t.requires_grad)
+
+
+def plan_that_keeps_nothing(program: Program) -> Plan:
+    """Whatever may be computed again is, and what was computed again once more at the next demand."""
+    everything = frozenset(range(len(program.values)))
+    schedule = Schedule.from_order(program, unroll(program, frozenset(), drop_again=(everything,)))
+    peak, plain_peak = simulate(program, schedule).peak_bytes, simulate(program).peak_bytes
+    return Plan(program, schedule, peak, peak, plain_peak, peak, 0.0, 0.0, "keep nothing")
+
+
+def observe(step: Step, args: Any, kwargs: Any, tape: Tape | None = None) -> dict[str, Any] | None:
+    """Everything that a step leaves behind, each under its name; the inputs are as before.
+
+    None where nothing is differentiable.
+    """
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    torch.manual_seed(SEED)
+    with unchanged(args, kwargs):
+        with tape.forward() if tape is not None else nullcontext():
+            loss, made = step(*args, **kwargs)
+        if loss is None:
+            return None
+        seen: dict[str, Any] = {"generator after the forward": torch.get_rng_state(), "loss": loss.detach()}
+        loss.backward()
+        seen |= {f"output {i}": dense(t) for i, t in enumerate(made)}
+        seen |= {f"gradient {i}": dense(t.grad) for i, t in enumerate(tensors)}
+        seen |= {f"input {i}": dense(t.detach()).clone() for i, t in enumerate(tensors)}
+        seen["generator"] = torch.get_rng_state()
+    return seen
+
+
+def dense(t: Any) -> Any:
+    return t.to_dense() if t is not None and t.layout is not torch.strided else t
+
+
+@contextmanager
+def unchanged(args: Any, kwargs: Any) -> Iterator[None]:
+    """Inputs are afterwards as before: no gradients, and the same numbers."""
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    copies = [t.detach().clone() for t in tensors]
+    try:
+        yield
+    finally:
+        for t, copy in zip(tensors, copies, strict=True):
+            t.grad = None
+            if not same(dense(t.detach()), dense(copy)):
+                t.detach().copy_(copy)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Operators warn of this and that; the database has random ones draw from a generator that is then put back."""
+    with warnings.catch_warnings(), patch.object(common_methods_invocations, "wrapper_set_seed", _without_seed):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _without_seed(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return call(*args, **kwargs)

@@ -1,0 +1,110 @@
+"""Every differentiable operator that torch knows, with everything computed again that may be, to the last bit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing._internal.opinfo.core import OpInfo
+
+from recollect.record import record
+from recollect.run.entry import Entry
+from recollect.run.selfcheck import SelfCheck
+from tests.run.sweep import DTYPES, OPERATORS, Outcome, is_steady, name_of, sweep
+
+UNSTEADY = {
+    "linalg.lstsq": "plain torch gives other last bits from run to run",
+    "linalg.lstsq.grad_oriented": "plain torch gives other last bits from run to run",
+}
+"""Operators that are left out, and why."""
+
+REFUSED = {
+    "abs": "in place on complex numbers",
+    "as_strided.partial_views": "looks beyond its input, where a copy of it has nothing",
+    "float_power": "in place on anything but double precision",
+}
+"""Operators of which plain torch refuses some samples, and which; the others are compared."""
+
+STEADY = [op for op in OPERATORS if name_of(op) not in UNSTEADY]
+NAMED = {name_of(op): op for op in OPERATORS}
+
+
+def assert_exact(op: OpInfo, outcomes: list[Outcome]) -> None:
+    """Nothing is wrong, nothing is left out without being in the table, nothing is kept without a reason."""
+    assert not [outcome.wrong for outcome in outcomes if outcome.wrong]
+    assert name_of(op) in REFUSED or not [outcome.refused for outcome in outcomes if outcome.refused]
+    assert not [outcome for outcome in outcomes if outcome.again < outcome.asked and not outcome.kept]
+
+
+@pytest.mark.parametrize("op", STEADY, ids=name_of)
+def test_operator_is_exact(op: OpInfo) -> None:
+    assert_exact(op, sweep(op, [torch.float32], at_most=2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", STEADY, ids=name_of)
+def test_operator_is_exact_in_every_dtype(op: OpInfo) -> None:
+    assert_exact(op, sweep(op, DTYPES, at_most=10))
+
+
+@pytest.mark.parametrize("name", UNSTEADY)
+def test_operators_left_out_differ_from_themselves(name: str) -> None:
+    assert not is_steady(NAMED[name]), f"{name} can go from the table"
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_refused_samples_are_refused_by_plain_torch(name: str) -> None:
+    assert any(outcome.refused for outcome in sweep(NAMED[name], DTYPES, at_most=10)), f"{name} can go from the table"
+
+
+@pytest.mark.parametrize("name", ["exp", "matmul", "nn.functional.dropout", "nn.functional.batch_norm", "linalg.eigh"])
+def test_the_sweep_makes_operators_run_again(name: str) -> None:
+    outcomes = sweep(NAMED[name], [torch.float32], at_most=10)
+    assert any(outcome.again for outcome in outcomes)
+    assert any(outcome.random for outcome in outcomes) == (name == "nn.functional.dropout")
+
+
+def test_the_sweep_sees_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape whose reruns are off by a bit is caught."""
+    plain = Entry.run
+
+    def off_by_a_bit(self: Any, memory: Any) -> Any:
+        made = plain(self, memory)
+        for storage in made.values():
+            if torch._C._current_graph_task_id() >= 0 and storage.nbytes():  # in the backward
+                storage[0] = storage[0] ^ 1
+        return made
+
+    monkeypatch.setattr(Entry, "run", off_by_a_bit)
+    monkeypatch.setattr(SelfCheck, "compare", lambda *args: None)
+    wrong = [w for outcome in sweep(NAMED["exp"], [torch.float32], at_most=1) for w in outcome.wrong]
+    assert any("gradient" in w or "loss" in w for w in wrong), wrong
+
+
+# ---- what the sweep has found ------------------------------------------------------------------------------------
+
+
+def test_kernels_may_conjugate_lazily() -> None:
+    """Inside a dispatch mode torch forgets the conjugation that the kernel of pinv asks for."""
+    outcomes = sweep(NAMED["linalg.pinv"], [torch.complex64], at_most=2)
+    assert [outcome.wrong for outcome in outcomes] == [(), ()]
+    assert any(outcome.again for outcome in outcomes)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support")
+def test_sparse_matrix_products_can_be_recorded_without_a_device_to_measure_on() -> None:
+    mask = torch.eye(4).to_sparse_csr()
+
+    def loss_fn(x: Tensor) -> Tensor:
+        return torch.sparse.sampled_addmm(mask, x.exp(), x.exp()).to_dense().sum()
+
+    assert record(loss_fn, (torch.ones(4, 4, requires_grad=True),), timing="estimate").timing == "estimated"
+
+
+def test_what_differs_from_run_to_run_is_kept() -> None:
+    a, b = torch.randn(4, 3, requires_grad=True), torch.randn(4, 2)
+    program = record(lambda a, b: torch.linalg.lstsq(a.sin(), b).solution.exp().sum(), (a, b), timing="estimate")
+    (reason,) = {op.repeatable for op in program.ops if op.name.startswith("aten.linalg_lstsq")} - {"backward"}
+    assert reason == "gives other last bits from run to run"

@@ -1,0 +1,322 @@
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from recollect import cli
+from recollect.program import InfeasibleBudget, Plan
+from tests.program.hand import chain, chain_plan
+
+
+@pytest.fixture
+def program(tmp_path: Path) -> str:
+    path = tmp_path / "chain.json"
+    chain().to_json(path)
+    return str(path)
+
+
+def call(*arguments: str) -> Result:
+    return CliRunner().invoke(cli.main, list(arguments))
+
+
+def assert_one_line(result: Result, *parts: str, code: int = 1) -> None:
+    """The command failed with one line of the form ``Error: ...`` that has all of these parts."""
+    assert result.exit_code == code, result.output
+    lines = result.output.strip().splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("Error: ")
+    for part in parts:
+        assert part in lines[0]
+
+
+def test_solve_prints_a_plan_and_writes_it(program: str, tmp_path: Path) -> None:
+    target, picture = tmp_path / "plan.json", tmp_path / "plan.png"
+    result = call("solve", program, "--budget", "90", "--json", str(target), "--plot", str(picture))
+    assert result.exit_code == 0, result.output
+    assert "Plan for chain" in result.output
+    assert Plan.from_json(target).budget_bytes == 90
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_solve_takes_shares_and_solvers(program: str) -> None:
+    result = call("solve", program, "--budget", "100%", "--solver", "keep-everything")
+    assert result.exit_code == 0, result.output
+    assert "100.0% of the plain peak" in result.output
+
+
+def test_solve_takes_constraints(program: str) -> None:
+    result = call("solve", program, "--budget", "100%", "--recompute", "f0")
+    assert result.exit_code == 0, result.output
+    assert "1 of 5 ops" in result.output
+    assert_one_line(
+        call("solve", program, "--budget", "87", "--keep", "f0"), "under the constraints keep=['f0']", code=3
+    )
+    assert_one_line(call("solve", program, "--budget", "87", "--keep", "g*"), "keep='g*' matches no module")
+
+
+def test_frontier_prints_a_table_and_saves_a_picture(program: str, tmp_path: Path) -> None:
+    picture = tmp_path / "frontier.png"
+    result = call("frontier", program, "--points", "3", "--plot", str(picture), "--beside", "segments")
+    assert result.exit_code == 0, result.output
+    assert "Frontier of chain: floor 87 B, plain peak 95 B" in result.output
+    assert "100.0%" in result.output
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_frontier_names_unknown_solvers(program: str, tmp_path: Path) -> None:
+    result = call("frontier", program, "--plot", str(tmp_path / "f.png"), "--beside", "magic")
+    assert_one_line(result, "'magic' is not one of", "'every-block'", code=2)
+
+
+def test_a_budget_below_the_floor_names_the_floor(program: str) -> None:
+    assert_one_line(call("solve", program, "--budget", "11"), "87 bytes", "Give a budget of at least 87 bytes", code=3)
+
+
+@pytest.mark.parametrize("budget", ["much", "-5", "0", "1.5", "nan", "inf"])
+def test_a_malformed_budget_says_what_is_accepted(program: str, budget: str) -> None:
+    assert_one_line(call("solve", program, f"--budget={budget}"), "accepted are", "10GiB", "solve --help", code=2)
+
+
+def test_an_unknown_solver_names_the_known_ones(program: str) -> None:
+    assert_one_line(call("solve", program, "--budget", "0.9", "--solver", "magic"), "magic", "greedy", code=2)
+
+
+def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "broken.json"
+    path.write_text(json.dumps({"format": "something else"}))
+    assert_one_line(call("solve", str(path), "--budget", "0.5"), "recollect-program")
+
+
+def test_a_missing_file_names_it() -> None:
+    assert_one_line(call("solve", "nowhere.json", "--budget", "0.5"), "nowhere.json", "solve --help", code=2)
+
+
+def test_debug_lets_the_error_through(program: str) -> None:
+    result = call("--debug", "solve", program, "--budget", "11")
+    assert isinstance(result.exception, InfeasibleBudget)
+
+
+def test_an_unexpected_error_points_to_debug(program: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("two\nlines")
+
+    # By way of sys.modules, because the attribute recollect.plan is the public function.
+    monkeypatch.setattr(sys.modules["recollect.plan"], "solve", fail)
+    assert_one_line(call("solve", program, "--budget", "0.5"), "RuntimeError: two lines", "--debug")
+
+
+def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
+    assert_one_line(call("demo"), "needs sklearn", "pip install 'recollect[demo]'")
+
+
+def test_the_demo_needs_four_steps() -> None:
+    assert_one_line(call("demo", "--steps", "3"), "x>=4", "demo --help", code=2)
+
+
+def test_version() -> None:
+    assert call("--version").output.startswith("recollect, version ")
+
+
+@pytest.mark.slow
+def test_the_quick_demo_runs_and_keeps_its_promises(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GOMP_SPINCOUNT", "1000")
+    result = call("demo", "--quick", "--steps", "4", "--out", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "0 of 6 runs above their budget, 0 of 6 not bit-identical" in result.output
+    assert (tmp_path / "demo-memory.png").exists()
+
+
+# --- Models by name ---------------------------------------------------------------------------------------------------
+
+MODELS = str(Path(__file__).parent.parent / "examples" / "models.py")
+STEPS = """
+import torch
+from torch import nn
+
+def mlp():
+    model = nn.Sequential(*[nn.Linear(16, 16) for _ in range(4)])
+    return lambda x, scale: (model(x) * scale).sum(), (torch.randn(64, 16),), {"scale": 2.0}
+
+def meta():
+    with torch.device("meta"):
+        return nn.Linear(1 << 20, 1 << 20), (torch.empty(64, 1 << 20),)
+
+def raises():
+    raise RuntimeError("no\\nweights")
+
+def tensor():
+    return torch.ones(3)
+
+def no_args():
+    return nn.Linear(2, 2), torch.ones(3, 2)
+
+def no_kwargs():
+    return nn.Linear(2, 2), (torch.ones(3, 2),), 4
+
+def nothing():
+    return nn.Linear(2, 2).requires_grad_(False), (torch.ones(3, 2),)
+
+number = 4
+"""
+
+
+@pytest.fixture
+def steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder, which is the current one, with models of all sorts."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    (tmp_path / "steps.py").write_text(STEPS)
+    (tmp_path / "broken.py").write_text("import steps\nnot_a_name\n")
+    (tmp_path / "needs.py").write_text("import not_installed\n")
+    yield tmp_path
+    for name in ("steps", "broken", "needs"):
+        sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize("model", ["steps.py:mlp", "steps:mlp", "./steps.py:mlp"])
+def test_plan_takes_files_and_modules(steps: Path, model: str) -> None:
+    result = call("plan", model, "--budget", "100%", "--json", "new/plan.json", "--plot", "plan.png")
+    assert result.exit_code == 0, result.output
+    assert "Plan for mlp" in result.output
+    assert "Plan written to new/plan.json" in result.output
+    assert Plan.from_json(steps / "new" / "plan.json").program.name == "mlp"
+    assert (steps / "plan.png").exists()
+
+
+def test_nothing_of_a_meta_model_is_allocated(steps: Path) -> None:
+    result = call("explain", "steps.py:meta", "--optimizer", "8TB")
+    assert result.exit_code == 0, result.output
+    assert "4.40 TB" in result.output  # of parameters
+    assert "8.00 TB" in result.output
+
+
+@pytest.mark.parametrize("name", ["gpt", "resnet"])
+def test_the_examples_are_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    result = call("plan", f"{MODELS}:{name}", "--budget", "50%", "--time-limit", "3", "--json", "-")
+    assert result.exit_code == 0, result.output
+    plan = Plan.from_json(result.output)
+    assert plan.peak_bytes <= plan.budget_bytes == plan.plain_peak_bytes // 2
+
+
+def test_explain_takes_models_programs_and_plans(steps: Path, program: str) -> None:
+    assert "Peak of mlp, trained plainly" in call("explain", "steps.py:mlp").output
+    assert "Peak of mlp, planned by" in call("explain", "steps.py:mlp", "--budget", "95%").output
+    assert "Peak of chain, trained plainly: 95 B" in call("explain", program).output
+    assert "Peak of chain, planned by" in call("explain", program, "--budget", "90").output
+    chain_plan().to_json(steps / "plan.json")
+    assert "Peak of chain, planned by by hand for 90 B: 87 B" in call("explain", "plan.json").output
+    data = json.loads(call("explain", program, "--json", "-").output)
+    assert (data["format"], sum(data["categories"].values())) == ("recollect-explanation", 95)
+
+
+def test_frontier_takes_models_and_writes_json(steps: Path) -> None:
+    result = call("frontier", "steps.py:mlp", "--points", "3", "--json", "frontier.json")
+    assert result.exit_code == 0, result.output
+    assert "Frontier of mlp" in result.output
+    data = json.loads((steps / "frontier.json").read_text())
+    assert data["format"] == "recollect-frontier"
+    assert [p["budget_bytes"] for p in data["points"]][-1] == data["plain_peak_bytes"]
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "frontier"])
+@pytest.mark.parametrize(
+    ("model", "code", "message"),
+    [
+        ("steps.py", 2, "'steps.py' names no function; write package.module:function or path/to/file.py:function"),
+        ("steps.py:", 2, "names no function"),
+        ("gone.py:mlp", 2, "there is no file gone.py; write package.module:function or path/to/file.py:function"),
+        ("gone/models:mlp", 2, "there is no file gone/models"),
+        ("gone.module:mlp", 2, "there is no module 'gone' in"),
+        ("steps.py:mpl", 2, "steps.py has no function 'mpl'; it has: mlp, meta, raises"),
+        ("steps.py:number", 2, "steps.py has no function 'number'"),
+        ("broken.py:mlp", 1, "broken.py cannot be imported: NameError: name 'not_a_name' is not defined"),
+        (
+            "needs:mlp",
+            1,
+            "needs cannot be imported: ModuleNotFoundError: No module named 'not_installed'",
+        ),
+        ("steps.py:raises", 1, "steps.py:raises raised RuntimeError: no weights; call it in Python to look into it"),
+        ("steps.py:tensor", 1, "steps.py:tensor returned Tensor; it must return (fn, args) or (fn, args, kwargs)"),
+        ("steps.py:no_args", 1, "args must be a tuple such as (x, y), got Tensor; one argument is (x,)"),
+        ("steps.py:no_kwargs", 1, "kwargs must be a dict, got int"),
+        ("steps.py:nothing", 1, "check that some parameter has requires_grad=True"),
+    ],
+)
+def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code: int, message: str) -> None:
+    budget = ("--budget", "50%") if command == "plan" else ()
+    assert_one_line(call(command, model, *budget), message, code=code)
+
+
+@pytest.mark.parametrize(
+    ("line", "code", "message"),
+    [
+        ("plan", 2, "Missing argument 'MODEL'. See `main plan --help`."),
+        ("plan steps.py:mlp", 2, "Missing option '--budget'. See `main plan --help`."),
+        ("plan steps.py:mlp --budget much", 2, "accepted are bytes"),
+        ("plan steps.py:mlp --budget 4", 3, "Give a budget of at least"),
+        ("plan steps.py:mlp --budget 50% --solver magic", 2, "'magic' is not one of 'auto'"),
+        ("plan steps.py:mlp --budget 50% --time-limit 0", 2, "0.0 is not in the range x>0"),
+        ("plan steps.py:mlp --budget 50% --optimizer 50%", 2, "'50%' is no number of bytes; accepted are 3000000"),
+        ("plan steps.py:mlp --budget 50% --optimizer adam", 2, "cannot read 'adam'"),
+        ("plan steps.py:mlp --budget 50% --timing guess", 2, "'guess' is not one of 'estimate', 'measure'"),
+        ("plan steps.py:meta --budget 50% --device nowhere", 1, "device 'nowhere' is not available to torch"),
+        ("plan steps.py:mlp --budget 50% --keep nothing.*", 1, "matches no module"),
+        ("plan step.json --budget 50%", 2, "to plan the program in it: recollect solve step.json"),
+        ("explain gone.json", 2, "there is no file gone.json"),
+        ("explain steps.py:mlp --keep 0.*", 2, "give a --budget with them"),
+        ("explain steps.py:mlp --budget 4", 3, "Give a budget of at least"),
+        ("explain plan.json --budget 4", 2, "plan.json is a plan, which has its budget; leave --budget out"),
+        ("explain plan.json --optimizer 4", 2, "--device, --optimizer and --timing are for models"),
+        ("frontier steps.py:mlp --points 1", 2, "1 is not in the range x>=2"),
+        ("solve steps.py --budget 4", 1, "file 'steps.py' is not valid JSON"),
+        ("solve plan.json --budget 4", 1, "read it with Plan.from_json"),
+        ("plan steps.py:mlp --budget 100% --json steps.py/plan.json", 1, "steps.py"),
+        ("magic", 2, "No such command 'magic'. See `main --help`."),
+        ("--magic", 2, "No such option"),
+        ("plan --magic", 2, "No such option"),
+    ],
+)
+def test_wrong_input(steps: Path, line: str, code: int, message: str) -> None:
+    chain_plan().to_json(steps / "plan.json")
+    assert_one_line(call(*line.split()), message, code=code)
+
+
+def test_debug_shows_what_the_function_of_the_user_raised(steps: Path) -> None:
+    result = call("--debug", "plan", "steps.py:raises", "--budget", "50%")
+    assert isinstance(result.exception, ValueError)
+    assert isinstance(result.exception.__cause__, RuntimeError)
+
+
+def test_a_file_that_changes_its_place_is_read_anew(steps: Path) -> None:
+    (steps / "other").mkdir()
+    (steps / "other" / "steps.py").write_text(STEPS.replace("def mlp", "def other"))
+    assert call("explain", "steps.py:mlp").exit_code == 0
+    assert "Peak of other" in call("explain", "other/steps.py:other").output
+
+
+@pytest.mark.parametrize("command", ["plan", "explain", "frontier", "solve"])
+def test_help_has_examples(command: str) -> None:
+    text = call(command, "--help").output
+    assert "Examples:\n" in text
+    assert f"  recollect {command} " in text
+
+
+def test_the_help_names_the_exit_codes() -> None:
+    assert "3 no plan fits into the budget" in " ".join(call("--help").output.split())
+
+
+def test_the_shell_completes_solvers(monkeypatch: pytest.MonkeyPatch) -> None:
+    words = {"COMP_WORDS": "recollect solve --solver che", "COMP_CWORD": "3"}
+    result = CliRunner().invoke(
+        cli.main, [], prog_name="recollect", env=words | {"_RECOLLECT_COMPLETE": "bash_complete"}
+    )
+    assert result.output.split() == ["plain,chen", "plain,chen-recursive"]
