@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.record.facts import RUNNING_STATISTICS, OpFacts, facts_of, tensors_in
-from recollect.record.values import Seen, ValueMap, View, storage_of
+from recollect.record.values import Seen, ValueMap, View, is_parameter, storage_of
 from recollect.run.instructions import Instructions, Rerun
 from recollect.run.settings import NumericSettings
 
@@ -56,7 +56,7 @@ class Handle:
 
 
 class OutsideHandle:
-    """Stands for a saved tensor that the forward did not make (a parameter, an input): an alias of it."""
+    """Stands for a saved tensor that the forward did not make (a parameter, an input): itself or an alias of it."""
 
     __slots__ = ("alias", "version")
 
@@ -154,6 +154,8 @@ class Tape(TorchDispatchMode):
         self._pass = 1
         self._retained = False
         self._rerunning = False
+        self._gone: deque[tuple[int, int]] = deque()
+        self._lock = threading.Lock()
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -273,11 +275,12 @@ class Tape(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """A handle for what autograd wants to save."""
+        storage = storage_of(tensor)
+        number = -1 if storage is None or self._map is None else self._map.number(storage)
+        if storage is None or number < 0 or is_parameter(tensor):
+            alias = tensor if tensor.is_leaf else tensor.detach()  # a leaf is saved itself: its data may be replaced
+            return OutsideHandle(alias, version_of(alias))
         with torch._C._DisableTorchDispatch():
-            storage = storage_of(tensor)
-            number = -1 if storage is None or self._map is None else self._map.number(storage)
-            if storage is None or number < 0:
-                return OutsideHandle(tensor.detach(), version_of(tensor))
             held, alias = self._held.get(number), tensor.detach()
             if held is None and not (self.following and number in self.instructions.forget):
                 held = self._held[number] = _Held(storage, True)
@@ -305,6 +308,13 @@ class Tape(TorchDispatchMode):
         """The tensor that a handle stands for, computed again if it is gone."""
         if isinstance(packed, OutsideHandle):
             return packed.get()
+        with self._lock:  # several threads may go backward through one graph
+            try:
+                return self._unpacked(packed)
+            finally:
+                self._settle()
+
+    def _unpacked(self, packed: Handle) -> Tensor:
         number = self._now(packed.number)
         packed.check_unchanged()
         if torch._C._current_graph_task_id() == _NO_TASK:  # somebody looks at grad_fn._saved_...
@@ -382,13 +392,24 @@ class Tape(TorchDispatchMode):
 
     def released(self, handle: Handle) -> None:
         """A handle is gone; what only handles needed may go when the last one has."""
-        number = self._now(handle.number)
-        self.handles[number] -= 1
-        if handle.served != self._pass:
-            self.waiting[number] -= 1
-        planned = self.instructions.planned - self._late if self.following else self._sources()
-        if not self.handles[number] and number not in planned:
-            self._let_go(number)
+        self._gone.append((handle.number, handle.served))
+        if self._lock.acquire(blocking=False):  # a finalizer cannot wait: it may have interrupted who holds the lock
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Take note of the handles that are gone."""
+        while self._gone:
+            number, served = self._gone.popleft()
+            number = self._now(number)
+            self.handles[number] -= 1
+            if served != self._pass:
+                self.waiting[number] -= 1
+            planned = self.instructions.planned - self._late if self.following else self._sources()
+            if not self.handles[number] and number not in planned:
+                self._let_go(number)
 
     def _sources(self) -> frozenset[int]:
         """Values that another run may need as long as the plan is not followed."""
