@@ -91,6 +91,8 @@ def _reason(op: RecordedOp, recorder: Recorder, lost: set[int], benign: set[int]
         return facts.never_again
     if not recorder.changed_unseen.isdisjoint(op.writes):
         return "what it makes is changed by something that torch does not see"
+    if not recorder.changed_unseen.isdisjoint(op.reads):
+        return "what it reads is changed by something that torch does not see"
     if op.opaque:
         return "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
     if facts.batch_norm:

@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import fields, is_dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from recollect.program import Program
 from recollect.record.assemble import assemble
 from recollect.record.recorder import Recorder
 from recollect.record.timing import Progress, estimate_all, measure_all
-from recollect.record.values import fingerprint
+from recollect.record.values import fingerprint, storage_of
 from recollect.record.world import (
     gradients_kept,
     leaves_of,
@@ -78,6 +79,7 @@ def record(
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
     try:
+        _refuse_shared_memory(modules, args, kwargs)
         with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device) as world:
             recorder, recorded = _record_in(world, fn, modules, progress), "fake"
     except NothingDifferentiable:
@@ -113,6 +115,7 @@ def _fake_world(
 ) -> Iterator[_World]:
     """Modules and arguments with fake tensors for as long as the block runs."""
     mode = _fake_mode_in(modules, args, kwargs) or FakeTensorMode(allow_non_fake_inputs=True)
+    mode._allow_unsafe_data_ptr_access = False  # compiled code that is handed an address must not be handed 0
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     converted: dict[int, Tensor] = {}
     originals: list[Tensor] = []  # an id stays taken while its tensor lives
@@ -320,6 +323,18 @@ def _is_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> bool:
     tensors = [t for _, _, t in named_tensors(modules)]
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     return any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors)
+
+
+def _refuse_shared_memory(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
+    """Raise if two storages lie on the same memory (of one NumPy array, say), which fake tensors would not know."""
+    if _is_unreal(modules, args, kwargs):
+        return
+    tensors = [t for _, _, t in named_tensors(modules) if not nn.parameter.is_lazy(t)]
+    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    storages = {s._cdata: s for s in map(storage_of, tensors) if s is not None and s.nbytes()}
+    spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages.values())
+    if any(end > start for (_, end), (start, _) in pairwise(spans)):
+        raise RuntimeError("two tensors share memory without torch's knowledge")
 
 
 def _fake_mode_in(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> FakeTensorMode | None:

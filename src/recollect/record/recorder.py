@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import CallSignature, signature_of
-from recollect.record.values import ValueMap, View, storage_of
+from recollect.record.values import ValueMap, View, is_parameter, storage_of
 
 _OURS = Path(__file__).parent.parent
 _LIBRARY = (str(Path(torch.__file__).parent), *(str(_OURS / n) for n in ("record", "run", "api.py", "largest.py")))
@@ -133,6 +133,7 @@ class Recorder(TorchDispatchMode):
         self._open: set[int] = set()
         self._outside_version: dict[int, int] = {}
         self._fingerprints: dict[int, int] = {}
+        self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
         self._backward_module = self._backward_source = ""
 
@@ -203,7 +204,7 @@ class Recorder(TorchDispatchMode):
         inputs = tensors_in((args, kwargs))
         reads = self.map.reads(inputs)
         self._know_outside(inputs)
-        self._check_fingerprints(inputs)
+        self._check_fingerprints(filter(None, map(storage_of, inputs)))
         with self.paused():
             for tensor in facts.written(args, kwargs):
                 self.before_write(tensor)
@@ -241,27 +242,44 @@ class Recorder(TorchDispatchMode):
         self._append(op)
         for number, tensor in seen.writes:
             self._born(number, tensor, op)
-            if self.fingerprint is not None and not self.backward:
-                self._fingerprints[number] = self.fingerprint(tensor.untyped_storage())
+        self._take_fingerprints([*facts.written(args, kwargs), *(tensor for _, tensor in seen.writes)])
         return out
 
-    def _check_fingerprints(self, tensors: Sequence[Tensor]) -> None:
-        """Note values that were changed since an operator made them, and by none: by NumPy, or a kernel unknown here.
+    def _check_fingerprints(self, storages: Iterable[torch.UntypedStorage]) -> None:
+        """Note values that were changed by no operator: by NumPy, another thread, or a kernel unknown here.
 
-        Running that operator again would not bring back what the forward went on with.
+        One made by an operator would not come back by running that again; and what read one from outside before it
+        changed would read something else the second time.
         """
         if self.fingerprint is None or self.backward:
             return
-        for storage in filter(None, map(storage_of, tensors)):
-            number = self.map.number(storage)
-            if self._fingerprints.get(number) not in (None, self.fingerprint(storage)):
+        for storage in storages:
+            number, found = self.map.number(storage), self.fingerprint(storage)
+            if number not in self._fingerprints:
+                self._outside.append(weakref.ref(storage))
+            elif self._fingerprints[number] == found:
+                continue
+            elif number < 0:
+                self._outside_version[number] = self.outside_version(number) + 1
+            else:
                 self.changed_unseen.add(number)
+                continue
+            self._fingerprints[number] = found
+
+    def _take_fingerprints(self, tensors: Iterable[Tensor]) -> None:
+        """Remember what these tensors hold, just written by an operator."""
+        if self.fingerprint is None or self.backward:
+            return
+        for storage in filter(None, map(storage_of, tensors)):
+            self._fingerprints[self.map.number(storage)] = self.fingerprint(storage)
+            shared = [s for ref in self._outside if (s := ref()) is not None and s is not storage]
+            self._check_fingerprints([s for s in shared if _overlap(s, storage)])  # a NumPy array can be in between
 
     def forward_ends(self) -> None:
         """Note what was changed unseen after the last operator that read it."""
-        living = [s.ref() for s in self._storages.values() if s.ref is not None]
+        made = [s.ref for s in self._storages.values() if s.ref is not None]
         with self.paused():
-            self._check_fingerprints([torch.empty(0, dtype=torch.uint8, device=s.device).set_(s) for s in living if s])
+            self._check_fingerprints([s for ref in (*made, *self._outside) if (s := ref()) is not None])
 
     def _converted(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
@@ -340,9 +358,9 @@ class Recorder(TorchDispatchMode):
             if storage is None:
                 return tensor.detach()
             number = self.map.number(storage)
-            if number < 0:
+            if number < 0 or is_parameter(tensor):
                 self._know_outside([tensor])
-                return tensor.detach()
+                return tensor if tensor.is_leaf else tensor.detach()
             content = self.content(tensor)
         packed = _Packed(number, View.of(tensor), tensor.device, self.module_path(), _user_line(), content)
         key = id(packed)
@@ -451,6 +469,11 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _overlap(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    return start_a < start_b + b.nbytes() and start_b < start_a + a.nbytes()
 
 
 def _covers_storage(tensor: Tensor) -> bool:

@@ -59,6 +59,14 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
     return tensor.untyped_storage()
 
 
+def is_parameter(tensor: Tensor) -> bool:
+    """Whether this is a parameter, even one whose data an operator has made (``parameter.data = ...``).
+
+    Autograd saves such a leaf itself, so that its backward sees the data it has by then.
+    """
+    return tensor.is_leaf and isinstance(tensor, torch.nn.Parameter)
+
+
 def _wraps(tensor: Tensor) -> bool:
     """Whether the tensor is of a class that handles operators itself (fake tensors, which we know, excepted)."""
     fake = torch._subclasses.FakeTensor

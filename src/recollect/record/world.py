@@ -10,17 +10,23 @@ from __future__ import annotations
 import functools
 import random
 import sys
+import threading
 import types
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 Convert = Callable[[Tensor], Tensor]
-_CONTAINERS = (dict, list, set)
+_CONTAINERS = (dict, list, set, deque)
+DATA_SET_ITEMS: Final = 10_000
+"""What is in a container with more items than this is not looked at: it is data, and looking takes time."""
+SMALL_ARRAY_BYTES: Final = 1 << 20
+"""NumPy arrays up to this size are put back after a recording: counters and histograms, not data sets."""
 
 
 def reachable_modules(fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[nn.Module]:
@@ -123,32 +129,62 @@ def _restore_attributes(module: nn.Module, attributes: list[tuple[str, Any, Any]
         del state[name]
     for name, value, content in attributes:
         state[name] = value
-        if isinstance(value, list):
-            value[:] = content
-        elif content is not None:
-            value.clear()
-            value.update(content)
+        if content is not None:
+            _refill(value, content)
 
 
 def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """Containers and random generators that the callable, the modules' attributes, code and hooks mention."""
+    """What may change under the callable, and what the modules' attributes, code and hooks mention.
+
+    Containers, random generators, small arrays, attributes of the user's objects and classes, names that functions
+    share, caches of functions.
+    """
     pending = list(_mentioned(fn, args, kwargs))
     for module in {id(m): m for root in modules for m in root.modules()}.values():
-        hooks = [h for table in _hook_tables(module) for h in table.values()]
-        for code in (getattr(type(module), "forward", None), *hooks):
-            pending += _mentioned(code, (), {})
-        for value in (v for k, v in vars(module).items() if k not in _MODULE_TABLES):
-            pending += _mentioned(value, (), {})
+        pending += [h for table in _hook_tables(module) for h in table.values()]
+        pending += [cls for cls in type(module).__mro__ if not _of_a_library(cls.__module__)]
+        pending += (v for k, v in vars(module).items() if k not in _MODULE_TABLES)
     found: dict[int, Any] = {}
     while pending:
         thing = pending.pop()
-        if id(thing) in found or not isinstance(thing, (*_CONTAINERS, tuple, *_generator_types())):
-            continue
-        if isinstance(thing, dict) and "__builtins__" in thing:
-            continue
-        found[id(thing)] = thing
-        pending += thing.values() if isinstance(thing, dict) else thing if isinstance(thing, (list, tuple)) else ()
-    return [thing for thing in found.values() if not isinstance(thing, tuple)]
+        if id(thing) not in found and not (isinstance(thing, dict) and "__builtins__" in thing):
+            inside = _inside(thing)
+            if inside is not None:
+                found[id(thing)] = thing
+                pending += inside
+    return list(found.values())
+
+
+def _inside(thing: Any) -> list[Any] | None:
+    """What a thing that may change leads to; None for what cannot change, or is not the user's."""
+    if isinstance(thing, (*_CONTAINERS, tuple)):
+        items = thing.values() if isinstance(thing, dict) else thing
+        return list(items) if len(items) <= DATA_SET_ITEMS else []
+    if isinstance(thing, (*_generator_types(), bytearray)) or _is_small_array(thing):
+        return []
+    if isinstance(thing, functools._lru_cache_wrapper):
+        return [thing.__wrapped__]
+    if isinstance(thing, (staticmethod, classmethod, property, functools.partial, types.MethodType)):
+        return [getattr(thing, n) for n in ("__func__", "__self__", "fget", "func", "args") if hasattr(thing, n)]
+    if isinstance(thing, types.FunctionType):
+        return None if _of_a_library(thing.__module__) else [thing, *_mentioned(thing, (), {})]
+    if isinstance(thing, type):
+        return None if _of_a_library(thing.__module__) else list(vars(thing).values())
+    if isinstance(thing, (Tensor, nn.Module, types.ModuleType)) or not hasattr(thing, "__dict__"):
+        return None
+    own = isinstance(thing, (types.SimpleNamespace, threading.local)) or not _of_a_library(type(thing).__module__)
+    return [vars(thing)] if own else None
+
+
+def _of_a_library(module: str | None) -> bool:
+    """Whether a class or function is Python's, torch's, NumPy's or ours: what they keep is not for us to put back."""
+    root = (module or "").split(".")[0]
+    return root != "__main__" and (root in sys.stdlib_module_names or root in ("torch", "numpy", "recollect"))
+
+
+def _is_small_array(thing: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(thing, numpy.ndarray) and thing.nbytes <= SMALL_ARRAY_BYTES
 
 
 _MODULE_TABLES = frozenset(vars(nn.Module()))
@@ -170,11 +206,50 @@ def _way_back(thing: Any) -> tuple[Any, ...]:
     """A function and its arguments that bring a container or generator back to its state of now."""
     if isinstance(thing, _CONTAINERS):
         return _refill, thing, thing.copy()
+    if isinstance(thing, types.FunctionType):
+        return _rebind, thing, _bindings(thing)
+    if isinstance(thing, type):
+        return _restore_class, thing, dict(vars(thing))
+    if isinstance(thing, functools._lru_cache_wrapper):
+        return _clear_if_used, thing, thing.cache_info().misses
+    if isinstance(thing, bytearray) or _is_small_array(thing):
+        return thing.__setitem__, slice(None) if isinstance(thing, bytearray) else ..., thing.copy()
     if isinstance(thing, random.Random):
         return thing.setstate, thing.getstate()
     if isinstance(thing, torch.Generator) or hasattr(thing, "set_state"):
         return thing.set_state, thing.get_state()
-    return setattr, thing.bit_generator, "state", thing.bit_generator.state
+    if hasattr(thing, "bit_generator"):
+        return setattr, thing.bit_generator, "state", thing.bit_generator.state
+    return (lambda: None,)  # only leads to other things
+
+
+def _bindings(fn: types.FunctionType) -> tuple[list[tuple[types.CellType, Any]], dict[str, Any]]:
+    """What the names mean that a function shares with others: its closure, its module's globals."""
+    cells = []
+    for cell in fn.__closure__ or ():
+        with suppress(ValueError):  # a name that is not bound yet
+            cells.append((cell, cell.cell_contents))
+    return cells, {n: fn.__globals__[n] for n in _global_names(fn.__code__) if n in fn.__globals__}
+
+
+def _rebind(fn: types.FunctionType, bindings: tuple[list[tuple[types.CellType, Any]], dict[str, Any]]) -> None:
+    for cell, content in bindings[0]:
+        cell.cell_contents = content
+    fn.__globals__.update(bindings[1])
+
+
+def _restore_class(cls: type, attributes: Mapping[str, Any]) -> None:
+    for name in [n for n, v in vars(cls).items() if n not in attributes or attributes[n] is not v]:
+        if name in attributes:
+            setattr(cls, name, attributes[name])
+        else:
+            delattr(cls, name)
+
+
+def _clear_if_used(cached: Any, misses: int) -> None:
+    """Forget what a function has cached during the recording, and what it had cached before: it is made anew."""
+    if cached.cache_info().misses != misses:
+        cached.cache_clear()
 
 
 def _refill(container: Any, content: Any) -> None:
@@ -183,6 +258,9 @@ def _refill(container: Any, content: Any) -> None:
         return
     if isinstance(container, list):
         container[:] = content
+    elif isinstance(container, deque):
+        container.clear()
+        container.extend(content)
     else:
         container.clear()
         container.update(content)
@@ -262,11 +340,20 @@ def leaves_of(outputs: Sequence[Tensor], since: Any) -> list[Tensor]:
 
 @contextmanager
 def gradients_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Put the gradients of these leaves back at the end."""
-    kept = [(leaf, leaf.grad) for leaf in leaves]
+    """Put the gradients of these leaves back at the end; until then their hooks (the user's) do not run."""
+    kept = [(leaf, leaf.grad, {name: getattr(leaf, name) for name in _HOOKS}) for leaf in leaves]
     try:
+        for leaf, _, _ in kept:
+            for name in _HOOKS:
+                setattr(leaf, name, None)
         yield
     finally:
-        for leaf, grad in kept:
+        for leaf, grad, hooks in kept:
+            for name, table in hooks.items():
+                setattr(leaf, name, table)
             if leaf.grad is not grad:
                 leaf.grad = grad
+
+
+_HOOKS: Final = ("_backward_hooks", "_post_accumulate_grad_hooks")
+"""Where a tensor keeps its hooks."""

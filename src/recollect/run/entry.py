@@ -21,7 +21,7 @@ DRAWING = threading.RLock()
 
 
 class OutsideHandle:
-    """Stands for a saved tensor that the forward did not make (a parameter, an input): an alias of it."""
+    """Stands for a saved tensor that the forward did not make (a parameter, an input): itself or an alias of it."""
 
     __slots__ = ("alias", "version")
 

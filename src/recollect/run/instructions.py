@@ -49,6 +49,7 @@ class Instructions:
         asked: values that the backward will ask for: the forward saves them.
         again: ops that will run again.
         events: what to do at each request of the backward, in order.
+        ready: ops to be ready to run again: those, and where the path may vary all that may run again.
         twice: ops among ``again`` for whose second run, right after the first, the budget has room.
         sizes: bytes of every value that the forward makes.
         spare_bytes: by how much the budget exceeds the plan's peak.
@@ -64,6 +65,7 @@ class Instructions:
     asked: frozenset[int]
     again: frozenset[int]
     events: tuple[Event, ...]
+    ready: frozenset[int] = frozenset()
     twice: frozenset[int] = frozenset()
     sizes: Mapping[int, int] = field(default_factory=dict)
     spare_bytes: int = 0
@@ -95,9 +97,14 @@ class _Residency:
     last_access: int | None = None
 
 
-def instructions_for(plan: Plan) -> Instructions:
-    """The instructions that carry out the plan of a recorded program. O(runs + reads)."""
-    return _Compiler(plan.program, plan.schedule, plan.budget_bytes).compile()
+def instructions_for(plan: Plan, *, may_vary: bool = False) -> Instructions:
+    """The instructions that carry out the plan of a recorded program. O(runs + reads).
+
+    Args:
+        plan: for a recorded program.
+        may_vary: other calls of the same kind may take another path.
+    """
+    return _Compiler(plan.program, plan.schedule, plan.budget_bytes, may_vary).compile()
 
 
 @dataclass
@@ -105,6 +112,7 @@ class _Compiler:
     program: Program
     schedule: Schedule
     budget_bytes: int
+    may_vary: bool
     number: dict[int, int] = field(default_factory=dict)
     tape_op: dict[int, int] = field(default_factory=dict)
 
@@ -141,6 +149,9 @@ class _Compiler:
             asked=frozenset(asked),
             again=frozenset(self.tape_op[order[p]] for p in again),
             events=tuple(events),
+            ready=frozenset(k for i, k in self.tape_op.items() if self.may_vary and not ops[i].repeatable).union(
+                self.tape_op[order[p]] for p in again
+            ),
             twice=self._twice({order[p] for p in again}, timeline),
             sizes={self.number[v]: self.program.values[v].nbytes for i in self.tape_op for v in ops[i].writes},
             spare_bytes=self.budget_bytes - timeline.peak_bytes,

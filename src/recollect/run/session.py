@@ -100,8 +100,9 @@ class _Entry:
     def follow(self, plan: Plan, *, quick: bool = False) -> None:
         """Take this plan from now on."""
         reruns = len(plan.schedule.order) > len(plan.program.ops)
-        may_vary = self.deviations or plan.program.recorded == "real"
-        self.plan, self.instructions = plan, instructions_for(plan) if reruns or may_vary else None
+        may_vary = self.deviations > 0 or plan.program.recorded == "real"
+        instructions = instructions_for(plan, may_vary=may_vary) if reruns or may_vary else None
+        self.plan, self.instructions = plan, instructions
         self.quick, self.checked = quick, False
 
 

@@ -3,55 +3,105 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
+
+_TINY = 5e-324
+"""A denormal number."""
+
+_Pair = tuple[Callable[[], Any], Callable[[Any], object]]
+
+
+def _pairs(*names: str) -> list[_Pair]:
+    """Getter and setter of torch's switches, as far as this version of torch has them."""
+    known = [n for n in names if hasattr(torch._C, f"_get_{n}")]
+    return [(getattr(torch._C, f"_get_{n}"), getattr(torch._C, f"_set_{n}")) for n in known]
+
+
+def _older(read: Callable[[], Any], write: Callable[[Any], object]) -> _Pair:
+    """A switch of before ``fp32_precision``: torch refuses to read it while it contradicts the newer ones."""
+
+    def read_if_possible() -> Any:
+        try:
+            return read()
+        except RuntimeError:
+            return None
+
+    return read_if_possible, lambda value: None if value is None else write(value)
+
+
+def _precision(backend: str, op: str) -> _Pair:
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    return functools.partial(get, backend, op), functools.partial(put, backend, op)
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+
+
+_SWITCHES: tuple[_Pair, ...] = (
+    (torch.is_grad_enabled, torch.set_grad_enabled),  # kernels ask: mkldnn_rnn_layer makes its workspace only then
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),  # a sum is split by threads
+    (lambda: _TINY * 1.0 == 0.0, torch.set_flush_denormal),
+    (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+    *_pairs(
+        "cudnn_enabled",
+        "cudnn_benchmark",
+        "cudnn_deterministic",
+        "cudnn_depthwise_kernel",
+        "cublas_allow_fp16_accumulation",
+        "mkldnn_enabled",
+        "mkldnn_deterministic",
+        "nnpack_enabled",
+    ),
+    *(
+        (get, lambda value, put=put: put(*value))
+        for get, put in _pairs(
+            "cublas_allow_fp16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction"
+        )
+    ),
+    # The older switches first: setting them sets newer ones, too.
+    _older(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    *(_older(get, put) for get, put in _pairs("cudnn_allow_tf32", "onednn_allow_tf32")),
+    _precision("generic", "all"),
+    *(_precision(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
+)
 
 
 class NumericSettings(NamedTuple):
     """The switches at one moment."""
 
-    matmul_precision: str
-    deterministic: bool
-    deterministic_warn_only: bool
-    cudnn: tuple[bool, bool, bool, bool]
-    grad: bool
+    values: tuple[Any, ...]
 
     @staticmethod
     def now() -> NumericSettings:
         """The switches as they are."""
-        cudnn = torch.backends.cudnn
-        return NumericSettings(
-            torch.get_float32_matmul_precision(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-            (cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32),
-            torch.is_grad_enabled(),  # kernels ask for it too: mkldnn_rnn_layer makes its workspace only then
-        )
+        return NumericSettings(tuple([read() for read, _ in _SWITCHES]))
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The switches as they were, for the length of the block."""
         before = NumericSettings.now()
-        self._set(before)
+        if before == self:
+            yield
+            return
+        self._set()
         try:
             yield
         finally:
-            before._set(self)
+            before._set()
 
-    def _set(self, now: NumericSettings) -> None:
+    def _set(self) -> None:
         """Change what differs from now: some of the setters are slow."""
-        if self.grad != now.grad:
-            torch.set_grad_enabled(self.grad)
-        if self[:-1] == now[:-1]:
-            return
-        torch.set_float32_matmul_precision(self.matmul_precision)
-        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.deterministic_warn_only)
-        cudnn = torch.backends.cudnn
-        cudnn.enabled, cudnn.benchmark, cudnn.deterministic, cudnn.allow_tf32 = self.cudnn
+        for (read, write), value in zip(_SWITCHES, self.values, strict=True):
+            if read() != value:
+                write(value)
 
 
 class RandomStates(NamedTuple):

@@ -9,7 +9,9 @@ random numbers, the same numeric settings, in-place operators on copies.
 from __future__ import annotations
 
 import contextlib
-from collections import Counter
+import threading
+import weakref
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
@@ -22,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import signature_of
 from recollect.record.timing import estimate
-from recollect.record.values import Seen, ValueMap, View, storage_of
+from recollect.record.values import Seen, ValueMap, View, is_parameter, storage_of
 from recollect.run.entry import DRAWING, Entry, OutsideHandle, Unfinished, alias_of, modified, prepare, version_of
 from recollect.run.instructions import Instructions, Rerun
 from recollect.run.memory import free_memory, is_out_of_memory
@@ -32,7 +34,9 @@ from recollect.run.settings import set_state, state_of
 
 _NO_TASK = -1
 _SLACK = 0.05
-"""How much further the backward of the plan may be than one off its path, as a share of all requests."""
+"""How far apart the backward of the plan and one off its path may be, as a share of all requests ..."""
+_MORE = 8
+"""... and so many requests more."""
 _NOTHING: frozenset[int] = frozenset()
 _UNREAD: tuple[tuple[int, ...], bool] = ((), False)
 
@@ -113,6 +117,7 @@ class Tape(TorchDispatchMode):
         self._online: Online | None = None
         self._pinned: set[int] = set()
         """Values that the plan would drop and that turned out to be kept."""
+        self._lingering: list[weakref.ref[torch.UntypedStorage]] = []
         self._overwritten_outside: set[int] = set()
         """What this forward has overwritten of what it did not make."""
         self._excess_bytes = self._kept_excess_bytes = self._largest_bytes = 0
@@ -133,6 +138,8 @@ class Tape(TorchDispatchMode):
         self._retained = False
         self._served = self.packed = 0
         self._rerunning = False
+        self._gone: deque[tuple[int, int]] = deque()
+        self._lock = threading.Lock()
 
     # ---- forward -------------------------------------------------------------------------------------------------
 
@@ -147,7 +154,7 @@ class Tape(TorchDispatchMode):
         if self._rerunning or self._map is None:
             return run_op(func, args, kwargs)
         written = facts.written(args, kwargs)
-        if written or self.n_ops in self.instructions.again or not self._expects(facts.name) or self._check:
+        if written or self.n_ops in self.instructions.ready or not self._expects(facts.name) or self._check:
             inputs = tensors_in((args, kwargs))
             reads = self._map.reads(inputs)
             expected = self._expects(facts.name, reads[0])
@@ -199,7 +206,7 @@ class Tape(TorchDispatchMode):
     ) -> bool:
         """Whether to prepare for another run: the plan says so, or, off its path, nothing is known against it."""
         if expected and self.following:
-            return self.n_ops in self.instructions.again
+            return self.n_ops in self.instructions.ready
         if self._online is None or facts.never_again or facts.uninitialised or facts.fresh_constant:
             return False
         if not facts.batch_norm and any(self._is_outside(t) for t in written):
@@ -233,7 +240,8 @@ class Tape(TorchDispatchMode):
             self._entries[k] = ready = entry.finish(seen, outputs)
             self._maker.update((n, k) for n, _ in seen.writes)
             made = dict(seen.writes)
-            if self.following and self._check is not None and self._differs(k, ready, made, memory):
+            compared = self.following and self._check is not None and k in self.instructions.again
+            if compared and self._differs(k, ready, made, memory):
                 self._pinned.update(made)
         for number, tensor in seen.writes:
             storage = tensor.untyped_storage()
@@ -312,25 +320,32 @@ class Tape(TorchDispatchMode):
         while excess > 0 and sizes:
             number = self._online.pick(sizes, self._maker, self._held)
             if self._can_go(number):
-                excess -= sizes[number]
+                memory = weakref.ref(self._held[number].memory)
                 self._let_go(number)
+                if memory() is None:
+                    excess -= sizes[number]
+                else:
+                    self._lingering.append(memory)
             del sizes[number]
 
     def _beside_bytes(self) -> float:
         """What everything else may take: as in the plan, and more where values are larger than there."""
         plan = self.instructions
         begin, end = 0, 1
-        if self._map is None:  # in the backward: as far into it as this one is, and a little further
+        if self._map is None:  # in the backward: as far into it as this one is, and a little around that
             progress = self._served / max(1, self.packed)
             last = len(plan.beside_bytes) - 1
-            begin, end = int((progress - _SLACK) * last), 1 + ceil((progress + _SLACK) * last)
+            begin, end = int((progress - _SLACK) * last) - _MORE, 1 + ceil((progress + _SLACK) * last) + _MORE
         beside = max(plan.beside_bytes[max(0, begin) : end])
         larger = max(1.0, self._largest_bytes / max(1, plan.largest_bytes))
-        return plan.fixed_bytes + larger * (beside - plan.fixed_bytes)
+        at_work = 2 * self._largest_bytes  # an op off the path reads and makes values that nobody holds yet
+        return plan.fixed_bytes + larger * (beside - plan.fixed_bytes) + at_work
 
     def _held_bytes(self) -> int:
-        storages = {h.memory._cdata: h.memory.nbytes() for h in self._held.values()}
-        return sum(storages.values())
+        """Bytes held, and bytes of what the tape has let go of and something else, Python most likely, still holds."""
+        storages = [h.memory for h in self._held.values()]
+        storages += [storage for ref in self._lingering if (storage := ref()) is not None]
+        return sum({s._cdata: s.nbytes() for s in storages}.values())
 
     def _can_go(self, number: int) -> bool:
         """Whether a value can be made again from others that are held and stay."""
@@ -400,11 +415,12 @@ class Tape(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """A handle for what autograd wants to save."""
+        storage = storage_of(tensor)
+        number = -1 if storage is None or self._map is None else self._map.number(storage)
+        if storage is None or number < 0 or is_parameter(tensor):
+            alias = tensor if tensor.is_leaf else tensor.detach()  # a leaf is saved itself: its data may be replaced
+            return OutsideHandle(alias, version_of(alias))
         with torch._C._DisableTorchDispatch():
-            storage = storage_of(tensor)
-            number = -1 if storage is None or self._map is None else self._map.number(storage)
-            if storage is None or number < 0:
-                return OutsideHandle(tensor.detach(), version_of(tensor))
             held, alias = self._held.get(number), tensor.detach()
             if held is None and not self._forgets(number):
                 held = self._held[number] = _Held(storage, True)
@@ -439,6 +455,13 @@ class Tape(TorchDispatchMode):
         """The tensor that a handle stands for, computed again if it is gone."""
         if isinstance(packed, OutsideHandle):
             return packed.get()
+        with self._lock:  # several threads may go backward through one graph
+            try:
+                return self._unpacked(packed)
+            finally:
+                self._settle()
+
+    def _unpacked(self, packed: Handle) -> Tensor:
         number = self._now(packed.number)
         packed.check_unchanged()
         if torch._C._current_graph_task_id() == _NO_TASK:  # somebody looks at grad_fn._saved_...
@@ -538,13 +561,24 @@ class Tape(TorchDispatchMode):
 
     def released(self, handle: Handle) -> None:
         """A handle is gone; what only handles needed may go when the last one has."""
-        number = self._now(handle.number)
-        self.handles[number] -= 1
-        if handle.served != self._pass:
-            self.waiting[number] -= 1
-        planned = self.instructions.planned - self._late if self.following else self._needed()
-        if not self.handles[number] and number not in planned:
-            self._let_go(number)
+        self._gone.append((handle.number, handle.served))
+        if self._lock.acquire(blocking=False):  # a finalizer cannot wait: it may have interrupted who holds the lock
+            try:
+                self._settle()
+            finally:
+                self._lock.release()
+
+    def _settle(self) -> None:
+        """Take note of the handles that are gone."""
+        while self._gone:
+            number, served = self._gone.popleft()
+            number = self._now(number)
+            self.handles[number] -= 1
+            if served != self._pass:
+                self.waiting[number] -= 1
+            planned = self.instructions.planned - self._late if self.following else self._needed()
+            if not self.handles[number] and number not in planned:
+                self._let_go(number)
 
     def _needed(self) -> set[int]:
         """What must stay in memory for the handles whose values will have to be made again."""

@@ -1,0 +1,99 @@
+"""2,000 steps: nothing drifts away from plain training, and nothing piles up."""
+
+from __future__ import annotations
+
+import gc
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import recollect
+from recollect.run.tape import Handle, Tape
+
+STEPS, EVERY = 2000, 250
+OTHER_PATHS = (50, 100, 150)
+
+
+class Model(nn.Module):
+    """Dropout, batch norm, and three times another path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(16) for _ in range(4))
+        self.steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        for layer, norm in zip(self.layers, self.norms, strict=True):
+            h = F.dropout(torch.tanh(norm(layer(x))), 0.1)
+            x = x + (h.sin() * h.exp() if self.steps not in OTHER_PATHS else h.cos().mul_(2))
+        return x
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def census() -> dict[str, int]:
+    """What is alive: tensors, tapes, handles, Python objects; and the memory of the process."""
+    gc.collect()
+    objects = gc.get_objects()
+    return {
+        "tensors": sum(issubclass(type(o), Tensor) for o in objects),
+        "tapes": sum(type(o) in (Tape, Handle) for o in objects),
+        "objects": len(objects),
+        "resident": resident_bytes(),
+    }
+
+
+def batch(k: int) -> Tensor:
+    """Every tenth is shorter."""
+    return torch.randn(96 if k % 10 else 64, 16, generator=torch.Generator().manual_seed(k))
+
+
+def train(model: nn.Module, watched: bool) -> tuple[list[Tensor], list[dict[str, int]]]:
+    torch.manual_seed(1)
+    optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
+    losses, counts = [], []
+    for k in range(STEPS):
+        optimizer.zero_grad()
+        loss = model(batch(k)).square().mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        del loss
+        if watched and k % EVERY == EVERY - 1:
+            counts.append(census())
+    return [torch.tensor(losses), torch.get_rng_state(), *model.state_dict().values()], counts
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:recollect:RuntimeWarning")
+def test_two_thousand_steps() -> None:
+    torch.manual_seed(0)
+    plain = Model()
+    mine = Model()
+    mine.load_state_dict(plain.state_dict())
+    recollect.checkpoint(mine, budget=0.7, time_limit_seconds=0.2)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        expected, _ = train(plain, watched=False)
+        got, counts = train(mine, watched=True)
+    finally:
+        torch.set_num_threads(threads)
+    stats = recollect.stats(mine)
+    assert stats.reruns > 5 * STEPS
+    assert stats.deviations >= len(OTHER_PATHS)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    settled = counts[2:]  # by then every kind of input has its plan, or is known to have none
+    assert all(c["tapes"] == 0 for c in settled)
+    assert len({c["tensors"] for c in settled}) == 1, counts
+    assert max(c["objects"] for c in settled) - min(c["objects"] for c in settled) < 100, counts
+    assert settled[-1]["resident"] - settled[0]["resident"] < 2 << 20, counts
