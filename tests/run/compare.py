@@ -149,6 +149,7 @@ def exact(
     reruns: bool = True,
     deviates: bool = False,
     unplanned: bool = False,
+    differs: bool = False,
 ) -> Stats:
     """Assert that training is the same under the feasible ``FRACTIONS`` and at the floor; the last statistics.
 
@@ -158,10 +159,11 @@ def exact(
         reruns: at the floor operators must have run again.
         deviates: some step leaves the recorded path.
         unplanned: the step cannot be planned; it must run plainly, with a warning.
+        differs: the self-check of the first step finds something that must not run again, and warns.
     """
     world = seeded(build)
     plain = observe(world, world.target, steps)
-    warn = deviates or unplanned
+    warn = deviates or unplanned or differs
     for budget in (*FRACTIONS, None):
         try:
             got, stats, messages = attempt(build, budget, steps) if budget else at_the_floor(build, steps)
@@ -170,9 +172,11 @@ def exact(
         assert_same(got, plain)
         assert (stats.deviations > 0) <= deviates, messages
         assert (stats.unplanned > 0) <= unplanned, messages
+        assert (stats.differing > 0) <= differs, messages
         assert bool(messages) <= warn, messages
     assert not unplanned or stats.unplanned > 0
     assert not deviates or stats.deviations > 0
+    assert not differs or stats.differing > 0
     assert not warn or messages
     if reruns and not unplanned:
         assert stats.reruns > 0, "nothing ran again: the attack did not test anything"

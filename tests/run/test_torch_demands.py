@@ -69,11 +69,11 @@ from typing import Any
 
 import pytest
 import torch
-from recollect.run.account import account
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import recollect
+from recollect.run.account import account
 from recollect.run.tape import Tape
 from tests.run.compare import World, exact, quick
 from tests.run.test_hostile import WIDTH, check_body, data
