@@ -241,7 +241,7 @@ def test_another_thread_writes_into_an_activation() -> None:
 def test_result_changed_by_numpy_after_the_forward() -> None:
     """Autograd has not saved it, so plain training does not mind; a rerun would read it.
 
-    The first step finds out in its backward, too late to go on; the next one is exact.
+    The first step finds out in its backward, too late to go on; then it is exact.
     """
 
     class Features(nn.Module):
@@ -266,11 +266,17 @@ def test_result_changed_by_numpy_after_the_forward() -> None:
     torch.manual_seed(0)
     plain, x = Features(), torch.randn(ROWS, WIDTH)
     model = recollect.checkpoint(copy.deepcopy(plain), budget=1.0, recompute=("aten.exp*", "aten.add*"))
-    with pytest.raises(RuntimeError, match="set the gradients to None and repeat the step"):
-        step(model, x)
+    refusals = 0
     for m in (plain, model):
-        m.zero_grad()
-        step(m, x)
+        while True:
+            m.zero_grad()
+            try:
+                step(m, x)
+                break
+            except RuntimeError as error:  # one operator is found at a time
+                refusals += "set the gradients to None and repeat the step" in str(error)
+                assert refusals == recollect.stats(model).differing
+    assert refusals > 0
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
 
 
