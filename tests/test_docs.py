@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from recollect import cli
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 TESTED_ELSEWHERE = {"program-file.md"}  # tests/program/test_json_format.py: its blocks need files
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
