@@ -22,6 +22,10 @@ TESTED_ELSEWHERE = {"program-file.md"}  # tests/program/test_json_format.py: its
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 
 
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
 @dataclass
 class Output:
     """What models of the usual libraries return."""
@@ -47,7 +51,7 @@ def names_of_the_readme() -> dict[str, object]:
     return {"F": F, "torch": torch, "model": model, "batch": batch, "optimizer": torch.optim.Adam(model.parameters())}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TESTED_ELSEWHERE], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TESTED_ELSEWHERE], ids=page_name)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "docs"} | (names_of_the_readme() if page.name == "README.md" else {})
@@ -81,7 +85,7 @@ def is_shown(shown: list[str], output: list[str]) -> bool:
     return shown[0].rstrip() == output[0].rstrip() and is_shown(shown[1:], output[1:])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
