@@ -1,4 +1,4 @@
-"""Makes docs/gallery.md, its pictures, and the table of docs/solvers/index.md: ``python docs/gallery.py``.
+"""Makes docs/gallery.md, its pictures, and the table of docs/solvers/index.md: ``python -m docs.gallery``.
 
 Reports on the networks of the tests, recorded on fake tensors with estimated seconds: no step is run, and the figures
 are the same on every machine where the time limit of a plan is not hit. Takes some minutes.
@@ -14,9 +14,6 @@ from textwrap import indent
 import torch
 from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 from examples.programs import chain, hourglass, uneven
 from recollect.plan import SOLVERS, Frontier, frontier, solve
 from recollect.program import InfeasibleBudget, Plan, Program, simulate
@@ -26,7 +23,7 @@ from recollect.show.plots import draw_frontier, draw_memory
 from recollect.show.text import format_bytes
 from tests.zoo import CASES, Case
 
-DOCS = ROOT / "docs"
+DOCS = Path(__file__).parent
 SHARE = "60%"
 BESIDE = ("segments", "chen", "revolve", "rotor", "dtr")
 HAND_MADE = (
@@ -39,9 +36,9 @@ HAND_MADE = (
 
 INTRODUCTION = f"""# Gallery
 
-Reports on seven small networks, each within {SHARE} of its plain peak; recorded on fake tensors, from estimated seconds,
-by `python docs/gallery.py`. The left picture is memory over the step, plain and planned; the right one is what every
-budget costs, below it what no plan can reach, and what the classics make of the same budgets.
+Reports on seven small networks, each within {SHARE} of its plain peak; recorded on fake tensors, from estimated
+seconds, by `python -m docs.gallery`. The left picture is memory over the step, plain and planned; the right one is what
+every budget costs, below it what no plan can reach, and what the classics make of the same budgets.
 """
 
 
@@ -70,7 +67,7 @@ def section(case: Case, plan: Plan) -> str:
     """What the gallery says of one network."""
     words = (
         f"{len(plan.program.ops)} ops. Plain peak {format_bytes(plan.plain_peak_bytes)}, planned "
-        f"{format_bytes(plan.peak_bytes)} for {plan.overhead:.1%} more time; no plan can be below {plan.lower_bound:.1%}."
+        f"{format_bytes(plan.peak_bytes)} for {plan.overhead:.1%} more time (no plan: below {plan.lower_bound:.1%})."
     )
     picture = f"![{case.name}: memory over the step, and overhead against peak](images/gallery/{slug(case)}.png)"
     reports = (("The plan", str(plan)), ("Where plain training's memory goes", str(explanation_of(plan.program))))

@@ -1,4 +1,4 @@
-"""Draws the three layers of the docs' first page, step by step: ``python docs/pictures.py``.
+"""Draws the three layers of the docs' first page, step by step: ``python -m docs.pictures``.
 
 What is in memory at which step is not drawn by hand: ``simulate`` and ``Schedule`` say so. One SVG for each choice of
 what to keep; ``tests/test_docs.py`` checks that the files are what this script makes.
@@ -81,7 +81,12 @@ def picture(title: str, order: tuple[int, ...]) -> str:
         'font-family="system-ui, sans-serif" font-size="12" role="img">',
         f"<title>{title}: what is in memory at each step; peak {timeline.peak_bytes}</title>",
         f'<rect width="{width}" height="{height}" rx="6" fill="#ffffff"/>',
-        _text(12, 20, f"{title}. Peak {timeline.peak_bytes}, {timeline.extra_seconds:g} layers again.", bold=True),
+        _text(
+            12,
+            20,
+            f"{title}. Peak {timeline.peak_bytes}, layers computed again: {timeline.extra_seconds:g}.",
+            bold=True,
+        ),
         *(_text(12, _row(v) + 19, value.id, bold=True) for v, value in enumerate(program.values)),
         _text(12, _row(len(program.values)) + 22, "sum"),
     ]
@@ -92,16 +97,17 @@ def picture(title: str, order: tuple[int, ...]) -> str:
 
 def _column(program: Program, p: int, step: Step, steps: list[Step], nbytes: int, peak: int) -> list[str]:
     x, op = LEFT + CELL * p, program.ops[step.op]
-    first, _, rest = op.name.partition(" = ")
+    first = op.name.partition(" = ")[0]
     color = ORANGE if step.again else INK
     parts = [
         _text(x + CELL / 2, 42, f"{p + 1}", color, middle=True),
-        _text(x + CELL / 2, 57, f"{first} again" if step.again else first, color, middle=True, hint=op.name),
+        _text(x + CELL / 2, 57, f"{first} again" if step.again else first, color, middle=True),
     ]
     for v in range(len(program.values)):
         here = v in step.made_by
         fill = GREY if not here else ORANGE if step.made_by[v] >= 0 and steps[step.made_by[v]].again else BLUE
-        parts.append(f'<rect x="{x + 2}" y="{_row(v) + 2}" width="{CELL - 4}" height="{ROW - 4}" rx="3" fill="{fill}"/>')
+        box = f'x="{x + 2}" y="{_row(v) + 2}" width="{CELL - 4}" height="{ROW - 4}"'
+        parts.append(f'<rect {box} rx="3" fill="{fill}"/>')
         role = "written" if v in op.writes else "read" if v in op.reads else ""
         if role:
             parts.append(_text(x + CELL / 2, _row(v) + 18, role, "#ffffff", middle=True))
@@ -124,12 +130,9 @@ def _row(v: int) -> int:
     return TOP + ROW * v
 
 
-def _text(
-    x: float, y: float, words: str, color: str = INK, *, middle: bool = False, bold: bool = False, hint: str = ""
-) -> str:
+def _text(x: float, y: float, words: str, color: str = INK, *, middle: bool = False, bold: bool = False) -> str:
     style = (' text-anchor="middle"' if middle else "") + (' font-weight="600"' if bold else "")
-    title = f"<title>{hint}</title>" if hint else ""
-    return f'<text x="{x:g}" y="{y:g}" fill="{color}"{style}>{title}{words}</text>'
+    return f'<text x="{x:g}" y="{y:g}" fill="{color}"{style}>{words}</text>'
 
 
 def pictures() -> dict[str, str]:

@@ -27,9 +27,7 @@ def step(name: str, layers: Sequence[Layer]) -> Program:
     """
     values = [Value("x", 0, fixed=True), *(Value(f"a{k}", layer.nbytes) for k, layer in enumerate(layers))]
     inputs = [tuple(r + 1 for r in layer.reads) for layer in layers]
-    ops = [
-        Op(f"f{k}", inputs[k], (k + 1,), layer.seconds, module=f"layers.{k}") for k, layer in enumerate(layers)
-    ]
+    ops = [Op(f"f{k}", inputs[k], (k + 1,), layer.seconds, module=f"layers.{k}") for k, layer in enumerate(layers)]
     gradient = len(layers)  # the last layer's result stands in for the loss
     for k, layer in reversed(list(enumerate(layers))):
         values.append(Value(f"g{k}", 100, held=None if k else END))

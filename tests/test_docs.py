@@ -1,11 +1,13 @@
-"""Every Python block of the README and the docs runs, page by page, in the order in which it stands."""
+"""Every Python block of the README, the docs and the docstrings runs, page by page, in the order in which it stands."""
 
 from __future__ import annotations
 
+import doctest
 import re
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,9 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+from docs.pictures import IMAGES, pictures
 from recollect import cli
+from tests.zoo import CASES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
@@ -89,3 +93,28 @@ def is_shown(shown: list[str], output: list[str]) -> bool:
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>>" in path.read_text())
+
+
+@pytest.mark.parametrize("source", EXAMPLES, ids=page_name)
+def test_examples_of_docstrings_run(source: Path) -> None:
+    module = ".".join(source.relative_to(ROOT / "src").with_suffix("").parts)
+    ran = doctest.testmod(import_module(module))
+    assert ran.attempted > 0
+    assert ran.failed == 0
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md"}
+
+
+def test_the_pictures_of_the_three_layers_are_what_the_script_draws() -> None:
+    for name, text in pictures().items():
+        assert (IMAGES / name).read_text(encoding="utf-8") == text, "run python -m docs.pictures"
+
+
+def test_the_gallery_has_every_network_of_the_tests() -> None:
+    assert re.findall(r"^## (.*)$", (ROOT / "docs" / "gallery.md").read_text(), re.M) == [str(case) for case in CASES]
