@@ -84,6 +84,7 @@ class Pool:
                 search.found = []
                 job(deadline)
                 self._found.append(search.found)
+                search.found = []  # what is found for one budget is not the pool's
             else:
                 break
             if k + 1 == self._mandatory:
