@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+import recollect
 from docs.pictures import IMAGES, pictures
 from recollect import cli
 from tests.zoo import CASES
@@ -69,7 +70,7 @@ def test_console_blocks_show_what_the_commands_print(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     pages = {page.name: re.findall(r"^```console\n(.*?)^```", page.read_text(), re.M | re.S) for page in PAGES}
-    assert len(pages["command-line.md"]) == 3
+    assert len(pages["command-line.md"]) == 4
     for session in (part for blocks in pages.values() for block in blocks for part in block.split("$ ")[1:]):
         line, *shown = session.splitlines()
         name, *arguments = shlex.split(line)
@@ -109,6 +110,11 @@ def test_examples_of_docstrings_run(source: Path) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md"}
+
+
+def test_the_api_has_every_public_name() -> None:
+    documented = re.findall(r"^::: recollect\.\S*?(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    assert set(recollect.__all__) <= set(documented)
 
 
 def test_the_pictures_of_the_three_layers_are_what_the_script_draws() -> None:
