@@ -24,7 +24,9 @@ from recollect.show.text import format_bytes
 from tests.zoo import CASES, Case
 
 DOCS = Path(__file__).parent
-SHARE = "60%"
+SHARES = {"XOR MLP": "90%"}
+"""Of the plain peak, where it is not 60%: most of this network's memory is weights and gradients, which stay."""
+
 BESIDE = ("segments", "chen", "revolve", "rotor", "dtr")
 MOST_OPS = 1000
 """Of larger programs the classics are not drawn: each of them at each budget would take minutes."""
@@ -40,11 +42,12 @@ HAND_MADE = (
 )
 """Title, program, budgets of the table."""
 
-INTRODUCTION = f"""# Gallery
+INTRODUCTION = """# Gallery
 
-Reports on seven small networks, each within {SHARE} of its plain peak; recorded on fake tensors, from estimated
-seconds, by `python -m docs.gallery`. The left picture is memory over the step, plain and planned; the right one is what
-every budget costs, below it what no plan can reach, and (up to a thousand ops) what the classics make of the same budgets.
+Reports on seven small networks, each within 60 % of its plain peak (the XOR MLP, which is mostly weights: 90 %);
+recorded on fake tensors, from estimated seconds, by `python -m docs.gallery`. The left picture is memory over the step,
+plain and planned. The right one is what every budget costs, below it what no plan can reach, and, up to a thousand ops,
+what the classics make of it.
 """
 
 
@@ -78,7 +81,7 @@ def section(case: Case, plan: Plan) -> str:
     picture = f"![{case.name}: memory over the step, and overhead against peak](images/gallery/{slug(case)}.png)"
     reports = (("The plan", str(plan)), ("Where plain training's memory goes", str(explanation_of(plan.program))))
     folded = (f'??? example "{title}"\n\n' + indent(f"```text\n{text}\n```", "    ") for title, text in reports)
-    return "\n\n".join((f"## {case.name}", words, picture, *folded))
+    return "\n\n".join((f"## {case.name}", words, picture, *folded)).replace(f"{DOCS.parent}/", "")
 
 
 def side_by_side() -> Iterator[str]:
@@ -101,7 +104,7 @@ def _extra(program: Program, budget: int, solver: str) -> str:
 
 def between(page: Path, text: str) -> None:
     """Replace what stands between the marks of this script."""
-    begin, end = "<!-- docs/gallery.py: side by side -->\n", "\n<!-- end -->"
+    begin, end = "<!-- python -m docs.gallery: side by side -->\n", "\n<!-- end -->"
     before, _, rest = page.read_text(encoding="utf-8").partition(begin)
     page.write_text(f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}", encoding="utf-8")
 
@@ -112,7 +115,7 @@ def main() -> None:
     sections = []
     for case in CASES:
         program = program_of(case)
-        plan = solve(program, SHARE, time_limit_seconds=PATIENCE)
+        plan = solve(program, SHARES.get(case.name, "60%"), time_limit_seconds=PATIENCE)
         draw(
             plan,
             frontier(program, points=9, time_limit_seconds=PATIENCE),
