@@ -146,6 +146,22 @@ def solve(
     )  # fmt: skip
 
 
+def classics_of(
+    program: Program, budget_bytes: int, *, time_limit_seconds: float = 10.0
+) -> tuple[tuple[str, int, float], ...]:
+    """``(solver, peak_bytes, overhead)`` of what each of the classics makes of a budget, also where it does not fit.
+
+    Keep everything is left out. None is begun after the time limit.
+    """
+    end, found = time.monotonic() + time_limit_seconds, []
+    for name, make in _CLASSICS.items():
+        if name != "keep-everything" and time.monotonic() < end:
+            timeline = simulate(program, make(program, budget_bytes))
+            overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
+            found.append((name, timeline.peak_bytes, overhead))
+    return tuple(found)
+
+
 def _is_worth_an_exact_look(program: Program, found: Found) -> bool:
     if found.schedule is None or passing_values(program):
         return False

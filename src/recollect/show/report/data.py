@@ -98,7 +98,9 @@ def _ops(program: Program, texts: _Texts) -> dict[str, Any]:
         "backward": [int(op.phase == "backward") for op in program.ops],
         "seconds": [float(f"{op.seconds:.4g}") for op in program.ops],
         "scratch": {i: op.scratch_bytes for i, op in enumerate(program.ops) if op.scratch_bytes},
-        "stays": {i: texts(op.repeatable) for i, op in enumerate(program.ops) if op.phase != "backward" and op.repeatable},
+        "stays": {
+            i: texts(op.repeatable) for i, op in enumerate(program.ops) if op.phase != "backward" and op.repeatable
+        },
     }
 
 

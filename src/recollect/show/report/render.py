@@ -93,16 +93,10 @@ def _known(plan: Plan, e: Explanation) -> list[tuple[str, str, str]]:
         ),
         ("Both peaks, and what fills them", "Added up from these bytes, run by run.", "computed"),
         ("Extra time", "The seconds of all further runs, added up.", "computed"),
-        (
-            "Lower bound",
-            f"Proven for these bytes and seconds: no schedule within this budget takes less than "
-            f"{_percent(plan.lower_bound)} extra time"
-            + (f", and none has a peak below {format_bytes(plan.floor_lower_bound_bytes)}." if plan.floor_lower_bound_bytes else "."),
-            "proven",
-        ),
+        ("Lower bound", f"Proven for these bytes and seconds: {_bounds(plan)}.", "proven"),
         (
             "What really happens in training",
-            "Not on this page: it was written before anything was trained. recollect.stats(model) has the measured peak.",
+            "Not on this page, which is made from the plan alone; recollect.stats(model) has the measured peak.",
             "not known",
         ),
     ]  # fmt: skip
@@ -118,6 +112,12 @@ _TIMED: Final = {
     "estimated": ("From floating-point operations and bytes; nothing was run.", "estimated"),
     "given": ("Taken from a file or made by hand.", "given"),
 }
+
+
+def _bounds(plan: Plan) -> str:
+    text = f"no schedule within this budget takes less than {_percent(plan.lower_bound)} extra time"
+    least = plan.floor_lower_bound_bytes
+    return f"{text}, and none has a peak below {format_bytes(least)}" if least else text
 
 
 def _percent(share: float) -> str:
@@ -137,4 +137,3 @@ def _version() -> str:
         return version("recollect")
     except PackageNotFoundError:
         return ""
-

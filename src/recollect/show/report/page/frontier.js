@@ -1,7 +1,7 @@
 // --- Extra time against peak -----------------------------------------------------------------------------------------
 
-const FRONTIER = { left: 48, right: 16, top: 14, bottom: 38 };
-const RADIUS = 10;
+const FRONTIER = { left: 48, right: 16, top: 24, bottom: 38 };
+const RADIUS = 9;
 const rows = [...document.querySelectorAll("#points tbody tr")];
 let dots = [];
 
@@ -16,9 +16,9 @@ function drawFrontier() {
   const y = (share) => height - FRONTIER.bottom - (Math.log1p(100 * share) / Math.log1p(100 * top)) * (height - FRONTIER.top - FRONTIER.bottom);
   const bottom = y(0), right = x(to);
   const shares = [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000].filter((n) => n <= 100 * top);
-  const upright = (bytes, kind, name, up) => [
-    element("line", { class: kind, x1: x(bytes), x2: x(bytes), y1: FRONTIER.top, y2: bottom }),
-    element("text", { class: kind === "budget" ? "halo budget-text" : "halo", x: x(bytes) + 5, y: FRONTIER.top + up }, name),
+  const upright = (bytes, kind, name) => [
+    element("line", { class: kind, x1: x(bytes), x2: x(bytes), y1: 2, y2: bottom }),
+    element("text", { class: kind === "budget" ? "halo budget-text" : "halo", x: x(bytes) + 5, y: 12 }, name),
   ];
   const hatch = element("pattern", { id: "hatch", width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
     element("rect", { width: 1.6, height: 7, style: "fill:var(--budget);opacity:.45" }));
@@ -34,7 +34,7 @@ function drawFrontier() {
       element("text", { x: x(bytes), y: bottom + 16, "text-anchor": "middle" }, formatBytes(bytes))),
     element("text", { x: right, y: height - 3, "text-anchor": "end" }, "peak"),
     element("path", { class: "never", d: `${never}V${bottom}H${x(from)}Z` }), element("path", { class: "never-edge", d: never }),
-    ...upright(data.floor, "floor", "floor", 6), ...upright(data.budget, "budget", "budget", 6),
+    ...upright(data.floor, "floor", "floor"), ...upright(data.budget, "budget", "budget"),
     element("path", { class: "best", d: best }),
     ...line.map(([bytes, share]) => element("circle", { class: "corner", cx: x(bytes), cy: y(share), r: 2.5 })));
   dots = placed(points.map(([, bytes, share]) => [x(bytes), y(share)])).map(([left, up, atX, atY], k) => {
@@ -56,8 +56,8 @@ function placed(spots) {
     const free = (a, b) => taken.every(([c, d]) => Math.hypot(a - c, b - d) > 2 * RADIUS + 1);
     let spot = [x, y];
     for (let turn = 0; !free(...spot) && turn < 200; turn++) {
-      const angle = turn * 0.7 - 1.2, away = 2 * RADIUS + 1.2 * turn;
-      spot = [x + away * Math.cos(angle), Math.max(RADIUS, y + away * Math.sin(angle))];
+      const angle = (turn % 2 ? 1 : -1) * ((turn * 0.35) % 1.7), away = 2 * RADIUS + 2 + 0.8 * turn; // upwards: there is room
+      spot = [x + away * Math.sin(angle), Math.max(RADIUS, y - away * Math.cos(angle))];
     }
     taken.push(spot);
     return [...spot, x, y];

@@ -1,6 +1,6 @@
 // --- Memory over the step: two stacked charts, and what is in memory at the cursor -------------------------------------
 
-const MARGIN = { left: 62, right: 12, top: 12, bottom: 22 };
+const MARGIN = { left: 62, right: 12, top: 22, bottom: 22 };
 const LARGEST = 8;
 const SHOWN = data.categories.map((_, c) => c).filter((c) => [plain, planned].some((course) => course.series[c].some(Boolean)));
 const hasSeconds = data.ops.seconds.some(Boolean);
@@ -42,7 +42,7 @@ class MemoryChart {
       ...ticks(most, height / 45).map((bytes) => this.#rule(bytes, "grid", width)),
       ...ticks(most, height / 45).map((bytes) => element("text", { x: MARGIN.left - 7, y: this.y(bytes) + 4, "text-anchor": "end" }, formatBytes(bytes))),
       ...ticks(longest, width / 110).map((moment) => element("text", { x: this.x(moment), y: height - 4, "text-anchor": "middle" },
-        inSeconds ? (moment ? formatSeconds(moment) : "0") : String(moment))),
+        inSeconds ? (moment ? formatSeconds(moment).replace(/\.0+ /, " ") : "0") : String(moment))),
       ...this.#areas(runs),
       ...this.#phases(),
       this.#rule(data.floor, "floor", width), this.#rule(data.budget, "budget", width),
@@ -56,10 +56,10 @@ class MemoryChart {
   }
 
   #names(width) {
-    const name = (bytes, text, kind, dy) => element("text", { class: `halo ${kind}`, x: width - MARGIN.right - 4, y: this.y(bytes) + dy, "text-anchor": "end" }, text);
+    const name = (bytes, text, kind, at, anchor) => element("text", { class: `halo ${kind}`, x: at, y: this.y(bytes) - 5, "text-anchor": anchor }, text);
     return [
-      name(data.floor, `floor ${formatBytes(data.floor)}`, "", 14),
-      name(data.budget, `budget ${formatBytes(data.budget)}`, "budget-text", -5),
+      name(data.floor, `floor ${formatBytes(data.floor)}`, "", MARGIN.left + 4, "start"),
+      name(data.budget, `budget ${formatBytes(data.budget)}`, "budget-text", width - MARGIN.right - 4, "end"),
     ];
   }
 
@@ -76,9 +76,9 @@ class MemoryChart {
     if (this.course.backward < 0) return [];
     const x = this.x(this.at[this.course.backward]);
     return [
-      element("line", { class: "grid", x1: x, x2: x, y1: MARGIN.top, y2: this.y(0) }),
-      element("text", { class: "halo", x: x - 5, y: MARGIN.top + 8, "text-anchor": "end" }, "forward"),
-      element("text", { class: "halo", x: x + 5, y: MARGIN.top + 8 }, "backward"),
+      element("line", { class: "grid", x1: x, x2: x, y1: 2, y2: this.y(0) }),
+      element("text", { class: "halo", x: x - 5, y: 13, "text-anchor": "end" }, "forward"),
+      element("text", { class: "halo", x: x + 5, y: 13 }, "backward"),
     ];
   }
 

@@ -31,11 +31,12 @@ function row(n) {
     element("i", { style: `width:${100 * share}%` })) : "";
   const made = element("tr", { role: "row", tabindex: n === focused ? 0 : -1, "aria-level": n.level, style: `--level:${n.level - 1}`, "data-name": n.name },
     element("th", { scope: "row", role: "gridcell" }, toggle, n.name, n.times > 1 ? ` (${n.times})` : ""),
-    ...[["peak", n.peak], ["saved", n.saved], ["kept", n.kept]].map(([what, bytes]) =>
+    ...[["saved", n.saved], ["kept", n.kept]].map(([what, bytes]) =>
       element("td", { role: "gridcell", "data-what": what, "data-bytes": bytes }, bytes ? formatBytes(bytes) : "")),
     element("td", { class: "bar", role: "gridcell" }, bar),
     element("td", { role: "gridcell", "data-what": "runs" }, n.runs ? String(n.runs) : ""),
-    element("td", { role: "gridcell" }, n.runs ? formatSeconds(n.seconds) : ""));
+    element("td", { role: "gridcell" }, n.runs ? formatSeconds(n.seconds) : ""),
+    element("td", { role: "gridcell", "data-what": "peak", "data-bytes": n.peak }, n.peak ? formatBytes(n.peak) : ""));
   if (n.below.length) made.setAttribute("aria-expanded", n.open);
   made.addEventListener("click", () => { focused = n; n.open = !n.open && n.below.length > 0; drawTree(true); });
   return made;
