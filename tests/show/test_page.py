@@ -1,4 +1,4 @@
-"""The page of a plan, without a browser: what is in its data is what ``simulate`` says; it needs nothing from outside."""
+"""The page of a plan without a browser: its data say what ``simulate`` says, and it needs nothing from outside."""
 
 from __future__ import annotations
 

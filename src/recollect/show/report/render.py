@@ -87,8 +87,8 @@ def _known(plan: Plan, e: Explanation) -> list[tuple[str, str, str]]:
         ("Seconds of operators", *_TIMED.get(program.timing, _TIMED["given"])),
         (
             "Scratch inside of kernels",
-            f"Known of {scratch} of {len(program.ops)} ops. It is measured with the seconds; where it is not, it counts "
-            "as nothing, and the real peak may be higher by what a kernel takes for itself.",
+            f"Known of {scratch} of {len(program.ops)} ops. It is measured with the seconds; where it is not, it "
+            "counts as nothing, and the real peak may be higher by what a kernel takes for itself.",
             "measured" if scratch and program.timing == "measured" else "given" if scratch else "not known",
         ),
         ("Both peaks, and what fills them", "Added up from these bytes, run by run.", "computed"),
