@@ -19,7 +19,7 @@ from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
-from selenium.webdriver.support.ui import Select
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import recollect
 from recollect.demo.models import GPT, GPTConfig
@@ -28,6 +28,7 @@ from recollect.program import Plan, simulate
 from recollect.show.explanation import explanation_of
 from recollect.show.residents import name_of, residents_at
 from recollect.show.text import format_bytes
+from tests.program.hand import chain_plan
 from tests.show.large import large_plan
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -59,7 +60,8 @@ class Page:
 
     @property
     def ready_after_milliseconds(self) -> int:
-        return int(self.ask("return document.documentElement.dataset.ready"))
+        wait = WebDriverWait(self.browser, 10, poll_frequency=0.02)
+        return int(wait.until(lambda _: self.ask("return document.documentElement.dataset.ready")))
 
     def ask(self, script: str, *arguments: Any) -> Any:
         return self.browser.execute_script(script, *arguments)
@@ -177,6 +179,18 @@ def test_pointing_at_the_chart_says_what_is_in_memory(page: Page, plan: Plan) ->
     page.point_at("#plain", 0.5)
     assert page.bytes_of("#moment-bytes") == [simulate(plan.program).resident_bytes[page.run_shown()]]
     assert page.one("#moment-run").text.startswith("Plain: run ")
+
+
+def test_a_budget_far_above_the_peak_leaves_the_chart_its_height(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    page = Page(browser)
+    page.open(chain_plan(budget_bytes=10**18).save_html(tmp_path / "far.html"))
+    top, bottom = page.ask(
+        "const at = (css) => document.querySelector(css).getBoundingClientRect();"
+        "return [at('#plain .peak').top - at('#plain').top, at('#plain').height]"
+    )
+    assert top < bottom / 3
+    label = page.ask("return document.querySelector('#plain .budget-text').textContent")
+    assert label == "budget 1000000.00 TB, above ↑"
 
 
 def test_the_chart_obeys_the_keyboard(page: Page, plan: Plan) -> None:

@@ -8,7 +8,7 @@ let dots = [];
 function drawFrontier() {
   const { width, height } = $("frontier-chart").getBoundingClientRect();
   const { points, line, bounds } = data.frontier;
-  const least = Math.min(data.floor, data.leastPeak || data.floor), most = Math.max(data.plainPeak, data.budget);
+  const least = Math.min(data.floor, data.leastPeak || data.floor), most = HIGHEST;
   const from = least - 0.06 * (most - least), to = most + 0.05 * (most - least) || 1;
   const inside = points.map((point) => point[1] <= to);
   const top = 1.3 * Math.max(0.01, ...line.map((p) => p[1]), ...points.filter((_, k) => inside[k]).map((p) => p[2]), ...bounds.map((b) => b[1]));
@@ -18,7 +18,8 @@ function drawFrontier() {
   const shares = [0, 1, 2, 5, 10, 20, 50, 100, 200, 500, 1000].filter((n) => n <= 100 * top);
   const upright = (bytes, kind, name) => [
     element("line", { class: kind, x1: x(bytes), x2: x(bytes), y1: 2, y2: bottom }),
-    element("text", { class: kind === "budget" ? "halo budget-text" : "halo", x: x(bytes) + 5, y: 12 }, name),
+    element("text", { class: kind === "budget" ? "halo budget-text" : "halo", x: x(bytes) + (x(bytes) < 0.8 * width ? 5 : -5), y: 12,
+      "text-anchor": x(bytes) < 0.8 * width ? "start" : "end" }, name),
   ];
   const hatch = element("pattern", { id: "hatch", width: 7, height: 7, patternUnits: "userSpaceOnUse", patternTransform: "rotate(45)" },
     element("rect", { width: 1.6, height: 7, style: "fill:var(--budget);opacity:.45" }));
@@ -34,7 +35,7 @@ function drawFrontier() {
       element("text", { x: x(bytes), y: bottom + 16, "text-anchor": "middle" }, formatBytes(bytes))),
     element("text", { x: right, y: height - 3, "text-anchor": "end" }, "peak"),
     element("path", { class: "never", d: `${never}V${bottom}H${x(from)}Z` }), element("path", { class: "never-edge", d: never }),
-    ...upright(data.floor, "floor", "floor"), ...upright(data.budget, "budget", "budget"),
+    ...upright(data.floor, "floor", "floor"), ...(data.budget <= to ? upright(data.budget, "budget", "budget") : []),
     element("path", { class: "best", d: best }),
     ...line.map(([bytes, share]) => element("circle", { class: "corner", cx: x(bytes), cy: y(share), r: 2.5 })));
   dots = placed(points.map(([, bytes, share]) => [x(bytes), y(share)])).map(([left, up, atX, atY], k) => {

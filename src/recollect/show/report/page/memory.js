@@ -31,13 +31,13 @@ class MemoryChart {
   draw() {
     const { width, height } = this.box.getBoundingClientRect();
     if (!width || !this.course.length) return;
-    const most = 1.08 * Math.max(data.plainPeak, data.peak, data.budget);
+    const most = 1.08 * HIGHEST;
     this.at = this.course.moments(inSeconds);
     const longest = Math.max(this.at.at(-1), this.other.course.moments(inSeconds).at(-1)) || 1;
     this.x = (moment) => MARGIN.left + (moment / longest) * (width - MARGIN.left - MARGIN.right);
     this.y = (bytes) => height - MARGIN.bottom - (bytes / most) * (height - MARGIN.top - MARGIN.bottom);
     this.cursor = element("line", { class: "cursor", y1: MARGIN.top, y2: height - MARGIN.bottom });
-    const runs = this.#visibleRuns();
+    const runs = this.#visibleRuns(), isInside = data.budget <= HIGHEST;
     this.svg.replaceChildren(
       ...ticks(most, height / 45).map((bytes) => this.#rule(bytes, "grid", width)),
       ...ticks(most, height / 45).map((bytes) => element("text", { x: MARGIN.left - 7, y: this.y(bytes) + 4, "text-anchor": "end" }, formatBytes(bytes))),
@@ -45,7 +45,7 @@ class MemoryChart {
         inSeconds ? (moment ? formatSeconds(moment).replace(/\.0+ /, " ") : "0") : String(moment))),
       ...this.#areas(runs),
       ...this.#phases(),
-      this.#rule(data.floor, "floor", width), this.#rule(data.budget, "budget", width),
+      this.#rule(data.floor, "floor", width), ...(isInside ? [this.#rule(data.budget, "budget", width)] : []),
       ...this.#names(width), ...this.#peak(), this.cursor,
     );
     this.#moveCursor();
@@ -56,10 +56,10 @@ class MemoryChart {
   }
 
   #names(width) {
-    const name = (bytes, text, kind, at, anchor) => element("text", { class: `halo ${kind}`, x: at, y: this.y(bytes) - 5, "text-anchor": anchor }, text);
+    const name = (bytes, text, kind, at, anchor) => element("text", { class: `halo ${kind}`, x: at, y: Math.max(this.y(bytes) - 5, 13), "text-anchor": anchor }, text);
     return [
       name(data.floor, `floor ${formatBytes(data.floor)}`, "", MARGIN.left + 4, "start"),
-      name(data.budget, `budget ${formatBytes(data.budget)}`, "budget-text", width - MARGIN.right - 4, "end"),
+      name(data.budget, `budget ${formatBytes(data.budget)}${data.budget > HIGHEST ? ", above ↑" : ""}`, "budget-text", width - MARGIN.right - 4, "end"),
     ];
   }
 

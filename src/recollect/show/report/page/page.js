@@ -81,6 +81,8 @@ class Course {
   }
 }
 
+/** The top of both pictures: a budget far above the plain peak would leave nothing to see below. */
+const HIGHEST = Math.max(data.plainPeak, data.peak, data.floor, data.budget <= 1.3 * data.plainPeak ? data.budget : 0);
 const plain = new Course(data.plain);
 const planned = new Course(data.planned);
 
