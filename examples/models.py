@@ -1,7 +1,8 @@
-"""Two training steps for the command line. Their tensors are on the ``meta`` device: no memory is taken.
+"""Training steps for the command line. All but the small one are on the ``meta`` device: no memory is taken.
 
 recollect plan examples/models.py:gpt --budget 50%
 recollect explain examples/models.py:resnet
+recollect check examples/models.py:small_gpt --budget 50%
 """
 
 from collections.abc import Callable
@@ -29,6 +30,13 @@ def resnet() -> Step:
         model = ResNet(ResNetConfig(widths=(32, 64, 128), blocks_per_stage=6))
         images, classes = torch.zeros(512, 1, 64, 64), torch.zeros(512, dtype=torch.int64)
     return with_loss(model), (images, classes)
+
+
+def small_gpt() -> Step:
+    """A small GPT with real tensors, to be run: ``recollect check``."""
+    model = GPT(GPTConfig(blocks=4, width=128, context=128))
+    tokens = torch.randint(0, 256, (8, 128))
+    return with_loss(model), (tokens, tokens)
 
 
 def with_loss(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:

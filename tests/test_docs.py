@@ -61,7 +61,7 @@ def test_console_blocks_show_what_the_commands_print(tmp_path: Path, monkeypatch
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
     pages = {page.name: re.findall(r"^```console\n(.*?)^```", page.read_text(), re.M | re.S) for page in PAGES}
-    assert len(pages["command-line.md"]) == 3
+    assert len(pages["command-line.md"]) == 4
     for session in (part for blocks in pages.values() for block in blocks for part in block.split("$ ")[1:]):
         line, *shown = session.splitlines()
         name, *arguments = shlex.split(line)

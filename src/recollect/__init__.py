@@ -14,6 +14,7 @@ from recollect.program import InfeasibleBudget, Plan, Program, Schedule, simulat
 
 if TYPE_CHECKING:
     from recollect.api import checkpoint, explain, frontier, plan, restore, stats
+    from recollect.checking import check
     from recollect.largest import max_batch
 
 __version__ = "0.1.0"
@@ -22,6 +23,7 @@ __all__ = [
     "Plan",
     "Program",
     "Schedule",
+    "check",
     "checkpoint",
     "explain",
     "frontier",
@@ -39,6 +41,7 @@ globals().pop("plan", None)
 
 _NEED_TORCH = {
     **dict.fromkeys(("checkpoint", "explain", "frontier", "plan", "restore", "stats"), "recollect.api"),
+    "check": "recollect.checking",
     "max_batch": "recollect.largest",
 }
 

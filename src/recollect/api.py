@@ -79,12 +79,12 @@ def checkpoint(
         True
     """
     _check_budget(budget)
-    options = _Options(budget, optimizer, keep, recompute, time_limit_seconds)
+    options = Options(budget, optimizer, keep, recompute, time_limit_seconds)
     if target is None:
         return functools.partial(checkpoint, **vars(options))
     if not callable(target):
         raise TypeError(f"recollect.checkpoint takes a module or a callable, got {type(target).__name__}")
-    if _session(target) is not None:
+    if session_of(target) is not None:
         raise ValueError("this is checkpointed by recollect already; undo that first with recollect.restore(...)")
     if isinstance(target, nn.Module):
         return _checkpoint_module(target, options)
@@ -97,7 +97,7 @@ def restore(target: F) -> F:
     Raises:
         ValueError: the target is not checkpointed by recollect.
     """
-    session = _session(target)
+    session = session_of(target)
     if session is None:
         raise ValueError("this is not checkpointed by recollect, so there is nothing to restore")
     if not isinstance(target, nn.Module):
@@ -115,7 +115,7 @@ def stats(target: Any) -> Stats:
     Raises:
         ValueError: the target is not checkpointed by recollect.
     """
-    session = _session(target)
+    session = session_of(target)
     if session is None:
         raise ValueError("this is not checkpointed by recollect; call recollect.checkpoint on it first")
     return session.stats()
@@ -297,7 +297,7 @@ def record_step(
     """The program of a step that is not going to be run."""
     if timing not in ("estimate", "measure"):
         raise ValueError(f'timing is "estimate" or "measure", not {timing!r}')
-    session = _session(fn)
+    session = session_of(fn)
     plain = session.fn if session is not None else fn
     state = optimizer_state_bytes(optimizer)
     return record(
@@ -305,7 +305,7 @@ def record_step(
     )
 
 
-class _Options:
+class Options:
     """What a user asked of ``checkpoint``; makes the plans."""
 
     def __init__(
@@ -349,7 +349,7 @@ class _Options:
 class _Forward:
     """Stands in for ``forward`` on one module; goes along when the module is copied or pickled."""
 
-    def __init__(self, module: nn.Module, options: _Options) -> None:
+    def __init__(self, module: nn.Module, options: Options) -> None:
         self.module, self.options = module, options
         self.replaced = vars(module).get("forward")
         self._wrap()
@@ -383,7 +383,7 @@ class _PlainForward:
         return self._forward(*args, **kwargs)
 
 
-def _checkpoint_module(module: nn.Module, options: _Options) -> nn.Module:
+def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} has no parameters that require grad, so there is no backward pass to save memory "
@@ -393,7 +393,7 @@ def _checkpoint_module(module: nn.Module, options: _Options) -> nn.Module:
     return module
 
 
-def _checkpoint_callable(fn: Callable[..., Any], options: _Options) -> Callable[..., Any]:
+def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
     session = Session(fn, options)
 
     @functools.wraps(fn)
@@ -404,7 +404,7 @@ def _checkpoint_callable(fn: Callable[..., Any], options: _Options) -> Callable[
     return checkpointed
 
 
-def _session(target: Any) -> Session | None:
+def session_of(target: Any) -> Session | None:
     if isinstance(target, nn.Module):
         forward = vars(target).get("forward")
         return forward.session if isinstance(forward, _Forward) else None

@@ -1,4 +1,4 @@
-"""The ``recollect`` command: ``plan``, ``explain``, ``frontier``, ``solve``, ``demo``."""
+"""The ``recollect`` command: ``plan``, ``explain``, ``frontier``, ``check``, ``solve``, ``demo``."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ _SPIN_COUNT = "1000"
 # Exit codes; click has 1 for other errors.
 USAGE: Final = 2
 INFEASIBLE: Final = 3
+NOT_THE_SAME: Final = 4
 
 _PAGE_POINTS: Final = 9
 """Budgets of the frontier on an HTML page."""
@@ -301,7 +302,8 @@ def _examples(*lines: str) -> str:
 @click.group(
     cls=_OneLineErrors,
     context_settings={"help_option_names": ["-h", "--help"]},
-    epilog="Exit codes: 0 done, 1 an error, 2 a wrong command line, 3 no plan fits into the budget.",
+    epilog="Exit codes: 0 done, 1 an error, 2 a wrong command line, 3 no plan fits into the budget, "
+    "4 a check found a difference.",
 )
 @click.version_option(_version(), prog_name="recollect")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -417,6 +419,35 @@ def frontier(
     if plot_path is not None:
         found.plot(plot_path, beside=beside)
         click.echo(f"Picture written to {plot_path}", err=json_path == "-")
+
+
+@main.command(
+    epilog=_examples(
+        "recollect check examples/models.py:small_gpt --budget 50%",
+        "recollect check my_package.train:step --budget 10GiB && python train.py",
+    )
+)
+@click.argument("model")
+@_budget
+@_wishes
+@_time_limit(10.0)
+@click.pass_context
+def check(
+    context: click.Context, model: str, budget: int | float | str, keep: tuple[str, ...], recompute: tuple[str, ...],
+    time_limit: float,
+) -> None:  # fmt: skip
+    """Run a plain step of MODEL and one within a budget, and compare gradients, buffers, generators and peaks.
+
+    MODEL is as for `recollect plan`, with real tensors: both steps are run.
+    """
+    step = load_step(model)
+    from recollect.checking import check as run_check
+
+    found = run_check(
+        step.fn, *step.args, budget=budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit, **step.kwargs
+    )
+    click.echo(str(found))
+    context.exit(0 if found.is_exact and found.is_within_budget else NOT_THE_SAME)
 
 
 @main.command(

@@ -4,10 +4,12 @@ import gc
 import subprocess
 import sys
 import weakref
+from math import inf
 
 import pytest
 
 from recollect.plan import portfolio, solve
+from recollect.plan.pool import Pool
 from recollect.program import InfeasibleBudget, Op, Program, Value, simulate, verify
 from tests.plan.chains import chain, gpt
 
@@ -111,6 +113,20 @@ def test_the_same_call_gives_the_same_plan_whatever_was_asked_before():
     for share in (0.9, 0.5, 0.3):
         solve(program, share)
     assert solve(program, budget).schedule == first.schedule
+
+
+@pytest.mark.parametrize("make", [lambda: gpt(3), lambda: chain(24)], ids=["GPT", "chain"])
+def test_what_is_found_for_one_budget_is_forgotten_before_the_next(make):
+    """What a search for one budget finds must not get into the pool that all budgets start from."""
+    program = make()
+    pool = Pool(program)
+    shares = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4)
+    bases = []
+    for share in shares:
+        pool.solve(program, int(share * simulate(program).peak_bytes), "auto", 10.0, lambda what, share: None)
+        pool.grow(inf, lambda what, share: None, lambda: False)
+        bases.append([(e.peak_bytes, e.extra_seconds) for e in pool._base])
+    assert bases == [bases[0]] * len(shares)
 
 
 def test_time_runs_out_without_harm():

@@ -31,6 +31,10 @@ _MISSES = 8
 """After how many walks without success the rest of the disturbances is left to shave and fill."""
 
 
+Job = Callable[[float], None]
+"""Finds candidates; is told a deadline."""
+
+
 @dataclass(frozen=True)
 class Found:
     """The outcome of a search: ``schedule`` is None when nothing fits, ``lowest`` has the smallest known peak."""
@@ -54,14 +58,13 @@ class Pool:
         open_tables = open_tables_of(program)
         self._walks = [Walks(self._search, t) for t in (self._search.tables, open_tables) if t is not None]
         self._classics = Classics(self._search)
-        floor = list(self._floor_work())
-        self._mandatory = len(floor)
-        self._jobs = [*floor, *self._work()]
-        self._found: list[list[Entry]] = []
+        self._first, self._for_the_floor = list(self._first_work()), list(self._floor_work())
+        self._cuts, self._rest = list(self._cut_work()), list(self._rest_of_the_work())
+        self._found: dict[Job, list[Entry]] = {}
         """What each job has found, as far as they have run."""
         self._base: tuple[Entry, ...] = ()
         self._floor: list[Entry] = []
-        """The candidate with the lowest peak after the mandatory jobs, so that it does not depend on the time."""
+        """The candidate with the lowest peak that the jobs for the floor know."""
 
     # -- the pool ------------------------------------------------------------------------------------------------------
 
@@ -71,52 +74,78 @@ class Pool:
         Starts from nothing each time and takes what a job found before from its record; so the pool is the same
         whichever budgets have been asked for before.
         """
-        search = self._search
-        search.frontier, search.leveled = [], []
-        for k, job in enumerate(self._jobs):
-            if k >= self._mandatory and enough():
-                break
-            if k < len(self._found):
-                for entry in self._found[k]:
-                    search.remember(entry)
-            elif k < self._mandatory or time.monotonic() <= deadline:
-                progress("pool of candidates", 0.6 * k / len(self._jobs))
-                search.found = []
-                job(deadline)
-                self._found.append(search.found)
-            else:
-                break
-            if k + 1 == self._mandatory:
-                self._floor = search.frontier[:1]
-        self._base = tuple(search.frontier)
+        self._search.frontier, self._search.leveled = [], []
+        for job in self._first:
+            self._run(job, deadline)
+        frontier, leveled = list(self._search.frontier), list(self._search.leveled)
+        self._run_until(self._cuts, deadline, progress, enough)
+        known = self._search.frontier, self._search.leveled
+        # The floor is looked for, whatever the time, from what the first jobs know: so it depends on nothing else.
+        self._search.frontier, self._search.leveled = frontier, leveled
+        progress("floor", 0.4)
+        for job in self._for_the_floor:
+            self._run(job, deadline)
+        self._floor = self._search.frontier[:1]
+        self._search.frontier, self._search.leveled = known
+        for job in self._for_the_floor:
+            self._run(job, deadline)
+        self._run_until(self._rest, deadline, progress, enough)
+        self._base = tuple(self._search.frontier)
+
+    def _run_until(
+        self, jobs: list[Job], deadline: float, progress: Callable[[str, float], None], enough: Callable[[], bool]
+    ) -> None:
+        """The jobs in order, until there are enough candidates or until the deadline."""
+        for k, job in enumerate(jobs):
+            if enough() or (job not in self._found and time.monotonic() > deadline):
+                return
+            share = k / len(jobs)
+            progress("pool of candidates", 0.4 * share if jobs is self._cuts else 0.4 + 0.2 * share)
+            self._run(job, deadline)
+
+    def _run(self, job: Job, deadline: float) -> None:
+        """Run a job, or take what it has found before from its record."""
+        if job in self._found:
+            for entry in self._found[job]:
+                self._search.remember(entry)
+            return
+        self._search.found = []
+        job(deadline)
+        self._found[job] = self._search.found
+        self._search.found = []  # what is found for one budget is not the pool's
 
     def floor_bytes(self, progress: Callable[[str, float], None]) -> int:
         """The smallest budget that ``solve`` takes."""
         self.grow(0.0, progress, lambda: True)
         return self._floor[0].peak_bytes
 
-    def _floor_work(self) -> Iterator[Callable[[float], None]]:
-        """The jobs that find the floor; they are done whatever the time, so that a floor is always known."""
+    def _first_work(self) -> Iterator[Job]:
+        """The extremes, and segments within segments; done in any case."""
         search = self._search
         yield lambda deadline: _ignore(search.keeping("keep-everything", frozenset(search.tables.droppable)))
         yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
         yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
+
+    def _cut_work(self) -> Iterator[Job]:
+        """Minimum cuts for a grid of prices and segmentations."""
+        pricer, cuts = Pricer(self._search.tables), self._segmentations()
+        prices = pricer.prices(3 if len(self._search.tables.ops) > _LARGE_PROGRAM else 6)
+        for price in prices:
+            for cut in cuts:
+                yield self._priced(pricer, price, cut)
+
+    def _floor_work(self) -> Iterator[Job]:
+        """The jobs that find the floor; they are done whatever the time, so that a floor is always known."""
         yield lambda deadline: self._classics.find_floor()
         yield lambda deadline: self._find_floor()
         for walks in self._walks:
             yield self._floor_of(walks)
 
-    def _work(self) -> Iterator[Callable[[float], None]]:
-        """The jobs that make the rest of the pool, the most valuable first."""
-        search = self._search
-        pricer, cuts = Pricer(search.tables), self._segmentations()
-        prices = pricer.prices(3 if len(search.tables.ops) > _LARGE_PROGRAM else 6)
-        for price in prices:
-            for cut in cuts:
-                yield self._priced(pricer, price, cut)
+    def _rest_of_the_work(self) -> Iterator[Job]:
+        """Walks between floor and plain peak, and for small programs a ladder of budgets."""
         for walks in self._walks:
             yield from walks.ladder()
-        if len(search.tables.ops) <= _SMALL_PROGRAM:
+        if len(self._search.tables.ops) <= _SMALL_PROGRAM:
             yield from (self._rung(k) for k in range(_RUNGS))
 
     def _segmentations(self) -> list[tuple[int, ...]]:
@@ -136,10 +165,10 @@ class Pool:
         early = self._search.tables.early
         return tuple(b for a, b in pairwise(early) if blocks[a] != blocks[b])
 
-    def _priced(self, pricer: Pricer, price: float, cuts: tuple[int, ...]) -> Callable[[float], None]:
+    def _priced(self, pricer: Pricer, price: float, cuts: tuple[int, ...]) -> Job:
         return lambda deadline: _ignore(self._search.keeping("min-cut", pricer.keep(price, cuts)))
 
-    def _nested(self, *counts: int) -> Callable[[float], None]:
+    def _nested(self, *counts: int) -> Job:
         """Segments within segments, for small budgets."""
 
         def make(deadline: float) -> None:
@@ -153,7 +182,7 @@ class Pool:
 
         return make
 
-    def _floor_of(self, walks: Walks) -> Callable[[float], None]:
+    def _floor_of(self, walks: Walks) -> Job:
         return lambda deadline: walks.find_floor()
 
     def _find_floor(self) -> None:
@@ -161,7 +190,7 @@ class Pool:
         for entry in self._search.leveled[:3]:
             self._search.shave(self._search.recall(entry), 0, rounds=40)
 
-    def _rung(self, k: int) -> Callable[[float], None]:
+    def _rung(self, k: int) -> Job:
         """A fixed smaller budget: small programs solve a ladder of them, so that more budget does not cost more."""
 
         def climb(deadline: float) -> None:
@@ -184,11 +213,12 @@ class Pool:
         enough = (bound + self._near_enough) * program.seconds
         self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
         floor = self._floor[0]
-        greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.7 * limit)
+        late = time.monotonic() + 0.1 * limit  # looking for the floor may have taken all the time there was
+        greedy_one = greedy(self._search, budget_bytes, deadline=max(begin + 0.7 * limit, late))
         if solver == "auto":
             progress("search", 0.7)
             below = budget_bytes < floor.peak_bytes  # then what fits at all is good enough
-            last = begin + 0.9 * limit
+            last = max(begin + 0.9 * limit, late)
             self._improve(budget_bytes, last, 0 if below else self._disturbances(), inf if below else enough)
         best = self._choose(budget_bytes, solver, greedy_one)
         if best and best.extra_seconds > (bound + _CLOSE) * program.seconds:

@@ -85,11 +85,11 @@ def record(
     except NothingDifferentiable:
         raise
     except Exception as error:
-        if _is_unreal(modules, args, kwargs):
+        if is_unreal(modules, args, kwargs):
             raise
         recorder, recorded = _record_for_real(fn, modules, args, kwargs, progress, error), "real"
     signatures = [op.signature for op in recorder.ops]
-    if timing == "measure" and not _is_unreal(modules, args, kwargs):
+    if timing == "measure" and not is_unreal(modules, args, kwargs):
         costs, source = measure_all(signatures, progress), "measured"
     else:
         written = [sum(recorder.values[n].nbytes for n in op.writes) for op in recorder.ops]
@@ -318,7 +318,7 @@ def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
         )
 
 
-def _is_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> bool:
+def is_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> bool:
     """Whether there are meta or fake tensors, so that no operator can be run."""
     tensors = [t for _, _, t in named_tensors(modules)]
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -327,7 +327,7 @@ def _is_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> bool:
 
 def _refuse_shared_memory(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
     """Raise if two storages lie on the same memory (of one NumPy array, say), which fake tensors would not know."""
-    if _is_unreal(modules, args, kwargs):
+    if is_unreal(modules, args, kwargs):
         return
     tensors = [t for _, _, t in named_tensors(modules) if not nn.parameter.is_lazy(t)]
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]

@@ -64,6 +64,22 @@ def account(step: Callable[[], object], before_bytes: int = 0) -> Account:
     return _add_up(_events(prof), before_bytes)
 
 
+def measured_peak(step: Callable[[], object], *things: nn.Module | torch.optim.Optimizer | Tensor) -> int:
+    """The peak of one step by the allocator's own account, with what was resident of ``things`` before.
+
+    On CUDA from the caching allocator's statistics (written, not yet run).
+    """
+    before = resident(*things)
+    if not any(t.is_cuda for thing in things for t in _tensors(thing)):
+        return account(step, before).peak_bytes
+    torch.cuda.synchronize()
+    others = torch.cuda.memory_allocated() - before
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - others
+
+
 def _events(prof: profile) -> list[tuple[int, int, int]]:
     """``(nanoseconds, address, bytes)`` of every allocation (positive) and release (negative) in time order."""
     found = []

@@ -114,7 +114,7 @@ class _Counts:
     unplanned: int = 0
     reruns: int = 0
     retries: int = 0
-    differing: int = 0
+    kept: list[str] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
 
 
@@ -127,7 +127,7 @@ class Session:
     """
 
     def __init__(self, fn: Callable[..., Any], planner: Planner) -> None:
-        self.fn, self._planner = fn, planner
+        self.fn, self.planner = fn, planner
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._counts = _Counts()
         self._lock = threading.RLock()
@@ -210,10 +210,19 @@ class Session:
                 entry.stale = True  # this error is why it could not be recorded; the next call may be a good one
             raise
 
+    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Plan for a call without running it."""
+        if not _obstacle():
+            self._entry(args, kwargs)
+
+    def kept(self) -> tuple[str, ...]:
+        """The operators that turned out to give something else when they run again: where, and why."""
+        return tuple(self._counts.kept)
+
     def stats(self) -> Stats:
         """What has happened so far."""
         c = self._counts
-        counts = (c.calls, c.planned, c.deviations, c.unplanned, c.reruns, c.retries, c.differing)
+        counts = (c.calls, c.planned, c.deviations, c.unplanned, c.reruns, c.retries, len(c.kept))
         return Stats(self._last, len(self._entries), *counts)
 
     def _entry(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Entry:
@@ -236,7 +245,7 @@ class Session:
         entry = _Entry(deviations=before.deviations if before is not None else 0)
         try:
             with self._turns.recording():
-                program = self._planner.record(self.fn, args, kwargs)
+                program = self.planner.record(self.fn, args, kwargs)
                 self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
             if self._last is None:
@@ -254,18 +263,16 @@ class Session:
         ops = tuple(replace(op, repeatable=reasons.get(i, op.repeatable)) for i, op in enumerate(program.ops))
         program = replace(program, ops=ops) if reasons else program
         entry.differing = {}
-        entry.follow(self._planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick), quick=quick)
+        entry.follow(self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick), quick=quick)
         self._counts.planned += 1
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
         assert entry.plan is not None
         entry.differing[k] = reason
-        self._counts.differing += 1
         op = [op for op in entry.plan.program.ops if op.phase == "forward"][k]
-        self._warn(
-            f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}. "
-            "What it makes is kept from now on"
-        )
+        what = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}"
+        self._counts.kept.append(what)
+        self._warn(f"{what}. What it makes is kept from now on")
 
     def _deviated(self, entry: _Entry, reason: str) -> None:
         entry.deviations += 1

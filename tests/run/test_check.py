@@ -1,0 +1,136 @@
+"""``check``: a plain step beside a checkpointed one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import recollect
+from recollect.cli import main
+from recollect.run.entry import Entry
+from tests.zoo import CASES
+
+WIDTH = 32
+
+
+class Net(nn.Module):
+    """Dropout, batch norm and a counter that no tensor holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+        self.norm, self.calls = nn.BatchNorm1d(WIDTH), 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        x = self.norm(x)
+        for layer in self.layers:
+            x = nn.functional.dropout(layer(x).sin().exp(), 0.1)
+        return x.square().mean()
+
+
+def state(model: Net) -> list[Any]:
+    return [
+        model.calls,
+        torch.get_rng_state().tolist(),
+        [t.tolist() for t in model.state_dict().values()],
+        [None if p.grad is None else p.grad.tolist() for p in model.parameters()],
+    ]
+
+
+def test_all_is_the_same_and_afterwards_as_before() -> None:
+    torch.manual_seed(0)
+    model, x = Net(), torch.randn(64, WIDTH)
+    model.layers[0].weight.grad = torch.ones(WIDTH, WIDTH)
+    before = state(model)
+    found = recollect.check(model, x, budget=0.6)
+    assert (found.is_exact, found.is_within_budget, found.kept, found.deviations) == (True, True, (), 0)
+    assert found.plan is not None
+    assert found.peak_bytes == found.plan.peak_bytes < found.plain_peak_bytes == found.plan.plain_peak_bytes
+    assert dict(found.compared) == {"output": 1, "gradient": 14, "buffer": 3, "generator": 1}
+    assert state(model) == before
+    assert "bit-identical to plain training, within the budget" in str(found)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("pre-activation ResNet", "U-Net")], ids=str)
+def test_networks(case: Any) -> None:
+    torch.manual_seed(0)
+    found = recollect.check(case.loss(case.model()), *case.inputs(), budget=0.7)
+    assert found.is_exact
+    assert found.is_within_budget
+
+
+def test_what_is_checkpointed_already_has_its_budget() -> None:
+    model, x = recollect.checkpoint(Net(), budget=0.7), torch.randn(64, WIDTH)
+    assert recollect.check(model, x).is_exact
+    with pytest.raises(ValueError, match="leave the budget out"):
+        recollect.check(model, x, budget=0.5)
+    with pytest.raises(ValueError, match="give a budget"):
+        recollect.check(Net(), x)
+
+
+def test_a_difference_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tape whose reruns are wrong in the backward, and a self-check that is blind."""
+    plain = Entry.run
+
+    def wrong(self: Any, memory: Any) -> Any:
+        made = plain(self, memory)
+        for storage in made.values():
+            storage[0] = storage[0] ^ 1
+        return made
+
+    monkeypatch.setattr(Entry, "run", wrong)
+    monkeypatch.setattr("recollect.run.session.SelfCheck", lambda *args: None)
+    found = recollect.check(Net(), torch.randn(64, WIDTH), budget=0.6)
+    assert not found.is_exact
+    assert all(d.name.startswith("gradient of ") and 0 < d.largest < 1 for d in found.differences)
+    assert "NOT the same" in str(found)
+    assert found.differences[0].name in str(found)
+
+
+def test_what_differs_when_it_runs_again_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = Entry.run
+
+    def wrong(self: Any, memory: Any) -> Any:
+        made = plain(self, memory)
+        for storage in made.values():
+            storage[0] = storage[0] ^ 1
+        return made
+
+    monkeypatch.setattr(Entry, "run", wrong)
+    with pytest.warns(RuntimeWarning, match="must not run again"):
+        found = recollect.check(Net(), torch.randn(64, WIDTH), budget=0.8)
+    assert found.is_exact
+    assert found.kept
+    assert all("test_check.py:" in line and line in str(found) for line in found.kept)
+
+
+def test_tensors_that_are_not_there() -> None:
+    with torch.device("meta"):
+        model, x = Net(), torch.randn(64, WIDTH)
+    with pytest.raises(ValueError, match="give it real ones"):
+        recollect.check(model, x, budget=0.5)
+
+
+def test_several_outputs_of_several_dtypes() -> None:
+    weight = torch.randn(WIDTH, WIDTH, dtype=torch.complex64, requires_grad=True)
+
+    def step(x: Tensor) -> dict[str, Tensor]:
+        y = (x.to(torch.complex64) @ weight).sin().exp()
+        return {"complex": y, "real": y.abs(), "chosen": y.abs() > 1}
+
+    assert recollect.check(step, torch.randn(256, WIDTH, requires_grad=True), budget=0.95).is_exact
+
+
+def test_command_line() -> None:
+    from click.testing import CliRunner
+
+    done = CliRunner().invoke(main, ["check", "examples/models.py:small_gpt", "--budget", "60%"])
+    assert done.exit_code == 0, done.output
+    assert "bit-identical to plain training, within the budget" in done.output
+    refused = CliRunner().invoke(main, ["check", "examples/models.py:gpt", "--budget", "60%"])
+    assert refused.exit_code == 1
+    assert "give it real ones" in refused.output
