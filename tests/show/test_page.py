@@ -24,6 +24,7 @@ from recollect.show.explanation import explanation_of
 from recollect.show.report.data import bounds_of, line_of
 from recollect.show.report.render import page_of
 from recollect.show.residents import CATEGORIES, name_of, op_text
+from tests.plan.chains import gpt
 from tests.program.hand import chain, chain_plan
 from tests.show.large import large_plan
 from tests.show.test_explanation import placed, schedules
@@ -137,13 +138,15 @@ def test_the_line_and_the_bounds_of_a_frontier() -> None:
 
 
 def test_classics_are_marked_with_what_the_simulator_says() -> None:
-    program, marks = chain(), classics_of(chain(), 90)
+    program = gpt(4)
+    budget = simulate(program).peak_bytes * 7 // 10
+    marks = classics_of(program, budget)
     assert [name for name, _, _ in marks] == [s for s in SOLVERS[3:] if s != "keep-everything"]
     for name, peak, overhead in marks:
-        if peak <= 90:
-            plan = solve(program, 90, solver=name)
+        if peak <= budget:
+            plan = solve(program, budget, solver=name)
             assert (plan.peak_bytes, plan.overhead) == (peak, overhead)
-    assert classics_of(program, 90, time_limit_seconds=0) == ()
+    assert classics_of(program, budget, time_limit_seconds=0) == ()
 
 
 def test_programs_without_ops_have_a_page() -> None:
