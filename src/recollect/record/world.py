@@ -341,11 +341,11 @@ def leaves_of(outputs: Sequence[Tensor], since: Any) -> list[Tensor]:
 @contextmanager
 def gradients_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Put the gradients of these leaves back at the end; until then their hooks (the user's) do not run."""
-    kept = [(leaf, leaf.grad, {name: getattr(leaf, name) for name in _HOOKS}) for leaf in leaves]
+    kept = [(leaf, leaf.grad, {name: t for name in _HOOKS if (t := getattr(leaf, name))}) for leaf in leaves]
     try:
-        for leaf, _, _ in kept:
-            for name in _HOOKS:
-                setattr(leaf, name, None)
+        for leaf, _, hooks in kept:
+            for name in hooks:
+                setattr(leaf, name, {})  # None would not reach those hooks that run after the gradient is there
         yield
     finally:
         for leaf, grad, hooks in kept:
