@@ -11,7 +11,9 @@ Run: ``python benchmarks/zoo.py --page docs/zoo.md --results zoo.json``; librari
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
+import importlib.metadata
 import json
 import os
 import random
@@ -22,7 +24,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,8 @@ from torch import Tensor, nn
 from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
 
 import recollect
-from recollect.record import record
 from recollect.run.account import account, resident
+from recollect.show.text import format_bytes
 
 SHARE = 0.6
 STEPS = 3
@@ -41,7 +43,7 @@ STEPS = 3
 
 @dataclass
 class Trial:
-    """recollect at one budget.
+    """Three steps with recollect at one budget.
 
     Attributes:
         budget_bytes: what it was given.
@@ -136,9 +138,7 @@ def main() -> None:
         if options.results:
             options.results.write_text(json.dumps(results, indent=1))
     if options.page:
-        from zoo_page import page
-
-        options.page.write_text(page(results))
+        options.page.write_text(page(list(results.values())))
 
 
 def _stored(path: Path | None) -> dict[str, Any]:
@@ -186,10 +186,6 @@ def _examine(specimen: Specimen, rounds: int, result: Result) -> None:
     inputs = specimen.inputs()
     plain = trace(*_step(specimen, copy.deepcopy(model), inputs))
     result.plain_bytes = plain.peak_bytes
-    program = record(_loss(specimen, model), (), inputs, timing="estimate")
-    plan = recollect.solve(program, 1.0)
-    result.recorded, result.ops = program.recorded, len(program.ops)
-    result.predicted_plain_bytes = plan.plain_peak_bytes
     _try(specimen, model, inputs, plain, int(SHARE * plain.peak_bytes), "60 %", result)
     if result.floor_bytes:
         _try(specimen, model, inputs, plain, result.floor_bytes, "floor", result)
@@ -200,7 +196,7 @@ def _examine(specimen: Specimen, rounds: int, result: Result) -> None:
 def _try(
     specimen: Specimen, model: nn.Module, inputs: Any, plain: Trace, budget: int, label: str, result: Result
 ) -> None:
-    """recollect at one budget; an infeasible one says where the floor is."""
+    """A trial of recollect; an infeasible one says where the floor is."""
     twin = copy.deepcopy(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -212,7 +208,8 @@ def _try(
             return
     stats = recollect.stats(wrapped)
     if stats.plan is not None:
-        result.floor_bytes = stats.plan.floor_bytes
+        result.floor_bytes, result.predicted_plain_bytes = stats.plan.floor_bytes, stats.plan.plain_peak_bytes
+        result.recorded, result.ops = stats.plan.program.recorded, len(stats.plan.program.ops)
     different = first_difference(plain, found)
     if different and first_difference(plain, trace(*_step(specimen, copy.deepcopy(model), inputs))):
         different += " (plain training differs from run to run, too)"
@@ -332,6 +329,132 @@ def _line(r: dict[str, Any]) -> str:
         race = r["race"]
         cells.append(race["problem"] or f"switch {race['switch_extra']:.1%}, recollect {race['recollect_extra']:.1%}")
     return " | ".join([*cells, r["problem"]])
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = """# The zoo
+
+Models of the libraries that people train with, as these ship them, small and randomly initialised. Every row is three
+steps of SGD in a process of its own. *Same bits*: losses, gradients, parameters, buffers and the random generator are,
+after every step, those of plain training. Peaks are the allocator's own account of the second step. *Floor* is the
+smallest budget for which recollect has a plan; the last column is what a step at that budget took.
+
+`python benchmarks/zoo.py --results zoo.json --page docs/zoo.md` makes this page ({versions}; {date}; CPU, one thread).
+
+{summary}
+
+## Budgets
+
+{budgets}
+
+## Beside the library's own switch
+
+Extra time over plain training, of `gradient_checkpointing_enable()`, `enable_gradient_checkpointing()` or
+`set_grad_checkpointing()`, and of recollect with the peak that this switch reaches as its budget: steps in turns,
+median of the ratios, on a machine that did other work at the same time. *Ratio* is recollect's extra time
+over the switch's.
+
+{races}
+
+## What does not work, and why
+
+{problems}
+"""
+PACKAGES = ("torch", "transformers", "diffusers", "timm", "segmentation_models_pytorch", "torch_geometric",
+            "x_transformers", "peft")  # fmt: skip
+
+
+BUDGET_COLUMNS = ("model", "kind", "recorded", "ops", "plain", "budget", "predicted", "measured", "overhead",
+                  "same bits", "floor", "at the floor")  # fmt: skip
+RACE_COLUMNS = ("model", "plain step", "peak of the switch", "recollect's peak", "switch", "recollect", "ratio")
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The page of the docs."""
+    races = [r for r in results if r["race"] and not r["race"]["problem"]]
+    return PAGE.format(
+        versions=", ".join(_versions()),
+        date=time.strftime("%Y-%m-%d"),
+        summary=_summary(results, races),
+        budgets=_table(BUDGET_COLUMNS, map(_budget_row, results)),
+        races=_table(RACE_COLUMNS, map(_race_row, races)),
+        problems="\n".join(f"- **{r['name']}** ({r['library']}): {text}" for r in results if (text := _trouble(r)))
+        or "Nothing of the above.",
+    )
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _main_trial(r: dict[str, Any]) -> dict[str, Any] | None:
+    """That at 60 %, or at the floor where that is higher."""
+    return r["trials"].get("60 %") or r["trials"].get("floor")
+
+
+def _budget_row(r: dict[str, Any]) -> list[str]:
+    name = f"{r['name']} ({r['library']})"
+    t, floor = _main_trial(r), r["trials"].get("floor")
+    if t is None:
+        return [name, r["kind"], r["recorded"] or "-", *["-"] * 9]
+    sizes = [format_bytes(n) for n in (r["plain_bytes"], t["budget_bytes"], t["predicted_bytes"], t["measured_bytes"])]
+    at_floor = f"{format_bytes(floor['measured_bytes'])}, {'same' if floor['same'] else 'differs'}" if floor else "-"
+    return [name, r["kind"], r["recorded"], str(r["ops"]), *sizes, f"{t['overhead']:.1%}",
+            "yes" if t["same"] else "no", format_bytes(r["floor_bytes"]), at_floor]  # fmt: skip
+
+
+def _race_row(r: dict[str, Any]) -> list[str]:
+    race = r["race"]
+    return [
+        f"{r['name']} ({r['library']})", f"{race['plain_seconds'] * 1e3:.0f} ms", format_bytes(race["switch_bytes"]),
+        format_bytes(race["measured_bytes"]), f"{race['switch_extra']:.1%}", f"{race['recollect_extra']:.1%}",
+        f"{_ratio(race):.2f}",
+    ]  # fmt: skip
+
+
+def _ratio(race: dict[str, Any]) -> float:
+    return race["recollect_extra"] / race["switch_extra"] if race["switch_extra"] > 0 else float("nan")
+
+
+def _trouble(r: dict[str, Any]) -> str:
+    """What is wrong with a model's result, in words; "" if nothing is."""
+    found = [r["problem"]] if r["problem"] else []
+    for label, t in r["trials"].items():
+        if not t["same"]:
+            found.append(f"at {label}: {t['different']} differs from plain training")
+        if t["measured_bytes"] > t["budget_bytes"]:
+            found.append(f"at {label}: {t['measured_bytes'] - t['budget_bytes']:,} bytes over the budget")
+        found += [f"at {label}: {w}" for w in t["warned"]]
+    if "60 %" not in r["trials"] and "floor" in r["trials"]:
+        found.append(f"60 % of the plain peak is below the floor, {r['floor_bytes'] / r['plain_bytes']:.0%}")
+    if r["race"] and r["race"]["problem"]:
+        found.append(r["race"]["problem"])
+    return "; ".join(found)
+
+
+def _summary(results: list[dict[str, Any]], races: list[dict[str, Any]]) -> str:
+    trials = [t for r in results if (t := _main_trial(r))]
+    good = sum(t["same"] and t["measured_bytes"] <= t["budget_bytes"] for t in trials)
+    wrong = sum(not t["same"] for r in results for t in r["trials"].values())
+    lines = [f"{len(results)} models: {good} the same to the last bit and within the budget; {wrong} wrong."]
+    if races:
+        ratios = [_ratio(r["race"]) for r in races]
+        faster = sum(r["race"]["recollect_extra"] < r["race"]["switch_extra"] for r in races)
+        lines.append(
+            f"{len(races)} with a switch: recollect takes less extra time in {faster}; median ratio "
+            f"{statistics.median(x for x in ratios if x == x):.2f}."
+        )
+    return " ".join(lines)
 
 
 if __name__ == "__main__":
