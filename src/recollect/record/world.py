@@ -141,9 +141,7 @@ def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], 
     share, caches of functions.
     """
     pending = list(_mentioned(fn, args, kwargs))
-    every = {id(m): m for root in modules for m in root.modules()}.values()
-    packages = frozenset(_root(type(m).__module__) for m in every)
-    for module in every:
+    for module in {id(m): m for root in modules for m in root.modules()}.values():
         pending += [h for table in _hook_tables(module) for h in table.values()]
         pending += type(module).__mro__
         pending += (v for k, v in vars(module).items() if k not in _MODULE_TABLES)
@@ -151,15 +149,15 @@ def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], 
     while pending:
         thing = pending.pop()
         if id(thing) not in found and not (isinstance(thing, dict) and "__builtins__" in thing):
-            inside = _inside(thing, packages)
+            inside = _inside(thing)
             if inside is not None:
                 found[id(thing)] = thing
                 pending += inside
     return list(found.values())
 
 
-def _inside(thing: Any, packages: frozenset[str]) -> list[Any] | None:
-    """What a thing that may change leads to; None for what cannot change, or is neither the user's nor the model's."""
+def _inside(thing: Any) -> list[Any] | None:
+    """What a thing that may change leads to; None for what cannot change, or is not the user's."""
     if isinstance(thing, (*_CONTAINERS, tuple)):
         if isinstance(thing, tuple):
             return list(tuple.__iter__(thing))
@@ -173,9 +171,9 @@ def _inside(thing: Any, packages: frozenset[str]) -> list[Any] | None:
     if isinstance(thing, (staticmethod, classmethod, property, functools.partial, types.MethodType)):
         return [getattr(thing, n) for n in ("__func__", "__self__", "fget", "func", "args") if hasattr(thing, n)]
     if isinstance(thing, types.FunctionType):
-        return None if _is_foreign(thing.__module__, packages) else [thing, *_mentioned(thing, (), {})]
+        return None if _is_foreign(thing.__module__) else [thing, *_mentioned(thing, (), {}, depth=1)]
     if isinstance(thing, type):
-        return None if _is_foreign(thing.__module__, packages) else list(vars(thing).values())
+        return None if _is_foreign(thing.__module__) else list(vars(thing).values())
     if isinstance(thing, (Tensor, nn.Module, types.ModuleType)) or not hasattr(thing, "__dict__"):
         return None
     own = isinstance(thing, (types.SimpleNamespace, threading.local)) or not _of_a_library(type(thing).__module__)
@@ -188,23 +186,30 @@ def _of_a_library(module: str | None) -> bool:
     return root != "__main__" and (root in sys.stdlib_module_names or root in ("torch", "numpy", "recollect"))
 
 
-def _is_foreign(module: str | None, packages: frozenset[str]) -> bool:
-    """Whether code is a library's, or of an installed package other than those that the model's modules come from.
+@functools.lru_cache(maxsize=4096)
+def _is_foreign(module: str | None) -> bool:
+    """Whether code is a library's, or of an installed file that knows nothing of torch, so that it keeps no tensors.
 
-    What one package imports from the next would otherwise lead through half of what is installed.
+    From one import to the next those would lead through all that is installed.
     """
-    root = _root(module)
-    return _of_a_library(module) or (root not in packages and _is_installed(root))
+    return _of_a_library(module) or (_is_installed(module) and not _knows_torch(module))
+
+
+def _is_installed(module: str | None) -> bool:
+    """Whether a file lies where installers put them."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _knows_torch(module: str | None) -> bool:
+    names = list(vars(sys.modules[module or ""]).values())
+    modules = (v.__name__ for v in names if isinstance(v, types.ModuleType))
+    owners = (v.__module__ for v in names if isinstance(v, (type, types.FunctionType)))
+    return any(_root(name) == "torch" for name in (*modules, *owners))
 
 
 def _root(module: str | None) -> str:
     return (module or "").split(".")[0]
-
-
-def _is_installed(package: str) -> bool:
-    """Whether a package lies where installers put them."""
-    file = getattr(sys.modules.get(package), "__file__", None) or ""
-    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
 
 def _is_small_array(thing: Any) -> bool:
