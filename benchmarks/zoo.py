@@ -118,7 +118,7 @@ Step = Callable[[], Tensor]
 def main() -> None:
     """Run all models, or one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a part of the names of the models to run, such as 'timm' or 'Llama'")
+    parser.add_argument("--only", help="a name, or a part of names, such as 'timm: vit'; all without")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant; 0 skips the race")
     parser.add_argument("--results", type=Path, help="JSON file of results, added to if it is there")
@@ -129,11 +129,10 @@ def main() -> None:
         options.results.write_text(json.dumps(asdict(examine(ZOO[options.one], options.rounds))))
         return
     results = _stored(options.results)
-    for i, specimen in enumerate(ZOO):
-        key = f"{specimen.library}: {specimen.name}"
-        if (options.only or "").lower() not in key.lower():
-            continue
-        results[key] = _in_process(i, options.rounds, options.timeout)
+    keys = [f"{s.library}: {s.name}" for s in ZOO]
+    wanted = [options.only] if options.only in keys else [k for k in keys if (options.only or "").lower() in k.lower()]
+    for key in wanted:
+        results[key] = _in_process(keys.index(key), options.rounds, options.timeout)
         print(_line(results[key]), flush=True)
         if options.results:
             options.results.write_text(json.dumps(results, indent=1))
