@@ -77,8 +77,8 @@ class Trial:
 class Race:
     """The library's switch and recollect at the peak that the switch reaches; extra time as a fraction of plain."""
 
-    switch_bytes: int
-    floor_bytes: int
+    switch_bytes: int = 0
+    floor_bytes: int = 0
     measured_bytes: int = 0
     switch_extra: float = 0.0
     recollect_extra: float = 0.0
@@ -189,7 +189,10 @@ def _examine(specimen: Specimen, rounds: int, result: Result) -> None:
     if result.floor_bytes:
         _try(specimen, model, inputs, plain, result.floor_bytes, "floor", result)
     if specimen.switch is not None and rounds:
-        result.race = race(specimen, model, inputs, rounds)
+        try:
+            result.race = race(specimen, model, inputs, rounds)
+        except Exception as error:  # noqa: BLE001 a row of the table, too
+            result.race = Race(problem=f"beside the switch: {type(error).__name__}: {str(error)[:400]}")
 
 
 def _try(
@@ -284,7 +287,7 @@ def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race
     try:
         measured = trace(planned, inputs, lambda: wrapped(**inputs)).peak_bytes
     except recollect.InfeasibleBudget as error:
-        return Race(peak, error.floor_bytes, problem="the switch's peak is below the floor")
+        return Race(peak, error.floor_bytes, problem=f"the switch's peak, {format_bytes(peak)}, is below the floor")
     plan = recollect.stats(wrapped).plan
     steps = {
         "plain": _step(specimen, copy.deepcopy(model), inputs),
