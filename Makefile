@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Threads that wait busily make everything ten times slower where another process runs on one of two cores.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-slow lint types bench clean
+.PHONY: demo test test-slow lint types docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/recollect demo
@@ -29,6 +29,10 @@ lint: $(VENV)/.dev
 
 types: $(VENV)/.dev
 	$(BIN)/mypy
+
+# The site, into build/site. Nothing is fetched, and a warning is an error. (The variable silences an advertisement.)
+docs: $(VENV)/.dev
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 bench: $(VENV)/.dev
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -1,11 +1,13 @@
-"""Every Python block of the README and the docs runs, page by page, in the order in which it stands."""
+"""Every Python block of the README, the docs and the docstrings runs, page by page, in the order in which it stands."""
 
 from __future__ import annotations
 
+import doctest
 import re
 import shlex
 import sys
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -14,12 +16,19 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor, nn
 
+import recollect
+from docs.pictures import IMAGES, pictures
 from recollect import cli
+from tests.zoo import CASES
 
 ROOT = Path(__file__).parent.parent
-PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 TESTED_ELSEWHERE = {"program-file.md"}  # tests/program/test_json_format.py: its blocks need files
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+
+
+def page_name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
 @dataclass
@@ -47,7 +56,7 @@ def names_of_the_readme() -> dict[str, object]:
     return {"F": F, "torch": torch, "model": model, "batch": batch, "optimizer": torch.optim.Adam(model.parameters())}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TESTED_ELSEWHERE], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TESTED_ELSEWHERE], ids=page_name)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names: dict[str, object] = {"__name__": "docs"} | (names_of_the_readme() if page.name == "README.md" else {})
@@ -81,7 +90,37 @@ def is_shown(shown: list[str], output: list[str]) -> bool:
     return shown[0].rstrip() == output[0].rstrip() and is_shown(shown[1:], output[1:])
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+?)(?:#[^)]*)?\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>>" in path.read_text())
+
+
+@pytest.mark.parametrize("source", EXAMPLES, ids=page_name)
+def test_examples_of_docstrings_run(source: Path) -> None:
+    module = ".".join(source.relative_to(ROOT / "src").with_suffix("").parts)
+    ran = doctest.testmod(import_module(module))
+    assert ran.attempted > 0
+    assert ran.failed == 0
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
+    assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md"}
+
+
+def test_the_api_has_every_public_name() -> None:
+    documented = re.findall(r"^::: recollect\.\S*?(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    assert set(recollect.__all__) <= set(documented)
+
+
+def test_the_pictures_of_the_three_layers_are_what_the_script_draws() -> None:
+    for name, text in pictures().items():
+        assert (IMAGES / name).read_text(encoding="utf-8") == text, "run python -m docs.pictures"
+
+
+def test_the_gallery_has_every_network_of_the_tests() -> None:
+    assert re.findall(r"^## (.*)$", (ROOT / "docs" / "gallery.md").read_text(), re.M) == [str(case) for case in CASES]

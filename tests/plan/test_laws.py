@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from examples.programs import uneven
 from recollect.plan import SOLVERS, solve
 from recollect.plan.account import Accountant
 from recollect.plan.bounds import bound_at, floor_bound, lower_bound
@@ -192,3 +193,9 @@ def _runs_again_only_before_unpacks(program: Program, order: tuple[int, ...]) ->
             waiting = False
             seen.add(i)
     return not waiting
+
+
+@pytest.mark.parametrize("solver", ["auto", "greedy", "rotor"])
+def test_figures_are_plain_numbers(solver: str):
+    plan = solve(uneven([100] * 8, [1, 1, 1, 20] * 2), 500, solver=solver)
+    assert {type(plan.overhead), type(plan.lower_bound)} == {float}  # NumPy's own would print as np.float64(...)

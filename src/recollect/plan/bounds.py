@@ -95,7 +95,7 @@ def closer_bound(program: Program, budget_bytes: int, moments: list[int], *, dea
 
 def _as_share(program: Program, seconds: float) -> float:
     # The cut is exact integers divided by a float: a hair less keeps the bound below the truth.
-    return seconds * (1 - 1e-12) / program.seconds
+    return float(seconds * (1 - 1e-12) / program.seconds)
 
 
 def floor_bound(program: Program) -> int:

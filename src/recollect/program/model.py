@@ -92,7 +92,7 @@ class Program:
             after it was overwritten in place, a negative size or duration.
 
     Example:
-        >>> from recollect import Op, Program, Value
+        >>> from recollect.program import Op, Program, Value
         >>> x, a, y = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)
         >>> program = Program("tiny", (x, a, y), (Op("f", (0,), (1,), 1.0), Op("g", (1,), (2,), 2.0)))
         >>> program.seconds

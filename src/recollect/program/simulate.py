@@ -48,7 +48,7 @@ def simulate(program: Program, plan: Plan | Schedule | None = None) -> Timeline:
             that is not resident is freed.
 
     Example:
-        >>> from recollect import Op, Program, Value, simulate
+        >>> from recollect.program import Op, Program, Value, simulate
         >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)
         >>> simulate(Program("tiny", values, (Op("f", (0,), (1,)), Op("g", (1,), (2,))))).peak_bytes
         16

@@ -64,7 +64,7 @@ def verify(program: Program, schedule: Schedule | Plan, *, budget_bytes: int | N
         At most ``MOST_VIOLATIONS`` violations, in the order in which they happen. O(runs + reads).
 
     Example:
-        >>> from recollect import Op, Program, Schedule, Value, verify
+        >>> from recollect.program import Op, Program, Schedule, Value, verify
         >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)
         >>> program = Program("tiny", values, (Op("f", (0,), (1,)), Op("g", (1,), (2,))))
         >>> verify(program, Schedule.plain(program))
