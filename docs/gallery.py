@@ -44,7 +44,8 @@ INTRODUCTION = f"""# Gallery
 
 Reports on seven small networks, each within {SHARE} of its plain peak; recorded on fake tensors, from estimated
 seconds, by `python -m docs.gallery`. The left picture is memory over the step, plain and planned; the right one is what
-every budget costs, below it what no plan can reach, and (up to a thousand ops) what the classics make of the same budgets.
+every budget costs, below it what no plan can reach, and (up to a thousand ops) what the classics make of the same
+budgets.
 """
 
 
