@@ -32,7 +32,7 @@ types: $(VENV)/.dev
 
 # The site, into build/site. Nothing is fetched, and a warning is an error. (The variable silences an advertisement.)
 docs: $(VENV)/.dev
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.dev
 	for script in benchmarks/*.py; do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from recollect.api import Options, session_of
 from recollect.plan.constraints import Patterns
 from recollect.program import Plan
 from recollect.record.record import UnusableInput, differentiable_outputs, is_unreal
-from recollect.record.world import named_tensors, reachable_modules, undisturbed
+from recollect.record.world import (
+    gradients_kept,
+    leaves_of,
+    map_tensors,
+    named_tensors,
+    reachable_modules,
+    undisturbed,
+)
 from recollect.run.account import measured_peak
 from recollect.run.session import Session
 from recollect.run.settings import RandomStates
@@ -85,9 +92,9 @@ def check(
     """Run one step plainly and one checkpointed, and compare what they leave behind, bit by bit.
 
     Both start from the same parameters, buffers and generator states and from no gradients; the checkpointed one runs
-    with the self-check of a first step. Afterwards everything is as before. The backward starts from the loss, or from
-    the sum of everything returned that requires grad. Takes the memory of a plain step, and that of the parameters and
-    buffers once more.
+    with the self-check of a first step. Afterwards everything is as before; hooks on leaves, which may step an
+    optimizer, do not run. The backward starts from the loss, or from the sum of everything returned that requires grad,
+    and ends at the arguments. Takes the memory of a plain step, and that of the parameters and buffers once more.
 
     Args:
         target: a module or callable, checkpointed by recollect already or not.
@@ -103,7 +110,8 @@ def check(
         ``is_exact``, ``is_within_budget``, the differences by name; ``str()`` is a table.
 
     Raises:
-        ValueError: no budget for what is not checkpointed, or one for what is; otherwise as ``checkpoint``.
+        ValueError: no budget for what is not checkpointed, or one for what is; parameters that are not there yet;
+            otherwise as ``checkpoint``.
         InfeasibleBudget: no plan fits.
 
     Example:
@@ -124,9 +132,9 @@ def check(
     options = Options(budget or 1.0, optimizer, keep, recompute, time_limit_seconds)
     session = Session(plain, options if known is None else known.planner)
     modules = reachable_modules(plain, args, kwargs)
-    leaves = _leaves(modules, args, kwargs)
-    inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    with _all_as_before(modules, inputs, leaves) as start_anew:
+    args, kwargs = map_tensors((args, kwargs), _without_history)
+    tensors = _named(modules, args, kwargs)
+    with torch.enable_grad(), _all_as_before(tensors.values()) as start_anew:
         start_anew()
         session.prepare(args, kwargs)
         calls = lambda: plain(*args, **kwargs), lambda: session.call(args, kwargs)
@@ -134,7 +142,7 @@ def check(
         for call in calls:
             start_anew()
             with undisturbed(modules, plain, args, kwargs):
-                runs.append(_observed(call, modules, inputs, leaves))
+                runs.append(_observed(call, modules, tensors))
     (reference, plain_peak), (seen, peak) = runs
     stats = session.stats()
     values = stats.plan.program.values if stats.plan is not None else ()
@@ -151,35 +159,48 @@ def check(
 
 
 def _refuse_unreal(fn: Any, args: Any, kwargs: Any) -> None:
-    if is_unreal(reachable_modules(fn, args, kwargs), args, kwargs):
+    modules = reachable_modules(fn, args, kwargs)
+    if is_unreal(modules, args, kwargs):
         raise UnusableInput("a check runs the step, and these tensors are fake or on meta: give it real ones")
+    if any(nn.parameter.is_lazy(t) for _, _, t in named_tensors(modules)):
+        raise UnusableInput("a check compares parameters, and some are not there yet: run the lazy modules once before")
 
 
 _KINDS = ("output", "gradient", "buffer", "generator")
 
 
-def _leaves(modules: Sequence[Any], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    """Everything that may get a gradient, by name."""
-    found = {name: t for name, kind, t in named_tensors(modules) if kind == "parameter"}
+def _without_history(tensor: Tensor) -> Tensor:
+    """An argument for a backward that ends there: the graph behind it is for the user's own backward."""
+    return tensor.detach().requires_grad_() if tensor.requires_grad and not tensor.is_leaf else tensor
+
+
+def _named(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """The parameters, the buffers, and the tensors among the arguments; each under a name of its own."""
+    found: dict[str, Tensor] = {}
     inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    found |= {f"input {i}": t for i, t in enumerate(inputs) if t.is_leaf}
-    return {name: t for name, t in found.items() if t.requires_grad}
+    pairs = [(name, t) for name, _, t in named_tensors(modules)]
+    for name, tensor in [*pairs, *((f"input {i}", t) for i, t in enumerate(inputs))]:
+        _add(found, name, tensor)
+    return found
+
+
+def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
+    """Two modules that a function uses may have tensors of the same name."""
+    names = [name, *(f"{name} ({i})" for i in range(2, len(found) + 2))]
+    found[next(n for n in names if n not in found)] = tensor
 
 
 @contextmanager
-def _all_as_before(
-    modules: Sequence[Any], inputs: Sequence[Tensor], leaves: Mapping[str, Tensor]
-) -> Iterator[Callable[[], None]]:
+def _all_as_before(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
     """Yields a function that puts numbers and generators back to the start, without gradients."""
-    tensors = [*(t for _, _, t in named_tensors(modules)), *inputs]
     saved = [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
-    gradients = [(t, t.grad) for t in leaves.values()]
+    gradients = [(t, t.grad) for t, _ in saved if t.is_leaf]
     states = RandomStates.now()
 
     def start_anew() -> None:
         with torch.no_grad():
             for tensor, numbers in saved:
-                if not torch.equal(tensor, numbers):
+                if not _is_same(tensor, numbers):
                     tensor.copy_(numbers)
         for tensor, _ in gradients:
             tensor.grad = None
@@ -194,20 +215,30 @@ def _all_as_before(
 
 
 def _observed(
-    forward: Callable[[], Any], modules: Sequence[Any], inputs: Sequence[Tensor], leaves: Mapping[str, Tensor]
+    forward: Callable[[], Any], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], int]:
     """What a step leaves behind, by name, and its peak by the allocator's account."""
     seen: dict[str, Tensor] = {}
+    names = {id(t): name for name, t in tensors.items()}
+    first_node = torch.ones(1, requires_grad=True).clone().grad_fn
 
     def step() -> None:
-        result = forward()
-        outputs = differentiable_outputs(result)
-        torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+        outputs = differentiable_outputs(forward())
+        leaves = leaves_of(outputs, since=first_node)
+        with gradients_kept(leaves):
+            for leaf in leaves:
+                leaf.grad = None
+            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+            gradients = [(names.get(id(t), "a tensor of the function"), t.grad) for t in leaves]
         seen.update({f"output {i}": t.detach() for i, t in enumerate(outputs)})
+        for name, gradient in gradients:
+            if gradient is not None:
+                _add(seen, f"gradient of {name}", gradient)
 
-    peak = measured_peak(step, *(t for _, _, t in named_tensors(modules)), *inputs)
-    seen |= {f"gradient of {name}": t.grad for name, t in leaves.items() if t.grad is not None}
-    seen |= {f"buffer {name}": t.clone() for name, kind, t in named_tensors(modules) if kind == "buffer"}
+    peak = measured_peak(step, *tensors.values())
+    for name, kind, t in named_tensors(modules):
+        if kind == "buffer":
+            _add(seen, f"buffer {name}", t)
     seen |= {f"generator of {g.device}": torch.tensor(state) for g, state in RandomStates.now().torch}
     return {name: t.detach().clone() for name, t in seen.items()}, peak
 
@@ -215,7 +246,7 @@ def _observed(
 def _is_same(a: Tensor, b: Tensor | None) -> bool:
     if b is None or a.dtype != b.dtype or a.shape != b.shape:
         return False
-    a, b = (t.coalesce().to_dense() if t.layout is torch.sparse_coo else t for t in (a, b))
+    a, b = ((t if t.layout is torch.strided else t.to_dense()).resolve_conj().resolve_neg() for t in (a, b))
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 

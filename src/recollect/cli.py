@@ -29,6 +29,9 @@ USAGE: Final = 2
 INFEASIBLE: Final = 3
 NOT_THE_SAME: Final = 4
 
+_PAGE_POINTS: Final = 9
+"""Budgets of the frontier on an HTML page."""
+
 C = TypeVar("C", bound=Callable[..., Any])
 
 # --- Errors -----------------------------------------------------------------------------------------------------------
@@ -173,6 +176,10 @@ _json = click.option(
     "--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE",
     help="Write it as JSON to this file, folders on the way are made; - prints JSON instead of text.",
 )  # fmt: skip
+_html = click.option(
+    "--html", "html_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    help="Write it as one HTML page, with the frontier, which takes as long again as --time-limit.",
+)  # fmt: skip
 _plot = click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save a picture of it.")
 
 
@@ -232,7 +239,7 @@ def _show(found: _Printable, json_path: str | None) -> None:
 
 def _solve_and_show(
     program: Program, budget: int | float | str, solver: str, wishes: tuple[tuple[str, ...], tuple[str, ...]],
-    time_limit: float, json_path: str | None, plot_path: Path | None,
+    time_limit: float, json_path: str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan, print, write."""
     from recollect.plan import solve as make_plan
@@ -246,9 +253,27 @@ def _solve_and_show(
         )  # fmt: skip
     _show(plan, json_path)
     if plot_path is not None:
-        from recollect.show.plots import memory_plot
+        plan.plot(plot_path)
+        click.echo(f"Picture written to {plot_path}", err=json_path == "-")
+    if html_path is not None:
+        _write_page(plan, html_path, wishes, time_limit)
+        click.echo(f"Page written to {html_path}", err=json_path == "-")
 
-        click.echo(f"Picture written to {memory_plot(plan, plot_path)}", err=json_path == "-")
+
+def _write_page(plan: Plan, path: Path, wishes: tuple[tuple[str, ...], tuple[str, ...]], time_limit: float) -> None:
+    """The page of a plan, with the frontier around it and the classics beside it."""
+    from recollect.plan import classics_of
+    from recollect.plan import frontier as make_frontier
+    from recollect.show.progress import progress_bar
+
+    keep, recompute = wishes
+    with progress_bar() as progress:
+        front = make_frontier(
+            plan.program, points=_PAGE_POINTS, keep=keep, recompute=recompute, time_limit_seconds=time_limit,
+            progress=progress,
+        )  # fmt: skip
+    classics = classics_of(plan.program, plan.budget_bytes, time_limit_seconds=time_limit)
+    plan.save_html(path, frontier=front, beside=classics)
 
 
 def _require(extra: str, *modules: str) -> None:
@@ -256,6 +281,14 @@ def _require(extra: str, *modules: str) -> None:
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise click.ClickException(f"this needs {' and '.join(missing)}; run: pip install 'recollect[{extra}]'")
+
+
+def _require_for(plot_path: Path | None, html_path: Path | None) -> None:
+    """Fail before the work starts if what draws the pictures asked for is missing."""
+    if plot_path is not None:
+        _require("plots", "matplotlib")
+    if html_path is not None:
+        _require("html", "jinja2")
 
 
 def _examples(*lines: str) -> str:
@@ -283,6 +316,7 @@ def main(debug: bool) -> None:
         "recollect plan examples/models.py:gpt --budget 50%",
         "recollect plan my_package.train:step --budget 10GiB --optimizer 2.4GB",
         "recollect plan examples/models.py:gpt --budget 3GB --keep 'head*' --json plan.json",
+        "recollect plan examples/models.py:gpt --budget 50% --html out.html",
     )
 )
 @click.argument("model")
@@ -293,22 +327,23 @@ def main(debug: bool) -> None:
 @_time_limit(10.0)
 @_json
 @_plot
+@_html
 def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
     keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
+    html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan a training step of MODEL within a budget; nothing of its size is allocated.
 
     MODEL is package.module:function or path/to/file.py:function. The function takes nothing and returns (fn, args) or
     (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the meta device cost no memory.
     """
-    if plot_path is not None:
-        _require("plots", "matplotlib")
+    _require_for(plot_path, html_path)
     program = _recorded(model, device, optimizer, timing)
     from recollect.api import in_bytes
 
     budget = in_bytes(budget, program.fixed_bytes)
-    _solve_and_show(program, budget, solver, (keep, recompute), time_limit, json_path, plot_path)
+    _solve_and_show(program, budget, solver, (keep, recompute), time_limit, json_path, plot_path, html_path)
 
 
 @main.command(
@@ -428,14 +463,16 @@ def check(
 @_time_limit(10.0)
 @_json
 @_plot
+@_html
 def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
-    time_limit: float, json_path: str | None, plot_path: Path | None,
+    time_limit: float, json_path: str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed."""
-    if plot_path is not None:
-        _require("plots", "matplotlib")
-    _solve_and_show(Program.from_json(file), budget, solver, (keep, recompute), time_limit, json_path, plot_path)
+    _require_for(plot_path, html_path)
+    _solve_and_show(
+        Program.from_json(file), budget, solver, (keep, recompute), time_limit, json_path, plot_path, html_path
+    )
 
 
 @main.command()

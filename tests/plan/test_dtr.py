@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from recollect.plan import solve
 from recollect.plan.dtr import _Online, dtr, dtr_runs
 from recollect.plan.evict import Rules, course_of
 from recollect.plan.tables import tables_of
-from recollect.program import Op, Program, Value, simulate, verify
+from recollect.program import Op, Program, Schedule, Value, simulate, verify
 from tests.plan.chains import gpt, uniform_steps
 
 
@@ -81,3 +83,13 @@ def test_out_of_memory_is_said():
 def test_nothing_leaves_where_everything_fits():
     program = uniform_steps(8)
     assert dtr(program, simulate(program).peak_bytes).order == tuple(range(len(program.ops)))
+
+
+def test_where_it_thrashes_it_stops_at_the_deadline():
+    program = gpt(12)
+    course, plain = course_of(tables_of(program)), simulate(program).peak_bytes
+    near_the_floor = int(0.2 * plain)
+    begin = time.monotonic()
+    assert dtr_runs(course, near_the_floor, deadline=begin + 0.01) is None
+    assert dtr(program, near_the_floor, deadline=begin + 0.01) == Schedule.plain(program)
+    assert dtr(program, int(0.7 * plain), deadline=begin + 600) == dtr(program, int(0.7 * plain))

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import recollect
+from recollect.checking import Check
 from recollect.cli import main
 from recollect.run.entry import Entry
 from tests.zoo import CASES
@@ -134,3 +135,105 @@ def test_command_line() -> None:
     refused = CliRunner().invoke(main, ["check", "examples/models.py:gpt", "--budget", "60%"])
     assert refused.exit_code == 1
     assert "give it real ones" in refused.output
+
+
+# ---- afterwards all is as before, and nothing is left out ----------------------------------------------------------
+
+
+def layers(n: int = 5) -> nn.Sequential:
+    return nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(n)])
+
+
+def quickly(target: Any, x: Tensor) -> Check:
+    return recollect.check(target, x, budget=0.8, time_limit_seconds=0.1)
+
+
+def test_tensors_that_only_the_code_knows() -> None:
+    weights = [torch.randn(WIDTH, WIDTH, requires_grad=True) for _ in range(5)]
+
+    def step(x: Tensor) -> Tensor:
+        for w in weights:
+            x = torch.tanh(x @ w)
+        return x.square().mean()
+
+    found = quickly(step, torch.randn(256, WIDTH))
+    assert (found.is_exact, found.compared["gradient"]) == (True, 5)
+    assert [w.grad for w in weights] == [None] * 5
+
+
+def test_two_modules_with_tensors_of_the_same_names() -> None:
+    a, b = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    a.weight.grad = torch.ones(WIDTH, WIDTH)
+
+    def step(x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = torch.tanh(b(torch.tanh(a(x))))
+        return x.square().mean()
+
+    found = quickly(step, torch.randn(256, WIDTH))
+    assert (found.is_exact, found.compared["gradient"]) == (True, 4)
+    assert torch.equal(a.weight.grad, torch.ones(WIDTH, WIDTH))
+    assert [p.grad for p in (a.bias, b.weight, b.bias)] == [None] * 3
+
+
+def test_the_graph_behind_an_argument_is_left_alone() -> None:
+    encoder = nn.Linear(WIDTH, WIDTH)
+    x = encoder(torch.randn(256, WIDTH)).tanh()
+    found = quickly(layers(), x)
+    assert (found.is_exact, found.compared["gradient"]) == (True, 11)
+    assert encoder.weight.grad is None
+    x.sum().backward()  # the user's own backward
+
+
+@pytest.mark.parametrize("in_module", [True, False])
+def test_hooks_that_step_an_optimizer_do_not_run(in_module: bool) -> None:
+    """Nor do they while a step is recorded that uses tensors which no module has."""
+    model = layers()
+    optimizers = {p: torch.optim.Adam([p]) for p in model.parameters()}
+
+    def step_now(p: Tensor) -> None:
+        optimizers[p].step()  # type: ignore[index]
+        p.grad = None
+
+    for p in model.parameters():
+        p.register_post_accumulate_grad_hook(step_now)
+    weights = [(layer[0].weight, layer[0].bias) for layer in model]  # type: ignore[index]
+
+    def step(x: Tensor) -> Tensor:
+        for weight, bias in weights:
+            x = nn.functional.linear(x, weight, bias).tanh()
+        return x.square().mean()
+
+    before = [p.detach().clone() for p in model.parameters()]
+    found = quickly(model if in_module else step, torch.randn(256, WIDTH))
+    assert (found.is_exact, found.compared["gradient"]) == (True, 10)
+    assert not any(o.state for o in optimizers.values())
+    assert all(map(torch.equal, before, model.parameters()))
+    recollect.plan(step, torch.randn(256, WIDTH), budget=0.8, time_limit_seconds=0.1)
+    assert not any(o.state for o in optimizers.values())
+    model(torch.randn(256, WIDTH)).sum().backward()
+    assert all(o.state for o in optimizers.values())
+
+
+def test_numbers_that_are_none_in_an_input_that_repeats_itself() -> None:
+    x = torch.full((1, 1), float("nan")).expand(256, WIDTH)
+    assert quickly(layers(), x).is_exact
+
+
+def test_buffers_of_every_kind() -> None:
+    model = layers()
+    model.register_buffer("sparse", torch.eye(WIDTH).to_sparse())
+    model.register_buffer("conjugated", torch.randn(3, dtype=torch.complex64).conj())
+    model.register_buffer("empty", torch.zeros(0, dtype=torch.bool))
+    found = quickly(model, torch.randn(256, WIDTH))
+    assert (found.is_exact, found.compared["buffer"]) == (True, 3)
+
+
+def test_where_gradients_are_switched_off_they_are_compared_all_the_same() -> None:
+    with torch.no_grad():
+        assert quickly(layers(), torch.randn(256, WIDTH)).compared["gradient"] == 10
+
+
+def test_modules_that_are_not_initialised_yet() -> None:
+    with pytest.raises(ValueError, match="run the lazy modules once before"):
+        quickly(nn.Sequential(nn.LazyLinear(WIDTH), *layers()), torch.randn(256, WIDTH))

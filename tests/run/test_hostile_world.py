@@ -6,7 +6,9 @@ import collections
 import copy
 import ctypes
 import functools
+import importlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -25,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recollect
+from recollect.record.world import undisturbed
 from tests.run.compare import World, exact, quick
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, data, training
 from tests.run.test_hostile_use import check_step, curly, net, nothing_active, tight
@@ -436,6 +439,69 @@ def test_tensors_in_caches() -> None:
         return training(Cached(threading.local()))
 
     exact(build, steps=4, deviates=True)
+
+
+class Activations(collections.OrderedDict):
+    """Makes an object whenever it is read, as registries of libraries do."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+class Lazy(dict):
+    """Loads something else at the first look, and may fail to."""
+
+    def values(self) -> Any:
+        raise ImportError("a library that is not installed")
+
+    items = __iter__ = copy = __len__ = values
+
+
+ACTIVATIONS, LAZY, SYSTEM = Activations(sin=lambda: torch.sin, cos=lambda: torch.cos), Lazy(a=1), random.SystemRandom()
+
+
+def test_containers_that_do_something_when_they_are_read() -> None:
+    def body(i: int, h: Tensor) -> Tensor:
+        dict.__setitem__(LAZY, "seen", i)
+        ACTIVATIONS[f"layer {i}"] = lambda: torch.tanh
+        assert SYSTEM.random() < 1
+        return ACTIVATIONS["sin"](h).exp() * ACTIVATIONS["cos"](h) + ACTIVATIONS[f"layer {i}"](h)
+
+    def build() -> World:
+        dict.clear(LAZY)
+        for name in [n for n in ACTIVATIONS if n.startswith("layer")]:
+            del ACTIVATIONS[name]
+        world = training(Net(body))
+        world.extra = lambda: (sorted(dict.items(LAZY)), list(ACTIVATIONS))
+        return world
+
+    exact(build, steps=3)
+    with undisturbed([], body):
+        dict.update(LAZY, a=2, b=3)
+        ACTIVATIONS.move_to_end("sin")
+    assert dict.get(LAZY, "b") is None
+    assert next(iter(ACTIVATIONS)) == "sin"
+
+
+def test_of_installed_packages_only_what_knows_torch_is_put_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the way leads from import to import through all that is installed, and empties its caches."""
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    cache = "import functools\n\n@functools.cache\ndef square(n):\n    return n * n\n"
+    (site / "algebra_of_others.py").write_text(f"{cache}\ndef ninth_power(n):\n    return square(square(n)) * n\n")
+    (site / "package_of_models.py").write_text(
+        f"{cache}\nimport torch\nfrom algebra_of_others import ninth_power\n\nclass Model(torch.nn.Module):\n"
+        "    def forward(self, x):\n        return x * square(3) * ninth_power(2)\n"
+    )
+    monkeypatch.syspath_prepend(site)
+    models, algebra = (importlib.import_module(name) for name in ("package_of_models", "algebra_of_others"))
+    model = models.Model()
+    with undisturbed([model], model):
+        model(torch.ones(1))
+    assert models.square.cache_info().currsize == 0
+    assert algebra.square.cache_info().currsize == 2
 
 
 def test_hooks_on_leaves_that_are_no_arguments_do_not_see_the_recording() -> None:

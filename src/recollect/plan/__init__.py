@@ -2,6 +2,6 @@
 
 from recollect.plan.budget import parse_budget
 from recollect.plan.frontier import Frontier, frontier
-from recollect.plan.portfolio import SOLVERS, solve
+from recollect.plan.portfolio import SOLVERS, classics_of, solve
 
-__all__ = ["SOLVERS", "Frontier", "frontier", "parse_budget", "solve"]
+__all__ = ["SOLVERS", "Frontier", "classics_of", "frontier", "parse_budget", "solve"]

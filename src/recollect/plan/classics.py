@@ -43,7 +43,7 @@ class Classics:
         """Look at all plans for the budget; none where the user forbids to keep something, which they cannot obey."""
         if self._search.tables.passing:
             return
-        for name, plans in self._plans(budget_bytes):
+        for name, plans in self._plans(budget_bytes, deadline):
             looks = [(self._search.look(name, runs), runs) for runs in plans]
             fitting = [(look.rank, runs) for look, runs in looks if look.peak_bytes <= budget_bytes]
             if fitting:
@@ -51,11 +51,11 @@ class Classics:
             if time.monotonic() > deadline:
                 return
 
-    def _plans(self, budget_bytes: int) -> Iterator[tuple[str, Iterable[Runs]]]:
+    def _plans(self, budget_bytes: int, deadline: float) -> Iterator[tuple[str, Iterable[Runs]]]:
         tables, accountant = self._search.tables, self._search.accountant
         yield "revolve", revolve_plans(self._chain, accountant, budget_bytes)
         yield "rotor", rotor_plans(chain_of(tables, MOST_BLOCKS), accountant, budget_bytes)
         yield "chen", chen_plans(self._chain)
         yield "chen-recursive", chen_recursive_plans(self._chain)
-        runs = dtr_runs(course_of(tables), budget_bytes)
+        runs = dtr_runs(course_of(tables), budget_bytes, deadline=deadline)
         yield "dtr", [runs] if runs is not None else []

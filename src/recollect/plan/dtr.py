@@ -10,7 +10,9 @@ couple of evictions rather than at each.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
+from math import inf
 
 from recollect.plan.chain import Runs
 from recollect.plan.evict import Course, Executor, Rules, course_of
@@ -25,23 +27,26 @@ _LIMITS = 8
 """How many limits between budget and plain peak are tried where DTR runs out of memory or thrashes."""
 
 
-def dtr(program: Program, budget_bytes: int) -> Schedule:
-    """DTR under the budget; where it fails, under the lowest of a few higher limits. O(evictions * values)."""
+def dtr(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
+    """DTR under the budget; where it fails, under the lowest of a few higher limits. O(evictions * values).
+
+    Near the floor it thrashes for minutes; past the ``deadline`` (on ``time.monotonic``) it fails.
+    """
     course, plain = course_of(tables_of(program)), simulate(program).peak_bytes
     for k in range(_LIMITS if budget_bytes < plain else 0):
         limit = budget_bytes + (plain - budget_bytes) * k // _LIMITS
-        runs = dtr_runs(course, limit)
+        runs = dtr_runs(course, limit, deadline=deadline)
         if runs is not None:
             return Schedule.from_order(program, merge(course.tables, runs))
     return Schedule.plain(program)
 
 
-def dtr_runs(course: Course, limit_bytes: int) -> Runs | None:
-    """The further runs under a limit; None when an op does not fit, or nothing but recomputation happens."""
+def dtr_runs(course: Course, limit_bytes: int, *, deadline: float = inf) -> Runs | None:
+    """The further runs under a limit; None when an op does not fit, or nothing but recomputation happens in time."""
     executor = _Online(course, Rules(limit_bytes, limit_bytes, most_bytes=limit_bytes))
     for t in range(len(course.tables.ops)):
         executor.step(t)
-        if executor.failed:
+        if executor.failed or time.monotonic() > deadline:
             return None
     return executor.runs
 

@@ -32,17 +32,17 @@ if TYPE_CHECKING:
     from recollect.plan.pool import Found, Pool
 
 
-def _late(name: str) -> Callable[[Program, int], Schedule]:
+def _late(name: str) -> Callable[..., Schedule]:
     """The function of the module of the same name, imported at its first call: importing recollect is to be cheap."""
 
-    def solver(program: Program, budget_bytes: int) -> Schedule:
-        found: Callable[[Program, int], Schedule] = getattr(import_module(f"recollect.plan.{name}"), name)
-        return found(program, budget_bytes)
+    def solver(program: Program, budget_bytes: int, **limits: float) -> Schedule:
+        found: Callable[..., Schedule] = getattr(import_module(f"recollect.plan.{name}"), name)
+        return found(program, budget_bytes, **limits)
 
     return solver
 
 
-_CLASSICS: Final[Mapping[str, Callable[[Program, int], Schedule]]] = MappingProxyType(
+_CLASSICS: Final[Mapping[str, Callable[..., Schedule]]] = MappingProxyType(
     {
         "keep-everything": keep_everything,
         "every-block": every_block,
@@ -144,6 +144,24 @@ def solve(
         program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound,
         solver if solver == "exact" else found.name, found.candidates,
     )  # fmt: skip
+
+
+def classics_of(
+    program: Program, budget_bytes: int, *, time_limit_seconds: float = 10.0
+) -> tuple[tuple[str, int, float], ...]:
+    """``(solver, peak_bytes, overhead)`` of what each of the classics makes of a budget, also where it does not fit.
+
+    Keep everything is left out, and so is what finds nothing else. None is begun after the time limit.
+    """
+    end, found = time.monotonic() + time_limit_seconds, []
+    for name, make in _CLASSICS.items():
+        if name != "keep-everything" and time.monotonic() < end:
+            limits = {"deadline": end} if name == "dtr" else {}  # the only one that may take minutes
+            timeline = simulate(program, make(program, budget_bytes, **limits))
+            overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
+            if timeline.extra_seconds or timeline.peak_bytes <= budget_bytes:
+                found.append((name, timeline.peak_bytes, overhead))
+    return tuple(found)
 
 
 def _is_worth_an_exact_look(program: Program, found: Found) -> bool:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from recollect.program.model import Program
 from recollect.program.schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from recollect.plan.frontier import Frontier
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,40 @@ class Plan:
         from recollect.show.page import as_html
 
         return as_html(str(self))
+
+    def save_html(
+        self, path: str | Path, *, frontier: Frontier | None = None, beside: Sequence[tuple[str, int, float]] = ()
+    ) -> Path:
+        """Write one HTML page with all of the plan: it opens from disk, in any browser, without a network.
+
+        Memory over the step, plain and planned; extra time against peak; the tree of modules; all values; what was
+        measured and what was estimated. About a megabyte for 10,000 ops. Folders on the way are made.
+
+        Args:
+            path: of the page.
+            frontier: what other budgets cost, to be drawn around the plan.
+            beside: ``(solver, peak_bytes, overhead)`` of schedules to mark beside ``candidates``, such as
+                ``recollect.plan.classics_of`` returns.
+
+        Raises:
+            ModuleNotFoundError: jinja2 is not installed (``pip install 'recollect[html]'``).
+        """
+        from recollect.show.report.render import write_page
+
+        return write_page(self, path, frontier=frontier, beside=beside)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw memory over the step, plain against planned, and save it where a path is given.
+
+        Args:
+            path: of the picture; its suffix decides the format, and folders on the way are made.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed (``pip install 'recollect[plots]'``).
+        """
+        from recollect.show.plots import memory_plot
+
+        return memory_plot(self, path)
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan with its program as JSON text (format ``recollect-plan``, version 1), also to ``path`` if given."""

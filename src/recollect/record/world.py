@@ -12,9 +12,10 @@ import random
 import sys
 import threading
 import types
-from collections import deque
+from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
 from typing import Any, Final
 
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 Convert = Callable[[Tensor], Tensor]
-_CONTAINERS = (dict, list, set, deque)
+_CONTAINERS = (OrderedDict, dict, list, set, deque)
 DATA_SET_ITEMS: Final = 10_000
 """What is in a container with more items than this is not looked at: it is data, and looking takes time."""
 SMALL_ARRAY_BYTES: Final = 1 << 20
@@ -119,7 +120,7 @@ def undisturbed(
 def _attributes(module: nn.Module) -> list[tuple[str, Any, Any]]:
     """Name, object and, for containers, a shallow copy of every attribute."""
     return [
-        (k, v, v.copy() if isinstance(v, _CONTAINERS) else None) for k, v in vars(module).items()
+        (k, v, _content(v) if isinstance(v, _CONTAINERS) else None) for k, v in vars(module).items()
     ]  # the containers of nn.Module itself (_parameters, _buffers, _modules) are among them
 
 
@@ -142,7 +143,7 @@ def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], 
     pending = list(_mentioned(fn, args, kwargs))
     for module in {id(m): m for root in modules for m in root.modules()}.values():
         pending += [h for table in _hook_tables(module) for h in table.values()]
-        pending += [cls for cls in type(module).__mro__ if not _of_a_library(cls.__module__)]
+        pending += type(module).__mro__
         pending += (v for k, v in vars(module).items() if k not in _MODULE_TABLES)
     found: dict[int, Any] = {}
     while pending:
@@ -158,8 +159,11 @@ def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], 
 def _inside(thing: Any) -> list[Any] | None:
     """What a thing that may change leads to; None for what cannot change, or is not the user's."""
     if isinstance(thing, (*_CONTAINERS, tuple)):
-        items = thing.values() if isinstance(thing, dict) else thing
-        return list(items) if len(items) <= DATA_SET_ITEMS else []
+        if isinstance(thing, tuple):
+            return list(tuple.__iter__(thing))
+        if _plain(thing).__len__(thing) > DATA_SET_ITEMS:
+            return []
+        return [v for _, v in _content(thing)] if isinstance(thing, dict) else _content(thing)
     if isinstance(thing, (*_generator_types(), bytearray)) or _is_small_array(thing):
         return []
     if isinstance(thing, functools._lru_cache_wrapper):
@@ -167,9 +171,9 @@ def _inside(thing: Any) -> list[Any] | None:
     if isinstance(thing, (staticmethod, classmethod, property, functools.partial, types.MethodType)):
         return [getattr(thing, n) for n in ("__func__", "__self__", "fget", "func", "args") if hasattr(thing, n)]
     if isinstance(thing, types.FunctionType):
-        return None if _of_a_library(thing.__module__) else [thing, *_mentioned(thing, (), {})]
+        return None if _is_foreign(thing.__module__) else [thing, *_mentioned(thing, (), {}, depth=1)]
     if isinstance(thing, type):
-        return None if _of_a_library(thing.__module__) else list(vars(thing).values())
+        return None if _is_foreign(thing.__module__) else list(vars(thing).values())
     if isinstance(thing, (Tensor, nn.Module, types.ModuleType)) or not hasattr(thing, "__dict__"):
         return None
     own = isinstance(thing, (types.SimpleNamespace, threading.local)) or not _of_a_library(type(thing).__module__)
@@ -178,8 +182,34 @@ def _inside(thing: Any) -> list[Any] | None:
 
 def _of_a_library(module: str | None) -> bool:
     """Whether a class or function is Python's, torch's, NumPy's or ours: what they keep is not for us to put back."""
-    root = (module or "").split(".")[0]
+    root = _root(module)
     return root != "__main__" and (root in sys.stdlib_module_names or root in ("torch", "numpy", "recollect"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_foreign(module: str | None) -> bool:
+    """Whether code is a library's, or of an installed file that knows nothing of torch, so that it keeps no tensors.
+
+    From one import to the next those would lead through all that is installed.
+    """
+    return _of_a_library(module) or (_is_installed(module) and not _knows_torch(module))
+
+
+def _is_installed(module: str | None) -> bool:
+    """Whether a file lies where installers put them."""
+    file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
+    return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
+
+
+def _knows_torch(module: str | None) -> bool:
+    names = list(vars(sys.modules[module or ""]).values())
+    modules = (v.__name__ for v in names if isinstance(v, types.ModuleType))
+    owners = (v.__module__ for v in names if isinstance(v, (type, types.FunctionType)))
+    return any(_root(name) == "torch" for name in (*modules, *owners))
+
+
+def _root(module: str | None) -> str:
+    return (module or "").split(".")[0]
 
 
 def _is_small_array(thing: Any) -> bool:
@@ -205,7 +235,7 @@ def _generator_types() -> tuple[type, ...]:
 def _way_back(thing: Any) -> tuple[Any, ...]:
     """A function and its arguments that bring a container or generator back to its state of now."""
     if isinstance(thing, _CONTAINERS):
-        return _refill, thing, thing.copy()
+        return _refill, thing, _content(thing)
     if isinstance(thing, types.FunctionType):
         return _rebind, thing, _bindings(thing)
     if isinstance(thing, type):
@@ -214,7 +244,7 @@ def _way_back(thing: Any) -> tuple[Any, ...]:
         return _clear_if_used, thing, thing.cache_info().misses
     if isinstance(thing, bytearray) or _is_small_array(thing):
         return thing.__setitem__, slice(None) if isinstance(thing, bytearray) else ..., thing.copy()
-    if isinstance(thing, random.Random):
+    if isinstance(thing, random.Random) and not isinstance(thing, random.SystemRandom):  # that one has no state
         return thing.setstate, thing.getstate()
     if isinstance(thing, torch.Generator) or hasattr(thing, "set_state"):
         return thing.set_state, thing.get_state()
@@ -252,26 +282,37 @@ def _clear_if_used(cached: Any, misses: int) -> None:
         cached.cache_clear()
 
 
-def _refill(container: Any, content: Any) -> None:
+def _plain(container: Any) -> Any:
+    """The class of Python's own that a container derives from, for its methods.
+
+    A subclass may do something else when it is read: load modules, make objects, count.
+    """
+    return next(base for base in _CONTAINERS if isinstance(container, base))
+
+
+def _content(container: Any) -> list[Any]:
+    """What is in a container: items, or pairs of key and value."""
+    plain = _plain(container)
+    return list(plain.items(container) if isinstance(container, dict) else plain.__iter__(container))
+
+
+def _refill(container: Any, content: list[Any]) -> None:
     """Give a container its former content, if it has another one now."""
-    if len(container) == len(content) and all(a is b for a, b in zip(_items(container), _items(content), strict=True)):
+    now = _content(container)
+    if len(now) == len(content) and all(map(_is_same, now, content)):
         return
-    if isinstance(container, list):
-        container[:] = content
-    elif isinstance(container, deque):
-        container.clear()
-        container.extend(content)
-    else:
-        container.clear()
-        container.update(content)
-
-
-def _items(container: Any) -> Iterator[Any]:
+    plain = _plain(container)
+    plain.clear(container)
     if isinstance(container, dict):
-        for pair in container.items():
-            yield from pair
+        for key, value in content:
+            plain.__setitem__(container, key, value)
     else:
-        yield from container
+        (plain.update if isinstance(container, set) else plain.extend)(container, content)
+
+
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two items are the same object, or two pairs made of the same ones."""
+    return a is b or (type(a) is type(b) is tuple and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1])
 
 
 @contextmanager
@@ -341,11 +382,11 @@ def leaves_of(outputs: Sequence[Tensor], since: Any) -> list[Tensor]:
 @contextmanager
 def gradients_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Put the gradients of these leaves back at the end; until then their hooks (the user's) do not run."""
-    kept = [(leaf, leaf.grad, {name: getattr(leaf, name) for name in _HOOKS}) for leaf in leaves]
+    kept = [(leaf, leaf.grad, {name: t for name in _HOOKS if (t := getattr(leaf, name))}) for leaf in leaves]
     try:
-        for leaf, _, _ in kept:
-            for name in _HOOKS:
-                setattr(leaf, name, None)
+        for leaf, _, hooks in kept:
+            for name in hooks:
+                setattr(leaf, name, {})  # None would not reach those hooks that run after the gradient is there
         yield
     finally:
         for leaf, grad, hooks in kept:

@@ -22,6 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
+from recollect.record.values import storage_of
+
 
 @dataclass(frozen=True)
 class Account:
@@ -112,10 +114,10 @@ def _add_up(events: Iterable[tuple[int, int, int]], before_bytes: int) -> Accoun
 def resident(*things: nn.Module | torch.optim.Optimizer | Tensor) -> int:
     """Bytes of the storages behind modules (parameters, buffers, gradients), optimizer states and tensors.
 
-    Each storage counts once, however many tensors view it.
+    Each storage counts once, however many tensors view it; sparse tensors do not count.
     """
-    storages = (t.untyped_storage() for thing in things for t in _tensors(thing))
-    return sum({s.data_ptr(): s.nbytes() for s in storages}.values())
+    storages = (storage_of(t) for thing in things for t in _tensors(thing))
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s is not None}.values())
 
 
 def _tensors(thing: nn.Module | torch.optim.Optimizer | Tensor) -> Iterator[Tensor]:

@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 _MEGA: Final = 1e6
 
 
-def memory_plot(plan: Plan, path: str | Path) -> Path:
-    """Save memory over the step, plain against planned, with the budget, the peak and where the backward begins.
+def memory_plot(plan: Plan, path: str | Path | None = None) -> Figure:
+    """Draw memory over the step, plain against planned, with the budget, the peak and where the backward begins.
 
-    The x axis is seconds, as the program has them, or the number of the run where it has none. The suffix of ``path``
-    decides the format; folders on the way are made.
+    The x axis is seconds, as the program has them, or the number of the run where it has none. The picture is saved
+    where a path is given; its suffix decides the format, and folders on the way are made.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed (``pip install 'recollect[plots]'``).
     """
     from matplotlib.figure import Figure
 
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
     figure = Figure(figsize=(10, 4.5), layout="constrained")
     draw_memory(figure.subplots(), plan)
-    figure.savefig(target, dpi=130)
-    return target
+    if path is not None:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=130)
+    return figure
 
 
 def frontier_plot(front: Frontier, path: str | Path | None = None, *, beside: Sequence[str] = ()) -> Figure:

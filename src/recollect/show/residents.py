@@ -22,7 +22,7 @@ CATEGORIES: Final = (
 )
 """What may fill memory, in the order in which it is listed."""
 
-_OF_KIND: Final = {
+KIND_CATEGORIES: Final = {
     "parameter": "parameters",
     "buffer": "buffers",
     "input": "inputs",
@@ -208,8 +208,8 @@ def _scratch(moment: _Moment) -> Resident:
 
 def _category(moment: _Moment, copy: _Copy) -> str:
     program, value = moment.program, moment.program.values[copy.value]
-    if value.kind in _OF_KIND or value.fixed:
-        return _OF_KIND.get(value.kind, "inputs")
+    if value.kind in KIND_CATEGORIES or value.fixed:
+        return KIND_CATEGORIES.get(value.kind, "inputs")
     if copy.run in moment.further_runs:
         return "recomputed activations"
     return "saved activations" if _is_saved(program, copy, moment) else "temporaries"

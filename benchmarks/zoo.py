@@ -1,0 +1,464 @@
+"""The zoo: do real architectures train within a budget, bit for bit as without?
+
+For every model of ``zoo_models``, in a process of its own: three plain steps of SGD, then three with recollect at 60 %
+of the plain peak and three at the floor; losses, gradients, parameters, buffers and random generators must be equal to
+the last bit, and the second step must stay within the budget by the allocator's account. Where the library has a switch
+for checkpointing, recollect gets the peak that the switch reaches, and both are timed beside plain training, in turns.
+
+Run: ``python benchmarks/zoo.py --page docs/zoo.md --results zoo.json``; libraries: ``pip install -e '.[zoo]'``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import importlib.metadata
+import json
+import os
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
+
+import recollect
+from recollect.run.account import account, resident
+from recollect.show.text import format_bytes
+
+SHARE = 0.6
+STEPS = 3
+
+
+@dataclass
+class Trial:
+    """Three steps with recollect at one budget.
+
+    Attributes:
+        budget_bytes: what it was given.
+        predicted_bytes: the plan's peak.
+        measured_bytes: the peak of the second step by the allocator's account.
+        same: losses, gradients, parameters, buffers and generators are those of plain training.
+        overhead: extra time that the plan expects, as a fraction.
+        reruns: operators run again in all steps.
+        deviations: steps that left the path.
+        warned: what recollect warned of.
+        different: the first thing that differs from plain training.
+    """
+
+    budget_bytes: int
+    predicted_bytes: int
+    measured_bytes: int
+    same: bool
+    overhead: float
+    reruns: int
+    deviations: int
+    warned: list[str]
+    different: str = ""
+
+    @property
+    def within(self) -> bool:
+        """Whether the budget was kept."""
+        return self.measured_bytes <= self.budget_bytes
+
+
+@dataclass
+class Race:
+    """The library's switch and recollect at the peak that the switch reaches; extra time as a fraction of plain."""
+
+    switch_bytes: int = 0
+    floor_bytes: int = 0
+    measured_bytes: int = 0
+    switch_extra: float = 0.0
+    recollect_extra: float = 0.0
+    plain_seconds: float = 0.0
+    problem: str = ""
+
+
+@dataclass
+class Result:
+    """What was found out about one model."""
+
+    name: str
+    library: str
+    kind: str
+    recorded: str = ""
+    ops: int = 0
+    plain_bytes: int = 0
+    predicted_plain_bytes: int = 0
+    floor_bytes: int = 0
+    trials: dict[str, Trial] = field(default_factory=dict)
+    race: Race | None = None
+    seconds: float = 0.0
+    problem: str = ""
+
+
+@dataclass
+class Trace:
+    """What three steps have left behind, to be compared bit for bit."""
+
+    tensors: dict[str, Tensor]
+    peak_bytes: int
+
+
+Step = Callable[[], Tensor]
+
+
+def main() -> None:
+    """Run all models, or one."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help="a name, or a part of names, such as 'timm: vit'; all without")
+    parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
+    parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant; 0 skips the race")
+    parser.add_argument("--results", type=Path, help="JSON file of results, added to if it is there")
+    parser.add_argument("--page", type=Path, help="Markdown page to write")
+    parser.add_argument("--one", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.one is not None:
+        options.results.write_text(json.dumps(asdict(examine(ZOO[options.one], options.rounds))))
+        return
+    results = _stored(options.results)
+    keys = [f"{s.library}: {s.name}" for s in ZOO]
+    wanted = [options.only] if options.only in keys else [k for k in keys if (options.only or "").lower() in k.lower()]
+    for key in wanted:
+        results[key] = _in_process(keys.index(key), options.rounds, options.timeout)
+        print(_line(results[key]), flush=True)
+        if options.results:
+            options.results.write_text(json.dumps(results, indent=1))
+    if options.page:
+        options.page.write_text(page(list(results.values())))
+
+
+def _stored(path: Path | None) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path is not None and path.exists() else {}
+
+
+def _in_process(i: int, rounds: int, timeout: float) -> dict[str, Any]:
+    """One model in a process of its own: a crash or an endless loop is its own affair."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, __file__, "--one", str(i), "--rounds", str(rounds), "--results", str(out)]
+        problem = ""
+        try:
+            done = subprocess.run(command, timeout=timeout, capture_output=True, text=True, check=False)
+            if done.returncode:
+                problem = f"process ended with {done.returncode}: {done.stderr.strip()[-400:]}"
+        except subprocess.TimeoutExpired:
+            problem = f"not done after {timeout:.0f} s"
+        if out.exists():
+            return json.loads(out.read_text())
+        s = ZOO[i]
+        return asdict(Result(s.name, s.library, s.kind, problem=problem))
+
+
+# ---- one model -------------------------------------------------------------------------------------------------------
+
+
+def examine(specimen: Specimen, rounds: int) -> Result:
+    """Everything about one model; never raises."""
+    result = Result(specimen.name, specimen.library, specimen.kind)
+    begin = time.perf_counter()
+    try:
+        tell_torchvision_of_its_operators()
+        _examine(specimen, rounds, result)
+    except Exception as error:  # noqa: BLE001 what does not work is a row of the table
+        result.problem = f"{type(error).__name__}: {str(error)[:400]}"
+        traceback.print_exc()
+    result.seconds = time.perf_counter() - begin
+    return result
+
+
+def _examine(specimen: Specimen, rounds: int, result: Result) -> None:
+    torch.manual_seed(0)
+    model = specimen.model().train()
+    inputs = specimen.inputs()
+    plain = trace(*_step(specimen, copy.deepcopy(model), inputs))
+    result.plain_bytes = plain.peak_bytes
+    _try(specimen, model, inputs, plain, int(SHARE * plain.peak_bytes), "60 %", result)
+    if result.floor_bytes:
+        _try(specimen, model, inputs, plain, result.floor_bytes, "floor", result)
+    if specimen.switch is not None and rounds:
+        try:
+            result.race = race(specimen, model, inputs, rounds)
+        except Exception as error:  # noqa: BLE001 a row of the table, too
+            result.race = Race(problem=f"beside the switch: {type(error).__name__}: {str(error)[:400]}")
+
+
+def _try(
+    specimen: Specimen, model: nn.Module, inputs: Any, plain: Trace, budget: int, label: str, result: Result
+) -> None:
+    """A trial of recollect; an infeasible one says where the floor is."""
+    twin = copy.deepcopy(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        wrapped = recollect.checkpoint(_loss(specimen, twin), budget=budget)
+        try:
+            found = trace(twin, inputs, lambda: wrapped(**inputs))
+        except recollect.InfeasibleBudget as error:
+            result.floor_bytes = error.floor_bytes
+            return
+    stats = recollect.stats(wrapped)
+    if stats.plan is not None:
+        result.floor_bytes, result.predicted_plain_bytes = stats.plan.floor_bytes, stats.plan.plain_peak_bytes
+        result.recorded, result.ops = stats.plan.program.recorded, len(stats.plan.program.ops)
+    different = first_difference(plain, found)
+    if different and first_difference(plain, trace(*_step(specimen, copy.deepcopy(model), inputs))):
+        different += " (plain training differs from run to run, too)"
+    result.trials[label] = Trial(
+        budget, stats.plan.peak_bytes if stats.plan else 0, found.peak_bytes, not different,
+        stats.plan.overhead if stats.plan else 0.0, stats.reruns, stats.deviations,
+        sorted({str(w.message)[:300] for w in caught if "recollect" in str(w.message)}), different,
+    )  # fmt: skip
+
+
+def _loss(specimen: Specimen, model: nn.Module) -> Callable[..., Tensor]:
+    return lambda **inputs: specimen.loss(model(**inputs))
+
+
+def _step(specimen: Specimen, model: nn.Module, inputs: Any) -> tuple[nn.Module, Any, Step]:
+    loss = _loss(specimen, model)
+    return model, inputs, lambda: loss(**inputs)
+
+
+def trace(model: nn.Module, inputs: Any, loss: Step) -> Trace:
+    """Train a few steps; the second one under the allocator's account."""
+    torch.manual_seed(1)
+    random.seed(1)
+    optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-2)
+    seen: dict[str, Tensor] = {}
+    peak = 0
+    for k in range(STEPS):
+        optimizer.zero_grad()
+
+        def step(k: int = k) -> None:
+            value = loss()
+            value.backward()
+            seen[f"loss of step {k}"] = value.detach().clone()
+
+        if k == 1:
+            tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
+            peak = account(step, resident(model, *tensors)).peak_bytes
+        else:
+            step()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                seen[f"gradient of {name} in step {k}"] = p.grad.clone()
+        optimizer.step()
+    seen |= {f"{name} after the last step": t.detach().clone() for name, t in model.state_dict().items()}
+    seen["random generator"] = torch.get_rng_state()
+    return Trace(seen, peak)
+
+
+def first_difference(a: Trace, b: Trace) -> str:
+    """Name of the first tensor that is not the same to the last bit."""
+    if a.tensors.keys() != b.tensors.keys():
+        return f"{min(a.tensors.keys() ^ b.tensors.keys())} is there only once"
+    return next((name for name, t in a.tensors.items() if not _same(t, b.tensors[name])), "")
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
+
+
+# ---- beside the library's switch -------------------------------------------------------------------------------------
+
+
+def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race:
+    """Extra time of the switch, and of recollect at the peak that the switch reaches."""
+    assert specimen.switch is not None
+    switched = copy.deepcopy(model)
+    specimen.switch(switched)
+    peak = trace(*_step(specimen, switched, inputs)).peak_bytes
+    planned = copy.deepcopy(model)
+    wrapped = recollect.checkpoint(_loss(specimen, planned), budget=peak)
+    try:
+        measured = trace(planned, inputs, lambda: wrapped(**inputs)).peak_bytes
+    except recollect.InfeasibleBudget as error:
+        return Race(peak, error.floor_bytes, problem=f"the switch's peak, {format_bytes(peak)}, is below the floor")
+    plan = recollect.stats(wrapped).plan
+    steps = {
+        "plain": _step(specimen, copy.deepcopy(model), inputs),
+        "switch": _step(specimen, switched, inputs),
+        "recollect": (planned, inputs, lambda: wrapped(**inputs)),
+    }
+    seconds = seconds_of(steps, rounds)
+    ratio = {k: statistics.median(x / p for x, p in zip(s, seconds["plain"], strict=True)) - 1
+             for k, s in seconds.items()}  # fmt: skip
+    return Race(
+        peak, plan.floor_bytes if plan else 0, measured, ratio["switch"], ratio["recollect"],
+        statistics.median(seconds["plain"]),
+    )  # fmt: skip
+
+
+def seconds_of(steps: dict[str, tuple[nn.Module, Any, Step]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every step, the steps taking turns, in another order each time."""
+    samples: dict[str, list[float]] = {name: [] for name in steps}
+    order, shuffle = list(steps), random.Random(0)
+    for _ in range(rounds + 1):
+        shuffle.shuffle(order)
+        for name in order:
+            model, _, loss = steps[name]
+            model.zero_grad()
+            begin = time.perf_counter()
+            loss().backward()
+            samples[name].append(time.perf_counter() - begin)
+    return {name: s[1:] for name, s in samples.items()}
+
+
+def _line(r: dict[str, Any]) -> str:
+    """One line for the terminal."""
+    cells = [f"{r['library'][:14]:14s} {r['name'][:26]:26s} {r['recorded']:4s} {r['seconds']:4.0f}s"]
+    cells.append(f"plain {r['plain_bytes'] / 1e6:6.1f} MB (predicted {r['predicted_plain_bytes'] / 1e6:6.1f})")
+    for label, t in r["trials"].items():
+        verdict = "same" if t["same"] else f"DIFFERS: {t['different']}"
+        kept = "" if t["measured_bytes"] <= t["budget_bytes"] else " OVER BUDGET"
+        sizes = "/".join(f"{t[k] / 1e6:.1f}" for k in ("budget_bytes", "predicted_bytes", "measured_bytes"))
+        cells.append(f"{label}: {sizes} {t['overhead']:.1%} {verdict}{kept} {t['warned'] or ''}")
+    if r["race"]:
+        race = r["race"]
+        cells.append(race["problem"] or f"switch {race['switch_extra']:.1%}, recollect {race['recollect_extra']:.1%}")
+    return " | ".join([*cells, r["problem"]])
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+PAGE = """# The zoo
+
+Models of the libraries that people train with, as these ship them, small and randomly initialised. Every row is three
+steps of SGD in a process of its own. *Same bits*: losses, gradients, parameters, buffers and the random generator are,
+after every step, those of plain training. Peaks are the allocator's own account of the second step. *Floor* is the
+smallest budget for which recollect has a plan; the last column is what a step at that budget took.
+
+`python benchmarks/zoo.py --results zoo.json --page docs/zoo.md` makes this page ({versions}; {date}; CPU, one thread).
+
+{summary}
+
+## Budgets
+
+{budgets}
+
+## Beside the library's own switch
+
+Extra time over plain training, of `gradient_checkpointing_enable()`, `enable_gradient_checkpointing()` or
+`set_grad_checkpointing()`, and of recollect with the peak that this switch reaches as its budget: steps in turns,
+median of the ratios, on a machine that did other work at the same time. *Ratio* is recollect's extra time
+over the switch's.
+
+{races}
+
+## What does not work, and why
+
+{problems}
+"""
+PACKAGES = ("torch", "transformers", "diffusers", "timm", "segmentation_models_pytorch", "torch_geometric",
+            "x_transformers", "peft")  # fmt: skip
+
+
+BUDGET_COLUMNS = ("model", "kind", "recorded", "ops", "plain", "budget", "predicted", "measured", "overhead",
+                  "same bits", "floor", "at the floor")  # fmt: skip
+RACE_COLUMNS = ("model", "plain step", "peak of the switch", "recollect's peak", "switch", "recollect", "ratio")
+
+
+def page(results: list[dict[str, Any]]) -> str:
+    """The page of the docs."""
+    races = [r for r in results if r["race"] and not r["race"]["problem"]]
+    return PAGE.format(
+        versions=", ".join(_versions()),
+        date=time.strftime("%Y-%m-%d"),
+        summary=_summary(results, races),
+        budgets=_table(BUDGET_COLUMNS, map(_budget_row, results)),
+        races=_table(RACE_COLUMNS, map(_race_row, races)),
+        problems="\n".join(f"- **{r['name']}** ({r['library']}): {text}" for r in results if (text := _trouble(r)))
+        or "Nothing of the above.",
+    )
+
+
+def _versions() -> list[str]:
+    found = []
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _main_trial(r: dict[str, Any]) -> dict[str, Any] | None:
+    """That at 60 %, or at the floor where that is higher."""
+    return r["trials"].get("60 %") or r["trials"].get("floor")
+
+
+def _budget_row(r: dict[str, Any]) -> list[str]:
+    name = f"{r['name']} ({r['library']})"
+    t, floor = _main_trial(r), r["trials"].get("floor")
+    if t is None:
+        return [name, r["kind"], r["recorded"] or "-", *["-"] * 9]
+    sizes = [format_bytes(n) for n in (r["plain_bytes"], t["budget_bytes"], t["predicted_bytes"], t["measured_bytes"])]
+    at_floor = f"{format_bytes(floor['measured_bytes'])}, {'same' if floor['same'] else 'differs'}" if floor else "-"
+    return [name, r["kind"], r["recorded"], str(r["ops"]), *sizes, f"{t['overhead']:.1%}",
+            "yes" if t["same"] else "no", format_bytes(r["floor_bytes"]), at_floor]  # fmt: skip
+
+
+def _race_row(r: dict[str, Any]) -> list[str]:
+    race = r["race"]
+    return [
+        f"{r['name']} ({r['library']})", f"{race['plain_seconds'] * 1e3:.0f} ms", format_bytes(race["switch_bytes"]),
+        format_bytes(race["measured_bytes"]), f"{race['switch_extra']:.1%}", f"{race['recollect_extra']:.1%}",
+        f"{_ratio(race):.2f}",
+    ]  # fmt: skip
+
+
+def _ratio(race: dict[str, Any]) -> float:
+    return race["recollect_extra"] / race["switch_extra"] if race["switch_extra"] > 0 else float("nan")
+
+
+def _trouble(r: dict[str, Any]) -> str:
+    """What is wrong with a model's result, in words; "" if nothing is."""
+    found = [r["problem"]] if r["problem"] else []
+    for label, t in r["trials"].items():
+        if not t["same"]:
+            found.append(f"at {label}: {t['different']} differs from plain training")
+        if t["measured_bytes"] > t["budget_bytes"]:
+            found.append(f"at {label}: {t['measured_bytes'] - t['budget_bytes']:,} bytes over the budget")
+        found += [f"at {label}: {w}" for w in t["warned"]]
+    if "60 %" not in r["trials"] and "floor" in r["trials"]:
+        found.append(f"60 % of the plain peak is below the floor, {r['floor_bytes'] / r['plain_bytes']:.0%}")
+    if r["race"] and r["race"]["problem"]:
+        found.append(r["race"]["problem"])
+    return "; ".join(found)
+
+
+def _summary(results: list[dict[str, Any]], races: list[dict[str, Any]]) -> str:
+    trials = [t for r in results if (t := _main_trial(r))]
+    good = sum(t["same"] and t["measured_bytes"] <= t["budget_bytes"] for t in trials)
+    wrong = sum(not t["same"] for r in results for t in r["trials"].values())
+    lines = [f"{len(results)} models: {good} the same to the last bit and within the budget; {wrong} wrong."]
+    if races:
+        ratios = [_ratio(r["race"]) for r in races]
+        faster = sum(r["race"]["recollect_extra"] < r["race"]["switch_extra"] for r in races)
+        lines.append(
+            f"{len(races)} with a switch: recollect takes less extra time in {faster}; median ratio "
+            f"{statistics.median(x for x in ratios if x == x):.2f}."
+        )
+    return " ".join(lines)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+    main()
