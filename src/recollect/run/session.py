@@ -173,7 +173,8 @@ class Session:
                 if not is_out_of_memory(error):
                     raise
                 refusal = without_frames(error)
-            is_safe, reached = not tape.has_effects, tape.n_ops if tape.following else None
+            is_safe = not tape.has_effects and not any(map(tape.has_made, _outlasting(self.fn, args, kwargs)))
+            reached = tape.n_ops if tape.following else None
             tape.rewind()
             del tape  # with the error's frames, all that the forward has made: now there is room to plan
             free_memory()
@@ -359,6 +360,14 @@ def _taken_over() -> bool:
     """Whether an outer recording or tape sees every operator already."""
     stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return any(isinstance(mode, (Tape, Recorder)) for mode in stack)
+
+
+def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Parameters, buffers and gradients: if a forward made one of them, running it once more would do so again."""
+    for _, _, tensor in named_tensors(reachable_modules(fn, args, kwargs)):
+        yield tensor
+        if tensor.is_leaf and tensor.grad is not None:
+            yield tensor.grad
 
 
 def _obstacle() -> str:
