@@ -120,3 +120,35 @@ def test_a_forward_that_leaves_something_behind_is_not_tried_again(between: Any)
     with pytest.raises(torch.OutOfMemoryError, match="Tried to"):
         model(x)
     assert recollect.stats(model).retries == 0
+
+
+@pytest.mark.parametrize("in_module", [True, False])
+@pytest.mark.parametrize("rows", [(64, 64, 64), (64, 96)], ids=str)
+def test_several_forwards_in_one_autocast_region(rows: tuple[int, ...], in_module: bool) -> None:
+    """They share the casts of the weights, also where a recording comes between them."""
+
+    def train(model: nn.Module, call: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = sum(call(torch.randn(n, WIDTH)).float() for n in rows)
+        loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    def of_closure(model: nn.Module) -> Callable[[Tensor], Tensor]:
+        weights = [(layer.weight, layer.bias) for layer in model.layers]  # type: ignore[union-attr]
+
+        def forward(x: Tensor) -> Tensor:
+            for weight, bias in weights:
+                x = nn.functional.linear(x, weight, bias).tanh()
+            return x.square().mean()
+
+        return forward
+
+    torch.manual_seed(0)
+    model = Net(lambda model, k, h: h.sin())
+    call = model if in_module else of_closure(model)
+    expected = train(model, call)
+    checkpointed = recollect.checkpoint(call, budget=0.9, time_limit_seconds=0.1)
+    for _ in range(3):
+        assert all(map(torch.equal, train(model, checkpointed), expected))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.program import InfeasibleBudget, Plan, Program
+from recollect.record.casts import mark_casts
 from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
@@ -155,6 +156,7 @@ class Session:
         elif torch.is_grad_enabled():
             self._counts.calls += 1
             entry = self._entry(args, kwargs)
+            mark_casts()
         with self._turns.call():
             if entry is None or entry.instructions is None:
                 return self._without_tape(entry, args, kwargs)
