@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from recollect.program import Program
 from recollect.record.assemble import assemble
+from recollect.record.casts import casts_in_use, forget_casts
 from recollect.record.recorder import Recorder
 from recollect.record.timing import Progress, estimate_all, measure_all
 from recollect.record.values import fingerprint, storage_of
@@ -119,11 +120,14 @@ def _fake_world(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     converted: dict[int, Tensor] = {}
     originals: list[Tensor] = []  # an id stays taken while its tensor lives
+    running = False
 
     def convert(tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in converted:
+            if running and tensor.is_leaf and tensor.requires_grad and casts_in_use():
+                raise RuntimeError("autocast's cache must not get to know a fake cast of a real weight")
             originals.append(tensor)
             with torch.utils._python_dispatch._disable_current_modes():
                 fake = mode.from_tensor(tensor)
@@ -137,6 +141,7 @@ def _fake_world(
         warnings.simplefilter("ignore")
         swap_tensors(modules, convert)
         fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert)
+        running = True
         with mode:
             yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, lambda t: None, None)
 
@@ -235,7 +240,7 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
         stack.enter_context(recorder)
         with paths, recorder.hooks():
             result = fn(*world.args, **world.kwargs)
-        torch.clear_autocast_cache()
+        forget_casts()
         recorder.forward_ends()
         outputs = differentiable_outputs(result)
         if not outputs:

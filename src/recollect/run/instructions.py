@@ -13,6 +13,9 @@ from itertools import accumulate
 
 from recollect.program import Plan, Program, Schedule, Timeline, simulate
 
+UNSEEN = "is changed by something that torch does not see"
+"""How the reasons end of ops that must not run again because NumPy or compiled code writes what they make or read."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rerun:
@@ -57,6 +60,7 @@ class Instructions:
         beside_bytes: what anything but the values that the tape holds takes at most: in the forward, then from each
             request of the backward to the next.
         fixed_bytes: what is always there.
+        writes_unseen: the forward is known to write memory in ways that torch does not see.
     """
 
     path: tuple[tuple[str, tuple[int, ...]], ...]
@@ -72,6 +76,7 @@ class Instructions:
     budget_bytes: int | None = None
     beside_bytes: tuple[int, ...] = (0,)
     fixed_bytes: int = 0
+    writes_unseen: bool = False
 
     @cached_property
     def planned(self) -> frozenset[int]:
@@ -158,6 +163,7 @@ class _Compiler:
             budget_bytes=self.budget_bytes,
             beside_bytes=self._beside(stays, timeline),
             fixed_bytes=self.program.fixed_bytes,
+            writes_unseen=any(op.repeatable.endswith(UNSEEN) for op in ops),
         )
 
     def _reruns(self) -> set[int]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.program import InfeasibleBudget, Plan, Program
+from recollect.record.casts import mark_casts
 from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
@@ -155,6 +156,7 @@ class Session:
         elif torch.is_grad_enabled():
             self._counts.calls += 1
             entry = self._entry(args, kwargs)
+            mark_casts()
         with self._turns.call():
             if entry is None or entry.instructions is None:
                 return self._without_tape(entry, args, kwargs)
@@ -173,7 +175,8 @@ class Session:
                 if not is_out_of_memory(error):
                     raise
                 refusal = without_frames(error)
-            is_safe, reached = not tape.has_effects, tape.n_ops if tape.following else None
+            is_safe = not tape.has_effects and not any(map(tape.has_made, _outlasting(self.fn, args, kwargs)))
+            reached = tape.n_ops if tape.following else None
             tape.rewind()
             del tape  # with the error's frames, all that the forward has made: now there is room to plan
             free_memory()
@@ -359,6 +362,14 @@ def _taken_over() -> bool:
     """Whether an outer recording or tape sees every operator already."""
     stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return any(isinstance(mode, (Tape, Recorder)) for mode in stack)
+
+
+def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Parameters, buffers and gradients: if a forward made one of them, running it once more would do so again."""
+    for _, _, tensor in named_tensors(reachable_modules(fn, args, kwargs)):
+        yield tensor
+        if tensor.is_leaf and tensor.grad is not None:
+            yield tensor.grad
 
 
 def _obstacle() -> str:

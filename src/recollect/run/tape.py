@@ -120,6 +120,8 @@ class Tape(TorchDispatchMode):
         self._lingering: list[weakref.ref[torch.UntypedStorage]] = []
         self._overwritten_outside: set[int] = set()
         """What this forward has overwritten of what it did not make."""
+        self.has_effects = False
+        """Whether the forward has, or may have, changed what it did not make, so that it cannot be run once more."""
         self._excess_bytes = self._kept_excess_bytes = self._largest_bytes = 0
         self.sizes: dict[int, int] = {}
         """What values take for real, where it checks: fake kernels err about workspaces."""
@@ -163,6 +165,8 @@ class Tape(TorchDispatchMode):
         else:  # what it makes gets its numbers in any case; that nobody asks what it read saves time
             inputs, reads, expected = [], _UNREAD, True
         rescued = self._rescue(written, expected) if written else _NOTHING
+        if facts.never_again or any(self._is_outside(t) for t in written):
+            self.has_effects = True  # before it runs: it may run out of memory half-way
         if facts.random:
             self._remember_generators((*args, *kwargs.values()))
         entry, memory = None, Memory()
@@ -186,10 +190,10 @@ class Tape(TorchDispatchMode):
             self._shrink()
         return out
 
-    @property
-    def has_effects(self) -> bool:
-        """Whether the forward has changed something that it did not make, so that it cannot be run once more."""
-        return bool(self._overwritten_outside)
+    def has_made(self, tensor: Tensor) -> bool:
+        """Whether this forward has made what the tensor looks at."""
+        storage = storage_of(tensor)
+        return storage is not None and self._map is not None and self._map.number(storage) >= 0
 
     def rewind(self) -> None:
         """Put the generators that were handed to operators back to where the forward found them."""
@@ -240,7 +244,7 @@ class Tape(TorchDispatchMode):
             self._entries[k] = ready = entry.finish(seen, outputs)
             self._maker.update((n, k) for n, _ in seen.writes)
             made = dict(seen.writes)
-            compared = self.following and self._check is not None and k in self.instructions.again
+            compared = self._check is not None and (k in self.instructions.again or not self.following)
             if compared and self._differs(k, ready, made, memory):
                 self._pinned.update(made)
         for number, tensor in seen.writes:
@@ -406,6 +410,10 @@ class Tape(TorchDispatchMode):
     def _deviate(self, reason: str) -> None:
         self.following = False
         self._go_online()
+        if self._check is None and self.instructions.writes_unseen:
+            self._check = SelfCheck()
+        if self._check is not None:
+            self._check.leave_path(self.n_ops)
         self._on_deviation(reason)
 
     def _go_online(self) -> None:
