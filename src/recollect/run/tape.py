@@ -410,16 +410,16 @@ class Tape(TorchDispatchMode):
     def _deviate(self, reason: str) -> None:
         self.following = False
         self._go_online()
-        if self._check is None and self.instructions.writes_unseen:
-            self._check = SelfCheck()
-        if self._check is not None:
-            self._check.leave_path(self.n_ops)
         self._on_deviation(reason)
 
     def _go_online(self) -> None:
         """From now on hold no more than the budget leaves beside everything else, by the plan's account of it."""
         if self.instructions.budget_bytes is not None:
             self._online = Online(self.instructions.budget_bytes)
+        if self._check is None and self.instructions.writes_unseen:
+            self._check = SelfCheck()
+        if self._check is not None:
+            self._check.leave_path(self.n_ops)
 
     def pack(self, tensor: Tensor) -> Any:
         """A handle for what autograd wants to save."""
