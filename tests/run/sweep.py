@@ -22,6 +22,7 @@ from recollect.plan.unroll import unroll
 from recollect.program import Plan, Program, Schedule, simulate
 from recollect.record import record
 from recollect.run import Tape, instructions_for
+from recollect.run.instructions import Instructions
 from recollect.run.selfcheck import SelfCheck
 from tests.run.compare import same
 
@@ -150,6 +151,27 @@ def examine(call: Callable[..., Any], sample: SampleInput) -> Outcome | None:
         wrong.append(f"{len(reruns)} ops ran again")
     drawn = not same(plain["generator"], torch.Generator().manual_seed(SEED).get_state())
     return account_of(plan, tuple(wrong), drawn)
+
+
+def wrong_off_path(op: OpInfo, dtype: torch.dtype, at_most: int) -> list[str]:
+    """What is not as in plain training where the first op leaves the path and the budget has room for nothing."""
+    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
+    wrong: list[str] = []
+    if dtype not in op.supported_backward_dtypes("cpu"):
+        return wrong
+    with quiet():
+        for sample in samples(op, dtype, at_most):
+            for call in calls_of(op, sample):
+                step = Step(call, sample.output_process_fn_grad)
+                args, kwargs = tree_map_only(Tensor, leaf, ((sample.input, *sample.args), dict(sample.kwargs)))
+                try:
+                    plain = observe(step, args, kwargs)
+                except RuntimeError:
+                    continue  # plain torch refuses this sample
+                if plain is not None:
+                    got = observe(step, args, kwargs, Tape(nowhere)) or {}
+                    wrong += [name for name, value in plain.items() if not same(got[name], value)]
+    return wrong
 
 
 def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:

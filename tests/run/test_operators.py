@@ -12,7 +12,7 @@ from torch.testing._internal.opinfo.core import OpInfo
 from recollect.record import record
 from recollect.run.entry import Entry
 from recollect.run.selfcheck import SelfCheck
-from tests.run.sweep import DTYPES, OPERATORS, Outcome, is_steady, name_of, sweep
+from tests.run.sweep import DTYPES, OPERATORS, Outcome, is_steady, name_of, sweep, wrong_off_path
 
 UNSTEADY = {
     "linalg.lstsq": "plain torch gives other last bits from run to run",
@@ -47,6 +47,13 @@ def test_operator_is_exact(op: OpInfo) -> None:
 @pytest.mark.parametrize("op", STEADY, ids=name_of)
 def test_operator_is_exact_in_every_dtype(op: OpInfo) -> None:
     assert_exact(op, sweep(op, DTYPES, at_most=10))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_operators_are_exact_off_the_path(dtype: torch.dtype) -> None:
+    wrong = {name_of(op): found for op in STEADY if (found := wrong_off_path(op, dtype, at_most=3))}
+    assert not wrong
 
 
 @pytest.mark.parametrize("name", UNSTEADY)
