@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
@@ -235,6 +236,7 @@ def trace(model: nn.Module, inputs: Any, loss: Step) -> Trace:
     """Train a few steps; the second one under the allocator's account."""
     torch.manual_seed(1)
     random.seed(1)
+    np.random.seed(1)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     seen: dict[str, Tensor] = {}
     peak = 0
@@ -257,6 +259,7 @@ def trace(model: nn.Module, inputs: Any, loss: Step) -> Trace:
         optimizer.step()
     seen |= {f"{name} after the last step": t.detach().clone() for name, t in model.state_dict().items()}
     seen["random generator"] = torch.get_rng_state()
+    seen["generators of Python and NumPy"] = torch.tensor([random.getrandbits(32), np.random.randint(1 << 31)])
     return Trace(seen, peak)
 
 
