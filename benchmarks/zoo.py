@@ -49,13 +49,14 @@ class Trial:
     Attributes:
         budget_bytes: what it was given.
         predicted_bytes: the plan's peak.
-        measured_bytes: the peak of the last step by the allocator's account.
+        measured_bytes: the peak of one step by the allocator's account.
         same: losses, gradients, parameters, buffers and generators are those of plain training.
         overhead: extra time that the plan expects, as a fraction.
         reruns: operators run again in all steps.
         deviations: steps that left the path.
         warned: what recollect warned of.
         different: the first thing that differs from plain training.
+        step: the step, counted from 1, whose peak was measured.
     """
 
     budget_bytes: int
@@ -67,6 +68,7 @@ class Trial:
     deviations: int
     warned: list[str]
     different: str = ""
+    step: int = STEPS
 
     @property
     def within(self) -> bool:
@@ -138,7 +140,7 @@ def main() -> None:
         if options.results:
             options.results.write_text(json.dumps(results, indent=1))
     if options.page:
-        options.page.write_text(page(list(results.values())))
+        options.page.write_text(page([results[key] for key in keys if key in results]))
 
 
 def _stored(path: Path | None) -> dict[str, Any]:
@@ -342,10 +344,12 @@ PAGE = """# The zoo
 
 Models of the libraries that people train with, as these ship them, small and randomly initialised. Every row is three
 steps of SGD in a process of its own. *Same bits*: losses, gradients, parameters, buffers and the random generator are,
-after every step, those of plain training. Peaks are the allocator's own account of the last step. *Floor* is the
+after every step, those of plain training. Peaks are the allocator's own account of step {step}. *Floor* is the
 smallest budget for which recollect has a plan; the last column is what a step at that budget took.
 
-`python benchmarks/zoo.py --results zoo.json --page docs/zoo.md` makes this page ({versions}; {date}; CPU, one thread).
+`python benchmarks/zoo.py --results zoo.json --page docs/zoo.md` makes this page
+({versions};
+{date}; CPU, one thread).
 
 {summary}
 
@@ -364,6 +368,8 @@ over the switch's.
 
 ## What does not work, and why
 
+Not run: {missing}.
+
 {problems}
 """
 PACKAGES = ("torch", "transformers", "diffusers", "timm", "segmentation_models_pytorch", "torch_geometric",
@@ -378,12 +384,15 @@ RACE_COLUMNS = ("model", "plain step", "peak of the switch", "recollect's peak",
 def page(results: list[dict[str, Any]]) -> str:
     """The page of the docs."""
     races = [r for r in results if r["race"] and not r["race"]["problem"]]
+    ran = {(r["library"], r["name"]) for r in results}
     return PAGE.format(
         versions=", ".join(_versions()),
         date=time.strftime("%Y-%m-%d"),
+        step=" or ".join(str(k) for k in sorted({t["step"] for r in results for t in r["trials"].values()})),
         summary=_summary(results, races),
         budgets=_table(BUDGET_COLUMNS, map(_budget_row, results)),
         races=_table(RACE_COLUMNS, map(_race_row, races)),
+        missing=", ".join(f"{s.name} ({s.library})" for s in ZOO if (s.library, s.name) not in ran) or "none",
         problems="\n".join(f"- **{r['name']}** ({r['library']}): {text}" for r in results if (text := _trouble(r)))
         or "Nothing of the above.",
     )
@@ -439,7 +448,7 @@ def _trouble(r: dict[str, Any]) -> str:
             found.append(f"at {label}: {t['different']} differs from plain training")
         if t["measured_bytes"] > t["budget_bytes"]:
             found.append(f"at {label}: {t['measured_bytes'] - t['budget_bytes']:,} bytes over the budget")
-        found += [f"at {label}: {w}" for w in t["warned"]]
+        found += [f"at {label}: {w.removeprefix('recollect: ').split(';')[0]}" for w in t["warned"]]
     if "60 %" not in r["trials"] and "floor" in r["trials"]:
         found.append(f"60 % of the plain peak is below the floor, {r['floor_bytes'] / r['plain_bytes']:.0%}")
     if r["race"] and r["race"]["problem"]:
@@ -448,10 +457,12 @@ def _trouble(r: dict[str, Any]) -> str:
 
 
 def _summary(results: list[dict[str, Any]], races: list[dict[str, Any]]) -> str:
-    trials = [t for r in results if (t := _main_trial(r))]
-    good = sum(t["same"] and t["measured_bytes"] <= t["budget_bytes"] for t in trials)
-    wrong = sum(not t["same"] for r in results for t in r["trials"].values())
-    lines = [f"{len(results)} models: {good} the same to the last bit and within the budget; {wrong} wrong."]
+    by_label = {label: [t for r in results if (t := r["trials"].get(label))] for label in ("60 %", "floor")}
+    wrong = sum(not t["same"] for trials in by_label.values() for t in trials)
+    lines = [f"{len(results)} of {len(ZOO)} models have been run; {wrong} gave other bits than plain training."]
+    for label, trials in by_label.items():
+        good = sum(t["same"] and t["measured_bytes"] <= t["budget_bytes"] for t in trials)
+        lines.append(f"Budget {label}: {len(trials)} had a plan, {good} were the same to the last bit and within it.")
     if races:
         ratios = [_ratio(r["race"]) for r in races]
         faster = sum(r["race"]["recollect_extra"] < r["race"]["switch_extra"] for r in races)
