@@ -5,7 +5,7 @@ of the plain peak and three at the floor; losses, gradients, parameters, buffers
 the last bit, and the last step must stay within the budget by the allocator's account. Where the library has a switch
 for checkpointing, recollect gets the peak that the switch reaches, and both are timed beside plain training, in turns.
 
-Run: ``python benchmarks/zoo.py --page docs/zoo.md --results zoo.json``; libraries: ``pip install -e '.[zoo]'``.
+Run: ``python benchmarks/zoo.py --results docs/zoo.json --page docs/zoo.md``; libraries: ``pip install -e '.[zoo]'``.
 """
 
 from __future__ import annotations
@@ -121,7 +121,9 @@ Step = Callable[[], Tensor]
 def main() -> None:
     """Run all models, or one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a name, or a part of names, such as 'timm: vit'; all without")
+    parser.add_argument(
+        "--only", help="a name, or a part of names, such as 'timm: vit'; without: all that have no results yet"
+    )
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant; 0 skips the race")
     parser.add_argument("--results", type=Path, help="JSON file of results, added to if it is there")
@@ -133,14 +135,20 @@ def main() -> None:
         return
     results = _stored(options.results)
     keys = [f"{s.library}: {s.name}" for s in ZOO]
-    wanted = [options.only] if options.only in keys else [k for k in keys if (options.only or "").lower() in k.lower()]
-    for key in wanted:
+    for key in _wanted(keys, options.only, results):
         results[key] = _in_process(keys.index(key), options.rounds, options.timeout)
         print(_line(results[key]), flush=True)
         if options.results:
             options.results.write_text(json.dumps(results, indent=1))
     if options.page:
         options.page.write_text(page([results[key] for key in keys if key in results]))
+
+
+def _wanted(keys: list[str], only: str | None, results: dict[str, Any]) -> list[str]:
+    """The models to run: those named, or all that have no results yet."""
+    if only is None:
+        return [key for key in keys if not results.get(key, {}).get("trials")]
+    return [only] if only in keys else [key for key in keys if only.lower() in key.lower()]
 
 
 def _stored(path: Path | None) -> dict[str, Any]:
@@ -343,11 +351,12 @@ def _line(r: dict[str, Any]) -> str:
 PAGE = """# The zoo
 
 Models of the libraries that people train with, as these ship them, small and randomly initialised. Every row is three
-steps of SGD in a process of its own. *Same bits*: losses, gradients, parameters, buffers and the random generator are,
-after every step, those of plain training. Peaks are the allocator's own account of step {step}. *Floor* is the
-smallest budget for which recollect has a plan; the last column is what a step at that budget took.
+steps of SGD in a process of its own. *Same bits*: losses and gradients of every step, and parameters, buffers and
+random generators after the last one, are those of plain training. Peaks are the allocator's own account of step {step}. The
+budget is 60 % of the plain peak, or the *floor*, the smallest budget for which recollect has a plan, where that is
+higher; the last column is what a step with the floor as its budget took.
 
-`python benchmarks/zoo.py --results zoo.json --page docs/zoo.md` makes this page
+`python benchmarks/zoo.py --results docs/zoo.json --page docs/zoo.md` makes this page
 ({versions};
 {date}; CPU, one thread).
 
