@@ -352,8 +352,8 @@ PAGE = """# The zoo
 
 Models of the libraries that people train with, as these ship them, small and randomly initialised. Every row is three
 steps of SGD in a process of its own. *Same bits*: losses and gradients of every step, and parameters, buffers and
-random generators after the last one, are those of plain training. Peaks are the allocator's own account of step {step}. The
-budget is 60 % of the plain peak, or the *floor*, the smallest budget for which recollect has a plan, where that is
+random generators after the last one, are those of plain training. Peaks are the allocator's own account of step {step}.
+The budget is 60 % of the plain peak, or the *floor*, the smallest budget for which recollect has a plan, where that is
 higher; the last column is what a step with the floor as its budget took.
 
 `python benchmarks/zoo.py --results docs/zoo.json --page docs/zoo.md` makes this page
