@@ -2,10 +2,10 @@
 
 For every model of ``zoo_models``, in a process of its own: three plain steps of SGD, then three with recollect at 60 %
 of the plain peak and three at the floor; losses, gradients, parameters, buffers and random generators must be equal to
-the last bit, and the second step must stay within the budget by the allocator's account. Where the library has a switch
+the last bit, and the last step must stay within the budget by the allocator's account. Where the library has a switch
 for checkpointing, recollect gets the peak that the switch reaches, and both are timed beside plain training, in turns.
 
-Run: ``python benchmarks/zoo.py --page docs/zoo.md --results zoo.json``; libraries: ``pip install -e '.[zoo]'``.
+Run: ``python benchmarks/zoo.py --results docs/zoo.json --page docs/zoo.md``; libraries: ``pip install -e '.[zoo]'``.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
@@ -48,13 +49,14 @@ class Trial:
     Attributes:
         budget_bytes: what it was given.
         predicted_bytes: the plan's peak.
-        measured_bytes: the peak of the second step by the allocator's account.
+        measured_bytes: the peak of one step by the allocator's account.
         same: losses, gradients, parameters, buffers and generators are those of plain training.
         overhead: extra time that the plan expects, as a fraction.
         reruns: operators run again in all steps.
         deviations: steps that left the path.
         warned: what recollect warned of.
         different: the first thing that differs from plain training.
+        step: the step, counted from 1, whose peak was measured.
     """
 
     budget_bytes: int
@@ -66,6 +68,7 @@ class Trial:
     deviations: int
     warned: list[str]
     different: str = ""
+    step: int = STEPS
 
     @property
     def within(self) -> bool:
@@ -118,7 +121,9 @@ Step = Callable[[], Tensor]
 def main() -> None:
     """Run all models, or one."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", help="a name, or a part of names, such as 'timm: vit'; all without")
+    parser.add_argument(
+        "--only", help="a name, or a part of names, such as 'timm: vit'; without: all that have no results yet"
+    )
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one model")
     parser.add_argument("--rounds", type=int, default=7, help="timed steps of each variant; 0 skips the race")
     parser.add_argument("--results", type=Path, help="JSON file of results, added to if it is there")
@@ -130,14 +135,20 @@ def main() -> None:
         return
     results = _stored(options.results)
     keys = [f"{s.library}: {s.name}" for s in ZOO]
-    wanted = [options.only] if options.only in keys else [k for k in keys if (options.only or "").lower() in k.lower()]
-    for key in wanted:
+    for key in _wanted(keys, options.only, results):
         results[key] = _in_process(keys.index(key), options.rounds, options.timeout)
         print(_line(results[key]), flush=True)
         if options.results:
             options.results.write_text(json.dumps(results, indent=1))
     if options.page:
-        options.page.write_text(page(list(results.values())))
+        options.page.write_text(page([results[key] for key in keys if key in results]))
+
+
+def _wanted(keys: list[str], only: str | None, results: dict[str, Any]) -> list[str]:
+    """The models to run: those named, or all that have no results yet."""
+    if only is None:
+        return [key for key in keys if not results.get(key, {}).get("trials")]
+    return [only] if only in keys else [key for key in keys if only.lower() in key.lower()]
 
 
 def _stored(path: Path | None) -> dict[str, Any]:
@@ -232,9 +243,10 @@ def _step(specimen: Specimen, model: nn.Module, inputs: Any) -> tuple[nn.Module,
 
 
 def trace(model: nn.Module, inputs: Any, loss: Step) -> Trace:
-    """Train a few steps; the second one under the allocator's account."""
+    """Train a few steps; the last one under the allocator's account."""
     torch.manual_seed(1)
     random.seed(1)
+    np.random.seed(1)
     optimizer = torch.optim.SGD((p for p in model.parameters() if p.requires_grad), lr=1e-2)
     seen: dict[str, Tensor] = {}
     peak = 0
@@ -246,7 +258,7 @@ def trace(model: nn.Module, inputs: Any, loss: Step) -> Trace:
             value.backward()
             seen[f"loss of step {k}"] = value.detach().clone()
 
-        if k == 1:
+        if k == STEPS - 1:  # by then a model that takes another path on fake tensors has been planned anew
             tensors = [v for v in inputs.values() if isinstance(v, Tensor)]
             peak = account(step, resident(model, *tensors)).peak_bytes
         else:
@@ -257,6 +269,7 @@ def trace(model: nn.Module, inputs: Any, loss: Step) -> Trace:
         optimizer.step()
     seen |= {f"{name} after the last step": t.detach().clone() for name, t in model.state_dict().items()}
     seen["random generator"] = torch.get_rng_state()
+    seen["generators of Python and NumPy"] = torch.tensor([random.getrandbits(32), np.random.randint(1 << 31)])
     return Trace(seen, peak)
 
 
@@ -338,11 +351,14 @@ def _line(r: dict[str, Any]) -> str:
 PAGE = """# The zoo
 
 Models of the libraries that people train with, as these ship them, small and randomly initialised. Every row is three
-steps of SGD in a process of its own. *Same bits*: losses, gradients, parameters, buffers and the random generator are,
-after every step, those of plain training. Peaks are the allocator's own account of the second step. *Floor* is the
-smallest budget for which recollect has a plan; the last column is what a step at that budget took.
+steps of SGD in a process of its own. *Same bits*: losses and gradients of every step, and parameters, buffers and
+random generators after the last one, are those of plain training. Peaks are the allocator's own account of step {step}.
+The budget is 60 % of the plain peak, or the *floor*, the smallest budget for which recollect has a plan, where that is
+higher; the last column is what a step with the floor as its budget took.
 
-`python benchmarks/zoo.py --results zoo.json --page docs/zoo.md` makes this page ({versions}; {date}; CPU, one thread).
+`python benchmarks/zoo.py --results docs/zoo.json --page docs/zoo.md` makes this page
+({versions};
+{date}; CPU, one thread).
 
 {summary}
 
@@ -361,6 +377,8 @@ over the switch's.
 
 ## What does not work, and why
 
+Not run: {missing}.
+
 {problems}
 """
 PACKAGES = ("torch", "transformers", "diffusers", "timm", "segmentation_models_pytorch", "torch_geometric",
@@ -375,12 +393,15 @@ RACE_COLUMNS = ("model", "plain step", "peak of the switch", "recollect's peak",
 def page(results: list[dict[str, Any]]) -> str:
     """The page of the docs."""
     races = [r for r in results if r["race"] and not r["race"]["problem"]]
+    ran = {(r["library"], r["name"]) for r in results}
     return PAGE.format(
         versions=", ".join(_versions()),
         date=time.strftime("%Y-%m-%d"),
+        step=" or ".join(str(k) for k in sorted({t["step"] for r in results for t in r["trials"].values()})),
         summary=_summary(results, races),
         budgets=_table(BUDGET_COLUMNS, map(_budget_row, results)),
         races=_table(RACE_COLUMNS, map(_race_row, races)),
+        missing=", ".join(f"{s.name} ({s.library})" for s in ZOO if (s.library, s.name) not in ran) or "none",
         problems="\n".join(f"- **{r['name']}** ({r['library']}): {text}" for r in results if (text := _trouble(r)))
         or "Nothing of the above.",
     )
@@ -436,7 +457,7 @@ def _trouble(r: dict[str, Any]) -> str:
             found.append(f"at {label}: {t['different']} differs from plain training")
         if t["measured_bytes"] > t["budget_bytes"]:
             found.append(f"at {label}: {t['measured_bytes'] - t['budget_bytes']:,} bytes over the budget")
-        found += [f"at {label}: {w}" for w in t["warned"]]
+        found += [f"at {label}: {w.removeprefix('recollect: ').split(';')[0]}" for w in t["warned"]]
     if "60 %" not in r["trials"] and "floor" in r["trials"]:
         found.append(f"60 % of the plain peak is below the floor, {r['floor_bytes'] / r['plain_bytes']:.0%}")
     if r["race"] and r["race"]["problem"]:
@@ -445,10 +466,12 @@ def _trouble(r: dict[str, Any]) -> str:
 
 
 def _summary(results: list[dict[str, Any]], races: list[dict[str, Any]]) -> str:
-    trials = [t for r in results if (t := _main_trial(r))]
-    good = sum(t["same"] and t["measured_bytes"] <= t["budget_bytes"] for t in trials)
-    wrong = sum(not t["same"] for r in results for t in r["trials"].values())
-    lines = [f"{len(results)} models: {good} the same to the last bit and within the budget; {wrong} wrong."]
+    by_label = {label: [t for r in results if (t := r["trials"].get(label))] for label in ("60 %", "floor")}
+    wrong = sum(not t["same"] for trials in by_label.values() for t in trials)
+    lines = [f"{len(results)} of {len(ZOO)} models have been run; {wrong} gave other bits than plain training."]
+    for label, trials in by_label.items():
+        good = sum(t["same"] and t["measured_bytes"] <= t["budget_bytes"] for t in trials)
+        lines.append(f"Budget {label}: {len(trials)} had a plan, {good} were the same to the last bit and within it.")
     if races:
         ratios = [_ratio(r["race"]) for r in races]
         faster = sum(r["race"]["recollect_extra"] < r["race"]["switch_extra"] for r in races)

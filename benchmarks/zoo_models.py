@@ -79,6 +79,13 @@ def tokens(batch: int = 8, length: int = 128, **more: Callable[[], Tensor]) -> C
     return make
 
 
+def padded(batch: int = 8, length: int = 128) -> Tensor:
+    """An attention mask: the last quarter of half of the examples is padding."""
+    mask = torch.ones(batch, length, dtype=torch.long)
+    mask[: batch // 2, -(length // 4) :] = 0
+    return mask
+
+
 def images(batch: int = 8, size: int = 64, name: str = "pixel_values", **more: Callable[[], Tensor]) -> Any:
     """Random images."""
     return lambda: {name: torch.randn(batch, 3, size, size), **{k: value() for k, value in more.items()}}
@@ -196,7 +203,7 @@ TRANSFORMERS = (
     hugging_face("BLOOM", "decoder", "BloomForCausalLM", tokens(), vocab_size=VOCABULARY, hidden_size=256, n_layer=4,
                  n_head=4, bos_token_id=1, eos_token_id=2),
     hugging_face("Falcon", "decoder", "FalconForCausalLM", tokens(), **TEXT),
-    hugging_face("Llama", "decoder", "LlamaForCausalLM", tokens(), **GROUPED),
+    hugging_face("Llama", "decoder", "LlamaForCausalLM", tokens(attention_mask=padded), **GROUPED),
     hugging_face("Mistral", "decoder", "MistralForCausalLM", tokens(), **(GROUPED | {"sliding_window": 64})),
     hugging_face("Qwen2", "decoder", "Qwen2ForCausalLM", tokens(), **GROUPED),
     hugging_face("Qwen3", "decoder", "Qwen3ForCausalLM", tokens(), **(GROUPED | {"head_dim": 64})),
@@ -217,7 +224,7 @@ TRANSFORMERS = (
     hugging_face("Switch Transformers", "mixture of experts", "SwitchTransformersForConditionalGeneration",
                  tokens(batch=2, length=64), **(_t5_sizes() | {"num_experts": 4, "num_decoder_layers": 3,
                  "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1})),
-    hugging_face("BERT", "encoder", "BertForMaskedLM", tokens(), **TEXT),
+    hugging_face("BERT", "encoder", "BertForMaskedLM", tokens(attention_mask=padded), **TEXT),
     hugging_face("RoBERTa", "encoder", "RobertaForMaskedLM", tokens(), **TEXT),
     hugging_face("ALBERT", "encoder", "AlbertForMaskedLM", tokens(), has_switch=False,
                  **(TEXT | {"embedding_size": 64})),
@@ -230,7 +237,7 @@ TRANSFORMERS = (
                  "sep_token_id": 2})),
     hugging_face("Longformer", "encoder", "LongformerForMaskedLM", tokens(), **(TEXT | {"attention_window": 32,
                  "max_position_embeddings": 260, "pad_token_id": 1})),
-    hugging_face("T5", "encoder-decoder", "T5ForConditionalGeneration", tokens(), **_t5_sizes()),
+    hugging_face("T5", "encoder-decoder", "T5ForConditionalGeneration", tokens(attention_mask=padded), **_t5_sizes()),
     hugging_face("BART", "encoder-decoder", "BartForConditionalGeneration", tokens(), **SEQ2SEQ),
     hugging_face("Pegasus", "encoder-decoder", "PegasusForConditionalGeneration", tokens(), **SEQ2SEQ),
     hugging_face("Mamba", "state space", "MambaForCausalLM", tokens(batch=4, length=32), vocab_size=VOCABULARY,
@@ -363,7 +370,7 @@ TIMM = (
     timm("mixer_s32_224", img_size=96, batch=64),
     timm("poolformer_s12", batch=16),
     timm("coatnet_pico_rw_224", img_size=96, batch=12),
-    timm("maxvit_pico_rw_256", img_size=64, batch=12),
+    timm("maxvit_pico_rw_256", img_size=64, size=64, batch=12),
 )
 
 

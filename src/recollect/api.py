@@ -318,12 +318,12 @@ class Options:
         """A copy of a model needs the size of the optimizer's state, not the optimizer."""
         return vars(self) | {"optimizer": optimizer_state_bytes(self.optimizer)}
 
-    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Program:
+    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool) -> Program:
         """The program of a call, operators measured."""
         with progress_bar() as progress:
             try:
                 state = optimizer_state_bytes(self.optimizer)
-                return record(fn, args, kwargs, optimizer_bytes=state, progress=progress)
+                return record(fn, args, kwargs, optimizer_bytes=state, real=real, progress=progress)
             except UnusableInput:
                 raise
             except Exception as error:

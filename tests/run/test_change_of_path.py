@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import recollect
 from recollect.demo.models import GPT, GPTConfig
@@ -94,6 +95,33 @@ def test_branches_on_data_stay_within_the_budget() -> None:
     assert max(peaks) <= budget
 
 
+class LooksAtItsTensors(nn.Module):
+    """Leaves out a mask that masks nothing, but not while it is traced: as the masks of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = blocks(8)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        skip = not isinstance(mask, FakeTensor) and bool(mask.all())
+        for block in self.blocks:
+            h = block(x).sin()
+            x = x + (h if skip else h * mask[:, None])
+        return x.square().mean()
+
+
+def test_another_path_on_fake_tensors_is_recorded_on_real_ones() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(512, WIDTH)
+    model = LooksAtItsTensors()
+    mask = torch.ones(512, dtype=torch.bool)
+    budget = int(0.6 * recollect.plan(model, x, mask, budget=1.0, timing="measure").plain_peak_bytes)
+    peaks = both(model, budget, [(x, mask)] * 4, lambda m, b: m(*b))
+    stats = both.stats  # type: ignore[attr-defined]
+    assert (stats.planned, stats.deviations, stats.plan.program.recorded) == (2, 1, "real")
+    assert max(peaks) <= budget
+
+
 class Experts(nn.Module):
     """Every row goes to the expert that scores it highest: uneven, and different at each step."""
 
@@ -114,6 +142,7 @@ class Experts(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
 def test_mixture_of_experts_with_uneven_routing() -> None:
     torch.manual_seed(0)
     model = Experts()

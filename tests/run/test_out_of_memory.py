@@ -101,6 +101,7 @@ def capped(code: str) -> str:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs a limit on the address space that the kernel enforces")
+@pytest.mark.slow
 def test_a_real_allocator_that_refuses() -> None:
     out = capped("""
         torch.manual_seed(0)

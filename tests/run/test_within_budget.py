@@ -91,7 +91,7 @@ def check(case: Case, steps: int, which: slice) -> None:
         assert stats.reruns > 0
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if str(c) != "unrolled LSTM"], ids=str)
+@pytest.mark.parametrize("case", [c for c in CASES if str(c) not in ("unrolled LSTM", "XOR MLP")], ids=str)
 def test_two_budgets_for_three_steps(case: Case) -> None:
     check(case, 3, slice(0, 4, 3))
 

@@ -46,6 +46,7 @@ def record(
     optimizer_bytes: int = 0,
     timing: str = "measure",
     device: torch.device | str | None = None,
+    real: bool = False,
     progress: Progress | None = None,
     name: str = "",
 ) -> Program:
@@ -63,6 +64,7 @@ def record(
         optimizer_bytes: resident state of the optimizer, counted in the peak.
         timing: ``"measure"`` runs each distinct operator alone on the device, ``"estimate"`` runs nothing.
         device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
+        real: record on the real tensors at once: for a callable that looks whether its tensors are fake.
         progress: called with a label and a fraction.
         name: name of the program.
 
@@ -80,6 +82,8 @@ def record(
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
     try:
+        if real:
+            raise RuntimeError("the callable has taken another path on real tensors than on fake ones")
         _refuse_shared_memory(modules, args, kwargs)
         with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device) as world:
             recorder, recorded = _record_in(world, fn, modules, progress), "fake"

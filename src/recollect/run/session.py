@@ -38,8 +38,11 @@ TIGHTER: Final = 0.9
 class Planner(Protocol):
     """Records steps and plans them; knows the budget."""
 
-    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Program:
-        """The program of a call; raises ``NotPlannable`` for what can only run without checkpointing."""
+    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool) -> Program:
+        """The program of a call; raises ``NotPlannable`` for what can only run without checkpointing.
+
+        ``real``: on real tensors, because the callable takes another path on those than on fake ones.
+        """
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
         """A plan within the budget, and within ``at_most_bytes``; ``quick``: the first that is found."""
@@ -248,7 +251,7 @@ class Session:
         entry = _Entry(deviations=before.deviations if before is not None else 0)
         try:
             with self._turns.recording():
-                program = self.planner.record(self.fn, args, kwargs)
+                program = self.planner.record(self.fn, args, kwargs, real=entry.deviations > 0)
                 self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
             if self._last is None:
