@@ -327,6 +327,8 @@ class Options:
             except UnusableInput:
                 raise
             except Exception as error:
+                if real:  # it has been recorded on fake tensors before
+                    return self.record(fn, args, kwargs, real=False)
                 raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
