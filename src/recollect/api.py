@@ -6,7 +6,7 @@ import contextlib
 import functools
 import os
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, overload
+from typing import Any, Final, TypeVar, overload
 
 import torch
 from torch import nn
@@ -27,6 +27,8 @@ from recollect.show.progress import progress_bar
 F = TypeVar("F", bound=Callable[..., Any])
 Budget = int | float | str
 _MARK = "__recollect__"
+QUICK: Final = 0.2
+"""The part of the time for a plan in which the quick one must be found; it is made again from scratch otherwise."""
 
 
 @overload
@@ -327,8 +329,6 @@ class Options:
             except UnusableInput:
                 raise
             except Exception as error:
-                if real:  # it has been recorded on fake tensors before
-                    return self.record(fn, args, kwargs, real=False)
                 raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
@@ -338,7 +338,7 @@ class Options:
             budget = min(parse_budget(budget, simulate(program).peak_bytes), at_most_bytes)
         if quick and not self.keep and not self.recompute:
             with contextlib.suppress(InfeasibleBudget):
-                return solve(program, budget, solver="dtr")
+                return solve(program, budget, solver="dtr", time_limit_seconds=QUICK * self.time_limit_seconds)
         found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
         recompute = still_possible(program, self.recompute) if found_out else self.recompute
         with progress_bar() as progress:
@@ -407,6 +407,7 @@ def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[.
 
 
 def session_of(target: Any) -> Session | None:
+    """What a checkpointed module or callable runs under; None for all others."""
     if isinstance(target, nn.Module):
         forward = vars(target).get("forward")
         return forward.session if isinstance(forward, _Forward) else None

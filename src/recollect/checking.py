@@ -128,10 +128,10 @@ def check(
             else "leave the budget out: this is checkpointed by recollect and has its own"
         )
     plain = target if known is None else known.fn
-    _refuse_unreal(plain, args, kwargs)
+    modules = reachable_modules(plain, args, kwargs)
+    _refuse_unreal(modules, args, kwargs)
     options = Options(budget or 1.0, optimizer, keep, recompute, time_limit_seconds)
     session = Session(plain, options if known is None else known.planner)
-    modules = reachable_modules(plain, args, kwargs)
     args, kwargs = map_tensors((args, kwargs), _without_history)
     tensors = _named(modules, args, kwargs)
     with torch.enable_grad(), _all_as_before(tensors.values()) as start_anew:
@@ -158,8 +158,7 @@ def check(
     )
 
 
-def _refuse_unreal(fn: Any, args: Any, kwargs: Any) -> None:
-    modules = reachable_modules(fn, args, kwargs)
+def _refuse_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
     if is_unreal(modules, args, kwargs):
         raise UnusableInput("a check runs the step, and these tensors are fake or on meta: give it real ones")
     if any(nn.parameter.is_lazy(t) for _, _, t in named_tensors(modules)):

@@ -189,6 +189,9 @@ def _time_limit(seconds: float) -> Callable[[C], C]:
     return click.option("--time-limit", type=kind, default=seconds, show_default=True, help=text)
 
 
+_planning = _together(_solver, _wishes, _time_limit(10.0), _json, _plot, _html)
+
+
 # --- What commands work on --------------------------------------------------------------------------------------------
 
 
@@ -322,12 +325,7 @@ def main(debug: bool) -> None:
 @click.argument("model")
 @_budget
 @_recording
-@_solver
-@_wishes
-@_time_limit(10.0)
-@_json
-@_plot
-@_html
+@_planning
 def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
     keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
@@ -458,12 +456,7 @@ def check(
 )
 @_file
 @_budget
-@_solver
-@_wishes
-@_time_limit(10.0)
-@_json
-@_plot
-@_html
+@_planning
 def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
     time_limit: float, json_path: str | None, plot_path: Path | None, html_path: Path | None,

@@ -10,7 +10,7 @@ from recollect.plan import solve
 from recollect.plan.dtr import _Online, dtr, dtr_runs
 from recollect.plan.evict import Rules, course_of
 from recollect.plan.tables import tables_of
-from recollect.program import Op, Program, Schedule, Value, simulate, verify
+from recollect.program import InfeasibleBudget, Op, Program, Schedule, Value, simulate, verify
 from tests.plan.chains import gpt, uniform_steps
 
 
@@ -93,3 +93,8 @@ def test_where_it_thrashes_it_stops_at_the_deadline():
     assert dtr_runs(course, near_the_floor, deadline=begin + 0.01) is None
     assert dtr(program, near_the_floor, deadline=begin + 0.01) == Schedule.plain(program)
     assert dtr(program, int(0.7 * plain), deadline=begin + 600) == dtr(program, int(0.7 * plain))
+
+
+def test_asked_for_by_name_it_respects_the_time_limit():
+    with pytest.raises(InfeasibleBudget):
+        solve(gpt(6), 0.35, solver="dtr", time_limit_seconds=0.0)

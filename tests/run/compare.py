@@ -18,6 +18,7 @@ import recollect
 import recollect.api
 from recollect.record.timing import Cost
 from recollect.run import Stats
+from recollect.run.entry import Entry
 
 FRACTIONS: tuple[float, ...] = ()
 """The budgets of this test, beside the floor."""
@@ -113,6 +114,20 @@ def same(a: Any, b: Any) -> bool:
 
 def bytes_of(t: Tensor) -> Tensor:
     return t.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+def off_by_a_bit(monkeypatch: pytest.MonkeyPatch, when: Callable[[Entry], bool] = lambda entry: True) -> None:
+    """Ops that run again give something else than the first time: one bit of each result."""
+    plain = Entry.run
+
+    def run(self: Entry, memory: Any) -> Any:
+        made = plain(self, memory)
+        for storage in made.values():
+            if storage.nbytes() and when(self):
+                storage[0] = storage[0] ^ 1
+        return made
+
+    monkeypatch.setattr(Entry, "run", run)
 
 
 def assert_same(got: list[Any], plain: list[Any]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import recollect
 from recollect.checking import Check
 from recollect.cli import main
-from recollect.run.entry import Entry
+from tests.run.compare import off_by_a_bit
 from tests.zoo import CASES
 
 WIDTH = 32
@@ -75,15 +75,7 @@ def test_what_is_checkpointed_already_has_its_budget() -> None:
 
 def test_a_difference_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape whose reruns are wrong in the backward, and a self-check that is blind."""
-    plain = Entry.run
-
-    def wrong(self: Any, memory: Any) -> Any:
-        made = plain(self, memory)
-        for storage in made.values():
-            storage[0] = storage[0] ^ 1
-        return made
-
-    monkeypatch.setattr(Entry, "run", wrong)
+    off_by_a_bit(monkeypatch)
     monkeypatch.setattr("recollect.run.session.SelfCheck", lambda *args: None)
     found = recollect.check(Net(), torch.randn(64, WIDTH), budget=0.6)
     assert not found.is_exact
@@ -93,15 +85,7 @@ def test_a_difference_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_differs_when_it_runs_again_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = Entry.run
-
-    def wrong(self: Any, memory: Any) -> Any:
-        made = plain(self, memory)
-        for storage in made.values():
-            storage[0] = storage[0] ^ 1
-        return made
-
-    monkeypatch.setattr(Entry, "run", wrong)
+    off_by_a_bit(monkeypatch)
     with pytest.warns(RuntimeWarning, match="must not run again"):
         found = recollect.check(Net(), torch.randn(64, WIDTH), budget=0.8)
     assert found.is_exact

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from torch import Tensor
 from torch.testing._internal.opinfo.core import OpInfo
 
 from recollect.record import record
-from recollect.run.entry import Entry
 from recollect.run.selfcheck import SelfCheck
+from tests.run.compare import off_by_a_bit
 from tests.run.sweep import DTYPES, OPERATORS, Outcome, is_steady, name_of, sweep, wrong_off_path
 
 UNSTEADY = {
@@ -75,22 +73,26 @@ def test_the_sweep_makes_operators_run_again(name: str) -> None:
 
 def test_the_sweep_sees_a_wrong_number(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape whose reruns are off by a bit is caught."""
-    plain = Entry.run
-
-    def off_by_a_bit(self: Any, memory: Any) -> Any:
-        made = plain(self, memory)
-        for storage in made.values():
-            if torch._C._current_graph_task_id() >= 0 and storage.nbytes():  # in the backward
-                storage[0] = storage[0] ^ 1
-        return made
-
-    monkeypatch.setattr(Entry, "run", off_by_a_bit)
+    off_by_a_bit(monkeypatch, when=lambda entry: torch._C._current_graph_task_id() >= 0)  # in the backward
     monkeypatch.setattr(SelfCheck, "compare", lambda *args: None)
     wrong = [w for outcome in sweep(NAMED["exp"], [torch.float32], at_most=1) for w in outcome.wrong]
     assert any("gradient" in w or "loss" in w for w in wrong), wrong
 
 
 # ---- what the sweep has found ------------------------------------------------------------------------------------
+
+
+def test_a_fake_view_without_elements_is_a_view() -> None:
+    """Torch gives it a storage of its own when it meets it for the first time, and the right one later."""
+    bilinear = torch.nn.Bilinear(8, 8, 8)
+
+    def loss_fn(x: Tensor) -> Tensor:
+        return bilinear(x * 2, x * 3).sum()
+
+    empty = torch.ones(0, 8, requires_grad=True)
+    torch._subclasses.FakeTensorMode.cache_clear()
+    first, second = (record(loss_fn, (empty,), timing="estimate") for _ in range(2))
+    assert [(op.name, op.reads) for op in first.ops] == [(op.name, op.reads) for op in second.ops]
 
 
 def test_kernels_may_conjugate_lazily() -> None:

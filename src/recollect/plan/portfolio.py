@@ -122,7 +122,7 @@ def solve(
     plain_peak = simulate(program).peak_bytes
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in _CLASSICS:
-        return _classic(program, budget_bytes, solver, plain_peak)
+        return _classic(program, budget_bytes, solver, plain_peak, time.monotonic() + time_limit_seconds)
     optimum = _optimum(program, budget_bytes, plain_peak) if solver == "auto" else None
     if optimum:
         (progress or _silent)("done", 1.0)
@@ -154,10 +154,9 @@ def classics_of(
     Keep everything is left out, and so is what finds nothing else. None is begun after the time limit.
     """
     end, found = time.monotonic() + time_limit_seconds, []
-    for name, make in _CLASSICS.items():
+    for name in _CLASSICS:
         if name != "keep-everything" and time.monotonic() < end:
-            limits = {"deadline": end} if name == "dtr" else {}  # the only one that may take minutes
-            timeline = simulate(program, make(program, budget_bytes, **limits))
+            timeline = simulate(program, _made_by(name, program, budget_bytes, end))
             overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
             if timeline.extra_seconds or timeline.peak_bytes <= budget_bytes:
                 found.append((name, timeline.peak_bytes, overhead))
@@ -227,10 +226,16 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
     return _plan(program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, "revolve", ())
 
 
-def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int) -> Plan:
+def _made_by(classic: str, program: Program, budget_bytes: int, deadline: float) -> Schedule:
+    """The schedule of one of the classics."""
+    limits = {"deadline": deadline} if classic == "dtr" else {}  # the only one that may take minutes
+    return _CLASSICS[classic](program, budget_bytes, **limits)
+
+
+def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int, deadline: float) -> Plan:
     from recollect.plan.bounds import lower_bound
 
-    schedule = _CLASSICS[solver](program, budget_bytes)
+    schedule = _made_by(solver, program, budget_bytes, deadline)
     peak = simulate(program, schedule).peak_bytes
     if peak > budget_bytes:
         raise infeasible(program, budget_bytes, schedule, solver=solver)

@@ -123,6 +123,11 @@ class Program:
         return sum(v.nbytes for v in self.values if v.fixed)
 
     @cached_property
+    def forward(self) -> tuple[int, ...]:
+        """Indices of the ops of the forward, in program order."""
+        return tuple(i for i, op in enumerate(self.ops) if op.phase == "forward")
+
+    @cached_property
     def producer(self) -> tuple[int, ...]:
         """For every value the index of the op that writes it, -1 for values that no op writes."""
         table = [-1] * len(self.values)

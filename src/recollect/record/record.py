@@ -64,7 +64,7 @@ def record(
         optimizer_bytes: resident state of the optimizer, counted in the peak.
         timing: ``"measure"`` runs each distinct operator alone on the device, ``"estimate"`` runs nothing.
         device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
-        real: record on the real tensors at once: for a callable that looks whether its tensors are fake.
+        real: record on the real tensors first: for a callable that looks whether its tensors are fake.
         progress: called with a label and a fraction.
         name: name of the program.
 
@@ -81,18 +81,25 @@ def record(
         _check_target(device)
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
-    try:
-        if real:
-            raise RuntimeError("the callable has taken another path on real tensors than on fake ones")
+
+    def on_fake() -> Recorder:
         _refuse_shared_memory(modules, args, kwargs)
         with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device) as world:
-            recorder, recorded = _record_in(world, fn, modules, progress), "fake"
+            return _record_in(world, fn, modules, progress)
+
+    def on_real() -> Recorder:
+        return _record_for_real(fn, modules, args, kwargs, progress)
+
+    ways = [("fake", on_fake), ("real", on_real)]
+    (recorded, first), (other, second) = reversed(ways) if real else ways
+    try:
+        recorder = first()
     except NothingDifferentiable:
         raise
     except Exception as error:
         if is_unreal(modules, args, kwargs):
             raise
-        recorder, recorded = _record_for_real(fn, modules, args, kwargs, progress, error), "real"
+        recorded, recorder = other, _or_from(error, second)
     signatures = [op.signature for op in recorder.ops]
     if timing == "measure" and not is_unreal(modules, args, kwargs):
         costs, source = measure_all(signatures, progress), "measured"
@@ -101,6 +108,16 @@ def record(
         costs, source = estimate_all(signatures, written), "estimated"
     title = name or getattr(fn, "__name__", type(fn).__name__)
     return assemble(recorder, title, costs, optimizer_bytes=optimizer_bytes, timing=source, recorded=recorded)
+
+
+def _or_from(error: Exception, record_anew: Callable[[], Recorder]) -> Recorder:
+    """The other way to record; if that fails, too, its error with the first one behind it."""
+    try:
+        return record_anew()
+    except NothingDifferentiable:
+        raise
+    except Exception as again:
+        raise again from error
 
 
 class _World:
@@ -163,7 +180,7 @@ def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
 
 
 def _record_for_real(
-    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, progress: Progress | None, error: Exception
+    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, progress: Progress | None
 ) -> Recorder:
     """Record on the real tensors, and put back whatever the step overwrote."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -189,10 +206,6 @@ def _record_for_real(
             args, kwargs = map_tensors((tuple(args), kwargs), twin)
             world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, fingerprint)
             return _record_in(world, fn, modules, progress)
-        except NothingDifferentiable:
-            raise
-        except Exception as real_error:
-            raise real_error from error
         finally:
             with torch.no_grad():
                 for whole, saved in before.values():

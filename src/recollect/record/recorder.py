@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -200,7 +201,9 @@ class Recorder(TorchDispatchMode):
         args, kwargs = self._converted(args), self._converted(kwargs)
         facts = facts_of(func)
         if facts.is_view:
-            return func(*args, **kwargs)
+            out = func(*args, **kwargs)
+            self._know_empty_views(tensors_in((args, kwargs)), tensors_in(out))
+            return out
         inputs = tensors_in((args, kwargs))
         reads = self.map.reads(inputs)
         self._know_outside(inputs)
@@ -293,6 +296,13 @@ class Recorder(TorchDispatchMode):
     def _append(self, op: RecordedOp) -> None:
         self.ops.append(op)
         self.on_op(len(self.ops))
+
+    def _know_empty_views(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
+        """A view without elements of a fake tensor may get a storage of its own; it is a view nevertheless."""
+        for viewed, tensor in product(inputs[:1], outputs):
+            own, base = storage_of(tensor), storage_of(viewed)
+            if own is not None and base is not None and own._cdata != base._cdata and not tensor.numel():
+                self.map.rebind(own, self.map.number(base))
 
     def _know_outside(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:

@@ -124,8 +124,7 @@ class _Compiler:
     def __post_init__(self) -> None:
         made = [i for i, v in enumerate(self.program.values) if not v.fixed]
         self.number = {v: n for n, v in enumerate(made)}
-        forward = [i for i, op in enumerate(self.program.ops) if op.phase == "forward"]
-        self.tape_op = {i: k for k, i in enumerate(forward)}
+        self.tape_op = {i: k for k, i in enumerate(self.program.forward)}
 
     def compile(self) -> Instructions:
         ops, order = self.program.ops, self.schedule.order

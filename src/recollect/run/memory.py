@@ -38,7 +38,7 @@ def without_frames(error: BaseException) -> BaseException:
 
 def bytes_at(plan: Plan, k: int) -> int:
     """What the plan has in memory while the k-th op of the forward first runs; its peak if there is no such op."""
-    forward = [i for i, op in enumerate(plan.program.ops) if op.phase == "forward"]
+    forward = plan.program.forward
     if k >= len(forward):
         return plan.peak_bytes
     return simulate(plan.program, plan.schedule).resident_bytes[plan.schedule.order.index(forward[k])]

@@ -183,7 +183,10 @@ class Session:
             tape.rewind()
             del tape  # with the error's frames, all that the forward has made: now there is room to plan
             free_memory()
-            self._tighten(entry, refusal, reached)
+            try:
+                self._tighten(entry, reached)
+            except InfeasibleBudget as infeasible:
+                raise told(refusal, plan) from infeasible
             if not is_safe or attempt == MAX_RETRIES:
                 raise told(refusal, plan) from refusal
             before.restore()
@@ -264,18 +267,20 @@ class Session:
 
     def _solve(self, entry: _Entry, program: Program, *, quick: bool = False) -> None:
         """Plan a program, less what has turned out not to be repeatable."""
-        forward = [i for i, op in enumerate(program.ops) if op.phase == "forward"]
-        reasons = {forward[k]: reason for k, reason in entry.differing.items()}
-        ops = tuple(replace(op, repeatable=reasons.get(i, op.repeatable)) for i, op in enumerate(program.ops))
-        program = replace(program, ops=ops) if reasons else program
-        entry.differing = {}
+        if entry.differing:
+            ops = list(program.ops)
+            for k, reason in entry.differing.items():
+                i = program.forward[k]
+                ops[i] = replace(ops[i], repeatable=reason)
+            program, entry.differing = replace(program, ops=tuple(ops)), {}
         entry.follow(self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick), quick=quick)
         self._counts.planned += 1
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
         assert entry.plan is not None
         entry.differing[k] = reason
-        op = [op for op in entry.plan.program.ops if op.phase == "forward"][k]
+        program = entry.plan.program
+        op = program.ops[program.forward[k]]
         what = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}"
         self._counts.kept.append(what)
         self._warn(f"{what}. What it makes is kept from now on")
@@ -299,20 +304,24 @@ class Session:
         """The device has less than the plan takes: say what the plan accounts for, and plan tighter next time."""
         plan = entry.plan
         with contextlib.suppress(InfeasibleBudget):
-            self._tighten(entry, error)
+            self._tighten(entry)
         return told(error, plan)
 
-    def _tighten(self, entry: _Entry, error: BaseException, reached: int | None = None) -> None:
-        """Plan for what the device turned out to have: less than what the op needs that the forward has reached."""
+    def _tighten(self, entry: _Entry, reached: int | None = None) -> None:
+        """Plan for what the device turned out to have: less than what the op needs that the forward has reached.
+
+        Raises:
+            InfeasibleBudget: no plan is that small; the old one stays.
+        """
         plan = entry.plan
         assert plan is not None
         had = plan.peak_bytes if reached is None else bytes_at(plan, reached)
         before, self._at_most_bytes = self._at_most_bytes, int(TIGHTER * had)
         try:
             self._solve(entry, plan.program)
-        except InfeasibleBudget as infeasible:
+        except InfeasibleBudget:
             self._at_most_bytes = before
-            raise told(error, plan) from infeasible
+            raise
 
     def _count_rerun(self) -> None:
         self._counts.reruns += 1

@@ -184,10 +184,11 @@ class Tape(TorchDispatchMode):
             if self.following and not expected:
                 self._leave_path(facts.name)
             self._note(seen, entry, outputs, rescued, memory)
-            if self._online is not None and entry is not None and self.n_ops - 1 in self._entries:
-                cost = estimate(signature_of(func, args, kwargs), sum(t.nbytes for t in outputs))
-                self._online.ran(self.n_ops - 1, cost.seconds, reads[0], [n for n, _ in seen.writes])
-            self._shrink()
+            if self._online is not None:
+                if self.n_ops - 1 in self._entries:
+                    cost = estimate(signature_of(func, args, kwargs), sum(t.nbytes for t in outputs))
+                    self._online.ran(self.n_ops - 1, cost.seconds, reads[0], [n for n, _ in seen.writes])
+                self._shrink()
         return out
 
     def has_made(self, tensor: Tensor) -> bool:
@@ -313,10 +314,11 @@ class Tape(TorchDispatchMode):
         if self._online is None:
             return
         allowed = self._online.budget_bytes - self._beside_bytes()
-        if self._held_bytes() > allowed:
-            needed = self._needed()
-            for n in [n for n in self._held if not self.handles.get(n) and n not in needed and n not in locked]:
-                self._let_go(n)
+        if self._held_bytes() <= allowed:
+            return
+        needed = self._needed()
+        for n in [n for n in self._held if not self.handles.get(n) and n not in needed and n not in locked]:
+            self._let_go(n)
         excess = self._held_bytes() - allowed
         if excess <= 0:
             return
