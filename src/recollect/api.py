@@ -16,7 +16,7 @@ from recollect.plan import frontier as frontier_of
 from recollect.plan.constraints import Patterns, still_possible
 from recollect.program import InfeasibleBudget, Plan, Program, simulate
 from recollect.record import UnusableInput, record
-from recollect.record.optimizer import optimizer_state_bytes
+from recollect.record.optimizer import optimizer_bytes
 from recollect.record.timing import Progress
 from recollect.run import Session, Stats
 from recollect.run.selfcheck import CHANGED, DIFFERS
@@ -58,7 +58,8 @@ def checkpoint(
         budget: the peak of the whole step, parameters, gradients and inputs included: ``"10GiB"``, ``"512MB"``, a
             number of bytes, a fraction of the plain peak (``0.5``, ``"50%"``), or ``"auto"`` (what the device has).
             What runs outside the callable is not seen: wrap a function that returns the loss to have all of it.
-        optimizer: an optimizer, or the size of its state, to be counted as resident.
+        optimizer: an optimizer, or a list of those that take turns: its state is resident, and its step, temporaries
+            included, has to fit, too. Or the bytes of the state alone.
         keep: patterns (``fnmatch``) on module paths or operator names, such as ``"blocks.0.*"`` or
             ``("aten.bernoulli*", "head")``; what these operators make is never computed again.
         recompute: the same; what these operators make does not stay from the forward into the backward.
@@ -301,10 +302,11 @@ def record_step(
         raise ValueError(f'timing is "estimate" or "measure", not {timing!r}')
     session = session_of(fn)
     plain = session.fn if session is not None else fn
-    state = optimizer_state_bytes(optimizer)
+    state, scratch = optimizer_bytes(optimizer)
     return record(
-        plain, args, kwargs, optimizer_bytes=state, timing=timing, device=device, progress=progress, name=name
-    )
+        plain, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, timing=timing, device=device,
+        progress=progress, name=name,
+    )  # fmt: skip
 
 
 class Options:
@@ -317,15 +319,18 @@ class Options:
         self.keep, self.recompute = keep, recompute
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of a model needs the size of the optimizer's state, not the optimizer."""
-        return vars(self) | {"optimizer": optimizer_state_bytes(self.optimizer)}
+        """A copy of a model needs the bytes of the optimizer, not the optimizer."""
+        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
 
     def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool) -> Program:
         """The program of a call, operators measured."""
         with progress_bar() as progress:
             try:
-                state = optimizer_state_bytes(self.optimizer)
-                return record(fn, args, kwargs, optimizer_bytes=state, real=real, progress=progress)
+                state, scratch = optimizer_bytes(self.optimizer)
+                return record(
+                    fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
+                    progress=progress,
+                )  # fmt: skip
             except UnusableInput:
                 raise
             except Exception as error:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import recollect
-from recollect.record.optimizer import optimizer_state_bytes
+from recollect.record.optimizer import optimizer_bytes
 from recollect.run.account import account, resident
 from tests.zoo import CASES, Case
 
@@ -73,7 +73,7 @@ def budgets(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], state_byte
 def check(case: Case, steps: int, which: slice) -> None:
     torch.manual_seed(0)
     model, inputs = case.model(), case.inputs()
-    state_bytes = optimizer_state_bytes(torch.optim.Adam(model.parameters()))
+    state_bytes = optimizer_bytes(torch.optim.Adam(model.parameters())).state
     asked = budgets(case, copy.deepcopy(model), inputs, state_bytes)[which]
     reference = copy.deepcopy(model)
     plain = train(reference, case.loss(reference), inputs, steps)

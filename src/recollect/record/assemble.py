@@ -13,15 +13,17 @@ from recollect.record.timing import Cost
 
 
 def assemble(
-    recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_bytes: int, timing: str, recorded: str = "fake"
-) -> Program:
+    recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_state_bytes: int = 0,
+    optimizer_scratch_bytes: int = 0, timing: str, recorded: str = "fake",
+) -> Program:  # fmt: skip
     """The program of a finished recording.
 
     Args:
         recorder: after ``finish()``.
         name: name of the program.
         costs: seconds and scratch bytes of every recorded op.
-        optimizer_bytes: resident state of the optimizer.
+        optimizer_state_bytes: resident state of the optimizer.
+        optimizer_scratch_bytes: what its step takes beside; makes a last op of the program.
         timing: where the seconds come from.
         recorded: on what: fake or real tensors.
     """
@@ -30,10 +32,10 @@ def assemble(
     made = range(recorder.map.made)
     index = {n: i for i, n in enumerate([*outside, *made])}
     values = [_value(n, recorder.values[n], recorder, device) for n in [*outside, *made]]
-    if optimizer_bytes:
-        values.append(Value("optimizer", optimizer_bytes, fixed=True, label="optimizer state", kind="optimizer"))
+    if optimizer_state_bytes:
+        values.append(Value("optimizer", optimizer_state_bytes, fixed=True, label="optimizer state", kind="optimizer"))
     reasons = _reasons(recorder)
-    ops = tuple(
+    ops = [
         Op(
             name=op.name,
             reads=tuple(index[n] for n in op.reads),
@@ -47,8 +49,10 @@ def assemble(
             source=op.source,
         )
         for op, cost, reason in zip(recorder.ops, costs, reasons, strict=True)
-    )
-    return Program(name, tuple(values), ops, timing=timing, recorded=recorded)
+    ]
+    if optimizer_scratch_bytes:
+        ops.append(Op("optimizer step", (), (), 0.0, optimizer_scratch_bytes, phase="backward", repeatable="backward"))
+    return Program(name, tuple(values), tuple(ops), timing=timing, recorded=recorded)
 
 
 def _main_device(values: dict[int, RecordedValue]) -> torch.device:

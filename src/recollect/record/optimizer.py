@@ -1,33 +1,87 @@
-"""Bytes that an optimizer keeps between steps."""
+"""What an optimizer needs: bytes that it keeps between steps, and bytes for as long as it takes one."""
 
 from __future__ import annotations
 
 import copy
-from typing import Any
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from recollect.record.facts import tensors_in
+from recollect.record.record import UnusableInput
 
 
-def optimizer_state_bytes(optimizer: Any) -> int:
-    """The size of an optimizer's state: as it is, or as it will be after its first step.
+class OptimizerBytes(NamedTuple):
+    """The memory of an optimizer.
 
-    The first step is taken by a copy of the optimizer on fake parameters: nothing is allocated or changed.
+    Attributes:
+        state: kept between steps.
+        scratch: taken beside parameters, gradients and state at some moment of a step, the first or a later one.
+    """
+
+    state: int = 0
+    scratch: int = 0
+
+
+def optimizer_bytes(optimizer: Any) -> OptimizerBytes:
+    """The memory of an optimizer: its state as it is, or as it will be after its first step, and its temporaries.
+
+    Two steps are taken by a copy of the optimizer on fake parameters: nothing is allocated or changed.
 
     Args:
-        optimizer: an optimizer, a number of bytes, or None for no state.
+        optimizer: an optimizer, several that take turns, the number of bytes of a state, or None for no state.
 
     Raises:
-        TypeError: neither of these.
+        TypeError: none of these.
+        UnusableInput: the optimizer cannot take a step on fake parameters.
+
+    Example:
+        >>> optimizer_bytes(torch.optim.Adam([torch.nn.Parameter(torch.zeros(100))], fused=True))
+        OptimizerBytes(state=804, scratch=0)
     """
     if optimizer is None:
-        return 0
-    if isinstance(optimizer, int) and not isinstance(optimizer, bool) and optimizer >= 0:
+        return OptimizerBytes()
+    if isinstance(optimizer, OptimizerBytes):
         return optimizer
-    if not isinstance(optimizer, torch.optim.Optimizer):
-        raise TypeError(f"optimizer is a torch optimizer or the bytes of its state, got {optimizer!r}")
-    return _state_bytes(optimizer) or _state_bytes(_after_first_step(optimizer))
+    if isinstance(optimizer, int) and not isinstance(optimizer, bool) and optimizer >= 0:
+        return OptimizerBytes(optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return _of_one(optimizer)
+    if isinstance(optimizer, Sequence) and all(isinstance(o, torch.optim.Optimizer) for o in optimizer):
+        found = [_of_one(o) for o in optimizer]
+        return OptimizerBytes(sum(o.state for o in found), max((o.scratch for o in found), default=0))
+    raise TypeError(f"optimizer is a torch optimizer, a list of them or the bytes of their state, got {optimizer!r}")
+
+
+def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
+    try:
+        state, scratch = _two_steps(optimizer)
+    except Exception as error:
+        raise UnusableInput(
+            f"{type(optimizer).__name__} cannot take a step on fake parameters ({type(error).__name__}: {error}); say "
+            "how many bytes its state takes instead: optimizer=<bytes>"
+        ) from error
+    return OptimizerBytes(_state_bytes(optimizer) or state, scratch)
+
+
+def _two_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """State and temporaries; the first step makes the state as it goes, later ones have it."""
+    mode = FakeTensorMode()
+    twin = _twin(optimizer, mode)
+    step = type(optimizer).step
+    take = getattr(step, "__wrapped__", step)  # past the profiling wrapper, which knows the real optimizer only
+    peaks = []
+    for _ in range(2):
+        with mode, _Account() as account:
+            take(twin)
+        peaks.append(account.peak_bytes)
+    state = _state_bytes(twin)
+    return state, max(peaks[0] - state, peaks[1])
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
@@ -40,8 +94,8 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     return sum(storages.values())
 
 
-def _after_first_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    mode = FakeTensorMode()
+def _twin(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> torch.optim.Optimizer:
+    """A copy without state, of parameters that have nothing but a size."""
     groups = []
     for group in optimizer.param_groups:
         parameters = [_fake_parameter(p, mode) for p in group["params"] if p.requires_grad]
@@ -50,9 +104,6 @@ def _after_first_step(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer
     twin.__dict__ = dict(optimizer.__dict__)
     twin.param_groups = groups
     twin.state = type(optimizer.state)(dict)
-    with mode:
-        step = type(optimizer).step
-        getattr(step, "__wrapped__", step)(twin)  # past the profiling wrapper, which knows the real optimizer only
     return twin
 
 
@@ -62,3 +113,37 @@ def _fake_parameter(parameter: Tensor, mode: FakeTensorMode) -> Tensor:
                                                       device=parameter.device))  # fmt: skip
         fake.grad = torch.empty_like(fake)
     return fake
+
+
+class _Account(TorchDispatchMode):
+    """Bytes of the storages that operators make while the mode is on: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak_bytes = 0
+        self._living: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and count what it has made."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.5  # no size depends on it
+        before = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before and storage._cdata not in self._living:
+                self._count(storage)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, nbytes = storage._cdata, storage.nbytes()
+
+        def release(_: object) -> None:
+            del self._living[address]
+            self.bytes -= nbytes
+
+        self._living[address] = weakref.ref(storage, release)
+        self.bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)

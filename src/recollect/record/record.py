@@ -43,7 +43,8 @@ def record(
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
     *,
-    optimizer_bytes: int = 0,
+    optimizer_state_bytes: int = 0,
+    optimizer_scratch_bytes: int = 0,
     timing: str = "measure",
     device: torch.device | str | None = None,
     real: bool = False,
@@ -61,7 +62,8 @@ def record(
         fn: a module or any callable; returns a tensor, or nested tensors, or an object with a ``loss``.
         args: its positional arguments.
         kwargs: its keyword arguments.
-        optimizer_bytes: resident state of the optimizer, counted in the peak.
+        optimizer_state_bytes: resident state of the optimizer, counted in the peak.
+        optimizer_scratch_bytes: what the optimizer's step takes beside, counted after the backward.
         timing: ``"measure"`` runs each distinct operator alone on the device, ``"estimate"`` runs nothing.
         device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
         real: record on the real tensors first: for a callable that looks whether its tensors are fake.
@@ -107,7 +109,10 @@ def record(
         written = [sum(recorder.values[n].nbytes for n in op.writes) for op in recorder.ops]
         costs, source = estimate_all(signatures, written), "estimated"
     title = name or getattr(fn, "__name__", type(fn).__name__)
-    return assemble(recorder, title, costs, optimizer_bytes=optimizer_bytes, timing=source, recorded=recorded)
+    return assemble(
+        recorder, title, costs, optimizer_state_bytes=optimizer_state_bytes,
+        optimizer_scratch_bytes=optimizer_scratch_bytes, timing=source, recorded=recorded,
+    )  # fmt: skip
 
 
 def _or_from(error: Exception, record_anew: Callable[[], Recorder]) -> Recorder:
