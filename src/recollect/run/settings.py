@@ -45,7 +45,6 @@ def _determinism() -> tuple[bool, bool]:
 
 
 _SWITCHES: tuple[_Pair, ...] = (
-    (torch.is_grad_enabled, torch.set_grad_enabled),  # kernels ask: mkldnn_rnn_layer makes its workspace only then
     (torch.get_default_dtype, torch.set_default_dtype),
     (torch.get_num_threads, torch.set_num_threads),  # a sum is split by threads
     (lambda: _TINY * 1.0 == 0.0, torch.set_flush_denormal),
@@ -75,27 +74,30 @@ _SWITCHES: tuple[_Pair, ...] = (
 
 
 class NumericSettings(NamedTuple):
-    """The switches at one moment."""
+    """The switches at one moment, and whether gradients were enabled: mkldnn_rnn_layer makes its workspace only then."""
 
     values: tuple[Any, ...]
+    grad_enabled: bool
 
     @staticmethod
     def now() -> NumericSettings:
         """The switches as they are."""
-        return NumericSettings(tuple([read() for read, _ in _SWITCHES]))
+        return NumericSettings(tuple([read() for read, _ in _SWITCHES]), torch.is_grad_enabled())
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """The switches as they were, for the length of the block."""
         before = NumericSettings.now()
-        if before == self:
-            yield
-            return
-        self._set()
+        others_differ = before.values != self.values  # as good as never; gradients are disabled in every backward
+        torch._C._set_grad_enabled(self.grad_enabled)
+        if others_differ:
+            self._set()
         try:
             yield
         finally:
-            before._set()
+            torch._C._set_grad_enabled(before.grad_enabled)
+            if others_differ:
+                before._set()
 
     def _set(self) -> None:
         """Change what differs from now: some of the setters are slow."""

@@ -586,9 +586,14 @@ class Tape(TorchDispatchMode):
             self.handles[number] -= 1
             if served != self._pass:
                 self.waiting[number] -= 1
-            planned = self.instructions.planned - self._late if self.following else self._needed()
-            if not self.handles[number] and number not in planned:
+            if not self.handles[number] and not self._is_planned(number):
                 self._let_go(number)
+
+    def _is_planned(self, number: int) -> bool:
+        """Whether something else than handles decides how long a value stays."""
+        if self.following:
+            return number in self.instructions.planned and number not in self._late
+        return number in self._needed()
 
     def _needed(self) -> set[int]:
         """What must stay in memory for the handles whose values will have to be made again."""
