@@ -47,8 +47,10 @@ NEVER_AGAIN: Final = {
 }
 """ATen operators that must not run again, and why."""
 
-_KEY = torch._C.DispatchKey
-_Switch = torch._C._SetExcludeDispatchKeyGuard
+_CONJUGATE, _NEGATIVE = torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative
+_ZERO = torch._C.DispatchKey.ZeroTensor
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +69,7 @@ class OpFacts:
         overwriting: writes every element of its first argument without reading it.
         workspaces: positions of results in which some bytes mean nothing.
         never_again: "" or why it must not run a second time.
+        is_plain: none of the above but ``is_view``, ``uninitialised`` and ``workspaces``.
     """
 
     name: str
@@ -80,6 +83,7 @@ class OpFacts:
     overwriting: bool
     workspaces: tuple[int, ...]
     never_again: str
+    is_plain: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -110,18 +114,21 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
     arguments = schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     aliases = [r.alias_info is not None for r in schema.returns]
+    random, batch_norm = torch.Tag.nondeterministic_seeded in func.tags, packet in BATCH_NORM
+    never_again = _never_again(func, packet, any(written))
     return OpFacts(
         name=str(func),
         is_view=bool(aliases) and all(aliases) and not any(written) and packet not in FRESH_CONSTANT,
         fresh_constant=packet in FRESH_CONSTANT,
         written_args=tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only),
         written_kwargs=tuple(a.name for i, a in enumerate(arguments) if written[i]),
-        random=torch.Tag.nondeterministic_seeded in func.tags,
-        batch_norm=packet in BATCH_NORM,
+        random=random,
+        batch_norm=batch_norm,
         uninitialised=packet in UNINITIALISED,
         overwriting=packet in OVERWRITING,
         workspaces=WORKSPACES.get(packet, ()),
-        never_again=_never_again(func, packet, any(written)),
+        never_again=never_again,
+        is_plain=not (any(written) or random or batch_norm or never_again or packet in FRESH_CONSTANT),
     )
 
 
@@ -141,16 +148,36 @@ def run_op(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
     Inside a mode torch switches lazy conjugation, lazy negation and zero tensors off, also for the operators that a
     kernel calls itself: the pseudo-inverse of a complex matrix then lacks a conjugation, under any mode at all.
     """
-    with _Switch(_KEY.Conjugate, False), _Switch(_KEY.Negative, False), _Switch(_KEY.ZeroTensor, False):
-        return func(*args, **kwargs)
+    if not _is_excluded(_CONJUGATE):  # a mode switches all three off
+        return func._op(*args, **kwargs)
+    _exclude(_CONJUGATE, False)  # three guards of torch's would take as long as a small operator
+    _exclude(_NEGATIVE, False)
+    _exclude(_ZERO, False)
+    try:
+        return func._op(*args, **kwargs)
+    finally:
+        _exclude(_CONJUGATE, True)
+        _exclude(_NEGATIVE, True)
+        _exclude(_ZERO, True)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in operator arguments or results: nested tuples, lists and dicts, in order."""
+    if type(tree) is Tensor:
+        return [tree]
     if isinstance(tree, Tensor):
         return [tree]
     found: list[Tensor] = []
     _collect((tree,), found)
+    return found
+
+
+def tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of an operator, in order."""
+    found: list[Tensor] = []
+    _collect(args, found)
+    if kwargs:
+        _collect(kwargs.values(), found)
     return found
 
 
