@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any
@@ -48,6 +48,7 @@ def record(
     timing: str = "measure",
     device: torch.device | str | None = None,
     real: bool = False,
+    compare: bool = False,
     progress: Progress | None = None,
     name: str = "",
 ) -> Program:
@@ -67,6 +68,8 @@ def record(
         timing: ``"measure"`` runs each distinct operator alone on the device, ``"estimate"`` runs nothing.
         device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
         real: record on the real tensors first: for a callable that looks whether its tensors are fake.
+        compare: after a recording on fake tensors run the forward once more, on the real ones, and keep the recording
+            only if both take the same path; otherwise record on the real ones.
         progress: called with a label and a fraction.
         name: name of the program.
 
@@ -89,8 +92,8 @@ def record(
         with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device) as world:
             return _record_in(world, fn, modules, progress)
 
-    def on_real() -> Recorder:
-        return _record_for_real(fn, modules, args, kwargs, progress)
+    def on_real(*, forward_only: bool = False) -> Recorder:
+        return _record_for_real(fn, modules, args, kwargs, progress, forward_only)
 
     ways = [("fake", on_fake), ("real", on_real)]
     (recorded, first), (other, second) = reversed(ways) if real else ways
@@ -102,6 +105,10 @@ def record(
         if is_unreal(modules, args, kwargs):
             raise
         recorded, recorder = other, _or_from(error, second)
+    if compare and recorded == "fake" and not is_unreal(modules, args, kwargs):
+        with suppress(Exception):  # what fails on real tensors fails in the step itself, too, and is reported there
+            if not _same_path(recorder, on_real(forward_only=True)):
+                recorded, recorder = "real", on_real()
     signatures = [op.signature for op in recorder.ops]
     if timing == "measure" and not is_unreal(modules, args, kwargs):
         costs, source = measure_all(signatures, progress), "measured"
@@ -123,6 +130,15 @@ def _or_from(error: Exception, record_anew: Callable[[], Recorder]) -> Recorder:
         raise
     except Exception as again:
         raise again from error
+
+
+def _same_path(recorder: Recorder, forward: Recorder) -> bool:
+    """Whether two recordings have the same forward; of the second one there need not be more."""
+    one, other = [
+        [(op.name, [n for n in op.reads if n >= 0], op.writes) for op in r.ops if not op.backward]
+        for r in (recorder, forward)
+    ]
+    return one == other
 
 
 class _World:
@@ -185,32 +201,28 @@ def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
 
 
 def _record_for_real(
-    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, progress: Progress | None
+    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, progress: Progress | None, forward_only: bool
 ) -> Recorder:
     """Record on the real tensors, and put back whatever the step overwrote."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
-    outside: set[int] = set()
 
     def before_write(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata in outside and storage._cdata not in before:
+        storage = storage_of(tensor)
+        if storage is not None and storage._cdata not in before:
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             before[storage._cdata] = (whole, whole.clone())
 
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
         return torch.zeros(n, dtype=dtype, device=where)
 
-    tensors = [t for _, _, t in named_tensors(modules)]
-    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    outside.update(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
     twin = _Twins()
     with undisturbed(modules, fn, args, kwargs):
         try:
             swap_tensors(modules, twin)
             args, kwargs = map_tensors((tuple(args), kwargs), twin)
-            world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, fingerprint)
-            return _record_in(world, fn, modules, progress)
+            look = None if forward_only else fingerprint
+            world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, look)
+            return _record_in(world, fn, modules, progress, forward_only=forward_only)
         finally:
             with torch.no_grad():
                 for whole, saved in before.values():
@@ -248,7 +260,9 @@ def _copy_of_integers(tensor: Tensor) -> Tensor | None:
     return flat.set_(storage, 0, (storage.nbytes() // tensor.itemsize,)).clone()  # type: ignore[call-overload]
 
 
-def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: Progress | None) -> Recorder:
+def _record_in(
+    world: _World, fn: Any, modules: Sequence[nn.Module], progress: Progress | None, *, forward_only: bool = False
+) -> Recorder:
     """Run forward and backward under the recorder."""
     paths = ModulePaths(modules)
     recorder = Recorder(world.blank, world.convert, world.before_write, paths.current, world.content, world.fingerprint)
@@ -263,6 +277,8 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
         with paths, recorder.hooks():
             result = fn(*world.args, **world.kwargs)
         forget_casts()
+        if forward_only:
+            return recorder
         recorder.forward_ends()
         outputs = differentiable_outputs(result)
         if not outputs:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
+from recollect.record.numbers import has_number
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.values import ValueMap, View, is_parameter, storage_of
 
@@ -136,6 +137,7 @@ class Recorder(TorchDispatchMode):
         self._fingerprints: dict[int, int] = {}
         self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
+        self.calls_with_numbers: list[CallSignature] = []
         self._backward_module = self._backward_source = ""
 
     @classmethod
@@ -210,11 +212,15 @@ class Recorder(TorchDispatchMode):
         self._check_fingerprints(filter(None, map(storage_of, inputs)))
         with self.paused():
             for tensor in facts.written(args, kwargs):
-                self.before_write(tensor)
+                storage = storage_of(tensor)
+                if storage is not None and self.map.number(storage) < 0:
+                    self.before_write(tensor)
         if facts.random:
             self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
         signature = signature_of(func, args, kwargs)
+        if not self.backward and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+            self.calls_with_numbers += [signature] if has_number(signature) else []
         out = run_op(func, args, kwargs)
         outputs = tensors_in(out)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)

@@ -38,10 +38,13 @@ TIGHTER: Final = 0.9
 class Planner(Protocol):
     """Records steps and plans them; knows the budget."""
 
-    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool) -> Program:
+    def record(
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
+    ) -> Program:
         """The program of a call; raises ``NotPlannable`` for what can only run without checkpointing.
 
-        ``real``: on real tensors, because the callable takes another path on those than on fake ones.
+        ``real``: on real tensors, because the callable takes another path on those than on fake ones. ``compare``: find
+        out whether it does.
         """
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
@@ -138,6 +141,8 @@ class Session:
         self._turns = _Turns()
         self._here = threading.local()
         self._last: Plan | None = None
+        self._real = False
+        """The first recording had to be on real tensors: the others are so, too."""
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
 
@@ -254,7 +259,9 @@ class Session:
         entry = _Entry(deviations=before.deviations if before is not None else 0)
         try:
             with self._turns.recording():
-                program = self.planner.record(self.fn, args, kwargs, real=entry.deviations > 0)
+                first, real = self._last is None, self._real or entry.deviations > 0
+                program = self.planner.record(self.fn, args, kwargs, real=real, compare=first)
+                self._real = self._real or (first and program.recorded == "real")
                 self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
             if self._last is None:
@@ -407,11 +414,24 @@ def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     require and have gradients; autocast.
     """
     leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), kwargs))
-    modules = reachable_modules(fn, args, kwargs)
-    flags = tuple(m.training for root in modules for m in root.modules())
-    tensors = tuple(_tensor_signature(t) for _, _, t in named_tensors(modules))
+    modules = _all_modules(reachable_modules(fn, args, kwargs))
+    flags = tuple([m.training for m in modules])
+    tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+    tensors = tuple([_tensor_signature(t) for table in tables for t in table.values() if t is not None])
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast
+
+
+def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """These modules and all inside them, each once; ``nn.Module.modules`` takes several times as long."""
+    found: dict[int, nn.Module] = {}
+    pending = list(roots)
+    while pending:
+        module = pending.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            pending += [m for m in module._modules.values() if m is not None]
+    return list(found.values())
 
 
 def _tensor_signature(tensor: Tensor) -> tuple[Any, ...]:
