@@ -69,7 +69,7 @@ def names_of_the_readme() -> dict[str, object]:
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if page.name == WITH_JSON:  # the file that a reader brings
-        gpt(2).to_json("step.json")
+        gpt(6).to_json("step.json")
     names: dict[str, object] = {"__name__": "docs"} | (names_of_the_readme() if page.name == "README.md" else {})
     for block in BLOCK.findall(page.read_text()):
         exec(compile(block, str(page), "exec"), names)
