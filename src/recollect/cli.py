@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -130,10 +129,12 @@ class _Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """As bytes; there is nothing that a share could be of."""
         size = _number(value)
-        if not isinstance(size, float) and not str(size).strip().endswith("%"):
-            with contextlib.suppress(ValueError):
-                return parse_budget(size, 0)
-        self.fail(f"{value!r} is no number of bytes; accepted are 3000000, 512MB, 1.5GiB.", param, ctx)
+        try:
+            if isinstance(size, float) or str(size).strip().endswith("%"):
+                raise ValueError("a share")
+            return parse_budget(size, 0)
+        except ValueError:
+            self.fail(f"{value!r} is no number of bytes; accepted are 3000000, 512MB, 1.5GiB.", param, ctx)
 
 
 class _Target(click.ParamType):
@@ -238,7 +239,7 @@ def _recorded(target: str, device: str | None, optimizer: int | None, timing: st
     from recollect.show.progress import progress_bar
 
     with progress_bar() as progress:
-        name = target.rpartition(":")[2]
+        name = Path(target).stem if target.endswith(".py") else target.rpartition(":")[2]
         return record_step(step.fn, step.args, step.kwargs, optimizer, timing or "estimate", progress, device, name)
 
 
@@ -371,8 +372,8 @@ def main(debug: bool) -> None:
 @_planning
 def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
-    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None, plot_path: Path | None,
-    html_path: Path | None,
+    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None,
+    plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan a training step of MODEL within a budget; nothing of its size is allocated.
 
@@ -512,7 +513,7 @@ def solve(
     )
 
 
-@main.command()
+@main.command(epilog=_examples("recollect demo", "recollect demo --quick --out pictures"))
 @click.option("--steps", type=click.IntRange(min=4), default=36, show_default=True, help="Training steps per run.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Folder or .png file."
