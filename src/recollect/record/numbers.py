@@ -1,4 +1,4 @@
-"""Numbers of Python that autograd saves: the 0.5 of ``x * 0.5`` becomes a tensor of 8 bytes, and no hook gets to see it.
+"""Numbers of Python that autograd saves: the 0.5 of ``x * 0.5`` becomes a tensor of 8 bytes that no hook gets to see.
 
 Whether an operator saves such a number stands in no schema; so it is called once, on tensors of one element, under the
 allocator's account.
