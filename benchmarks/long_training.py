@@ -1,4 +1,4 @@
-"""2,000 steps, plain and checkpointed: does anything pile up or drift away? The picture and figures of docs/exactness.md.
+"""2,000 steps, plain and checkpointed: does anything pile up or drift away? For docs/exactness.md.
 
 Both trainings of tests/run/test_long_training.py, each in a process of its own, with a census every 50 steps: live
 tensors, Python objects and the memory of the process. Run: ``python benchmarks/long_training.py``; some minutes.

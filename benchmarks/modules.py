@@ -50,7 +50,7 @@ def by_form(at_most: int | None) -> Iterator[str]:
             for case in cases(info, torch.float32, at_most):
                 for form in FORMS:
                     found[form][info.name, kind_of(beside(case, form))] += 1
-    yield "| `torch.utils.checkpoint`, float32 | steps | identical | error | other numbers, no error | of which modules |"
+    yield "| `torch.utils.checkpoint`, float32 | steps | identical | error | silent | modules with silent ones |"
     yield "| --- | --- | --- | --- | --- | --- |"
     for form, counts in found.items():
         total = Counter[str]()
@@ -73,9 +73,7 @@ def kind_of(outcome: str | None) -> str:
 def kept(outcomes: Outcomes) -> str:
     """The modules of which nothing that the backward asks for may be computed again."""
     names = [
-        f"`{name}` ({n})"
-        for name, found in outcomes.items()
-        if (n := sum(o.asked > 0 and o.again == 0 for o in found))
+        f"`{name}` ({n})" for name, found in outcomes.items() if (n := sum(o.asked > 0 and o.again == 0 for o in found))
     ]
     return textwrap.fill(f"Kept in float32: {', '.join(names) or 'nothing'}.", 120, break_long_words=False)
 

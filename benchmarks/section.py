@@ -1,4 +1,4 @@
-"""Puts what a script prints into its section of a page: between ``<!-- benchmarks/NAME.py -->`` and ``<!-- end -->``."""
+"""Puts what a script prints into its section of a page: from ``<!-- benchmarks/NAME.py -->`` to ``<!-- end -->``."""
 
 from __future__ import annotations
 

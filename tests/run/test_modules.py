@@ -13,7 +13,11 @@ from tests.run.sweep import Outcome, quiet
 from tests.run.torch_checkpoint import FORMS
 
 NAMED = {info.name: info for info in MODULES}
-EVERY_DAY = [name for name in NAMED if any(w in name for w in ("BatchNorm", "Norm2d", "LSTM", "Cell", "Attention", "EncoderLayer", "MaxPool2d"))]
+EVERY_DAY = [
+    name
+    for name in NAMED
+    if any(w in name for w in ("BatchNorm", "Norm2d", "LSTM", "Cell", "Attention", "EncoderLayer", "MaxPool2d"))
+]
 """Running statistics, recurrence, attention, indices."""
 
 
