@@ -849,3 +849,37 @@ def test_memory_is_freed_as_the_backward_proceeds() -> None:
         loss.backward()
     assert len(living) == 6
     assert max(living) <= 8 * x.nbytes  # a gradient or two, and one stretch of the chain
+
+
+def test_what_a_custom_function_saves_dies_with_the_step() -> None:
+    """Without the garbage collector, although the function saves what it returns."""
+    saved: list[weakref.ref[Any]] = []
+
+    class SavesItsResult(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            y = x.exp()
+            ctx.save_for_backward(y)
+            saved.append(weakref.ref(y))
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (y,) = ctx.saved_tensors
+            return grad * y
+
+    x = torch.randn(64, 64, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    step = Floor(lambda x: SavesItsResult.apply(SavesItsResult.apply(x.sin()).sin()).sin())
+    step(x).sum().backward()
+    gc.collect()
+    gc.disable()
+    try:
+        saved.clear()
+        before = step.reruns
+        step(x).sum().backward()
+        assert step.reruns > before
+        assert len(saved) == 2
+        assert not any(r() is not None for r in saved)
+    finally:
+        gc.enable()
