@@ -64,11 +64,12 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (key, title) in zip(figure.subplots(1, len(COUNTED)), COUNTED.items(), strict=True):
+        scale = 1e6 if key == "resident" else 1
+        top = max(c[key] for _, counts, _ in runs.values() for c in counts) / scale
         for name, (_, counts, _) in runs.items():
-            scale = 1e6 if key == "resident" else 1
             steps = range(EVERY, EVERY * len(counts) + 1, EVERY)
             axes.plot(steps, [c[key] / scale for c in counts], label=name)
-        axes.set(title=title, xlabel="step", ylim=(0, None))
+        axes.set(title=title, xlabel="step", ylim=(0, 1.15 * top))
         axes.legend(loc="lower right")
     figure.savefig(path, dpi=110)
 

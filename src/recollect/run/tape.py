@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import signature_of
+from recollect.record.smoothing import Smoothing
 from recollect.record.timing import estimate
 from recollect.record.values import Seen, ValueMap, View, is_parameter, storage_of
 from recollect.run.entry import (
@@ -144,6 +145,7 @@ class Tape(TorchDispatchMode):
         self._late: set[int] = set()
         self._installs_left = Counter(instructions.installs)
         self._outside: dict[int, list[OutsideHandle]] = {}
+        self._smoothing = Smoothing()
         self._n_on_path = len(instructions.path)
         self._cursor = 0
         self._task: int | None = None
@@ -166,6 +168,9 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         if self._rerunning or self._map is None:
             return run_op(func, args, kwargs)
+        if func is not (instead := self._smoothing.replaced(func, args))[0]:
+            func, args = instead
+            facts = facts_of(func)
         written = facts.written(args, kwargs)
         if written or self.n_ops in self.instructions.ready or not self._expects(facts.name) or self._check:
             inputs = tensors_in((args, kwargs))
