@@ -708,5 +708,6 @@ def _take_memory(alias: Tensor) -> None:
     """Leave the alias its version counter, but not the memory."""
     key = alias.dtype, alias.device
     if key not in _EMPTY:
-        _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
+        with torch._C._DisableTorchDispatch():  # in a finalizer it is not to be seen as an op of the forward
+            _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
     alias.data = _EMPTY[key]
