@@ -718,24 +718,22 @@ class Outcome:
 
 def examine(script: Script) -> Outcome:
     """Run a script plainly and with recollect."""
-    outcome = Outcome()
+    outcome, sessions = Outcome(), list[Session]()
+
+    def wrap(model: Model) -> Call:
+        if script.way.mode == "online":
+            return _online(model, outcome)
+        session = Session(model, Planner(script.way))
+        sessions.append(session)
+        return lambda *args: session.call(args, {})
+
     with quiet() as messages:
         plain = dict(train(script, lambda model: model))
-        got: dict[str, Any] = {}
-        if script.way.mode == "online":
-            got = dict(train(script, lambda model: _online(model, outcome)))
-        else:
-            sessions: list[Session] = []
-
-            def wrap(model: Model) -> Call:
-                sessions.append(Session(model, Planner(script.way)))
-                return lambda *args: sessions[0].call(args, {})
-
-            got = dict(train(script, wrap))
-            judge(outcome, script, sessions[0], [str(w.message) for w in messages], plain)
+        compare(outcome, dict(train(script, wrap)), plain)
+        for session in sessions:
+            judge(outcome, script, session, [str(w.message) for w in messages])
             if script.way.mode == "measured" and not outcome.wrong and not outcome.error:
-                measure(outcome, script, sessions[0])
-    compare(outcome, got, plain)
+                measure(outcome, script, session)
     return outcome
 
 
@@ -757,7 +755,8 @@ def _online(model: Model, outcome: Outcome) -> Call:
 def compare(outcome: Outcome, got: dict[str, Any], plain: dict[str, Any]) -> None:
     for name in got | plain:
         if name not in got or name not in plain:
-            outcome.wrong.append(f"{name} only in {'recollect' if name in got else 'plain'}: {(got | plain)[name]}")
+            error = (got | plain)[name] if name.endswith("error") else ""
+            outcome.wrong.append(f"{name} only in {'recollect' if name in got else 'plain'} {error}")
         elif name.endswith("error"):
             outcome.error = plain[name][0]
             if got[name][0] != plain[name][0]:
@@ -766,9 +765,9 @@ def compare(outcome: Outcome, got: dict[str, Any], plain: dict[str, Any]) -> Non
             outcome.wrong.append(name)
 
 
-def judge(outcome: Outcome, script: Script, session: Session, messages: list[str], plain: dict[str, Any]) -> None:
+def judge(outcome: Outcome, script: Script, session: Session, messages: list[str]) -> None:
     """What recollect must not say of a valid script."""
-    stats, failed = session.stats(), any(name.endswith("error") for name in plain)
+    stats, failed = session.stats(), bool(outcome.error)
     outcome.reruns, outcome.deviations = stats.reruns, stats.deviations
     said = [m for m in messages if "recollect" in m]
     if stats.unplanned:
