@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -256,6 +257,12 @@ def under_no_grad(call: Callable[[], Any]) -> None:
         call()
 
 
+def swapped(x: Tensor, y: Tensor) -> Tensor:
+    """Another tensor's memory under the same name."""
+    x.data = fit(y, x).detach().to(x.dtype).expand_as(x).clone()
+    return x
+
+
 def kept(m: Model, x: Tensor, k: int) -> Tensor:
     """Something that outlives the step, in a list of the module."""
     m.kept[k % 2] = x if k & 2 else x.detach()
@@ -386,6 +393,14 @@ OTHERS: dict[str, Operation] = {
     "buffer": lambda m, x, y, k: buffered(m, x, k),
     "parameter_": lambda m, x, y, k: (under_no_grad(lambda: m.scale.mul_(0.9)), x * m.scale)[1],
     "parameter": lambda m, x, y, k: x * m.scale,
+    "leaf": lambda m, x, y, k: x.detach().clone().requires_grad_(),
+    "swapped": lambda m, x, y, k: swapped(x.clone(), y),
+    "numpy": lambda m, x, y, k: x + torch.from_numpy(np.sin(x.detach().float().numpy())),
+    "item": lambda m, x, y, k: x * x.detach().float().tanh().mean().item(),
+    "nonzero": lambda m, x, y, k: torch.cat([x[x > 0], x.reshape(-1)[:1]]),
+    "foreach": lambda m, x, y, k: torch._foreach_mul([x, x.sin()], 0.5)[k % 2],
+    "foreach_": lambda m, x, y, k: (torch._foreach_add_([x, x.clone()], 0.5), x)[1],
+    "list": lambda m, x, y, k: torch.stack([t * 2 for t in two(x).unbind(0)][::-1]),
     "gradient": lambda m, x, y, k: with_gradient_inside(x, y),
     "hook": lambda m, x, y, k: hooked(x * 2),
     "checkpoint": lambda m, x, y, k: torch.utils.checkpoint.checkpoint(m.checkpoint, rows(x), use_reentrant=False),
@@ -402,6 +417,8 @@ REGIONS: dict[str, Callable[[], AbstractContextManager[Any]]] = {
     "no_grad": torch.no_grad,
     "enable_grad": torch.enable_grad,
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "inference": torch.inference_mode,
+    "hooks": torch.autograd.graph.save_on_cpu,
 }
 
 
@@ -445,6 +462,10 @@ def leaves_of(body: tuple[Instruction, ...]) -> Iterator[Do]:
             yield from leaves_of(i.body)
 
 
+class Interruption(Exception):
+    """Not an error of torch's."""
+
+
 class Model(nn.Module):
     """Runs the body of a script."""
 
@@ -458,6 +479,7 @@ class Model(nn.Module):
         self.register_buffer("level", torch.ones(()))
         self.generator = torch.Generator().manual_seed(3)
         self.kept: list[Tensor] = [torch.zeros(()), torch.ones(())]
+        self.fails_at = -1
 
     def forward(self, x: Tensor, y: Tensor) -> Any:
         h = self.linears[0](x)
@@ -469,7 +491,9 @@ class Model(nn.Module):
         return RETURNS[self.script.returns](loss, found)
 
     def run(self, body: tuple[Instruction, ...], pool: list[Tensor]) -> None:
-        for i in body:
+        for n, i in enumerate(body):
+            if n == self.fails_at:
+                raise Interruption
             if isinstance(i, Do):
                 pool[i.to] = OPS[i.op](self, pool[i.a], pool[i.b], i.k)
             elif isinstance(i, If):
@@ -571,6 +595,23 @@ def evaluated(call: Call, m: Model, xs: list[Tensor], k: int) -> Any:
     return before, once(call, m, xs, k)
 
 
+def interrupted(call: Call, m: Model, xs: list[Tensor], k: int) -> Any:
+    """An error in the middle of a forward; then the step itself."""
+    m.fails_at = k
+    with suppress(Interruption):
+        call(*xs)
+    m.fails_at = -1
+    return once(call, m, xs, 0)
+
+
+def frozen_part(call: Call, m: Model, xs: list[Tensor], k: int) -> Any:
+    m.linears[k % 2].requires_grad_(False)
+    try:
+        return once(call, m, xs, 0)
+    finally:
+        m.linears[k % 2].requires_grad_()
+
+
 def from_graph(call: Call, m: Model, xs: list[Tensor], k: int) -> Any:
     """Inputs that come from a graph outside."""
     result = call(m.linears[1](xs[0]), xs[1] * m.scale)
@@ -589,7 +630,7 @@ USES: dict[str, Callable[[Call, Model, list[Tensor], int], Any]] = {
     "once": once, "two forwards": two_forwards, "joint": joint, "twice": twice, "piecewise": piecewise,
     "gradients": gradients, "double": double, "some inputs": some_inputs, "abandoned": abandoned,
     "evaluated": evaluated, "from graph": from_graph, "within autocast": within_autocast,
-    "accumulate": once,
+    "accumulate": once, "interrupted": interrupted, "frozen": frozen_part,
 }  # fmt: skip
 
 
@@ -785,7 +826,9 @@ NOT_PLANNED = ("a leaf Variable that requires grad is being used in an in-place 
 
 
 def may_vary(body: tuple[Instruction, ...]) -> bool:
-    return any(isinstance(i, If) or (isinstance(i, In) and may_vary(i.body)) for i in body)
+    """Whether the numbers decide which operators run, or on how much."""
+    branches = any(isinstance(i, If) or (isinstance(i, In) and may_vary(i.body)) for i in body)
+    return branches or any(i.op == "nonzero" for i in leaves_of(body))
 
 
 def measure(outcome: Outcome, script: Script, session: Session) -> None:
@@ -847,7 +890,7 @@ ways = st.builds(
 )  # fmt: skip
 scripts = st.builds(
     Script,
-    bodies(2, 16),
+    st.builds(lambda first, then: first + then, bodies(2, 12), bodies(2, 12)),
     st.sampled_from(list(RETURNS)),
     st.lists(slot, min_size=1, max_size=3).map(tuple),
     histories,

@@ -40,3 +40,10 @@ def test_a_tensor_of_a_closure_is_no_part_of_the_graph_of_the_recording(branch: 
     assert program.recorded == ("real" if branch else "fake")
     assert not state.requires_grad
     assert not state.any()
+
+
+@pytest.mark.parametrize("mode", ["nothing", "online"])
+def test_saved_tensors_modified_by_foreach_operators_are_an_error(mode: str) -> None:
+    """Inside a dispatch mode these operators do not count up version counters, so that nobody would notice."""
+    outcome = examine(Script((Do("relu", 0, 2), Do("foreach_", 0, 0)), steps=(Step(),), way=Way(mode)))
+    assert (outcome.error, outcome.wrong) == ("RuntimeError", [])

@@ -178,6 +178,8 @@ class Tape(TorchDispatchMode):
                 out = run_op(func, args, kwargs)
         else:
             out = run_op(func, args, kwargs)
+        if facts.counts_inside:
+            torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
         outputs = tensors_in(out)
         seen = self._map.seen(facts, args, kwargs, reads, outputs)
         if seen.is_op:
