@@ -321,7 +321,7 @@ SHAPES: dict[str, Operation] = {
     "stack": lambda m, x, y, k: torch.stack([rows(x), rows(x).sin()])[k % 2],
     "gather": lambda m, x, y, k: two(x)[indices(y if two(y).size(0) <= two(x).size(0) else x, k)],
     "norm": lambda m, x, y, k: x / (x.norm() + 1),
-    "complex": lambda m, x, y, k: complexes(x, k),
+    "complex": lambda m, x, y, k: complexes(x.contiguous(), k),
     "fft": lambda m, x, y, k: torch.fft.rfft(rows(x)).abs(),
 }
 LAYERS: dict[str, Operation] = {
@@ -821,8 +821,8 @@ def judge(outcome: Outcome, script: Script, session: Session, messages: list[str
         outcome.wrong.append(f"not planned: {said}")
 
 
-NOT_PLANNED = ("a leaf Variable that requires grad is being used in an in-place operation",)
-"""What recollect says of valid programs that it runs plainly: inputs from a graph outside that are overwritten."""
+NOT_PLANNED = ("a leaf Variable that requires grad is being used in an in-place operation", "Interruption")
+"""Why recollect runs valid programs plainly: inputs from a graph outside are overwritten, or the first call fails."""
 
 
 def may_vary(body: tuple[Instruction, ...]) -> bool:
