@@ -59,7 +59,7 @@ def test_random_programs_are_exact(number: int) -> None:
 def test_random_programs_stay_within_their_budgets() -> None:
     found = look_at(measured_scripts, 8, 0)
     assert not smallest_failure(found), smallest_failure(found)
-    assert all(outcome.peak for _, outcome in found)
+    assert all(outcome.peak or outcome.error for _, outcome in found)
 
 
 @pytest.mark.slow
