@@ -781,7 +781,7 @@ def examine(script: Script) -> Outcome:
 def _online(model: Model, outcome: Outcome) -> Call:
     nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
 
-    def rerun(op: int) -> None:
+    def rerun(seconds: float) -> None:
         outcome.reruns += 1
 
     def call(*args: Any) -> Any:
