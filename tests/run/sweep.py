@@ -18,13 +18,12 @@ from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.testing._utils import wrapper_set_seed
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from recollect.plan.unroll import unroll
-from recollect.program import Plan, Program, Schedule, simulate
+from recollect.program import Plan
 from recollect.record import record
 from recollect.run import Tape, instructions_for
 from recollect.run.instructions import Instructions
 from recollect.run.selfcheck import SelfCheck
-from tests.run.compare import same
+from tests.run.compare import plan_that_keeps_nothing, same
 
 torch.backends.__allow_nonbracketed_mutation_flag = True  # torch's own test code forbids it to the whole process
 
@@ -204,14 +203,6 @@ def is_steady(op: OpInfo, runs: int = 30) -> bool:
 
 def leaf(t: Tensor) -> Tensor:
     return t.detach().requires_grad_(t.requires_grad)
-
-
-def plan_that_keeps_nothing(program: Program) -> Plan:
-    """Whatever may be computed again is, and what was computed again once more at the next demand."""
-    everything = frozenset(range(len(program.values)))
-    schedule = Schedule.from_order(program, unroll(program, frozenset(), drop_again=(everything,)))
-    peak, plain_peak = simulate(program, schedule).peak_bytes, simulate(program).peak_bytes
-    return Plan(program, schedule, peak, peak, plain_peak, peak, 0.0, 0.0, "keep nothing")
 
 
 def observe(step: Step, args: Any, kwargs: Any, tape: Tape | None = None) -> dict[str, Any] | None:

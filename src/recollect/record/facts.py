@@ -66,6 +66,8 @@ class OpFacts:
         uninitialised: the result is uninitialised memory.
         overwriting: writes every element of its first argument without reading it.
         workspaces: positions of results in which some bytes mean nothing.
+        counts_inside: the version counters of what it writes are counted up by the operators that its kernel calls,
+            which they do not do inside a dispatch mode.
         never_again: "" or why it must not run a second time.
     """
 
@@ -79,6 +81,7 @@ class OpFacts:
     uninitialised: bool
     overwriting: bool
     workspaces: tuple[int, ...]
+    counts_inside: bool
     never_again: str
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -121,6 +124,7 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         uninitialised=packet in UNINITIALISED,
         overwriting=packet in OVERWRITING,
         workspaces=WORKSPACES.get(packet, ()),
+        counts_inside=packet.startswith("aten._foreach_") and any(written),
         never_again=_never_again(func, packet, any(written)),
     )
 

@@ -189,21 +189,16 @@ def _record_for_real(
 ) -> Recorder:
     """Record on the real tensors, and put back whatever the step overwrote."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
-    outside: set[int] = set()
 
     def before_write(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage._cdata in outside and storage._cdata not in before:
+        if storage._cdata not in before:
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             before[storage._cdata] = (whole, whole.clone())
 
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
         return torch.zeros(n, dtype=dtype, device=where)
 
-    tensors = [t for _, _, t in named_tensors(modules)]
-    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    outside.update(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
     twin = _Twins()
     with undisturbed(modules, fn, args, kwargs):
         try:
@@ -220,19 +215,24 @@ def _record_for_real(
 class _Twins:
     """Real tensors under another identity, on the same memory.
 
-    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer) and
-    does not run into the graph that an input comes from.
+    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer), does
+    not run into the graph that an input comes from, and that an input or a buffer that is overwritten with something
+    differentiable does not become part of the recording's graph.
     """
 
     def __init__(self) -> None:
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or not tensor.requires_grad:
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
             return tensor
         if id(tensor) not in self._twins:
             twin = tensor.detach()
-            twin = nn.Parameter(twin) if isinstance(tensor, nn.Parameter) else twin.requires_grad_()
+            if isinstance(tensor, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+            else:
+                twin.requires_grad_(tensor.requires_grad)
+            vars(twin).update(vars(tensor))
             if tensor.is_leaf:
                 twin.grad = tensor.grad
             self._twins[id(tensor)] = tensor, twin
@@ -257,6 +257,7 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
     _know_the_world(recorder, world, modules)
     with ExitStack() as stack:
         stack.callback(recorder.reset_generators)
+        stack.callback(recorder.take_out_of_graph)
         stack.enter_context(torch.enable_grad())
         first_node = torch.ones(1, requires_grad=True).clone().grad_fn
         stack.enter_context(recorder)

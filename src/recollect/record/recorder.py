@@ -132,6 +132,7 @@ class Recorder(TorchDispatchMode):
         self._packed_as: dict[int, int] = {}
         self._packs_of: dict[int, set[int]] = {}
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._without_graph: list[weakref.ref[Tensor]] = []
         self._open: set[int] = set()
         self._outside_version: dict[int, int] = {}
         self._fingerprints: dict[int, int] = {}
@@ -201,8 +202,9 @@ class Recorder(TorchDispatchMode):
         if self._paused:
             return func(*args, **kwargs)
         func, args = self._smoothing.replaced(func, args)
-        args, kwargs = self._converted(args), self._converted(kwargs)
         facts = facts_of(func)
+        theirs = facts.written(args, kwargs)
+        args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:
             out = func(*args, **kwargs)
             self._know_empty_views(tensors_in((args, kwargs)), tensors_in(out))
@@ -212,8 +214,10 @@ class Recorder(TorchDispatchMode):
         self._know_outside(inputs)
         self._check_fingerprints(filter(None, map(storage_of, inputs)))
         with self.paused():
-            for tensor in facts.written(args, kwargs):
-                self.before_write(tensor)
+            for original, tensor in zip(theirs, facts.written(args, kwargs), strict=True):
+                if (storage := storage_of(tensor)) is not None and self.map.number(storage) < 0:
+                    self._keep_out_of_graph(original)
+                    self.before_write(tensor)
         if facts.random:
             self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
@@ -446,6 +450,20 @@ class Recorder(TorchDispatchMode):
         """Put explicit generators back to where they were when the recording first met them."""
         for generator, state in self._generators.values():
             generator.set_state(state)
+
+    def _keep_out_of_graph(self, tensor: Tensor) -> None:
+        """Remember a tensor from outside that joins a graph if it is overwritten with something differentiable."""
+        owner = tensor if tensor._base is None else tensor._base
+        if not owner.requires_grad:
+            self._without_graph.append(weakref.ref(owner))
+
+    def take_out_of_graph(self) -> None:
+        """Tensors from outside that were no part of a graph before the recording are none afterwards."""
+        with _disable_current_modes():
+            for ref in self._without_graph:
+                tensor = ref()
+                if tensor is not None and tensor.requires_grad:
+                    tensor.detach_()
 
     def finish(self) -> None:
         """Whatever still lives is held to the end of the step."""

@@ -195,6 +195,8 @@ class Tape(TorchDispatchMode):
                 out = run_op(func, args, kwargs)
         else:
             out = run_op(func, args, kwargs)
+        if facts.counts_inside:
+            torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
         outputs = tensors_in(out)
         seen = self._map.seen(facts, args, kwargs, reads, outputs)
         if seen.is_op:
@@ -742,5 +744,6 @@ def _take_memory(alias: Tensor) -> None:
     """Leave the alias its version counter, but not the memory."""
     key = alias.dtype, alias.device
     if key not in _EMPTY:
-        _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
+        with torch._C._DisableTorchDispatch():  # in a finalizer it is not to be seen as an op of the forward
+            _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
     alias.data = _EMPTY[key]
