@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import recollect
 import recollect.api
+from recollect.plan.unroll import unroll
+from recollect.program import Plan, Program, Schedule, simulate
 from recollect.record.timing import Cost
 from recollect.run import Stats
 from recollect.run.entry import Entry
@@ -30,9 +32,9 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     How good the plans are is not the question here, and both save most of the time.
     """
-    programs: dict[Any, recollect.Program] = {}
+    programs: dict[Any, Program] = {}
 
-    def solve(program: recollect.Program, budget: Any, **options: Any) -> recollect.Plan:
+    def solve(program: Program, budget: Any, **options: Any) -> Plan:
         known = programs.setdefault((program.values, program.ops), program)
         return recollect.solve(known, budget, **options | {"time_limit_seconds": 0.02})
 
@@ -196,3 +198,11 @@ def exact(
     if reruns and not unplanned:
         assert stats.reruns > 0, "nothing ran again: the attack did not test anything"
     return stats
+
+
+def plan_that_keeps_nothing(program: Program) -> Plan:
+    """Whatever may be computed again is, and what was computed again once more at the next demand."""
+    everything = frozenset(range(len(program.values)))
+    schedule = Schedule.from_order(program, unroll(program, frozenset(), drop_again=(everything,)))
+    peak, plain_peak = simulate(program, schedule).peak_bytes, simulate(program).peak_bytes
+    return Plan(program, schedule, peak, peak, plain_peak, peak, 0.0, 0.0, "keep nothing")

@@ -68,6 +68,8 @@ class OpFacts:
         uninitialised: the result is uninitialised memory.
         overwriting: writes every element of its first argument without reading it.
         workspaces: positions of results in which some bytes mean nothing.
+        counts_inside: the version counters of what it writes are counted up by the operators that its kernel calls,
+            which they do not do inside a dispatch mode.
         never_again: "" or why it must not run a second time.
         is_plain: none of the above but ``is_view``, ``uninitialised`` and ``workspaces``.
     """
@@ -82,6 +84,7 @@ class OpFacts:
     uninitialised: bool
     overwriting: bool
     workspaces: tuple[int, ...]
+    counts_inside: bool
     never_again: str
     is_plain: bool
 
@@ -127,13 +130,14 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         uninitialised=packet in UNINITIALISED,
         overwriting=packet in OVERWRITING,
         workspaces=WORKSPACES.get(packet, ()),
+        counts_inside=packet.startswith("aten._foreach_") and any(written),
         never_again=never_again,
         is_plain=not (any(written) or random or batch_norm or never_again or packet in FRESH_CONSTANT),
     )
 
 
 def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
-    if func.namespace not in ("aten", "prims"):
+    if func.namespace not in ("aten", "prims", "recollect"):
         return "custom operator, not known to be free of side effects"
     if packet in NEVER_AGAIN:
         return NEVER_AGAIN[packet]

@@ -232,19 +232,24 @@ def _record_for_real(
 class _Twins:
     """Real tensors under another identity, on the same memory.
 
-    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer) and
-    does not run into the graph that an input comes from.
+    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer), does
+    not run into the graph that an input comes from, and that an input or a buffer that is overwritten with something
+    differentiable does not become part of the recording's graph.
     """
 
     def __init__(self) -> None:
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or not tensor.requires_grad:
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
             return tensor
         if id(tensor) not in self._twins:
             twin = tensor.detach()
-            twin = nn.Parameter(twin) if isinstance(tensor, nn.Parameter) else twin.requires_grad_()
+            if isinstance(tensor, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+            else:
+                twin.requires_grad_(tensor.requires_grad)
+            vars(twin).update(vars(tensor))
             if tensor.is_leaf:
                 twin.grad = tensor.grad
             self._twins[id(tensor)] = tensor, twin
@@ -271,6 +276,7 @@ def _record_in(
     _know_the_world(recorder, world, modules)
     with ExitStack() as stack:
         stack.callback(recorder.reset_generators)
+        stack.callback(recorder.take_out_of_graph)
         stack.enter_context(torch.enable_grad())
         first_node = torch.ones(1, requires_grad=True).clone().grad_fn
         stack.enter_context(recorder)

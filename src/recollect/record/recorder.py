@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.numbers import has_number
 from recollect.record.signature import CallSignature, signature_of
+from recollect.record.smoothing import Smoothing
 from recollect.record.values import ValueMap, View, is_parameter, storage_of
 
 _OURS = Path(__file__).parent.parent
@@ -132,6 +133,7 @@ class Recorder(TorchDispatchMode):
         self._packed_as: dict[int, int] = {}
         self._packs_of: dict[int, set[int]] = {}
         self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
+        self._without_graph: list[weakref.ref[Tensor]] = []
         self._open: set[int] = set()
         self._outside_version: dict[int, int] = {}
         self._fingerprints: dict[int, int] = {}
@@ -139,6 +141,7 @@ class Recorder(TorchDispatchMode):
         self.changed_unseen: set[int] = set()
         self.calls_with_numbers: list[CallSignature] = []
         self._backward_module = self._backward_source = ""
+        self._smoothing = Smoothing()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -200,8 +203,10 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        args, kwargs = self._converted(args), self._converted(kwargs)
+        func, args = self._smoothing.replaced(func, args)
         facts = facts_of(func)
+        theirs = facts.written(args, kwargs)
+        args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:
             out = func(*args, **kwargs)
             self._know_empty_views(tensors_in((args, kwargs)), tensors_in(out))
@@ -211,9 +216,9 @@ class Recorder(TorchDispatchMode):
         self._know_outside(inputs)
         self._check_fingerprints(filter(None, map(storage_of, inputs)))
         with self.paused():
-            for tensor in facts.written(args, kwargs):
-                storage = storage_of(tensor)
-                if storage is not None and self.map.number(storage) < 0:
+            for original, tensor in zip(theirs, facts.written(args, kwargs), strict=True):
+                if (storage := storage_of(tensor)) is not None and self.map.number(storage) < 0:
+                    self._keep_out_of_graph(original)
                     self.before_write(tensor)
         if facts.random:
             self._keep_generators((*args, *kwargs.values()))
@@ -449,6 +454,20 @@ class Recorder(TorchDispatchMode):
         """Put explicit generators back to where they were when the recording first met them."""
         for generator, state in self._generators.values():
             generator.set_state(state)
+
+    def _keep_out_of_graph(self, tensor: Tensor) -> None:
+        """Remember a tensor from outside that joins a graph if it is overwritten with something differentiable."""
+        owner = tensor if tensor._base is None else tensor._base
+        if not owner.requires_grad:
+            self._without_graph.append(weakref.ref(owner))
+
+    def take_out_of_graph(self) -> None:
+        """Tensors from outside that were no part of a graph before the recording are none afterwards."""
+        with _disable_current_modes():
+            for ref in self._without_graph:
+                tensor = ref()
+                if tensor is not None and tensor.requires_grad:
+                    tensor.detach_()
 
     def finish(self) -> None:
         """Whatever still lives is held to the end of the step."""

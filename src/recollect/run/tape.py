@@ -24,11 +24,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_given, tensors_in
 from recollect.record.signature import signature_of
+from recollect.record.smoothing import Smoothing
 from recollect.record.timing import estimate
 from recollect.record.values import Seen, ValueMap, View, is_parameter, storage_of
 from recollect.run.entry import (
     DRAWING,
     Entry,
+    ModifiedInPlace,
     OutsideHandle,
     Replay,
     Unfinished,
@@ -145,6 +147,8 @@ class Tape(TorchDispatchMode):
         self._late: set[int] = set()
         self._installs_left = Counter(instructions.installs)
         self._outside: dict[int, list[OutsideHandle]] = {}
+        self._smoothing = Smoothing()
+        self._n_on_path = len(instructions.path)
         self._cursor = 0
         self._task: int | None = None
         self._pass = 1
@@ -166,6 +170,9 @@ class Tape(TorchDispatchMode):
             return func._op(*args, **kwargs)
         if self._rerunning or self._map is None:
             return run_op(func, args, kwargs)
+        if func is not (instead := self._smoothing.replaced(func, args))[0]:
+            func, args = instead
+            facts = facts_of(func)
         unchecked = facts.is_plain and self._check is None
         if unchecked and self.n_ops not in self.instructions.ready and self._expects(facts.name):
             out = run_op(func, args, kwargs)
@@ -196,6 +203,8 @@ class Tape(TorchDispatchMode):
         finally:
             if facts.random:
                 DRAWING.release()
+        if facts.counts_inside:
+            torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
         outputs = tensors_in(out)
         seen = self._map.seen(facts, args, kwargs, reads, outputs)
         if seen.is_op:
@@ -450,6 +459,7 @@ class Tape(TorchDispatchMode):
 
     def _deviate(self, reason: str) -> None:
         self.following = False
+        self._n_on_path = self.n_ops
         self._go_online()
         self._on_deviation(reason)
 
@@ -699,7 +709,10 @@ class Tape(TorchDispatchMode):
             else:
                 memory[old] = memory[old].clone()
             memory[new] = memory[old]
-        made = entry.run(memory, replay)
+        try:
+            made = entry.run(memory, replay)
+        except ModifiedInPlace as error:
+            raise ModifiedInPlace(f"{error} {self._needed_for(k)}") from None
         if self._pinned:
             made = {n: m for n, m in made.items() if n not in self._pinned}
         if self._check is not None:
@@ -715,6 +728,18 @@ class Tape(TorchDispatchMode):
             for n in rerun.drops:
                 self._drop(n)
         self._on_rerun(perf_counter() - begin)
+
+    def _needed_for(self, k: int) -> str:
+        """Why op k needs what it read from outside as it was, and what to do: autograd itself may not have saved it."""
+        module, source = (
+            self.instructions.where[k] if k < min(self._n_on_path, len(self.instructions.where)) else ("", "")
+        )
+        name = self._entries[k].func
+        return (
+            f"recollect needs it as it was to run {name} in {module or 'the step'} ({source or 'unknown line'}) again. "
+            "Change it after the backward, hand over a clone of it, or have what this operator makes kept "
+            f'(keep="{name}").'
+        )
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -761,5 +786,6 @@ def _take_memory(alias: Tensor) -> None:
     """Leave the alias its version counter, but not the memory."""
     key = alias.dtype, alias.device
     if key not in _EMPTY:
-        _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
+        with torch._C._DisableTorchDispatch():  # in a finalizer it is not to be seen as an op of the forward
+            _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
     alias.data = _EMPTY[key]

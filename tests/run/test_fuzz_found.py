@@ -1,0 +1,49 @@
+"""What random programs have found, shrunk: each must be as in plain training."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from recollect.record import record
+from recollect.run import tape
+from tests.run.fuzz import Do, Script, Step, Way, examine
+
+
+def test_what_dies_in_the_middle_of_the_forward_is_no_op_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The tape takes the memory of what Python lets go of; that is not to be seen as an op, and left the path."""
+    monkeypatch.setattr(tape, "_EMPTY", {})  # as in a process that has not met these types yet
+    body = (Do("where", to=1, a=3, b=1), Do("relu", to=1, a=0))
+    assert examine(Script(body, steps=(Step(),) * 2)).wrong == []
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["fake", "real"])
+def test_an_input_overwritten_with_something_differentiable_leaves_the_graph_of_the_recording(seed: int) -> None:
+    body = (Do("copy_", to=2, a=1, b=2),)
+    assert examine(Script(body, steps=(Step(),) * 2, way=Way(seed=seed))).wrong == []
+
+
+@pytest.mark.parametrize("branch", [False, True], ids=["fake", "real"])
+def test_a_tensor_of_a_closure_is_no_part_of_the_graph_of_the_recording(branch: bool) -> None:
+    """Nor do its numbers change, where the recording runs on real tensors."""
+    weight, state = torch.ones(8, requires_grad=True), torch.zeros(4, 8)
+
+    def loss_fn(x: Tensor) -> Tensor:
+        state[1:].add_(1)
+        state.add_(x * weight)
+        if branch and x.sum() < 0:
+            x = x + 1
+        return (x * weight * state).sum()
+
+    program = record(loss_fn, (torch.ones(4, 8),), timing="estimate")
+    assert program.recorded == ("real" if branch else "fake")
+    assert not state.requires_grad
+    assert not state.any()
+
+
+@pytest.mark.parametrize("mode", ["nothing", "online"])
+def test_saved_tensors_modified_by_foreach_operators_are_an_error(mode: str) -> None:
+    """Inside a dispatch mode these operators do not count up version counters, so that nobody would notice."""
+    outcome = examine(Script((Do("relu", 0, 2), Do("foreach_", 0, 0)), steps=(Step(),), way=Way(mode)))
+    assert (outcome.error, outcome.wrong) == ("RuntimeError", [])
