@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from recollect.program import InfeasibleBudget, Plan, Program
 from recollect.record.casts import mark_casts
+from recollect.record.compiled import eagerly, is_compiled, is_compiling
 from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
@@ -143,6 +144,10 @@ class Session:
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
+        if torch.compiler.is_compiling():  # first, and without anything that the compiler cannot follow
+            self._counts.unplanned += 1
+            _tell_compiled()
+            return self.fn(*args, **kwargs)
         if getattr(self._here, "inside", False) or _taken_over():
             return self.fn(*args, **kwargs)
         self._here.inside = True
@@ -170,7 +175,7 @@ class Session:
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(entry), entry.plan, RandomStates.now()
             try:
-                with tape.forward():
+                with eagerly(), tape.forward():
                     result = self.fn(*args, **kwargs)
                 self._checked(entry, tape)
                 return result
@@ -384,10 +389,26 @@ def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterato
             yield tensor.grad
 
 
+_INSIDE_COMPILE: Final = "called inside torch.compile"
+
+
+def _tell_compiled() -> None:
+    """Warn, once for every compilation: the compiler calls this itself and puts nothing of it into its graph."""
+    warnings.warn(
+        f"recollect: {_INSIDE_COMPILE}: running without checkpointing; to have the step planned, call the checkpointed "
+        "module from code that is not compiled",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+_tell_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
+
+
 def _obstacle() -> str:
     """Why a tape cannot run here; "" if it can."""
-    if torch.compiler.is_compiling():
-        return "called inside torch.compile"
+    if is_compiling():
+        return _INSIDE_COMPILE
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "called inside a torch.func transform (grad, vmap, ...)"
     if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():
@@ -408,7 +429,7 @@ def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     """
     leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), kwargs))
     modules = reachable_modules(fn, args, kwargs)
-    flags = tuple(m.training for root in modules for m in root.modules())
+    flags = tuple((m.training, is_compiled(m)) for root in modules for m in root.modules())
     tensors = tuple(_tensor_signature(t) for _, _, t in named_tensors(modules))
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast
