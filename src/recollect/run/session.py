@@ -32,6 +32,8 @@ MAX_DEVIATIONS: Final = 3
 """After so many steps off the recorded path, a kind of input is no longer recorded again."""
 MAX_RETRIES: Final = 3
 """How often a forward that ran out of memory is tried again, each time under a tighter plan."""
+_SWITCHES: Final = ("gradient_checkpointing", "grad_checkpointing")
+"""What the libraries call their own switch: transformers and diffusers; timm."""
 TIGHTER: Final = 0.9
 """The next budget, as a share of what the plan has in memory where the device ran out of it."""
 
@@ -141,6 +143,8 @@ class Session:
         self._last: Plan | None = None
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
+        self._looks_for_fakes = False
+        """A recording on fake tensors was not what a step does: new kinds of input are recorded on real ones."""
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
@@ -257,9 +261,17 @@ class Session:
     def _plan(self, args: Sequence[Any], kwargs: dict[str, Any], before: _Entry | None) -> _Entry:
         """Record and plan. A kind of input that was never met before gets a quick plan, unless it is the first one."""
         entry = _Entry(deviations=before.deviations if before is not None else 0)
+        if switched_on := _own_checkpointing(self.fn, args, kwargs):
+            self._warn(
+                f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as a "
+                "whole, whatever the budget, and only the rest is planned. Switch it off to let the budget decide: "
+                "activation_checkpointing_disable() or gradient_checkpointing_disable() in transformers, "
+                "disable_gradient_checkpointing() in diffusers, set_grad_checkpointing(False) in timm"
+            )
         try:
             with self._turns.recording():
-                program = self.planner.record(self.fn, args, kwargs, real=entry.deviations > 0)
+                real = entry.deviations > 0 or self._looks_for_fakes
+                program = self.planner.record(self.fn, args, kwargs, real=real)
                 self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
             if self._last is None:
@@ -292,6 +304,7 @@ class Session:
 
     def _deviated(self, entry: _Entry, reason: str) -> None:
         entry.deviations += 1
+        self._looks_for_fakes |= entry.plan is not None and entry.plan.program.recorded == "fake"
         self._counts.deviations += 1
         entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
@@ -379,6 +392,15 @@ def _taken_over() -> bool:
     """Whether an outer recording or tape sees every operator already."""
     stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return any(isinstance(mode, (Tape, Recorder)) for mode in stack)
+
+
+def _own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """The first module in training whose library's switch for ``torch.utils.checkpoint`` is on; "" if none is."""
+    for root in reachable_modules(fn, args, kwargs):
+        for name, module in root.named_modules():
+            if module.training and any(getattr(module, switch, None) is True for switch in _SWITCHES):
+                return name or type(module).__name__
+    return ""
 
 
 def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
