@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,6 @@ from torch import Tensor, nn
 import recollect
 from recollect.record.optimizer import optimizer_bytes
 from recollect.run.account import measured_peak
-
-accelerate = pytest.importorskip("accelerate")
 
 pytestmark = pytest.mark.slow
 WIDTH, ROWS = 32, 128

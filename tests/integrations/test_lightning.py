@@ -5,17 +5,15 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import lightning
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 import recollect
+from recollect.integrations.lightning import RecollectCallback
 from tests.integrations.meter import Meter
-
-lightning = pytest.importorskip("lightning")
-
-from recollect.integrations.lightning import RecollectCallback  # noqa: E402 - the library may not be there
 
 pytestmark = [
     pytest.mark.slow,

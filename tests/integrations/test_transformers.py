@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 import recollect
+from recollect.integrations.transformers import RecollectCallback
 from tests.integrations.meter import Meter
-
-transformers = pytest.importorskip("transformers")
-
-from recollect.integrations.transformers import RecollectCallback  # noqa: E402 - the library may not be there
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel  # noqa: E402
-from transformers import Trainer, TrainerCallback, TrainingArguments  # noqa: E402
 
 pytestmark = [
     pytest.mark.slow,

@@ -131,7 +131,9 @@ def test_planning_refuses_compiled_code() -> None:
 def test_checkpointed_module_inside_compiled_code(backend: str, fullgraph: bool) -> None:
     def build(wrap: Any) -> World:
         model = wrap(network())
-        return World(torch.compile(lambda x: model(1.5 * x).sin(), backend=backend, fullgraph=fullgraph), step, (model,))
+        return World(
+            torch.compile(lambda x: model(1.5 * x).sin(), backend=backend, fullgraph=fullgraph), step, (model,)
+        )
 
     world = seeded(lambda: build(lambda m: m))
     plain = observe(world, world.target, 2)

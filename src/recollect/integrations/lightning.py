@@ -26,8 +26,8 @@ class RecollectCallback(Callback):
     Its ``forward``, or what ``target`` names, is checkpointed when the training begins, with the trainer's optimizers
     in the account, and as it was when the training ends. Automatic and manual optimization, bit for bit as without.
 
-    ``training_step`` itself cannot be the target: it gets the number of the batch, logs, and may run the backward. Let it
-    call ``self(...)``, a submodule, or a method that returns the loss; with the last the loss is in the account, too.
+    ``training_step`` itself cannot be the target: it gets the number of the batch, logs, and may run the backward. Let
+    it call ``self(...)``, a submodule, or a method that returns the loss; with the last the loss is in the account too.
 
     Args:
         budget: the peak of a training step, as for ``recollect.checkpoint``: ``"10GiB"``, a number of bytes, a fraction
@@ -73,8 +73,8 @@ class RecollectCallback(Callback):
     ) -> None:  # fmt: skip
         if target == "training_step":
             raise ValueError(
-                "training_step gets the number of the batch, logs, and may run the backward, so it cannot be planned as "
-                "a whole; put the computation of the loss into a method of its own, and name that: target='loss'"
+                "training_step gets the number of the batch, logs, and may run the backward, so it cannot be planned "
+                "as a whole; put the computation of the loss into a method of its own, and name that: target='loss'"
             )
         self._training = Training(budget, optimizer_state_bytes, keep, recompute, time_limit_seconds)
         self._name, self._undo, self._looked = target, lambda: None, False

@@ -282,7 +282,7 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
         del result, outputs
     if recorder.compiled is not None:
         raise CompiledCode(
-            f"{recorder.compiled} is compiled by torch.compile, and recollect cannot see the operators of compiled code; "
+            f"{recorder.compiled} is compiled by torch.compile, and recollect cannot see into compiled code; "
             "leave torch.compile out there, or checkpoint only what is not compiled"
         )
     return recorder

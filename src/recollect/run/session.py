@@ -263,8 +263,8 @@ class Session:
         entry = _Entry(deviations=before.deviations if before is not None else 0)
         if switched_on := _own_checkpointing(self.fn, args, kwargs):
             self._warn(
-                f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as a "
-                "whole, whatever the budget, and only the rest is planned. Switch it off to let the budget decide: "
+                f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
+                "a whole, whatever the budget, and only the rest is planned. Switch it off to let the budget decide: "
                 "activation_checkpointing_disable() or gradient_checkpointing_disable() in transformers, "
                 "disable_gradient_checkpointing() in diffusers, set_grad_checkpointing(False) in timm"
             )
