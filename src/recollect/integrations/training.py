@@ -24,7 +24,7 @@ class Training:
         self, budget: int | float | str, optimizer_state_bytes: int | None, keep: Patterns, recompute: Patterns,
         time_limit_seconds: float,
     ) -> None:  # fmt: skip
-        self._checkpoint = recollect.checkpoint(
+        self._checkpoint: Any = recollect.checkpoint(
             budget=budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds
         )
         self._optimizer_state_bytes = optimizer_state_bytes
