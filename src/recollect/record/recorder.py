@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import CallSignature, signature_of
+from recollect.record.smoothing import Smoothing
 from recollect.record.values import ValueMap, View, is_parameter, storage_of
 
 _OURS = Path(__file__).parent.parent
@@ -140,6 +141,7 @@ class Recorder(TorchDispatchMode):
         self._backward_module = self._backward_source = ""
         self.compiled: str | None = None
         """The first operator that ran in compiled code: its module and line."""
+        self._smoothing = Smoothing()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -201,6 +203,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
+        func, args = self._smoothing.replaced(func, args)
         args, kwargs = self._converted(args), self._converted(kwargs)
         facts = facts_of(func)
         if facts.is_view:
