@@ -50,12 +50,20 @@ def optimizer_bytes(optimizer: Any) -> OptimizerBytes:
         return optimizer
     if isinstance(optimizer, int) and not isinstance(optimizer, bool) and optimizer >= 0:
         return OptimizerBytes(optimizer)
+    optimizer = _unwrapped(optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         return _of_one(optimizer)
     if isinstance(optimizer, Sequence) and all(isinstance(o, torch.optim.Optimizer) for o in optimizer):
-        found = [_of_one(o) for o in optimizer]
+        found = [_of_one(_unwrapped(o)) for o in optimizer]
         return OptimizerBytes(sum(o.state for o in found), max((o.scratch for o in found), default=0))
     raise TypeError(f"optimizer is a torch optimizer, a list of them or the bytes of their state, got {optimizer!r}")
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer behind those of Accelerate and Lightning, which are none themselves but pass everything on."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from recollect.program import Program
 from recollect.record.assemble import assemble
 from recollect.record.casts import casts_in_use, forget_casts
+from recollect.record.compiled import CompiledCode, eagerly
 from recollect.record.recorder import Recorder
 from recollect.record.timing import Progress, estimate_all, measure_all
 from recollect.record.values import fingerprint, storage_of
@@ -76,6 +77,7 @@ def record(
 
     Raises:
         NothingDifferentiable: nothing returned requires grad.
+        CompiledCode: the callable runs code that ``torch.compile`` has compiled.
         UnusableInput: parameters and inputs are on several devices; ``device`` is not one of this machine's.
     """
     kwargs = dict(kwargs or {})
@@ -96,7 +98,7 @@ def record(
     (recorded, first), (other, second) = reversed(ways) if real else ways
     try:
         recorder = first()
-    except NothingDifferentiable:
+    except (NothingDifferentiable, CompiledCode):
         raise
     except Exception as error:
         if is_unreal(modules, args, kwargs):
@@ -119,7 +121,7 @@ def _or_from(error: Exception, record_anew: Callable[[], Recorder]) -> Recorder:
     """The other way to record; if that fails, too, its error with the first one behind it."""
     try:
         return record_anew()
-    except NothingDifferentiable:
+    except (NothingDifferentiable, CompiledCode):
         raise
     except Exception as again:
         raise again from error
@@ -256,6 +258,7 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
         recorder.on_op = lambda n: progress("recording", 0.0) if n % 256 == 0 else None
     _know_the_world(recorder, world, modules)
     with ExitStack() as stack:
+        stack.enter_context(eagerly())
         stack.callback(recorder.reset_generators)
         stack.callback(recorder.take_out_of_graph)
         stack.enter_context(torch.enable_grad())
@@ -278,6 +281,11 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
             _name_gradients(recorder, leaves, modules)
             recorder.finish()
         del result, outputs
+    if recorder.compiled is not None:
+        raise CompiledCode(
+            f"{recorder.compiled} is compiled by torch.compile, and recollect cannot see into compiled code; "
+            "leave torch.compile out there, or checkpoint only what is not compiled"
+        )
     return recorder
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.smoothing import Smoothing
@@ -139,6 +140,8 @@ class Recorder(TorchDispatchMode):
         self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
         self._backward_module = self._backward_source = ""
+        self.compiled: str | None = None
+        """The first operator that ran in compiled code: its module and line."""
         self._smoothing = Smoothing()
 
     @classmethod
@@ -247,6 +250,8 @@ class Recorder(TorchDispatchMode):
             self._backward_module if self.backward else self.module_path(),
             self._backward_source if self.backward else _user_line(),
         )
+        if self.compiled is None and in_compiled_code():
+            self.compiled = f"{op.module or 'the step'} ({op.source or 'unknown line'})"
         for n in seen.effects:
             self._outside_version[n] = self._outside_version.get(n, 0) + 1
         self._append(op)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from recollect.program import InfeasibleBudget, Plan, Program
 from recollect.record.assemble import OPTIMIZER_STEP
 from recollect.record.casts import mark_casts
+from recollect.record.compiled import eagerly, is_compiled, is_compiling
 from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
@@ -35,6 +36,8 @@ MAX_DEVIATIONS: Final = 3
 """After so many steps off the recorded path, a kind of input is no longer recorded again."""
 MAX_RETRIES: Final = 3
 """How often a forward that ran out of memory is tried again, each time under a tighter plan."""
+_SWITCHES: Final = ("gradient_checkpointing", "grad_checkpointing")
+"""What the libraries call their own switch: transformers and diffusers; timm."""
 TIGHTER: Final = 0.9
 """The next budget, as a share of what the plan has in memory where the device ran out of it."""
 MAX_MEASURED: Final = 3
@@ -131,10 +134,16 @@ class Session:
         self._last: Plan | None = None
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
+        self._looks_for_fakes = False
+        """A recording on fake tensors was not what a step does: new kinds of input are recorded on real ones."""
         self._measurement: Measurement | None = None
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
+        if torch.compiler.is_compiling():  # first, and without anything that the compiler cannot follow
+            self._counts.unplanned += 1
+            _tell_compiled()
+            return self.fn(*args, **kwargs)
         if getattr(self._here, "inside", False) or _taken_over():
             return self.fn(*args, **kwargs)
         self._here.inside = True
@@ -169,7 +178,7 @@ class Session:
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(entry), entry.plan, RandomStates.now()
             try:
-                with tape.forward():
+                with eagerly(), tape.forward():
                     result = self.fn(*args, **kwargs)
                 self._checked(entry, tape)
                 return result
@@ -311,9 +320,17 @@ class Session:
     def _plan(self, args: Sequence[Any], kwargs: dict[str, Any], before: _Entry | None) -> _Entry:
         """Record and plan. A kind of input that was never met before gets a quick plan, unless it is the first one."""
         entry = _Entry(deviations=before.deviations if before is not None else 0)
+        if switched_on := _own_checkpointing(self.fn, args, kwargs):
+            self._warn(
+                f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
+                "a whole, whatever the budget, and only the rest is planned. Switch it off to let the budget decide: "
+                "activation_checkpointing_disable() or gradient_checkpointing_disable() in transformers, "
+                "disable_gradient_checkpointing() in diffusers, set_grad_checkpointing(False) in timm"
+            )
         try:
             with self._turns.recording():
-                program = self.planner.record(self.fn, args, kwargs, real=entry.deviations > 0)
+                real = entry.deviations > 0 or self._looks_for_fakes
+                program = self.planner.record(self.fn, args, kwargs, real=real)
                 self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
             if self._last is None:
@@ -346,6 +363,7 @@ class Session:
 
     def _deviated(self, entry: _Entry, reason: str) -> None:
         entry.deviations += 1
+        self._looks_for_fakes |= entry.plan is not None and entry.plan.program.recorded == "fake"
         self._counts.deviations += 1
         entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
@@ -436,6 +454,15 @@ def _taken_over() -> bool:
     return any(isinstance(mode, (Tape, Recorder)) for mode in stack)
 
 
+def _own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """The first module in training whose library's switch for ``torch.utils.checkpoint`` is on; "" if none is."""
+    for root in reachable_modules(fn, args, kwargs):
+        for name, module in root.named_modules():
+            if module.training and any(getattr(module, switch, None) is True for switch in _SWITCHES):
+                return name or type(module).__name__
+    return ""
+
+
 def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
     """Parameters, buffers and gradients: if a forward made one of them, running it once more would do so again."""
     for _, _, tensor in named_tensors(reachable_modules(fn, args, kwargs)):
@@ -444,10 +471,26 @@ def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterato
             yield tensor.grad
 
 
+_INSIDE_COMPILE: Final = "called inside torch.compile"
+
+
+def _tell_compiled() -> None:
+    """Warn, once for every compilation: the compiler calls this itself and puts nothing of it into its graph."""
+    warnings.warn(
+        f"recollect: {_INSIDE_COMPILE}: running without checkpointing; to have the step planned, call the checkpointed "
+        "module from code that is not compiled",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+_tell_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
+
+
 def _obstacle() -> str:
     """Why a tape cannot run here; "" if it can."""
-    if torch.compiler.is_compiling():
-        return "called inside torch.compile"
+    if is_compiling():
+        return _INSIDE_COMPILE
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "called inside a torch.func transform (grad, vmap, ...)"
     if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():
@@ -468,7 +511,7 @@ def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     """
     leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), kwargs))
     modules = reachable_modules(fn, args, kwargs)
-    flags = tuple(m.training for root in modules for m in root.modules())
+    flags = tuple((m.training, is_compiled(m)) for root in modules for m in root.modules())
     tensors = tuple(_tensor_signature(t) for _, _, t in named_tensors(modules))
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.signature import signature_of
 from recollect.record.smoothing import Smoothing
@@ -423,6 +424,7 @@ class Tape(TorchDispatchMode):
 
     def _leave_path(self, name: str) -> None:
         path, k = self.instructions.path, self.n_ops
+        name += ", of compiled code, which runs eagerly here" * in_compiled_code()
         if k >= len(path):
             self._deviate(f"operator {k} ({name}) comes after the end of the recorded forward")
         else:
