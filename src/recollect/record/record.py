@@ -16,6 +16,18 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from recollect.program import Program
 from recollect.record.assemble import assemble
 from recollect.record.casts import casts_in_use, forget_casts
+from recollect.record.parallel import (
+    Gathering,
+    NotSupported,
+    Parallel,
+    Unit,
+    absent,
+    check_supported,
+    open_units,
+    parallel_of,
+    resident_bytes,
+    whole_parameter,
+)
 from recollect.record.recorder import Recorder
 from recollect.record.timing import Progress, estimate_all, measure_all
 from recollect.record.values import fingerprint, storage_of
@@ -83,14 +95,18 @@ def record(
         _check_target(device)
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
+    parallel = parallel_of(modules)
+    check_supported(parallel, modules)
 
     def on_fake() -> Recorder:
         _refuse_shared_memory(modules, args, kwargs)
-        with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device) as world:
-            return _record_in(world, fn, modules, progress)
+        with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device, parallel) as world:
+            return _record_in(world, fn, modules, parallel, progress)
 
     def on_real() -> Recorder:
-        return _record_for_real(fn, modules, args, kwargs, progress)
+        if parallel.units:
+            raise NotSupported("a recording on real tensors would have to gather the shards of fully_shard")
+        return _record_for_real(fn, modules, args, kwargs, parallel, progress)
 
     ways = [("fake", on_fake), ("real", on_real)]
     (recorded, first), (other, second) = reversed(ways) if real else ways
@@ -111,7 +127,8 @@ def record(
     title = name or getattr(fn, "__name__", type(fn).__name__)
     return assemble(
         recorder, title, costs, optimizer_state_bytes=optimizer_state_bytes,
-        optimizer_scratch_bytes=optimizer_scratch_bytes, timing=source, recorded=recorded,
+        optimizer_scratch_bytes=optimizer_scratch_bytes, beside=resident_bytes(parallel), timing=source,
+        recorded=recorded,
     )  # fmt: skip
 
 
@@ -138,7 +155,7 @@ class _World:
 
 @contextmanager
 def _fake_world(
-    modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None
+    modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None, parallel: Parallel
 ) -> Iterator[_World]:
     """Modules and arguments with fake tensors for as long as the block runs."""
     mode = _fake_mode_in(modules, args, kwargs) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -165,11 +182,23 @@ def _fake_world(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        with mode:
+            _make_whole(parallel)
         swap_tensors(modules, convert)
         fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert)
         running = True
         with mode:
             yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, lambda t: None, None)
+
+
+def _make_whole(parallel: Parallel) -> None:
+    """Give modules fake parameters of full size in place of their shards."""
+    made: dict[int, Tensor] = {}
+    for unit in parallel.units:
+        for module, name, parameter in unit.parameters():
+            if id(parameter) not in made:
+                made[id(parameter)] = whole_parameter(unit, parameter)
+            module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
 
 
 def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
@@ -185,7 +214,7 @@ def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
 
 
 def _record_for_real(
-    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, progress: Progress | None
+    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, parallel: Parallel, progress: Progress | None
 ) -> Recorder:
     """Record on the real tensors, and put back whatever the step overwrote."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -210,7 +239,7 @@ def _record_for_real(
             swap_tensors(modules, twin)
             args, kwargs = map_tensors((tuple(args), kwargs), twin)
             world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, fingerprint)
-            return _record_in(world, fn, modules, progress)
+            return _record_in(world, fn, modules, parallel, progress)
         finally:
             with torch.no_grad():
                 for whole, saved in before.values():
@@ -248,14 +277,18 @@ def _copy_of_integers(tensor: Tensor) -> Tensor | None:
     return flat.set_(storage, 0, (storage.nbytes() // tensor.itemsize,)).clone()  # type: ignore[call-overload]
 
 
-def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: Progress | None) -> Recorder:
+def _record_in(
+    world: _World, fn: Any, modules: Sequence[nn.Module], parallel: Parallel, progress: Progress | None
+) -> Recorder:
     """Run forward and backward under the recorder."""
     paths = ModulePaths(modules)
     recorder = Recorder(world.blank, world.convert, world.before_write, paths.current, world.content, world.fingerprint)
     if progress is not None:
         recorder.on_op = lambda n: progress("recording", 0.0) if n % 256 == 0 else None
     _know_the_world(recorder, world, modules)
+    _know_units(recorder, parallel, fn, modules)
     with ExitStack() as stack:
+        stack.enter_context(absent(parallel))
         stack.callback(recorder.reset_generators)
         stack.enter_context(torch.enable_grad())
         first_node = torch.ones(1, requires_grad=True).clone().grad_fn
@@ -276,6 +309,7 @@ def _record_in(world: _World, fn: Any, modules: Sequence[nn.Module], progress: P
             start()
             _name_gradients(recorder, leaves, modules)
             recorder.finish()
+            recorder.leave_gradients(_moved_gradients(leaves, parallel))
         del result, outputs
     return recorder
 
@@ -288,6 +322,28 @@ def _know_the_world(recorder: Recorder, world: _World, modules: Sequence[nn.Modu
     leaves = [t for t in torch.utils._pytree.tree_leaves((world.args, world.kwargs)) if isinstance(t, Tensor)]
     for i, tensor in enumerate(leaves):
         recorder.know(tensor, f"input {i}", "input")
+
+
+def _know_units(recorder: Recorder, parallel: Parallel, fn: Any, modules: Sequence[nn.Module]) -> None:
+    """Tell the recorder which parameters are gathered when; their memory is in the account as a whole."""
+    freed: dict[int, Unit] = {}
+    for unit in parallel.units:
+        for module, name, _ in unit.parameters():
+            tensor = module._parameters[name]
+            storage = None if tensor is None else storage_of(tensor)
+            number = None if storage is None else recorder.map.number(storage)
+            if number in recorder.values:
+                recorder.values[number].nbytes = 0
+                if unit.frees:
+                    freed[number] = unit
+    runs_inside = len(modules) == 1 and modules[0] in (fn, getattr(fn, "module", None))
+    recorder.gathering = Gathering(freed, open_units(parallel, modules, runs_inside))
+
+
+def _moved_gradients(leaves: Sequence[Tensor], parallel: Parallel) -> list[Tensor]:
+    """Gradients that do not stay where the backward makes them: they move into shards or buckets."""
+    moving = {id(module._parameters[name]) for module, name in parallel.moving}
+    return [leaf.grad for leaf in leaves if leaf.grad is not None and id(leaf) in moving]
 
 
 def _module_of(name: str) -> str:

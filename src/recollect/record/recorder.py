@@ -21,7 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from recollect.record.collectives import run_alone
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
+from recollect.record.parallel import Gathering
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.values import ValueMap, View, is_parameter, storage_of
 
@@ -136,6 +138,7 @@ class Recorder(TorchDispatchMode):
         self._fingerprints: dict[int, int] = {}
         self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
+        self.gathering = Gathering({}, lambda path: set())
         self._backward_module = self._backward_source = ""
 
     @classmethod
@@ -174,6 +177,12 @@ class Recorder(TorchDispatchMode):
         value.kind = "gradient"
         if label:
             value.label, value.module = f"{label} {value.text}", module
+
+    def leave_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Note that these gradients leave their memory as soon as they are complete."""
+        for storage in filter(None, map(storage_of, gradients)):
+            value = self.values[self.map.number(storage)]
+            value.forever, value.died = False, None
 
     @contextmanager
     def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
@@ -214,8 +223,8 @@ class Recorder(TorchDispatchMode):
         if facts.random:
             self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
-        signature = signature_of(func, args, kwargs)
-        out = run_op(func, args, kwargs)
+        signature = None if facts.communicates else signature_of(func, args, kwargs)
+        out = self._run(func, facts, args, kwargs)
         outputs = tensors_in(out)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)
         if facts.fresh_constant:
@@ -247,6 +256,12 @@ class Recorder(TorchDispatchMode):
             self._born(number, tensor, op)
         self._take_fingerprints([*facts.written(args, kwargs), *(tensor for _, tensor in seen.writes)])
         return out
+
+    def _run(self, func: torch._ops.OpOverload, facts: OpFacts, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not facts.communicates:
+            return run_op(func, args, kwargs)
+        with self.paused():
+            return run_alone(func, args, kwargs)
 
     def _check_fingerprints(self, storages: Iterable[torch.UntypedStorage]) -> None:
         """Note values that were changed by no operator: by NumPy, another thread, or a kernel unknown here.
