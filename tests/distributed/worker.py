@@ -211,8 +211,10 @@ def compare(
 
     train(make, wrap, 1, accumulate, to_none, warm)
     plan = recollect.stats(wrapped[0]).plan
-    assert plan is not None, recollect.stats(wrapped[0])
+    assert plan is not None
     budget = int(plan.floor_bytes + share * (plan.plain_peak_bytes - plan.floor_bytes))
+    if accumulate > 1:  # that was a quick plan of the second backward
+        budget = int(share * plan.plain_peak_bytes)
     n = len(wrapped)
     ours, peaks = train(make, lambda target: wrap(target, budget), steps, accumulate, to_none, warm)
     stats = [recollect.stats(w) for w in wrapped[n:]]
@@ -227,8 +229,9 @@ def compare(
     assert len(wrapped[n:]) > 1 or max(peaks) <= budget + beside + SMALL, where
     assert max(peaks) <= most * max(plain_peaks), where
     for s in stats:
-        assert s.unplanned == s.deviations == s.differing == 0, s
-        assert not reruns or s.reruns > 0, s
+        counted = s.calls, s.planned, s.unplanned, s.deviations, s.differing, s.reruns
+        assert s.unplanned == s.deviations == s.differing == 0, counted
+        assert not reruns or s.reruns > 0, counted
 
 
 CASES: dict[str, Callable[[], None]] = {
@@ -240,14 +243,14 @@ CASES: dict[str, Callable[[], None]] = {
     "ddp-kept-gradients": lambda: compare(ddp(gradient_as_bucket_view=True), to_none=False),
     "ddp-unused": lambda: compare(ddp(find_unused_parameters=True)),
     "ddp-static": lambda: compare(ddp(static_graph=True), warm=3),
-    "ddp-accumulate": lambda: compare(ddp("outer"), beside=LOSS, accumulate=2),
+    "ddp-accumulate": lambda: compare(ddp("outer"), beside=LOSS, accumulate=2, share=0.7),
     "fsdp": lambda: compare(fsdp(reshard=True)),
     "fsdp-kept": lambda: compare(fsdp(reshard=False)),
     "fsdp-outer": lambda: compare(fsdp("outer"), beside=LOSS),
     "fsdp-inner": lambda: compare(fsdp("inner"), beside=LOSS),
     "fsdp-blocks": lambda: compare(fsdp("blocks"), share=0.2),
     "fsdp-root-freed": lambda: compare(fsdp(reshard=True, root=True)),
-    "fsdp-accumulate": lambda: compare(fsdp(), accumulate=2),
+    "fsdp-accumulate": lambda: compare(fsdp(), accumulate=2, share=0.8),
     "fsdp-tied": lambda: compare(fsdp(model={"tied": True})),
     "fsdp-mixed": lambda: compare(
         fsdp(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
