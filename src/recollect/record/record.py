@@ -177,6 +177,14 @@ def _fake_world(
                 converted[id(tensor)] = _placed(fake, mode, target) if tensor.device.type == "meta" else fake
         return converted[id(tensor)]
 
+    def convert_argument(tensor: Tensor) -> Tensor:
+        """One with a history becomes a leaf: the graph that it comes from is no part of the callable."""
+        if tensor.is_leaf or isinstance(tensor, FakeTensor) or id(tensor) in converted:
+            return convert(tensor)
+        originals.append(tensor)
+        converted[id(tensor)] = convert(tensor.detach()).requires_grad_(tensor.requires_grad)
+        return converted[id(tensor)]
+
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
         return torch.empty(n, dtype=dtype, device=where)
 
@@ -185,7 +193,7 @@ def _fake_world(
         with mode:
             _make_whole(parallel)
         swap_tensors(modules, convert)
-        fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert)
+        fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert_argument)
         running = True
         with mode:
             yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, lambda t: None, None)
