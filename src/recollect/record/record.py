@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from recollect.program import Program
 from recollect.record.assemble import assemble
 from recollect.record.casts import casts_in_use, forget_casts
+from recollect.record.local import Description, is_distributed, local_of
 from recollect.record.parallel import (
     Gathering,
     NotSupported,
@@ -172,6 +173,9 @@ def _fake_world(
             if running and tensor.is_leaf and tensor.requires_grad and casts_in_use():
                 raise RuntimeError("autocast's cache must not get to know a fake cast of a real weight")
             originals.append(tensor)
+            if is_distributed(tensor):
+                converted[id(tensor)] = _around(tensor, convert(local_of(tensor).detach()))
+                return converted[id(tensor)]
             with torch.utils._python_dispatch._disable_current_modes():
                 fake = mode.from_tensor(tensor)
                 converted[id(tensor)] = _placed(fake, mode, target) if tensor.device.type == "meta" else fake
@@ -197,6 +201,14 @@ def _fake_world(
         running = True
         with mode:
             yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, lambda t: None, None)
+
+
+def _around(tensor: Tensor, local: Tensor) -> Tensor:
+    """A DTensor like this one, around another local tensor; its gradient, if there is one, stays out."""
+    made = Description.of(tensor).around(local)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
 
 
 def _make_whole(parallel: Parallel) -> None:
@@ -240,7 +252,7 @@ def _record_for_real(
     tensors = [t for _, _, t in named_tensors(modules)]
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-    outside.update(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
+    outside.update(t.untyped_storage()._cdata for t in map(local_of, tensors) if t.layout is torch.strided)
     twin = _Twins()
     with undisturbed(modules, fn, args, kwargs):
         try:

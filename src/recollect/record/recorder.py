@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from recollect.record.collectives import run_alone
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
+from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.parallel import Gathering
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.values import ValueMap, View, is_parameter, storage_of
@@ -150,6 +151,7 @@ class Recorder(TorchDispatchMode):
 
     def know(self, tensor: Tensor, label: str, kind: str, module: str = "") -> None:
         """Register a tensor that exists before the step."""
+        tensor = local_of(tensor)
         storage = storage_of(tensor)
         if storage is not None:
             number = self.map.number(storage)
@@ -170,7 +172,7 @@ class Recorder(TorchDispatchMode):
 
     def call_gradient(self, tensor: Tensor, label: str, module: str) -> None:
         """Note that this tensor is the gradient of a leaf: of a parameter by name, of another one without."""
-        storage = storage_of(tensor)
+        storage = storage_of(local_of(tensor))
         if storage is None:
             return
         value = self.values[self.map.number(storage)]
@@ -205,6 +207,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run one operator and take note of it."""
         kwargs = kwargs or {}
+        if types and is_taken_apart(types):
+            return NotImplemented
         if self._paused:
             return func(*args, **kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
@@ -377,6 +381,8 @@ class Recorder(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """Keep metadata of a saved tensor; of one from outside, an alias."""
+        if is_distributed(tensor) and not tensor.is_leaf:
+            return PackedLocal(self.pack(local_of(tensor)), Description.of(tensor))
         with self.paused():
             tensor = self.convert(tensor)
             storage = storage_of(tensor)
@@ -422,6 +428,10 @@ class Recorder(TorchDispatchMode):
 
     def unpack(self, packed: Any) -> Tensor:
         """Hand out fresh memory for a saved tensor."""
+        if isinstance(packed, PackedLocal):
+            local = self.unpack(packed.packed)
+            with self.paused():
+                return packed.description.around(local)
         if not isinstance(packed, _Packed):
             return packed
         if self.backward:

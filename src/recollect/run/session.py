@@ -443,7 +443,7 @@ def _leaf_signature(x: Any) -> Any:
     if isinstance(x, Tensor):
         stride = tuple(x.stride()) if x.layout is torch.strided else None
         grad = x.is_leaf and x.grad is not None
-        return x.dtype, tuple(x.shape), stride, x.device, x.requires_grad, grad
+        return x.dtype, tuple(x.shape), stride, x.device, x.requires_grad, grad, getattr(x, "placements", None)
     if isinstance(x, (int, float, str, bool, type(None), complex, bytes)):
         return type(x), x
     return id(x) if isinstance(x, nn.Module) else type(x)
