@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 WORKER = Path(__file__).parent / "worker.py"
+ROOT = WORKER.parents[2]
 SECONDS = 240
 """A deadlock shows itself after this time."""
 
@@ -28,19 +29,27 @@ JOBS = {
 }
 
 
-def torchrun(n: int, cases: tuple[str, ...]) -> subprocess.CompletedProcess[str]:
+def torchrun(n: int, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000"}
-    return subprocess.run(  # noqa: PLW1510
-        [*command, str(WORKER), *cases], capture_output=True, text=True, timeout=SECONDS, env=env
-    )
+    env = os.environ | {"OMP_NUM_THREADS": "1", "GOMP_SPINCOUNT": "1000", "PYTHONPATH": str(ROOT / "src")}
+    script = [*command, str(script), *arguments]
+    return subprocess.run(script, capture_output=True, text=True, timeout=SECONDS, env=env, check=False)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_as_without_recollect(job: str) -> None:
     n, cases = JOBS[job]
-    done = torchrun(n, cases)
+    done = torchrun(n, WORKER, *cases)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]
     for case in cases:
         assert done.stdout.count(f": {case} passed") == n, done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["ddp", "fsdp"])
+def test_the_example_trains(how: str) -> None:
+    done = torchrun(2, ROOT / "examples" / "ddp_gpt.py", how, "3", "60%")
+    assert done.returncode == 0, done.stdout + done.stderr[-5000:]
+    assert done.stdout.count("operators ran again in 3 steps") == 2, done.stdout
+    assert " 0 operators" not in done.stdout

@@ -63,7 +63,7 @@ def optimizer_bytes(optimizer: Any) -> OptimizerBytes:
 def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
     if any(isinstance(v, torch.optim.Optimizer) for v in vars(optimizer).values()):
         raise UnusableInput(
-            f"{type(optimizer).__name__} steps other optimizers, so its step cannot be taken without touching them; say "
+            f"{type(optimizer).__name__} steps another optimizer, which a step on fake parameters would step, too; say "
             "how many bytes its state takes instead: optimizer=<bytes>"
         )
     try:

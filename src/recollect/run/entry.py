@@ -199,9 +199,9 @@ def _is_freed(tensor: Tensor) -> bool:
 
 def _freed(tensor: Tensor) -> RuntimeError:
     return RuntimeError(
-        f"an operator that recollect runs again reads a tensor of size {list(tensor.shape)} whose memory has been freed "
-        "(fully_shard frees parameters after the forward and gathers them for the backward of their module): this part "
-        "of the graph is reached outside the backward of the module; call fully_shard with "
+        f"an operator that recollect runs again reads a tensor of size {list(tensor.shape)} whose memory has been "
+        "freed (fully_shard frees parameters after the forward, and gathers them for the backward of the module): this "
+        "part of the graph is reached outside the backward of the module; call fully_shard with "
         "reshard_after_forward=False, or undo recollect.checkpoint with recollect.restore"
     )
 
