@@ -118,10 +118,18 @@ def _units(states: Sequence[Any]) -> tuple[Unit, ...]:
         inside_another = any(own & below[id(s)] for s in states)
         has_others = any(id(m) in below[id(state)] for s in states if s is not state for m in s._modules)
         stays = state._is_root is None and not inside_another and state._auto_reshard_after_forward
-        for group in state._fsdp_param_groups:
+        for group in _groups(state):
             frees = group.post_forward_mesh_info is not None and not stays
             units.append(Unit(group, tuple(state._modules), frees, not frees or has_others))
     return tuple(units)
+
+
+def _groups(state: Any) -> list[Any]:
+    """The groups of parameters of a state; older versions of torch have one at most."""
+    groups = getattr(state, "_fsdp_param_groups", None)
+    if groups is not None:
+        return list(groups)
+    return [] if state._fsdp_param_group is None else [state._fsdp_param_group]
 
 
 def check_supported(found: Parallel, modules: Sequence[nn.Module]) -> None:
@@ -255,7 +263,7 @@ def _gathered_bytes(units: Sequence[Unit]) -> int:
     whole, gradients, reduced = zip(*map(_unit_bytes, units), strict=True)
     stays = sum(w + g for w, g, u in zip(whole, gradients, units, strict=True) if u.lasting)
     unreduced = sum(r for r, u in zip(reduced, units, strict=True) if keeps_whole_gradients(u))
-    buffers = max((u.group.reduce_scatter_max_input_buffers for u in units), default=1)
+    buffers = max(getattr(u.group, "reduce_scatter_max_input_buffers", 1) for u in units)
     buffers += any(u.group._is_hsdp for u in units)
     forward = 3 * max(whole)
     backward = 2 * max(whole) + max(gradients) + buffers * max(reduced)
