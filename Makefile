@@ -21,7 +21,7 @@ test: $(VENV)/.dev
 
 # Kernels may use all threads here.
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not gpu"
+	$(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not gpu" -rs
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from recollect import cli
-from recollect.program import InfeasibleBudget, Plan
+from recollect.program import InfeasibleBudget, Plan, Program
 from tests.program.hand import chain, chain_plan
 
 
@@ -227,11 +227,14 @@ def test_frontier_takes_models_and_writes_json(steps: Path) -> None:
     assert [p["budget_bytes"] for p in data["points"]][-1] == data["plain_peak_bytes"]
 
 
-@pytest.mark.parametrize("command", ["plan", "explain", "frontier"])
+@pytest.mark.parametrize("command", ["plan", "explain", "frontier", "check"])
 @pytest.mark.parametrize(
     ("model", "code", "message"),
     [
-        ("steps.py", 2, "'steps.py' names no function; write package.module:function or path/to/file.py:function"),
+        ("steps", 2, "'steps' names no function; write package.module:function or path/to/file.py:function"),
+        ("steps.py", 2, "steps.py has no function 'step'; it has: mlp, meta, raises"),
+        ("gone.py", 2, "there is no file gone.py; write package.module:function or path/to/file.py:function"),
+        ("", 2, "'' names no function"),
         ("steps.py:", 2, "names no function"),
         ("gone.py:mlp", 2, "there is no file gone.py; write package.module:function or path/to/file.py:function"),
         ("gone/models:mlp", 2, "there is no file gone/models"),
@@ -252,7 +255,7 @@ def test_frontier_takes_models_and_writes_json(steps: Path) -> None:
     ],
 )
 def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code: int, message: str) -> None:
-    budget = ("--budget", "50%") if command == "plan" else ()
+    budget = ("--budget", "50%") if command in ("plan", "check") else ()
     assert_one_line(call(command, model, *budget), message, code=code)
 
 
@@ -266,7 +269,9 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("plan steps.py:mlp --budget 50% --solver magic", 2, "'magic' is not one of 'auto'"),
         ("plan steps.py:mlp --budget 50% --time-limit 0", 2, "0.0 is not in the range x>0"),
         ("plan steps.py:mlp --budget 50% --optimizer 50%", 2, "'50%' is no number of bytes; accepted are 3000000"),
-        ("plan steps.py:mlp --budget 50% --optimizer adam", 2, "cannot read 'adam'"),
+        ("plan steps.py:mlp --budget 50% --optimizer adam", 2, "'adam' is no number of bytes; accepted are 3000000"),
+        ("plan steps.py:mlp --budget 50% --optimizer -5", 2, "is no number of bytes"),
+        ("plan steps.py:mlp --budget 50% --time-limit soon", 2, "'soon' is not a valid float"),
         ("plan steps.py:mlp --budget 50% --timing guess", 2, "'guess' is not one of 'estimate', 'measure'"),
         ("plan steps.py:meta --budget 50% --device nowhere", 1, "device 'nowhere' is not available to torch"),
         ("plan steps.py:mlp --budget 50% --keep nothing.*", 1, "matches no module"),
@@ -276,10 +281,36 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("explain steps.py:mlp --budget 4", 3, "Give a budget of at least"),
         ("explain plan.json --budget 4", 2, "plan.json is a plan, which has its budget; leave --budget out"),
         ("explain plan.json --optimizer 4", 2, "--device, --optimizer and --timing are for models"),
+        ("explain steps.py:mlp --budget much", 2, "accepted are bytes"),
+        ("explain steps.py:mlp --time-limit -1", 2, "-1.0 is not in the range x>0"),
+        ("explain steps.py", 2, "steps.py has no function 'step'"),
+        ("explain broken.json", 1, "file 'broken.json' is not valid JSON"),
+        ("frontier", 2, "Missing argument 'MODEL'. See `main frontier --help`."),
+        ("frontier gone.json", 2, "there is no file gone.json"),
+        ("frontier broken.json", 1, "file 'broken.json' is not valid JSON"),
         ("frontier steps.py:mlp --points 1", 2, "1 is not in the range x>=2"),
+        ("frontier steps.py:mlp --time-limit 0", 2, "0.0 is not in the range x>0"),
+        ("frontier steps.py:mlp --keep nothing.*", 1, "matches no module"),
+        ("frontier steps.py:mlp --device nowhere", 1, "device 'nowhere' is not available to torch"),
+        ("check", 2, "Missing argument 'MODEL'. See `main check --help`."),
+        ("check steps.py:mlp", 2, "Missing option '--budget'. See `main check --help`."),
+        ("check steps.py:mlp --budget much", 2, "accepted are bytes"),
+        ("check steps.py:mlp --budget 4", 3, "Give a budget of at least"),
+        ("check steps.py:mlp --budget 50% --time-limit 0", 2, "0.0 is not in the range x>0"),
+        ("check steps.py:mlp --budget 50% --keep nothing.*", 1, "matches no module"),
+        ("check steps.py:meta --budget 50%", 1, "meta"),
+        ("check plan.json --budget 50%", 2, "'plan.json' names no function"),
+        ("solve", 2, "Missing argument 'FILE'. See `main solve --help`."),
+        ("solve plan.json", 2, "Missing option '--budget'. See `main solve --help`."),
+        ("solve gone.json --budget 4", 2, "File 'gone.json' does not exist. See `main solve --help`."),
+        ("solve broken.json --budget 4", 1, "file 'broken.json' is not valid JSON"),
+        ("solve plan.json --budget 4 --solver magic", 2, "'magic' is not one of 'auto'"),
+        ("solve plan.json --budget 4 --time-limit 0", 2, "0.0 is not in the range x>0"),
+        ("demo --steps many", 2, "'many' is not a valid integer"),
+        ("demo --magic", 2, "No such option"),
+        ("demo --out steps.py/out", 1, "cannot use 'steps.py/out' (Not a directory); name another file"),
         ("solve steps.py --budget 4", 1, "file 'steps.py' is not valid JSON"),
         ("solve plan.json --budget 4", 1, "read it with Plan.from_json"),
-        ("plan steps.py:mlp --budget 100% --json steps.py/plan.json", 1, "steps.py"),
         ("magic", 2, "No such command 'magic'. See `main --help`."),
         ("--magic", 2, "No such option"),
         ("plan --magic", 2, "No such option"),
@@ -287,7 +318,104 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
 )
 def test_wrong_input(steps: Path, line: str, code: int, message: str) -> None:
     chain_plan().to_json(steps / "plan.json")
+    (steps / "broken.json").write_text('{"format": ')
     assert_one_line(call(*line.split()), message, code=code)
+
+
+TARGETS = [
+    ("plan", "--json"), ("plan", "--html"), ("plan", "--plot"), ("explain", "--json"), ("frontier", "--json"),
+    ("frontier", "--plot"), ("solve", "--json"), ("solve", "--html"), ("solve", "--plot"),
+]  # fmt: skip
+
+
+def nothing_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the work began, and its result cannot be written")
+
+    monkeypatch.setattr(cli, "load_step", fail)
+    monkeypatch.setattr(Program, "from_json", fail)
+
+
+def with_target(command: str, option: str, target: str) -> list[str]:
+    model = "chain.json" if command == "solve" else "steps.py:mlp"
+    return [command, model, *(("--budget", "100%") if command in ("plan", "solve") else ()), option, target]
+
+
+@pytest.mark.parametrize(("command", "option"), TARGETS)
+def test_what_cannot_be_written_is_noticed_before_any_work(
+    steps: Path, program: str, command: str, option: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_is_done(monkeypatch)
+    (steps / "folder.png").mkdir()
+    help_of = f"See `main {command} --help`."
+    result = call(*with_target(command, option, "steps.py/new/out.png"))
+    assert_one_line(result, "cannot write 'steps.py/new/out.png'", "steps.py is a file, not a folder", help_of, code=2)
+    result = call(*with_target(command, option, "folder.png"))
+    assert_one_line(result, "cannot write 'folder.png': that is a folder. Name another file.", help_of, code=2)
+    monkeypatch.setattr(cli.os, "access", lambda path, mode: False)  # the tests may run as root, who may write anywhere
+    result = call(*with_target(command, option, "out.png"))
+    assert_one_line(result, f"cannot write 'out.png': {steps} may not be written", help_of, code=2)
+
+
+@pytest.mark.parametrize("command", ["plan", "frontier", "solve"])
+@pytest.mark.parametrize("name", ["picture.doc", "picture"])
+def test_a_picture_that_cannot_be_drawn_is_noticed_before_any_work(
+    steps: Path, program: str, command: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_is_done(monkeypatch)
+    result = call(*with_target(command, "--plot", name))
+    assert_one_line(result, f"'{name}' has no ending of a picture", ".png, .svg or .pdf", code=2)
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "module", "extra"),
+    [
+        ("plan", "--html", "jinja2", "html"), ("solve", "--html", "jinja2", "html"),
+        ("plan", "--plot", "matplotlib", "plots"), ("solve", "--plot", "matplotlib", "plots"),
+        ("frontier", "--plot", "matplotlib", "plots"),
+    ],
+)  # fmt: skip
+def test_a_missing_extra_is_noticed_before_any_work(
+    steps: Path, program: str, command: str, option: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nothing_is_done(monkeypatch)
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
+    result = call(*with_target(command, option, "out.png"))
+    assert_one_line(result, f"this needs {module}; run: pip install 'recollect[{extra}]'")
+
+
+def test_a_file_that_cannot_be_used_after_all_is_one_line(
+    steps: Path, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device", "plan.json")
+
+    monkeypatch.setattr(Plan, "to_json", full)
+    result = call("solve", program, "--budget", "100%", "--json", "plan.json")
+    assert_one_line(result, "cannot use 'plan.json' (No space left on device); name another file")
+
+
+def test_a_file_alone_stands_for_its_step(steps: Path) -> None:
+    (steps / "alone.py").write_text(STEPS.replace("def mlp", "def step"))
+    result = call("explain", "alone.py")
+    assert result.exit_code == 0, result.output
+    assert "Peak of alone, trained plainly" in result.output
+
+
+@pytest.mark.parametrize(
+    ("line", "code"),
+    [
+        ("plan steps.py:raises --budget 50%", 1), ("explain steps.py:mpl", 1), ("frontier steps.py:tensor", 1),
+        ("check steps.py:raises --budget 50%", 1), ("solve broken.json --budget 4", 1), ("demo --out steps.py/out", 1),
+    ],
+)  # fmt: skip
+def test_debug_shows_the_error_of_every_command(steps: Path, line: str, code: int) -> None:
+    (steps / "broken.json").write_text("{")
+    result = call("--debug", *line.split())
+    assert result.exit_code == code
+    assert not isinstance(result.exception, SystemExit)
+    assert "Error:" not in result.output
 
 
 def test_debug_shows_what_the_function_of_the_user_raised(steps: Path) -> None:
@@ -303,7 +431,7 @@ def test_a_file_that_changes_its_place_is_read_anew(steps: Path) -> None:
     assert "Peak of other" in call("explain", "other/steps.py:other").output
 
 
-@pytest.mark.parametrize("command", ["plan", "explain", "frontier", "solve"])
+@pytest.mark.parametrize("command", ["plan", "explain", "frontier", "check", "solve", "demo"])
 def test_help_has_examples(command: str) -> None:
     text = call(command, "--help").output
     assert "Examples:\n" in text

@@ -1,10 +1,16 @@
-"""Every Python block of the README, the docs and the docstrings runs, page by page, in the order in which it stands."""
+"""Every block of the README, the docs and the docstrings runs, page by page, in the order in which it stands.
+
+Python and console blocks are run; what the lines of shell blocks name is looked up, and completion scripts are loaded
+into a real shell; the JSON of ``program-file.md`` is read elsewhere. Any other block only shows something.
+"""
 
 from __future__ import annotations
 
 import doctest
+import os
 import re
 import shlex
+import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,12 +25,15 @@ from torch import Tensor, nn
 import recollect
 from docs.pictures import IMAGES, pictures
 from recollect import cli
+from tests.plan.chains import gpt
 from tests.zoo import CASES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
-TESTED_ELSEWHERE = {"program-file.md"}  # tests/program/test_json_format.py: its blocks need files
+WITH_JSON = "program-file.md"  # tests/program/test_json_format.py reads its JSON
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+FENCE = re.compile(r"^( *)(`{3,}|~{3,})([^\n]*)\n(.*?)^\1\2$", re.M | re.S)
+COMMAND = re.compile(r"^ *(\$|>>>|recollect|pip|python3?|make|git|cd|import|from) ", re.M)
 
 
 def page_name(page: Path) -> str:
@@ -56,9 +65,11 @@ def names_of_the_readme() -> dict[str, object]:
     return {"F": F, "torch": torch, "model": model, "batch": batch, "optimizer": torch.optim.Adam(model.parameters())}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if p.name not in TESTED_ELSEWHERE], ids=page_name)
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    if page.name == WITH_JSON:  # the file that a reader brings
+        gpt(6).to_json("step.json")
     names: dict[str, object] = {"__name__": "docs"} | (names_of_the_readme() if page.name == "README.md" else {})
     for block in BLOCK.findall(page.read_text()):
         exec(compile(block, str(page), "exec"), names)
@@ -88,6 +99,67 @@ def is_shown(shown: list[str], output: list[str]) -> bool:
     if shown[0].startswith("Error:") and shown[1:] == ["..."]:
         return output[0].startswith(shown[0])
     return shown[0].rstrip() == output[0].rstrip() and is_shown(shown[1:], output[1:])
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CONTRIBUTING.md"], ids=page_name)
+def test_no_block_is_left_out(page: Path) -> None:
+    text = page.read_text()
+    blocks = FENCE.findall(text)
+    assert 2 * len(blocks) == len(re.findall(r"^ *(?:```|~~~)", text, re.M))
+    for indent, _, language, block in blocks:
+        if language in ("python", "console", "sh"):
+            assert not indent, f"indented blocks are not run:\n{block}"
+        elif language == "json":
+            assert page.name == WITH_JSON
+        else:
+            assert language in ("", "text"), language
+            assert not COMMAND.search(block), f"looks like something to run, and says nothing of the kind:\n{block}"
+
+
+def shell_lines() -> list[str]:
+    blocks = re.findall(
+        r"^```sh\n(.*?)^```", "".join(p.read_text() for p in [*PAGES, ROOT / "CONTRIBUTING.md"]), re.M | re.S
+    )
+    return [line for block in blocks for line in block.splitlines()]
+
+
+@pytest.mark.parametrize("line", shell_lines())
+def test_shell_lines_name_what_is_there(line: str) -> None:
+    completion = re.search(r"_RECOLLECT_COMPLETE=(\w+)_source recollect", line)
+    if completion:
+        source = {"_RECOLLECT_COMPLETE": f"{completion[1]}_source"}
+        script = CliRunner().invoke(cli.main, [], prog_name="recollect", env=source).output
+        assert f"_RECOLLECT_COMPLETE={completion[1]}_complete" in script
+        return
+    command, *arguments = shlex.split(line, comments=True)
+    if command == "make":
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert set(arguments) <= set(targets)
+    elif command == "pip":
+        extras = re.findall(r"\[(\w+)\]", line)
+        assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
+        assert arguments[:1] == ["install"]
+    else:
+        assert line in ("git clone <this repository>", "cd recollect")
+
+
+def test_the_completion_of_the_docs_completes_in_bash(tmp_path: Path) -> None:
+    """The line of the docs, as it stands, in a shell that finds ``recollect`` as a user's would."""
+    (line,) = [line for line in shell_lines() if "bash_source" in line]
+    command = tmp_path / "recollect"
+    command.write_text(f"#!{sys.executable}\nfrom recollect.cli import main\nmain()\n")
+    command.chmod(0o755)
+    script = f"""{line}
+complete -p recollect
+for words in "recollect pl" "recollect solve --solver chen-"; do
+  COMP_WORDS=($words) COMP_CWORD=$(( $(wc -w <<< "$words") - 1 )) COMPREPLY=()
+  _recollect_completion recollect; echo "${{COMPREPLY[@]}}"
+done"""
+    here = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(["bash", "-c", script], env=here, capture_output=True, text=True, check=True)
+    registered, *completed = done.stdout.splitlines()
+    assert registered.endswith("_recollect_completion recollect")
+    assert completed == ["plan", "chen-recursive"]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)

@@ -34,16 +34,16 @@ QUICK: Final = 0.2
 @overload
 def checkpoint(
     target: F, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
-    time_limit_seconds: float = 10.0,
+    time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
     target: None = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
-    time_limit_seconds: float = 10.0,
+    time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> Callable[[F], F]: ...  # fmt: skip
 def checkpoint(
     target: Any = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
-    time_limit_seconds: float = 10.0,
+    time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> Any:  # fmt: skip
     """Make a module or a callable train within a memory budget.
 
@@ -64,6 +64,10 @@ def checkpoint(
             ``("aten.bernoulli*", "head")``; what these operators make is never computed again.
         recompute: the same; what these operators make does not stay from the forward into the backward.
         time_limit_seconds: the longest that making a plan may take, recording excluded.
+        measure: measure the peak of the second step of every plan, from the call to the optimizer's step or the next
+            call, for ``stats``. On CPU that step runs under torch's profiler, in the main thread, and takes longer; on
+            CUDA it resets the peak statistics of ``torch.cuda``. Without ``measure``, nothing is measured on CPU, and
+            on CUDA only a step that raises those statistics.
 
     Returns:
         The same module, or the wrapped callable.
@@ -82,7 +86,7 @@ def checkpoint(
         True
     """
     _check_budget(budget)
-    options = Options(budget, optimizer, keep, recompute, time_limit_seconds)
+    options = Options(budget, optimizer, keep, recompute, time_limit_seconds, measure)
     if target is None:
         return functools.partial(checkpoint, **vars(options))
     if not callable(target):
@@ -113,10 +117,19 @@ def restore(target: F) -> F:
 
 
 def stats(target: Any) -> Stats:
-    """What a checkpointed module or callable has done so far: its plan, calls, deviations, reruns.
+    """What a checkpointed module or callable has done so far: plan, calls, fallbacks, reruns, the measured peak.
+
+    ``as_dict()`` of it has numbers only, for a logger.
 
     Raises:
         ValueError: the target is not checkpointed by recollect.
+
+    Example:
+        >>> import torch, recollect
+        >>> model = recollect.checkpoint(torch.nn.Linear(64, 64), budget="100%")
+        >>> model(torch.randn(512, 64)).sum().backward()
+        >>> recollect.stats(model).as_dict()["calls"]
+        1
     """
     session = session_of(target)
     if session is None:
@@ -313,10 +326,11 @@ class Options:
     """What a user asked of ``checkpoint``; makes the plans."""
 
     def __init__(
-        self, budget: Budget, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float
-    ) -> None:
+        self, budget: Budget, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float,
+        measure: bool = False,
+    ) -> None:  # fmt: skip
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
-        self.keep, self.recompute = keep, recompute
+        self.keep, self.recompute, self.measure = keep, recompute, measure
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model needs the bytes of the optimizer, not the optimizer."""
@@ -365,7 +379,7 @@ class _Forward:
         plain = self.replaced or functools.partial(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
         self.__wrapped__ = plain  # already bound: the signature is that of a call
-        self.session = Session(_PlainForward(self.module, plain), self.options)
+        self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.session.call(args, kwargs)
@@ -401,7 +415,7 @@ def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
 
 
 def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    session = Session(fn, options)
+    session = Session(fn, options, measure=options.measure)
 
     @functools.wraps(fn)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:

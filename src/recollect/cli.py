@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
 import click
+from click.shell_completion import CompletionItem
 
 from recollect.loading import NoSuchStep, load_step
 from recollect.plan import SOLVERS
@@ -86,6 +87,8 @@ def _failure_of(error: Exception) -> click.ClickException:
 
 
 def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"cannot use {str(error.filename)!r} ({error.strerror}); name another file"
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ValueError | OSError):
         return text
@@ -126,12 +129,42 @@ class _Size(click.ParamType):
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
         """As bytes; there is nothing that a share could be of."""
         size = _number(value)
-        if isinstance(size, float) or str(size).strip().endswith("%"):
-            self.fail(f"{value!r} is no number of bytes; accepted are 3000000, 512MB, 1.5GiB.", param, ctx)
         try:
+            if isinstance(size, float) or str(size).strip().endswith("%"):
+                raise ValueError("a share")
             return parse_budget(size, 0)
-        except ValueError as error:
-            self.fail(f"{error}.", param, ctx)
+        except ValueError:
+            self.fail(f"{value!r} is no number of bytes; accepted are 3000000, 512MB, 1.5GiB.", param, ctx)
+
+
+class _Target(click.ParamType):
+    """A file to write, ``-`` for stdout where that is said; one that cannot be written is noticed before any work."""
+
+    name = "file"
+
+    def __init__(self, *, dash: bool = False) -> None:
+        self._dash = dash
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
+        """The path, whose folders can be made; or the dash."""
+        if self._dash and value == "-":
+            return "-"
+        path = Path(value)
+        folder = next(p for p in path.absolute().parents if p.exists())
+        obstacle = (
+            "that is a folder" if path.is_dir()
+            else f"{folder} is a file, not a folder" if not folder.is_dir()
+            else f"{path if path.exists() else folder} may not be written"
+            if not os.access(path if path.exists() else folder, os.W_OK)
+            else ""
+        )  # fmt: skip
+        if obstacle:
+            self.fail(f"cannot write {value!r}: {obstacle}. Name another file.", param, ctx)
+        return path
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Files."""
+        return [CompletionItem(incomplete, type="file")]
 
 
 def _number(text: Any) -> int | float | str:
@@ -173,14 +206,16 @@ _recording = _together(
     ),
 )  # fmt: skip
 _json = click.option(
-    "--json", "json_path", type=click.Path(dir_okay=False, allow_dash=True), metavar="FILE",
+    "--json", "json_path", type=_Target(dash=True), metavar="FILE",
     help="Write it as JSON to this file, folders on the way are made; - prints JSON instead of text.",
 )  # fmt: skip
 _html = click.option(
-    "--html", "html_path", type=click.Path(dir_okay=False, path_type=Path), metavar="FILE",
+    "--html", "html_path", type=_Target(), metavar="FILE",
     help="Write it as one HTML page, with the frontier, which takes as long again as --time-limit.",
 )  # fmt: skip
-_plot = click.option("--plot", "plot_path", type=click.Path(path_type=Path), help="Save a picture of it.")
+_plot = click.option(
+    "--plot", "plot_path", type=_Target(), metavar="FILE", help="Save a picture of it: .png, .svg or .pdf."
+)
 
 
 def _time_limit(seconds: float) -> Callable[[C], C]:
@@ -204,7 +239,7 @@ def _recorded(target: str, device: str | None, optimizer: int | None, timing: st
     from recollect.show.progress import progress_bar
 
     with progress_bar() as progress:
-        name = target.rpartition(":")[2]
+        name = Path(target).stem if target.endswith(".py") else target.rpartition(":")[2]
         return record_step(step.fn, step.args, step.kwargs, optimizer, timing or "estimate", progress, device, name)
 
 
@@ -228,7 +263,7 @@ class _Printable(Protocol):
     def to_json(self, path: str | Path | None = None) -> str: ...
 
 
-def _show(found: _Printable, json_path: str | None) -> None:
+def _show(found: _Printable, json_path: Path | str | None) -> None:
     if json_path == "-":
         click.echo(found.to_json(), nl=False)
         return
@@ -242,7 +277,7 @@ def _show(found: _Printable, json_path: str | None) -> None:
 
 def _solve_and_show(
     program: Program, budget: int | float | str, solver: str, wishes: tuple[tuple[str, ...], tuple[str, ...]],
-    time_limit: float, json_path: str | None, plot_path: Path | None, html_path: Path | None,
+    time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan, print, write."""
     from recollect.plan import solve as make_plan
@@ -286,10 +321,19 @@ def _require(extra: str, *modules: str) -> None:
         raise click.ClickException(f"this needs {' and '.join(missing)}; run: pip install 'recollect[{extra}]'")
 
 
+def _require_picture(path: Path) -> None:
+    """Fail before the work starts if no such picture can be drawn."""
+    _require("plots", "matplotlib")
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    if path.suffix[1:].lower() not in FigureCanvasBase.get_supported_filetypes():
+        raise _WrongUse(f"'{path}' has no ending of a picture; name a file that ends in .png, .svg or .pdf")
+
+
 def _require_for(plot_path: Path | None, html_path: Path | None) -> None:
     """Fail before the work starts if what draws the pictures asked for is missing."""
     if plot_path is not None:
-        _require("plots", "matplotlib")
+        _require_picture(plot_path)
     if html_path is not None:
         _require("html", "jinja2")
 
@@ -328,13 +372,14 @@ def main(debug: bool) -> None:
 @_planning
 def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
-    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
-    html_path: Path | None,
+    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None,
+    plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan a training step of MODEL within a budget; nothing of its size is allocated.
 
-    MODEL is package.module:function or path/to/file.py:function. The function takes nothing and returns (fn, args) or
-    (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the meta device cost no memory.
+    MODEL is package.module:function or path/to/file.py:function; a file alone stands for its function `step`. The
+    function takes nothing and returns (fn, args) or (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the
+    meta device cost no memory.
     """
     _require_for(plot_path, html_path)
     program = _recorded(model, device, optimizer, timing)
@@ -359,7 +404,7 @@ def plan(
 @_json
 def explain(
     model: str, budget: int | float | str | None, device: str | None, optimizer: int | None, timing: str | None,
-    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: str | None,
+    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None,
 ) -> None:  # fmt: skip
     """Print where the peak of a training step stands, what fills it, and why.
 
@@ -395,7 +440,7 @@ def explain(
 )
 def frontier(
     model: str, points: int, device: str | None, optimizer: int | None, timing: str | None, keep: tuple[str, ...],
-    recompute: tuple[str, ...], time_limit: float, json_path: str | None, plot_path: Path | None,
+    recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None, plot_path: Path | None,
     beside: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Print overhead against peak, from the floor to the plain peak.
@@ -403,7 +448,7 @@ def frontier(
     MODEL is as for `recollect plan`, or a file: a program as JSON.
     """
     if plot_path is not None:
-        _require("plots", "matplotlib")
+        _require_picture(plot_path)
     step = _read_or_recorded(model, device, optimizer, timing)
     from recollect.plan import frontier as make_frontier
     from recollect.show.progress import progress_bar
@@ -459,7 +504,7 @@ def check(
 @_planning
 def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
-    time_limit: float, json_path: str | None, plot_path: Path | None, html_path: Path | None,
+    time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed."""
     _require_for(plot_path, html_path)
@@ -468,7 +513,7 @@ def solve(
     )
 
 
-@main.command()
+@main.command(epilog=_examples("recollect demo", "recollect demo --quick --out pictures"))
 @click.option("--steps", type=click.IntRange(min=4), default=36, show_default=True, help="Training steps per run.")
 @click.option(
     "--out", type=click.Path(path_type=Path), default=Path("out"), show_default=True, help="Folder or .png file."

@@ -1,4 +1,7 @@
-"""The training step that a command line names: ``package.module:function`` or ``path/to/file.py:function``."""
+"""The training step that a command line names: ``package.module:function`` or ``path/to/file.py:function``.
+
+A file alone stands for its function ``step``.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ def load_step(target: str) -> Step:
         NoSuchStep: not of that form, no such file, module or function.
         BrokenStep: the file cannot be imported, the function raises, or returns something else.
     """
-    place, _, name = target.rpartition(":")
+    place, _, name = (f"{target}:step" if target.endswith(".py") else target).rpartition(":")
     if not place or not name.isidentifier():
         raise NoSuchStep(f"{target!r} names no function; write package.module:function or path/to/file.py:function")
     make = getattr(_module(place), name, None)

@@ -143,7 +143,7 @@ def examine(call: Callable[..., Any], sample: SampleInput) -> Outcome | None:
     reruns: list[None] = []
     instructions = instructions_for(plan)
     check = SelfCheck(instructions.again, lambda k, reason: wrong.append(f"op {k} {reason}"))
-    tape = Tape(instructions, wrong.append, lambda: reruns.append(None), check=check)
+    tape = Tape(instructions, wrong.append, lambda seconds: reruns.append(None), check=check)
     got = observe(step, args, kwargs, tape)
     assert got is not None
     wrong += [name for name, value in plain.items() if not same(got[name], value)]

@@ -68,7 +68,7 @@ def test_gradients_by_hand_and_by_recollect_are_equal() -> None:
     instructions = instructions_for(plan)
     assert len(instructions.keep) == len(instructions.forget) == 1  # A1 stays, A2 goes
     reruns: list[None] = []
-    tape = Tape(instructions, on_rerun=lambda: reruns.append(None))
+    tape = Tape(instructions, on_rerun=lambda seconds: reruns.append(None))
     with tape.forward():
         loss = forward(x, w)
     loss.backward()

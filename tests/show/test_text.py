@@ -11,17 +11,20 @@ from tests.program.hand import chain_plan
 GOLDEN = """\
 Plan for chain by solver by hand
   budget           90 B  94.7% of the plain peak
-  peak             87 B  91.6% (plain 95 B, floor 87 B; no plan can be below 87 B)
+  peak             87 B  91.6% of the plain peak
+  plain peak       95 B  with nothing computed again
+  floor            87 B  smallest known peak; no plan can be below 87 B
   extra time     +12.5%  no plan within this budget can be below +12.5%
-  seconds are given; the plain step takes 8.00 s
+  plain step     8.00 s  given
 Computed again: 1 of 5 ops, 1 further runs, 1.00 s
      1.00 s     1 runs  f0
-The peak stands at op 4, g1 (backward); 7 B of scratch. In memory there:
+The peak stands at op 4, g1 (backward); 7 B of scratch
+In memory there:
        30 B    1 x  db
        20 B    1 x  a
        20 B    1 x  da
        10 B    1 x  x
-Beside it:
+Other schedules that were looked at:
   keep everything    +0.0%  peak      95 B  above the budget"""
 
 
@@ -33,9 +36,18 @@ def test_a_plan_without_further_runs_says_so() -> None:
     plan = chain_plan()
     text = plan_text(replace(plan, schedule=Schedule.plain(plan.program), candidates=()))
     assert "Nothing is computed again." in text
-    assert "floor 87 B; no plan can be below 87 B)" in text
-    assert "floor 87 B)" in plan_text(replace(plan, floor_lower_bound_bytes=0))
-    assert "Beside it" not in text
+    assert "87 B  smallest known peak; no plan can be below 87 B\n" in text
+    assert "87 B  smallest known peak\n" in plan_text(replace(plan, floor_lower_bound_bytes=0))
+    assert "Other schedules" not in text
+
+
+def test_estimates_are_called_so_and_no_folder_of_this_machine_is_shown() -> None:
+    plan, ops = chain_plan(), list(chain_plan().program.ops)
+    ops[4] = replace(ops[4], module="blocks.1.mlp", source="/home/me/project/net/model.py:56")
+    lines = plan_text(replace(plan, program=replace(plan.program, ops=tuple(ops), timing="estimated"))).splitlines()
+    assert "  plain step     8.00 s  estimated, not measured" in lines
+    assert "  of blocks.1.mlp, net/model.py:56" in lines
+    assert max(map(len, lines)) <= 80
 
 
 def test_equal_layers_are_folded_and_added_up() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from recollect.program import END, Op, Program, Value
 from recollect.record.recorder import RecordedOp, RecordedValue, Recorder
 from recollect.record.timing import Cost
+
+OPTIMIZER_STEP: Final = "optimizer step"
+"""Name of the last op of a program in whose account the optimizer's step is."""
 
 
 def assemble(
@@ -54,7 +57,7 @@ def assemble(
         for op, cost, reason in zip(recorder.ops, costs, reasons, strict=True)
     ]
     if optimizer_scratch_bytes:
-        ops.append(Op("optimizer step", (), (), 0.0, optimizer_scratch_bytes, phase="backward", repeatable="backward"))
+        ops.append(Op(OPTIMIZER_STEP, (), (), 0.0, optimizer_scratch_bytes, phase="backward", repeatable="backward"))
     return Program(name, tuple(values), tuple(ops), timing=timing, recorded=recorded)
 
 

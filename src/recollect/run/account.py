@@ -63,6 +63,11 @@ def account(step: Callable[[], object], before_bytes: int = 0) -> Account:
     gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         step()
+    return account_of(prof, before_bytes)
+
+
+def account_of(prof: profile, before_bytes: int) -> Account:
+    """What a profiler that has stopped (``profile_memory=True``) saw of the CPU allocator."""
     return _add_up(_events(prof), before_bytes)
 
 

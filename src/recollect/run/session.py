@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import threading
 import warnings
 from collections import OrderedDict
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from recollect.program import InfeasibleBudget, Plan, Program
+from recollect.record.assemble import OPTIMIZER_STEP
 from recollect.record.casts import mark_casts
 from recollect.record.parallel import Parallel, hidden, parallel_of
 from recollect.record.parallel import signature as parallel_signature
@@ -22,9 +24,11 @@ from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
 from recollect.run.instructions import Instructions, instructions_for
+from recollect.run.measure import Measurement, meter_for
 from recollect.run.memory import bytes_at, free_memory, is_out_of_memory, told, without_frames
 from recollect.run.selfcheck import SelfCheck
 from recollect.run.settings import RandomStates
+from recollect.run.stats import Stats
 from recollect.run.tape import Tape
 
 MAX_PLANS: Final = 64
@@ -35,6 +39,10 @@ MAX_RETRIES: Final = 3
 """How often a forward that ran out of memory is tried again, each time under a tighter plan."""
 TIGHTER: Final = 0.9
 """The next budget, as a share of what the plan has in memory where the device ran out of it."""
+MAX_MEASURED: Final = 3
+"""How many steps of a plan are tried to measure one."""
+TOLERANCE: Final = 0.01
+"""How far the measured peak may be above the plan's without a warning."""
 
 
 class Planner(Protocol):
@@ -54,33 +62,6 @@ class NotPlannable(Exception):
     """The planner cannot deal with this callable; it runs without checkpointing. The message says why."""
 
 
-@dataclass(frozen=True)
-class Stats:
-    """What a checkpointed callable has done so far.
-
-    Attributes:
-        plan: the plan used last; None before the first call.
-        plans: number of plans in the cache.
-        calls: calls with gradients.
-        planned: calls for which a new plan was made.
-        deviations: calls that left the recorded path and went on under the online policy.
-        unplanned: calls that ran without checkpointing.
-        reruns: operators run again in all backward passes so far.
-        retries: forwards that ran out of memory and were tried again under a tighter plan.
-        differing: operators found to give something else when they run again; what they make is kept.
-    """
-
-    plan: Plan | None
-    plans: int
-    calls: int
-    planned: int
-    deviations: int
-    unplanned: int
-    reruns: int
-    retries: int
-    differing: int
-
-
 @dataclass
 class _Entry:
     """What is known for one kind of input.
@@ -93,6 +74,9 @@ class _Entry:
         checked: a step with this plan has been through the self-check.
         deviations: steps that left the path.
         parallel: what torch.distributed does around the modules.
+        steps: calls under this plan.
+        measured_bytes: the measured peak of one of them.
+        to_measure: how many more steps may be measured.
     """
 
     plan: Plan | None = None
@@ -102,6 +86,9 @@ class _Entry:
     checked: bool = False
     deviations: int = 0
     parallel: Parallel = field(default_factory=Parallel)
+    steps: int = 0
+    measured_bytes: int | None = None
+    to_measure: int = 0
     differing: dict[int, str] = field(default_factory=dict)
     """New reasons why an op must not run again, by its number among the ops of the forward."""
 
@@ -114,15 +101,18 @@ class _Entry:
             instructions = replace(instructions, budget_bytes=None)
         self.plan, self.instructions = plan, instructions
         self.quick, self.checked = quick, False
+        self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
 
 
 @dataclass
 class _Counts:
     calls: int = 0
+    hits: int = 0
     planned: int = 0
     deviations: int = 0
     unplanned: int = 0
     reruns: int = 0
+    rerun_seconds: float = 0.0
     retries: int = 0
     kept: list[str] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
@@ -134,10 +124,11 @@ class Session:
     Args:
         fn: the callable, without recollect.
         planner: makes a plan for a call; raises ``NotPlannable`` for what can only run without checkpointing.
+        measure: measure the peak of one step of every plan, whatever that takes.
     """
 
-    def __init__(self, fn: Callable[..., Any], planner: Planner) -> None:
-        self.fn, self.planner = fn, planner
+    def __init__(self, fn: Callable[..., Any], planner: Planner, *, measure: bool = False) -> None:
+        self.fn, self.planner, self.measure = fn, planner, measure
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._counts = _Counts()
         self._lock = threading.RLock()
@@ -146,6 +137,7 @@ class Session:
         self._last: Plan | None = None
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
+        self._measurement: Measurement | None = None
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
@@ -158,6 +150,8 @@ class Session:
             self._here.inside = False
 
     def _outermost(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if self._measurement is not None:
+            self._end_measurement()
         obstacle = _obstacle() if torch.is_grad_enabled() else ""
         entry = None
         if obstacle:
@@ -167,9 +161,14 @@ class Session:
             entry = self._entry(args, kwargs)
             mark_casts()
         with self._turns.call():
-            if entry is None or entry.instructions is None:
-                return self._without_tape(entry, args, kwargs)
-            return self._with_tape(entry, args, kwargs)
+            if entry is not None and entry.to_measure and entry.steps > 1:
+                return self._measured(entry, args, kwargs)
+            return self._run(entry, args, kwargs)
+
+    def _run(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if entry is None or entry.instructions is None:
+            return self._without_tape(entry, args, kwargs)
+        return self._with_tape(entry, args, kwargs)
 
     def _with_tape(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The forward under the plan, under tighter ones where the device runs out of memory."""
@@ -240,9 +239,66 @@ class Session:
 
     def stats(self) -> Stats:
         """What has happened so far."""
+        if self._measurement is not None:
+            self._end_measurement()
         c = self._counts
-        counts = (c.calls, c.planned, c.deviations, c.unplanned, c.reruns, c.retries, len(c.kept))
-        return Stats(self._last, len(self._entries), *counts)
+        return Stats(
+            plan=self._last,
+            measured_peak_bytes=next((e.measured_bytes for e in self._entries.values() if e.plan is self._last), None),
+            plans=len(self._entries),
+            calls=c.calls,
+            hits=c.hits,
+            planned=c.planned,
+            deviations=c.deviations,
+            unplanned=c.unplanned,
+            reruns=c.reruns,
+            rerun_seconds=c.rerun_seconds,
+            retries=c.retries,
+            differing=len(c.kept),
+        )
+
+    # ---- the measured peak ---------------------------------------------------------------------------------------
+
+    def _measured(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """A call with an account of the memory of its step, where one can be had."""
+        entry.to_measure -= 1
+        measurement = self._measurement_of(entry, args, kwargs) if self._measurement is None else None
+        if measurement is None:
+            return self._run(entry, args, kwargs)
+        self._measurement = measurement
+        result = self._run(entry, args, kwargs)
+        measurement.watch(result)
+        return result
+
+    def _measurement_of(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> Measurement | None:
+        plan, deviations = entry.plan, entry.deviations
+        assert plan is not None
+        given = (x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        own = (t for _, _, t in named_tensors(reachable_modules(self.fn, args, kwargs)))
+        meter = meter_for(itertools.chain(given, own), asked=self.measure)
+        if meter is None:
+            return None
+
+        def on_end(above_bytes: int) -> None:
+            if entry.plan is plan and entry.deviations == deviations:
+                entry.measured_bytes, entry.to_measure = plan.program.fixed_bytes + above_bytes, 0
+                self._compare(plan, entry.measured_bytes)
+
+        with_optimizer = any(op.name == OPTIMIZER_STEP for op in plan.program.ops[-1:])
+        return Measurement(meter, with_optimizer, on_end)
+
+    def _end_measurement(self) -> None:
+        if self._measurement is not None and self._measurement.close():
+            self._measurement = None
+
+    def _compare(self, plan: Plan, measured_bytes: int) -> None:
+        if measured_bytes > (1 + TOLERANCE) * plan.peak_bytes:
+            self._warn(
+                f"the measured peak of a step is above the plan's ({measured_bytes:,} bytes, predicted were "
+                f"{plan.peak_bytes:,}; the budget is {plan.budget_bytes:,}). What runs outside the callable is not in "
+                "a plan: wrap a function that returns the loss, and name the optimizer with optimizer=. What cannot be "
+                "inside needs a budget that leaves room for it"
+            )
 
     def _entry(self, args: Sequence[Any], kwargs: dict[str, Any]) -> _Entry:
         with self._lock:
@@ -255,6 +311,9 @@ class Session:
                     self._entries.popitem(last=False)
             elif entry.plan is not None and (entry.quick or entry.differing):
                 self._solve(entry, entry.plan.program)
+            elif entry.plan is not None:
+                self._counts.hits += 1
+            entry.steps += 1
             self._entries.move_to_end(key)
             self._last = entry.plan or self._last
             return entry
@@ -336,8 +395,9 @@ class Session:
             self._at_most_bytes = before
             raise
 
-    def _count_rerun(self) -> None:
+    def _count_rerun(self, seconds: float) -> None:
         self._counts.reruns += 1
+        self._counts.rerun_seconds += seconds
 
     def _refuse(self, obstacle: str) -> None:
         self._counts.unplanned += 1

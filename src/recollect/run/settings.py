@@ -74,7 +74,7 @@ _SWITCHES: tuple[_Pair, ...] = (
 
 
 class NumericSettings(NamedTuple):
-    """The switches at one moment, and whether gradients were enabled: mkldnn_rnn_layer makes its workspace only then."""
+    """The switches at one moment, and whether gradients were enabled: mkldnn_rnn_layer makes workspace only then."""
 
     values: tuple[Any, ...]
     grad_enabled: bool

@@ -15,6 +15,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import ceil
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -87,7 +88,7 @@ class Tape(TorchDispatchMode):
     Args:
         instructions: what to hold, what to forget, what to run again.
         on_deviation: called once, with a reason, when the forward takes another path than the plan's.
-        on_rerun: called at every op that runs again.
+        on_rerun: called with its seconds at every op that has run again.
         on_out_of_memory: called with the allocator's error where running again fails for good; its result is raised.
         check: compares what runs again with what ran first.
     """
@@ -101,7 +102,7 @@ class Tape(TorchDispatchMode):
         self,
         instructions: Instructions,
         on_deviation: Callable[[str], None] = lambda reason: None,
-        on_rerun: Callable[[], None] = lambda: None,
+        on_rerun: Callable[[float], None] = lambda seconds: None,
         on_out_of_memory: Callable[[BaseException], BaseException] = lambda error: error,
         check: SelfCheck | None = None,
     ) -> None:
@@ -654,8 +655,8 @@ class Tape(TorchDispatchMode):
     def _run_again(self, k: int, rerun: Rerun | None) -> None:
         """Run op k again. Without a rerun of the plan everything that it makes is held."""
         entry = self._entries[k]
-        self._on_rerun()
         memory = {n: self._storage(n) for n in entry.reads}
+        begin = perf_counter()
         for new, old in entry.in_place:
             ends = rerun is not None and old in rerun.drops and not self._is_awaited(old)
             ends = ends and not self._held[old].original
@@ -678,6 +679,7 @@ class Tape(TorchDispatchMode):
         if rerun is not None:
             for n in rerun.drops:
                 self._drop(n)
+        self._on_rerun(perf_counter() - begin)
 
     @contextlib.contextmanager
     def _replaying(self) -> Iterator[None]:

@@ -254,3 +254,8 @@ def _held(moment: _Moment, v: int) -> str:
     if until == len(program.ops) - 1:
         return "held by Python to the end of the step"
     return f"held by Python or autograd until {op_text(program.ops[until])}"
+
+
+def short_source(source: str) -> str:
+    """The file with its folder: whoever gets a page or a text learns nothing about the machine that made it."""
+    return "/".join(source.replace("\\", "/").split("/")[-2:])

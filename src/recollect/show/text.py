@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from recollect.plan.budget import format_bytes
 from recollect.program import Plan, Program, Timeline, simulate
 from recollect.show.page import table_lines
-from recollect.show.residents import op_text
+from recollect.show.residents import op_text, short_source
 
 if TYPE_CHECKING:
     from recollect.plan.frontier import Frontier
@@ -44,14 +44,16 @@ def _costs(plan: Plan) -> list[str]:
     plain = plan.plain_peak_bytes
     least = plan.floor_lower_bound_bytes
     below = f"; no plan can be below {format_bytes(least)}" if least else ""
+    timing, seconds = plan.program.timing, format_seconds(plan.program.seconds)
     name = f" for {plan.program.name}" if plan.program.name else ""
     return [
         f"Plan{name} by solver {plan.solver}",
         f"  budget      {format_bytes(plan.budget_bytes):>9}  {_share(plan.budget_bytes, plain)} of the plain peak",
-        f"  peak        {format_bytes(plan.peak_bytes):>9}  {_share(plan.peak_bytes, plain)} "
-        f"(plain {format_bytes(plain)}, floor {format_bytes(plan.floor_bytes)}{below})",
+        f"  peak        {format_bytes(plan.peak_bytes):>9}  {_share(plan.peak_bytes, plain)} of the plain peak",
+        f"  plain peak  {format_bytes(plain):>9}  with nothing computed again",
+        f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest known peak{below}",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
-        f"  seconds are {plan.program.timing}; the plain step takes {format_seconds(plan.program.seconds)}",
+        f"  plain step  {seconds:>9}  {timing}{', not measured' if timing == 'estimated' else ''}",
     ]
 
 
@@ -72,14 +74,14 @@ def _peak(program: Program, timeline: Timeline) -> list[str]:
     if timeline.peak_op < 0:
         return []
     op = program.ops[timeline.peak_op]
-    where = "".join(f", {part}" for part in (op.module, op.source) if part)
+    where = ", ".join(part for part in (op.module, short_source(op.source)) if part)
     items = [(program.label(v), 1, float(program.values[v].nbytes)) for v in timeline.resident_at_peak]
     lines = _fold_lines(items)
     shown = [f"  {format_bytes(int(x.amount)):>9}  {x.times:>3} x  {x.name}" for x in lines[:_SHOWN]]
     rest = _more(format_bytes(int(sum(x.amount for x in lines[_SHOWN:]))), len(lines) - _SHOWN)
     scratch = f"; {format_bytes(op.scratch_bytes)} of scratch" if op.scratch_bytes else ""
-    head = f"The peak stands at op {timeline.peak_op}, {op.name} ({op.phase}){where}{scratch}. In memory there:"
-    return [head, *shown, *rest]
+    head = f"The peak stands at op {timeline.peak_op}, {op.name} ({op.phase}){scratch}"
+    return [head, *([f"  of {where}"] if where else []), "In memory there:", *shown, *rest]
 
 
 def _candidates(plan: Plan) -> list[str]:
@@ -87,7 +89,7 @@ def _candidates(plan: Plan) -> list[str]:
     if not plan.candidates:
         return []
     width = max(len(name) for name, _, _ in plan.candidates)
-    return ["Beside it:"] + [
+    return ["Other schedules that were looked at:"] + [
         f"  {name:<{width}}  {overhead:>+7.1%}  peak {format_bytes(peak):>9}"
         + ("  above the budget" if peak > plan.budget_bytes else "")
         for name, peak, overhead in plan.candidates

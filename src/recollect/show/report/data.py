@@ -15,7 +15,7 @@ from recollect.plan.frontier import Frontier
 from recollect.program import Plan, Program, Schedule
 from recollect.show.explanation import Explanation
 from recollect.show.modules import Module
-from recollect.show.residents import CATEGORIES, name_of, op_text, type_text
+from recollect.show.residents import CATEGORIES, name_of, op_text, short_source, type_text
 from recollect.show.spans import spans_of
 
 FATES = ("always there", "kept", "computed again", "not saved")
@@ -149,8 +149,3 @@ def _steps(numbers: Iterable[int]) -> list[int]:
 def _module(m: Module) -> tuple[Any, ...]:
     below = [_module(b) for b in m.modules]
     return m.name, m.times, m.peak_bytes, m.saved_bytes, m.kept_bytes, m.runs_again, m.seconds_again, below
-
-
-def short_source(source: str) -> str:
-    """The file with its folder: whoever gets the page learns nothing about the machine that made it."""
-    return "/".join(source.replace("\\", "/").split("/")[-2:])

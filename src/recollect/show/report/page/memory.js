@@ -65,10 +65,11 @@ class MemoryChart {
 
   #peak() {
     const x = this.x(this.at[this.course.peak]), y = this.y(this.course.total[this.course.peak]);
-    const right = x < this.svg.clientWidth / 2;
+    const right = x < 0.4 * this.svg.clientWidth, line = this.y(data.budget); // the budget's name is at the right
+    const foot = Math.abs(y - line) < 14 ? Math.min(y, line) - 5 : y - 2; // its line shall not cross out the peak's name
     return [
       element("path", { class: "peak", d: `M${x},${y}l-6,-9h12z` }),
-      element("text", { class: "halo", x: x + (right ? 10 : -10), y: y - 2, "text-anchor": right ? "start" : "end" }, `peak ${formatBytes(this.course.total[this.course.peak])}`),
+      element("text", { class: "halo", x: x + (right ? 10 : -10), y: foot, "text-anchor": right ? "start" : "end" }, `peak ${formatBytes(this.course.total[this.course.peak])}`),
     ];
   }
 

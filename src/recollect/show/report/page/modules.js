@@ -35,7 +35,7 @@ function row(n) {
       element("td", { role: "gridcell", "data-what": what, "data-bytes": bytes }, bytes ? formatBytes(bytes) : "")),
     element("td", { class: "bar", role: "gridcell" }, bar),
     element("td", { role: "gridcell", "data-what": "runs" }, n.runs ? String(n.runs) : ""),
-    element("td", { role: "gridcell" }, n.runs ? formatSeconds(n.seconds) : ""),
+    element("td", { class: "wide", role: "gridcell" }, n.runs ? formatSeconds(n.seconds) : ""),
     element("td", { role: "gridcell", "data-what": "peak", "data-bytes": n.peak }, n.peak ? formatBytes(n.peak) : ""));
   if (n.below.length) made.setAttribute("aria-expanded", n.open);
   made.addEventListener("click", () => { focused = n; n.open = !n.open && n.below.length > 0; drawTree(true); });
