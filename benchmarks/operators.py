@@ -17,11 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
+from benchmarks.section import write_section
 from tests.run.sweep import DTYPES, Outcome, name_of, sweep
 from tests.run.test_operators import REFUSED, STEADY, UNSTEADY
-
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "exactness.md"
-BEGIN, END = "<!-- benchmarks/operators.py -->", "<!-- end -->"
 
 Outcomes = dict[tuple[str, torch.dtype], list[Outcome]]
 
@@ -124,8 +122,7 @@ def main() -> None:
     text = "\n".join(report(run(2 if "--quick" in sys.argv else 10)))
     print(text)
     if "--write" in sys.argv:
-        page = PAGE.read_text()
-        PAGE.write_text(page[: page.index(BEGIN) + len(BEGIN)] + f"\n\n{text}\n\n" + page[page.index(END) :])
+        write_section("exactness.md", "operators.py", text)
 
 
 if __name__ == "__main__":

@@ -196,3 +196,15 @@ def test_the_pictures_of_the_three_layers_are_what_the_script_draws() -> None:
 
 def test_the_gallery_has_every_network_of_the_tests() -> None:
     assert re.findall(r"^## (.*)$", (ROOT / "docs" / "gallery.md").read_text(), re.M) == [str(case) for case in CASES]
+
+
+def test_the_page_of_attacks_names_tests_that_exist() -> None:
+    known = {
+        name
+        for source in (ROOT / "tests").rglob("test_*.py")
+        for name in re.findall(r"^def (test_\w+)\(", source.read_text(encoding="utf-8"), re.M)
+    }
+    rows = re.findall(r"^\| [^|]+ \| ([^|]+) \|", (ROOT / "docs" / "attacks.md").read_text(encoding="utf-8"), re.M)
+    named = [name for cell in rows for name in re.findall(r"`(\w+)`", cell)]
+    assert len(named) > 150
+    assert not set(named) - known

@@ -129,15 +129,19 @@ def calls_of(op: OpInfo, sample: SampleInput) -> Iterator[Callable[..., Any]]:
 
 def examine(call: Callable[..., Any], sample: SampleInput) -> Outcome | None:
     """Train one step plainly and with everything computed again; None where nothing is differentiable."""
-    step = Step(call, sample.output_process_fn_grad)
-    args, kwargs = tree_map_only(Tensor, leaf, ((sample.input, *sample.args), dict(sample.kwargs)))
+    return examine_step(Step(call, sample.output_process_fn_grad), (sample.input, *sample.args), dict(sample.kwargs))
+
+
+def examine_step(step: Step, args: Any, kwargs: Any) -> Outcome | None:
+    """The same for a step and its arguments, of which copies are taken."""
+    args, kwargs = tree_map_only(Tensor, leaf, (args, kwargs))
     try:
         plain = observe(step, args, kwargs)
     except RuntimeError as error:
         return Outcome(refused=str(error))
     if plain is None:
         return None
-    with unchanged(args, kwargs):
+    with unchanged(step, args, kwargs):
         plan = plan_that_keeps_nothing(record(step, args, kwargs, timing="estimate"))
     wrong: list[str] = []
     reruns: list[None] = []
@@ -177,7 +181,7 @@ def wrong_off_path(op: OpInfo, dtype: torch.dtype, at_most: int) -> list[str]:
 def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:
     """What of the operator was computed again, what was kept and why."""
     program = plan.program
-    own = {i: op for i, op in enumerate(program.ops) if op.phase == "forward" and op.module == "operator"}
+    own = {i: op for i, op in enumerate(program.ops) if op.phase == "forward" and op.module.startswith("operator")}
     asked = {op.reads[0] for op in program.ops if op.name == "unpack" and program.values[op.reads[0]].nbytes}
     makers = [program.producer[v] for v in asked if program.producer[v] in own]
     again = sum(plan.schedule.runs_of[i] > 1 for i in makers)
@@ -211,13 +215,13 @@ def plan_that_keeps_nothing(program: Program) -> Plan:
 
 
 def observe(step: Step, args: Any, kwargs: Any, tape: Tape | None = None) -> dict[str, Any] | None:
-    """Everything that a step leaves behind, each under its name; the inputs are as before.
+    """Everything that a step leaves behind, each under its name; inputs, parameters and buffers are as before.
 
     None where nothing is differentiable.
     """
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    tensors = tensors_of(step, args, kwargs)
     torch.manual_seed(SEED)
-    with unchanged(args, kwargs):
+    with unchanged(step, args, kwargs):
         with tape.forward() if tape is not None else nullcontext():
             loss, made = step(*args, **kwargs)
         if loss is None:
@@ -225,10 +229,16 @@ def observe(step: Step, args: Any, kwargs: Any, tape: Tape | None = None) -> dic
         seen: dict[str, Any] = {"generator after the forward": torch.get_rng_state(), "loss": loss.detach()}
         loss.backward()
         seen |= {f"output {i}": dense(t) for i, t in enumerate(made)}
-        seen |= {f"gradient {i}": dense(t.grad) for i, t in enumerate(tensors)}
-        seen |= {f"input {i}": dense(t.detach()).clone() for i, t in enumerate(tensors)}
+        seen |= {f"gradient of {name}": dense(t.grad) for name, t in tensors.items()}
+        seen |= {name: dense(t.detach()).clone() for name, t in tensors.items()}
         seen["generator"] = torch.get_rng_state()
     return seen
+
+
+def tensors_of(step: Step, args: Any, kwargs: Any) -> dict[str, Tensor]:
+    """Inputs, parameters and buffers, each under its name."""
+    inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    return {f"input {i}": t for i, t in enumerate(inputs)} | dict((*step.named_parameters(), *step.named_buffers()))
 
 
 def dense(t: Any) -> Any:
@@ -236,9 +246,9 @@ def dense(t: Any) -> Any:
 
 
 @contextmanager
-def unchanged(args: Any, kwargs: Any) -> Iterator[None]:
-    """Inputs are afterwards as before: no gradients, and the same numbers."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+def unchanged(step: Step, args: Any, kwargs: Any) -> Iterator[None]:
+    """Inputs, parameters and buffers are afterwards as before: no gradients, and the same numbers."""
+    tensors = list(tensors_of(step, args, kwargs).values())
     copies = [t.detach().clone() for t in tensors]
     try:
         yield

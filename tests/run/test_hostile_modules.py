@@ -253,3 +253,39 @@ def test_dual_numbers() -> None:
         return y * h + tangent
 
     check_body(body)
+
+
+# ---- a composite operator that adds up in another order where a dispatch mode is active ------------------------------
+
+
+class Smoothed(nn.Module):
+    """Class weights, label smoothing, and targets that are ignored."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.register_buffer("weights", torch.rand(WIDTH))
+        self.register_buffer("targets", torch.where(torch.rand(ROWS) < 0.3, -100, torch.randint(0, WIDTH, (ROWS,))))
+
+    def forward(self, x: Tensor) -> Tensor:
+        loss = torch.zeros(())
+        for layer in self.layers:
+            x = torch.tanh(layer(x)).exp().sin() * x.cos()
+            loss = loss + F.cross_entropy(x, self.targets, self.weights, label_smoothing=0.1).exp().sin()
+        return loss
+
+
+def test_weights_of_smoothed_labels_are_added_up_as_without_a_dispatch_mode() -> None:
+    exact(lambda: training(Smoothed(), loss=lambda loss: loss))
+
+
+def test_who_writes_the_masked_sum_himself_gets_it() -> None:
+    """Only torch's own function is put right."""
+
+    def body(i: int, h: Tensor) -> Tensor:
+        ignored = h.detach()[0] > 0.1
+        filled = torch.arange(WIDTH).masked_fill(ignored, 0)
+        weights = h.detach().exp()[0].gather(0, filled).masked_fill_(ignored, 0)
+        return (h * weights.sum()).sin()
+
+    check_body(body)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -539,6 +540,106 @@ def test_module_and_tensor_hooks() -> None:
         return world
 
     exact(build, steps=3)
+
+
+def test_hooks_of_the_other_kinds() -> None:
+    """On all modules, with keywords, called in any case, on several gradients at once, on nodes, on leaves."""
+
+    def build() -> World:
+        model, seen = net(), list[Any]()
+
+        def see(what: str) -> Callable[..., None]:
+            return lambda *_: seen.append(what)
+
+        model.layers[0].register_forward_pre_hook(lambda m, a, k: ((a[0] * 2,), k), with_kwargs=True)
+        model.layers[1].register_forward_hook(lambda m, a, k, out: out * 2, with_kwargs=True)
+        model.layers[2].register_forward_hook(see("always"), always_call=True)
+        model.layers[3].weight.register_post_accumulate_grad_hook(see("accumulated"))
+
+        def step(call: Any) -> Any:
+            model.zero_grad()
+            x = data().requires_grad_()
+            with contextlib.ExitStack() as stack:
+                for register, hook in (
+                    (nn.modules.module.register_module_forward_pre_hook, lambda m, a: (a[0].sin(),)),
+                    (nn.modules.module.register_module_forward_hook, lambda m, a, out: out.cos()),
+                    (nn.modules.module.register_module_full_backward_pre_hook, lambda m, go: (go[0] * 2,)),
+                    (nn.modules.module.register_module_full_backward_hook, lambda m, gi, go: (gi[0] * 3,)),
+                ):
+                    stack.callback(register(hook).remove)
+                y = call(x)
+                torch.autograd.graph.register_multi_grad_hook((x, y), see("several"))
+                y.grad_fn.register_prehook(lambda gradients: (gradients[0] * 2,))
+                y.grad_fn.register_hook(see("node"))
+                y.square().mean().backward()
+            return y, x.grad
+
+        return World(model, step, extra=lambda: seen)
+
+    exact(build, steps=3)
+
+
+def test_activations_left_on_the_module() -> None:
+    """They are there after the forward, with their graph, and train like everything else."""
+
+    class Leaves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net(self._body)
+            self.last: dict[int, Tensor] = {}
+
+        def _body(self, i: int, h: Tensor) -> Tensor:
+            self.last[i] = h.exp()
+            return self.last[i].sin() * h.cos()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x)
+
+    def step(call: Any, x: Tensor) -> Any:
+        loss = call(x).mean()
+        (loss + call.last[1].square().mean()).backward()
+        return loss, dict(call.last)
+
+    check_step(step, Leaves)
+
+
+@pytest.mark.parametrize("turns", [True, False])
+def test_two_models(turns: bool) -> None:
+    """A generator and its critic, each checkpointed: in turns, and one through the other with its weights frozen."""
+
+    def build() -> World:
+        maker, critic = net(2), net(2)
+
+        def step(call: Any) -> Any:
+            judge = recollect.checkpoint(critic, budget=0.7) if call is not maker or is_checkpointed(maker) else critic
+            try:
+                return losses(call, judge)
+            finally:
+                if judge is critic and is_checkpointed(critic):
+                    recollect.restore(critic)
+
+        def losses(call: Any, judge: Any) -> Any:
+            maker.zero_grad(), critic.zero_grad()
+            noise, real = data(), data()
+            fake = call(noise)
+            judged = judge(fake.detach()).mean() - judge(real).mean()
+            if turns:
+                judged.backward()
+            critic.requires_grad_(False)
+            through = judge(fake).square().mean()
+            critic.requires_grad_(True)
+            through.backward()
+            if not turns:
+                judged.backward()
+            return judged, through
+
+        return World(maker, step, (critic,))
+
+    exact(build)
+
+
+def is_checkpointed(model: nn.Module) -> bool:
+    return "forward" in vars(model)
 
 
 def test_lists_that_outlive_the_step() -> None:

@@ -57,7 +57,8 @@ def batch(k: int) -> Tensor:
     return torch.randn(96 if k % 10 else 64, 16, generator=torch.Generator().manual_seed(k))
 
 
-def train(model: nn.Module, watched: bool) -> tuple[list[Tensor], list[dict[str, int]]]:
+def train(model: nn.Module, every: int = 0) -> tuple[list[Tensor], list[dict[str, int]]]:
+    """Losses, generator, parameters and buffers at the end; a census after so many steps each, if asked for."""
     torch.manual_seed(1)
     optimizer = torch.optim.SGD(model.parameters(), 1e-3, momentum=0.9)
     losses, counts = [], []
@@ -68,24 +69,29 @@ def train(model: nn.Module, watched: bool) -> tuple[list[Tensor], list[dict[str,
         optimizer.step()
         losses.append(loss.item())
         del loss
-        if watched and k % EVERY == EVERY - 1:
+        if every and k % every == every - 1:
             counts.append(census())
     return [torch.tensor(losses), torch.get_rng_state(), *model.state_dict().values()], counts
+
+
+def pair() -> tuple[Model, Model]:
+    """Two equal models, the second one checkpointed."""
+    torch.manual_seed(0)
+    plain, mine = Model(), Model()
+    mine.load_state_dict(plain.state_dict())
+    recollect.checkpoint(mine, budget=0.7, time_limit_seconds=0.2)
+    return plain, mine
 
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:recollect:RuntimeWarning")
 def test_two_thousand_steps() -> None:
-    torch.manual_seed(0)
-    plain = Model()
-    mine = Model()
-    mine.load_state_dict(plain.state_dict())
-    recollect.checkpoint(mine, budget=0.7, time_limit_seconds=0.2)
+    plain, mine = pair()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        expected, _ = train(plain, watched=False)
-        got, counts = train(mine, watched=True)
+        expected, _ = train(plain)
+        got, counts = train(mine, EVERY)
     finally:
         torch.set_num_threads(threads)
     stats = recollect.stats(mine)

@@ -3,60 +3,7 @@
 The lists are those of ``TestCheckpoint`` in PyTorch's ``test/test_utils.py`` and of the tests named ``*checkpoint*``,
 ``TestNestedCheckpoint`` and ``TestSelectiveActivationCheckpoint`` in its ``test/test_autograd.py``.
 
-``TestCheckpoint``:
-
-| theirs | ours |
-| --- | --- |
-| trigger | ``ops_run_again_python_does_not`` |
-| valid | ``gradient_of_a_gradient`` |
-| (plain), module_list | ``sequential_and_module_list`` |
-| sequential_deprecated_multiple_args, _no_args | ``wrong_arguments_are_the_callables_error`` |
-| rng_cpu | ``random_numbers_before_and_inside`` |
-| non_tensor, non_tensor_inputs_outputs | ``arguments_and_results_of_any_kind`` |
-| no_tensors, partial_grad, without_reentrant_detached_tensor | ``results_without_gradients`` |
-| without_reentrant_early_free | ``memory_is_freed_as_the_backward_proceeds`` |
-| preserves_device_context | ``other_settings_in_the_backward`` |
-| rng_gpu | the same test, on a GPU |
-
-Do not apply: not_preserve_rng_state (there is no such switch, the state is always that of plain training);
-get_device_states, infer_device_state (helpers of theirs, for several devices; a budget is for one).
-
-``test_autograd.py``:
-
-| theirs | ours |
-| --- | --- |
-| checkpointing, without_reentrant[input_requires_grad] | ``many_calls_and_one_backward`` |
-| non_reentrant_autocast_cpu | ``autocast`` |
-| memory_savings | ``memory_is_freed_as_the_backward_proceeds`` and ``test_within_budget.py`` |
-| custom_function_works | ``custom_function_reads_its_tensors_twice`` |
-| with_context_fn | ``dispatch_mode_inside`` (a context of their own kind they enter inside) |
-| graph_execution_group | ``backward_in_two_halves`` |
-| detects_non_determinism | ``another_computation_at_every_call`` |
-| access_saved_tensor_twice_without_recomputation | ``saved_tensors_looked_at`` |
-| valid_reset_on_error | ``error_and_then_a_good_call`` |
-| saved_object_identity | ``saved_inputs_are_the_same_objects`` |
-| correct_grad | ``backward_and_grad_agree`` |
-| dataparallel | ``data_parallel`` |
-| parameter_used_in_an_out | ``hook_runs_once_for_a_parameter_used_inside_and_outside`` |
-| arbitrary_input_output | ``arguments_and_results_of_any_kind`` |
-| nested_checkpoint | ``nested`` |
-| nested: two_children | ``two_children`` |
-| nested: non_tensor_inputs_and_outputs, kwargs | ``arguments_and_results_of_any_kind`` |
-| nested: same_graph | ``hook_on_the_graph_runs_once`` |
-| nested: reentrant_backwards | ``backward_inside_a_backward`` |
-| nested: set_early_stop, set_early_stop_no_recompution_needed | ``nothing_runs_again_that_nobody_needs`` |
-| selective: flops_and_mem, function_with_more_than_one_output | ``kept_operators_do_not_run_again`` |
-| selective: output_already_has_autograd_meta | ``view_of_an_integer_input_is_a_result`` |
-| selective: subclass_dispatching_sizes | ``wrapper_subclass`` |
-| selective: bad_inputs | ``tests/run/test_bad_input.py`` (patterns that match nothing) |
-| selective: storage_lifetime | ``graph_and_values_die_with_the_result`` |
-| selective: version_counter | ``kept_value_changed_in_place`` |
-| selective: function_with_non_tensor_output | ``custom_operator_runs_once`` |
-| selective: can_only_trigger_recompute_once | ``backward_as_often_as_one_likes`` |
-
-Do not apply: warns_if_use_reentrant_not_passed (no such argument); early stop as a switch (recollect never runs more
-than what is asked for); policy_with_state (a plan is made once, not asked at every operator); debug messages (nothing
-runs again that could differ); autocast and memory on a GPU are the tests of this file and of ``test_within_budget.py``.
+Which of ours answers which of theirs, and which do not apply, is the first table of ``docs/attacks.md``.
 """
 
 from __future__ import annotations
@@ -849,3 +796,37 @@ def test_memory_is_freed_as_the_backward_proceeds() -> None:
         loss.backward()
     assert len(living) == 6
     assert max(living) <= 8 * x.nbytes  # a gradient or two, and one stretch of the chain
+
+
+def test_what_a_custom_function_saves_dies_with_the_step() -> None:
+    """Without the garbage collector, although the function saves what it returns."""
+    saved: list[weakref.ref[Any]] = []
+
+    class SavesItsResult(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            y = x.exp()
+            ctx.save_for_backward(y)
+            saved.append(weakref.ref(y))
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            (y,) = ctx.saved_tensors
+            return grad * y
+
+    x = torch.randn(64, 64, requires_grad=True)
+    x.grad = torch.zeros_like(x)
+    step = Floor(lambda x: SavesItsResult.apply(SavesItsResult.apply(x.sin()).sin()).sin())
+    step(x).sum().backward()
+    gc.collect()
+    gc.disable()
+    try:
+        saved.clear()
+        before = step.reruns
+        step(x).sum().backward()
+        assert step.reruns > before
+        assert len(saved) == 2
+        assert not any(r() is not None for r in saved)
+    finally:
+        gc.enable()

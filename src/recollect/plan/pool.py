@@ -262,23 +262,22 @@ class Pool:
         return 0.0 if len(self._search.tables.ops) <= _SMALL_PROGRAM else _NEAR_ENOUGH
 
     def _improve(self, budget_bytes: int, deadline: float, disturbances: int, enough: float = 0.0) -> None:
-        """Fill the best that fits, shave and fill those just above, then disturb the best again and again.
+        """Fill the best that fits, shave and fill what is above, walk; then disturb the best again and again.
 
-        Stops early where the extra seconds are down to ``enough``.
+        What is much above the budget takes long on a large program: it comes after the walks. Stops early where the
+        extra seconds are down to ``enough``.
         """
         search = self._search
 
         def done() -> bool:
             return time.monotonic() > deadline or self._is_down_to(enough, budget_bytes)
 
-        for entry in self._starts(budget_bytes):
+        near, far = self._starts(budget_bytes)
+        fits = (self._fitting(near, done), *(walks.around for walks in self._walks), self._fitting(far, done))
+        for attempt in (*fits, self._classics.around):
             if done():
                 return
-            self._fit(search.recall(entry), budget_bytes, budget_bytes, deadline)
-        for around in (*(walks.around for walks in self._walks), self._classics.around):
-            if done():
-                return
-            around(budget_bytes, deadline)
+            attempt(budget_bytes, deadline)
         dice, misses = random.Random(_SEED), 0
         for k in range(disturbances):
             best = search.best_within(budget_bytes)
@@ -306,13 +305,24 @@ class Pool:
         finally:
             self._search.noise = no_noise
 
-    def _starts(self, budget_bytes: int) -> list[Entry]:
-        """The best that fit, and some that do not, from a little to much above the budget."""
+    def _fitting(self, starts: list[Entry], done: Callable[[], bool]) -> Callable[[int, float], None]:
+        """Fit one after the other into a budget, until it is done."""
+
+        def fit(budget_bytes: int, deadline: float) -> None:
+            for entry in starts:
+                if done():
+                    return
+                self._fit(self._search.recall(entry), budget_bytes, budget_bytes, deadline)
+
+        return fit
+
+    def _starts(self, budget_bytes: int) -> tuple[list[Entry], list[Entry]]:
+        """The best that fit and some that do not, a little above the budget; and others that are much above."""
         leveled = self._search.leveled
         fit = [e for e in leveled if e.peak_bytes <= budget_bytes]
         above = [e for e in leveled if e.peak_bytes > budget_bytes]
-        ranks = dict.fromkeys((0, 1, 2, 3, *(len(above) * k // 8 for k in range(1, 8)), len(above) - 1))
-        return fit[-2:] + [above[k] for k in ranks if 0 <= k < len(above)]
+        ranks = dict.fromkeys((*(len(above) * k // 8 for k in range(1, 8)), len(above) - 1))
+        return fit[-2:] + above[:4], [above[k] for k in ranks if 3 < k < len(above)]
 
     def _fit(self, candidate: Candidate, target_bytes: int, budget_bytes: int, deadline: float) -> None:
         shaved = self._search.shave(candidate, target_bytes, deadline=deadline)

@@ -134,7 +134,7 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
 def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
     if communicates(func):
         return "communicates with other processes"
-    if func.namespace not in ("aten", "prims"):
+    if func.namespace not in ("aten", "prims", "recollect"):
         return "custom operator, not known to be free of side effects"
     if packet in NEVER_AGAIN:
         return NEVER_AGAIN[packet]

@@ -26,6 +26,7 @@ from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.parallel import Gathering
 from recollect.record.signature import CallSignature, signature_of
+from recollect.record.smoothing import Smoothing
 from recollect.record.values import ValueMap, View, is_parameter, storage_of
 
 _OURS = Path(__file__).parent.parent
@@ -141,6 +142,7 @@ class Recorder(TorchDispatchMode):
         self.changed_unseen: set[int] = set()
         self.gathering = Gathering({}, lambda path: set())
         self._backward_module = self._backward_source = ""
+        self._smoothing = Smoothing()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -211,6 +213,7 @@ class Recorder(TorchDispatchMode):
             return NotImplemented
         if self._paused:
             return func(*args, **kwargs)
+        func, args = self._smoothing.replaced(func, args)
         args, kwargs = self._converted(args), self._converted(kwargs)
         facts = facts_of(func)
         if facts.is_view:

@@ -247,10 +247,14 @@ def checksum(memory: Iterable[torch.UntypedStorage]) -> int:
     return total
 
 
-def modified(what: View | Tensor, probe: Tensor, expected: int) -> RuntimeError:
+class ModifiedInPlace(RuntimeError):
     """What autograd raises for a saved tensor that has been modified in place."""
+
+
+def modified(what: View | Tensor, probe: Tensor, expected: int) -> ModifiedInPlace:
+    """The error for a tensor, in autograd's words."""
     size = list(what.size) if isinstance(what, View) else list(what.shape)
-    return RuntimeError(
+    return ModifiedInPlace(
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
         f"[{probe.type()} {size}] is at version {probe._version}; expected version {expected} instead. Hint: enable "
         "anomaly detection to find the operation that failed to compute its gradient, with "

@@ -61,6 +61,7 @@ class Instructions:
             request of the backward to the next.
         fixed_bytes: what is always there.
         writes_unseen: the forward is known to write memory in ways that torch does not see.
+        where: for every op of the forward, its module and its line, for error messages.
     """
 
     path: tuple[tuple[str, tuple[int, ...]], ...]
@@ -77,6 +78,7 @@ class Instructions:
     beside_bytes: tuple[int, ...] = (0,)
     fixed_bytes: int = 0
     writes_unseen: bool = False
+    where: tuple[tuple[str, str], ...] = ()
 
     @cached_property
     def planned(self) -> frozenset[int]:
@@ -163,6 +165,7 @@ class _Compiler:
             beside_bytes=self._beside(stays, timeline),
             fixed_bytes=self.program.fixed_bytes,
             writes_unseen=any(op.repeatable.endswith(UNSEEN) for op in ops),
+            where=tuple((ops[i].module, ops[i].source) for i in self.tape_op),
         )
 
     def _reruns(self) -> set[int]:

@@ -25,9 +25,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.signature import signature_of
+from recollect.record.smoothing import Smoothing
 from recollect.record.timing import estimate
 from recollect.record.values import Seen, ValueMap, View, is_parameter, storage_of
-from recollect.run.entry import DRAWING, Entry, OutsideHandle, Unfinished, alias_of, modified, prepare, version_of
+from recollect.run.entry import (
+    DRAWING,
+    Entry,
+    ModifiedInPlace,
+    OutsideHandle,
+    Unfinished,
+    alias_of,
+    modified,
+    prepare,
+    version_of,
+)
 from recollect.run.instructions import Instructions, Rerun
 from recollect.run.memory import free_memory, is_out_of_memory
 from recollect.run.online import Online
@@ -136,6 +147,8 @@ class Tape(TorchDispatchMode):
         self._late: set[int] = set()
         self._installs_left = Counter(instructions.installs)
         self._outside: dict[int, list[OutsideHandle]] = {}
+        self._smoothing = Smoothing()
+        self._n_on_path = len(instructions.path)
         self._cursor = 0
         self._task: int | None = None
         self._pass = 1
@@ -159,6 +172,9 @@ class Tape(TorchDispatchMode):
             return func(*args, **kwargs)
         if self._rerunning or self._map is None:
             return run_op(func, args, kwargs)
+        if func is not (instead := self._smoothing.replaced(func, args))[0]:
+            func, args = instead
+            facts = facts_of(func)
         written = facts.written(args, kwargs)
         if written or self.n_ops in self.instructions.ready or not self._expects(facts.name) or self._check:
             inputs = tensors_in((args, kwargs))
@@ -415,6 +431,7 @@ class Tape(TorchDispatchMode):
 
     def _deviate(self, reason: str) -> None:
         self.following = False
+        self._n_on_path = self.n_ops
         self._go_online()
         self._on_deviation(reason)
 
@@ -666,7 +683,10 @@ class Tape(TorchDispatchMode):
                 memory[old] = memory[old].clone()
             memory[new] = memory[old]
         with self._replaying():
-            made = {n: m for n, m in entry.run(memory).items() if n not in self._pinned}
+            try:
+                made = {n: m for n, m in entry.run(memory).items() if n not in self._pinned}
+            except ModifiedInPlace as error:
+                raise ModifiedInPlace(f"{error} {self._needed_for(k)}") from None
         if self._check is not None:
             self._check.compare(k, entry, made)
         for n, storage in made.items():
@@ -680,6 +700,18 @@ class Tape(TorchDispatchMode):
             for n in rerun.drops:
                 self._drop(n)
         self._on_rerun(perf_counter() - begin)
+
+    def _needed_for(self, k: int) -> str:
+        """Why op k needs what it read from outside as it was, and what to do: autograd itself may not have saved it."""
+        module, source = (
+            self.instructions.where[k] if k < min(self._n_on_path, len(self.instructions.where)) else ("", "")
+        )
+        name = self._entries[k].func
+        return (
+            f"recollect needs it as it was to run {name} in {module or 'the step'} ({source or 'unknown line'}) again. "
+            "Change it after the backward, hand over a clone of it, or have what this operator makes kept "
+            f'(keep="{name}").'
+        )
 
     @contextlib.contextmanager
     def _replaying(self) -> Iterator[None]:
