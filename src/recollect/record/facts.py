@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from recollect.record.collectives import communicates, written_by_collective
+
 UNINITIALISED: Final = frozenset(
     {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.empty_permuted", "aten.new_empty",
      "aten.new_empty_strided"}
@@ -69,6 +71,7 @@ class OpFacts:
         counts_inside: the version counters of what it writes are counted up by the operators that its kernel calls,
             which they do not do inside a dispatch mode.
         never_again: "" or why it must not run a second time.
+        communicates: talks to other processes.
     """
 
     name: str
@@ -83,6 +86,7 @@ class OpFacts:
     workspaces: tuple[int, ...]
     counts_inside: bool
     never_again: str
+    communicates: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -112,12 +116,13 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
     schema, packet = func._schema, str(func.overloadpacket)
     arguments = schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+    positions = tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only)
     aliases = [r.alias_info is not None for r in schema.returns]
     return OpFacts(
         name=str(func),
         is_view=bool(aliases) and all(aliases) and not any(written) and packet not in FRESH_CONSTANT,
         fresh_constant=packet in FRESH_CONSTANT,
-        written_args=tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only),
+        written_args=positions if (undeclared := written_by_collective(func)) is None else undeclared,
         written_kwargs=tuple(a.name for i, a in enumerate(arguments) if written[i]),
         random=torch.Tag.nondeterministic_seeded in func.tags,
         batch_norm=packet in BATCH_NORM,
@@ -126,10 +131,13 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         workspaces=WORKSPACES.get(packet, ()),
         counts_inside=packet.startswith("aten._foreach_") and any(written),
         never_again=_never_again(func, packet, any(written)),
+        communicates=communicates(func),
     )
 
 
 def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
+    if communicates(func):
+        return "communicates with other processes"
     if func.namespace not in ("aten", "prims", "recollect"):
         return "custom operator, not known to be free of side effects"
     if packet in NEVER_AGAIN:

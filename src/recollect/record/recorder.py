@@ -21,8 +21,11 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from recollect.record.collectives import run_alone
 from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
+from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
+from recollect.record.parallel import Gathering
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.smoothing import Smoothing
 from recollect.record.values import ValueMap, View, is_parameter, storage_of
@@ -139,6 +142,7 @@ class Recorder(TorchDispatchMode):
         self._fingerprints: dict[int, int] = {}
         self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
+        self.gathering = Gathering({}, lambda path: set())
         self._backward_module = self._backward_source = ""
         self.compiled: str | None = None
         """The first operator that ran in compiled code: its module and line."""
@@ -153,6 +157,7 @@ class Recorder(TorchDispatchMode):
 
     def know(self, tensor: Tensor, label: str, kind: str, module: str = "") -> None:
         """Register a tensor that exists before the step."""
+        tensor = local_of(tensor)
         storage = storage_of(tensor)
         if storage is not None:
             number = self.map.number(storage)
@@ -173,13 +178,19 @@ class Recorder(TorchDispatchMode):
 
     def call_gradient(self, tensor: Tensor, label: str, module: str) -> None:
         """Note that this tensor is the gradient of a leaf: of a parameter by name, of another one without."""
-        storage = storage_of(tensor)
+        storage = storage_of(local_of(tensor))
         if storage is None:
             return
         value = self.values[self.map.number(storage)]
         value.kind = "gradient"
         if label:
             value.label, value.module = f"{label} {value.text}", module
+
+    def leave_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Note that these gradients leave their memory as soon as they are complete."""
+        for storage in filter(None, map(storage_of, gradients)):
+            value = self.values[self.map.number(storage)]
+            value.forever, value.died = False, None
 
     @contextmanager
     def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
@@ -202,6 +213,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run one operator and take note of it."""
         kwargs = kwargs or {}
+        if types and is_taken_apart(types):
+            return NotImplemented
         if self._paused:
             return func(*args, **kwargs)
         func, args = self._smoothing.replaced(func, args)
@@ -224,8 +237,8 @@ class Recorder(TorchDispatchMode):
         if facts.random:
             self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
-        signature = signature_of(func, args, kwargs)
-        out = run_op(func, args, kwargs)
+        signature = None if facts.communicates else signature_of(func, args, kwargs)
+        out = self._run(func, facts, args, kwargs)
         outputs = tensors_in(out)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)
         if facts.fresh_constant:
@@ -259,6 +272,12 @@ class Recorder(TorchDispatchMode):
             self._born(number, tensor, op)
         self._take_fingerprints([*facts.written(args, kwargs), *(tensor for _, tensor in seen.writes)])
         return out
+
+    def _run(self, func: torch._ops.OpOverload, facts: OpFacts, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not facts.communicates:
+            return run_op(func, args, kwargs)
+        with self.paused():
+            return run_alone(func, args, kwargs)
 
     def _check_fingerprints(self, storages: Iterable[torch.UntypedStorage]) -> None:
         """Note values that were changed by no operator: by NumPy, another thread, or a kernel unknown here.
@@ -374,6 +393,8 @@ class Recorder(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """Keep metadata of a saved tensor; of one from outside, an alias."""
+        if is_distributed(tensor) and not tensor.is_leaf:
+            return PackedLocal(self.pack(local_of(tensor)), Description.of(tensor))
         with self.paused():
             tensor = self.convert(tensor)
             storage = storage_of(tensor)
@@ -419,6 +440,10 @@ class Recorder(TorchDispatchMode):
 
     def unpack(self, packed: Any) -> Tensor:
         """Hand out fresh memory for a saved tensor."""
+        if isinstance(packed, PackedLocal):
+            local = self.unpack(packed.packed)
+            with self.paused():
+                return packed.description.around(local)
         if not isinstance(packed, _Packed):
             return packed
         if self.backward:

@@ -19,6 +19,8 @@ from recollect.program import InfeasibleBudget, Plan, Program
 from recollect.record.assemble import OPTIMIZER_STEP
 from recollect.record.casts import mark_casts
 from recollect.record.compiled import eagerly, is_compiled, is_compiling
+from recollect.record.parallel import Parallel, hidden, parallel_of
+from recollect.record.parallel import signature as parallel_signature
 from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
@@ -74,6 +76,7 @@ class _Entry:
         quick: the plan is the first that was found, good for a kind of input that never comes back.
         checked: a step with this plan has been through the self-check.
         deviations: steps that left the path.
+        parallel: what torch.distributed does around the modules.
         steps: calls under this plan.
         measured_bytes: the measured peak of one of them.
         to_measure: how many more steps may be measured.
@@ -85,6 +88,7 @@ class _Entry:
     quick: bool = False
     checked: bool = False
     deviations: int = 0
+    parallel: Parallel = field(default_factory=Parallel)
     steps: int = 0
     measured_bytes: int | None = None
     to_measure: int = 0
@@ -96,6 +100,8 @@ class _Entry:
         reruns = len(plan.schedule.order) > len(plan.program.ops)
         may_vary = self.deviations > 0 or plan.program.recorded == "real"
         instructions = instructions_for(plan, may_vary=may_vary) if reruns or may_vary else None
+        if instructions is not None and self.parallel.units:  # off the path nobody knows which parameters are there
+            instructions = replace(instructions, budget_bytes=None)
         self.plan, self.instructions = plan, instructions
         self.quick, self.checked = quick, False
         self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
@@ -178,7 +184,7 @@ class Session:
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(entry), entry.plan, RandomStates.now()
             try:
-                with eagerly(), tape.forward():
+                with eagerly(), hidden(entry.parallel), tape.forward():
                     result = self.fn(*args, **kwargs)
                 self._checked(entry, tape)
                 return result
@@ -186,7 +192,11 @@ class Session:
                 if not is_out_of_memory(error):
                     raise
                 refusal = without_frames(error)
-            is_safe = not tape.has_effects and not any(map(tape.has_made, _outlasting(self.fn, args, kwargs)))
+            is_safe = (
+                not entry.parallel
+                and not tape.has_effects
+                and not any(map(tape.has_made, _outlasting(self.fn, args, kwargs)))
+            )
             reached = tape.n_ops if tape.following else None
             tape.rewind()
             del tape  # with the error's frames, all that the forward has made: now there is room to plan
@@ -319,7 +329,10 @@ class Session:
 
     def _plan(self, args: Sequence[Any], kwargs: dict[str, Any], before: _Entry | None) -> _Entry:
         """Record and plan. A kind of input that was never met before gets a quick plan, unless it is the first one."""
-        entry = _Entry(deviations=before.deviations if before is not None else 0)
+        entry = _Entry(
+            deviations=before.deviations if before is not None else 0,
+            parallel=parallel_of(reachable_modules(self.fn, args, kwargs)),
+        )
         if switched_on := _own_checkpointing(self.fn, args, kwargs):
             self._warn(
                 f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
@@ -367,8 +380,8 @@ class Session:
         self._counts.deviations += 1
         entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
-            f"a step left the path that was recorded ({reason}); it goes on under the online policy, which lets go of "
-            "what is cheapest to compute again; its gradients are exact. The next step of this kind is recorded anew"
+            f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(entry)}; its gradients are "
+            "exact. The next step of this kind is recorded anew"
         )
         if not entry.stale:
             self._warn(
@@ -448,6 +461,12 @@ class _Turns:
                 self._change.notify_all()
 
 
+def _off_the_path(entry: _Entry) -> str:
+    if entry.parallel.units:
+        return "and keeps everything, because parameters of fully_shard may be gone when an operator runs again"
+    return "under the online policy, which lets go of what is cheapest to compute again"
+
+
 def _taken_over() -> bool:
     """Whether an outer recording or tape sees every operator already."""
     stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
@@ -514,7 +533,8 @@ def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     flags = tuple((m.training, is_compiled(m)) for root in modules for m in root.modules())
     tensors = tuple(_tensor_signature(t) for _, _, t in named_tensors(modules))
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
-    return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast
+    around = parallel_signature(parallel_of(modules))
+    return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast, around
 
 
 def _tensor_signature(tensor: Tensor) -> tuple[Any, ...]:
@@ -526,7 +546,7 @@ def _leaf_signature(x: Any) -> Any:
     if isinstance(x, Tensor):
         stride = tuple(x.stride()) if x.layout is torch.strided else None
         grad = x.is_leaf and x.grad is not None
-        return x.dtype, tuple(x.shape), stride, x.device, x.requires_grad, grad
+        return x.dtype, tuple(x.shape), stride, x.device, x.requires_grad, grad, getattr(x, "placements", None)
     if isinstance(x, (int, float, str, bool, type(None), complex, bytes)):
         return type(x), x
     return id(x) if isinstance(x, nn.Module) else type(x)
