@@ -258,7 +258,7 @@ def _record_for_real(
             world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, fingerprint)
             return _record_in(world, fn, modules, parallel, progress)
         finally:
-            with torch.no_grad():
+            with torch.inference_mode():  # some of them may have been made in it, and can be written nowhere else
                 for whole, saved in before.values():
                     whole.copy_(saved)
 
