@@ -102,14 +102,19 @@ def restore(target: F) -> F:
     """Undo ``checkpoint``: the module as it was, or the callable that was wrapped.
 
     Raises:
-        ValueError: the target is not checkpointed by recollect.
+        ValueError: the target is not checkpointed by recollect, or its forward has been wrapped since.
     """
     session = session_of(target)
     if session is None:
         raise ValueError("this is not checkpointed by recollect, so there is nothing to restore")
     if not isinstance(target, nn.Module):
         return session.fn  # type: ignore[return-value]
-    forward: _Forward = vars(target)["forward"]
+    forward = vars(target)["forward"]
+    if not isinstance(forward, _Forward):
+        raise ValueError(
+            f"the forward of this {type(target).__name__} has been wrapped once more since it was checkpointed (by "
+            "Accelerate, say); undo that first"
+        )
     del target.forward
     if forward.replaced is not None:
         target.forward = forward.replaced
@@ -431,7 +436,9 @@ def session_of(target: Any) -> Session | None:
     """What a checkpointed module or callable runs under; None for all others."""
     if isinstance(target, nn.Module):
         forward = vars(target).get("forward")
-        return forward.session if isinstance(forward, _Forward) else None
+        while forward is not None and not isinstance(forward, _Forward):
+            forward = getattr(forward, "__wrapped__", None)  # a library may have wrapped it once more
+        return forward.session if isinstance(forward, _Forward) and forward.module is target else None
     session = getattr(target, _MARK, None)
     return session if isinstance(session, Session) else None
 

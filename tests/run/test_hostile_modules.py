@@ -1,4 +1,4 @@
-"""Attacks with unusual parts inside the model: strides, quantization, vmap, attention backends, compiled code."""
+"""Attacks with unusual parts inside the model: strides, quantization, vmap, attention backends."""
 
 from __future__ import annotations
 
@@ -226,13 +226,6 @@ def test_scripted_function_inside() -> None:
         return (h * scale).exp().sin() * h.cos() + torch.dropout(h, 0.3, True)
 
     check_body(lambda i, h: scripted(h, 0.5 + i), steps=5)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_compiled_function_inside() -> None:
-    compiled = torch.compile(lambda h: h.exp().sin() * h.cos(), backend="aot_eager")
-    check_body(lambda i, h: compiled(h), steps=3)
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")

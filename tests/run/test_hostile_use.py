@@ -1412,3 +1412,12 @@ def test_the_floor_can_be_reached_again() -> None:
     build = lambda: training(net())  # noqa: E731
     at_the_floor(build, 2)
     at_the_floor(build, 2)
+
+
+@pytest.mark.parametrize("as_view", [True, False])
+def test_an_input_with_a_history_is_recorded_on_fake_tensors(as_view: bool) -> None:
+    """A block in the middle of a model: where its input comes from is no part of it."""
+    block = nn.Linear(8, 8)
+    x = torch.randn(4, 8, requires_grad=True) * 2
+    program = recollect.plan(block, x.view(4, 8) if as_view else x, budget=1.0).program
+    assert program.recorded == "fake"

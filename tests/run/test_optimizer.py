@@ -140,6 +140,45 @@ def test_an_optimizer_in_the_backward_stays_within_the_budget() -> None:
         assert peak <= budget + SMALL
 
 
+class EightBits(optim.Optimizer):
+    """Momentum in a byte per element, and a scale."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for p in (p for group in self.param_groups for p in group["params"] if p.grad is not None):
+            state = self.state[p]
+            if not state:
+                state["bytes"] = torch.full(p.shape, 128, dtype=torch.uint8)
+                state["scale"] = torch.ones(())
+            momentum = (state["bytes"].float() - 128) * state["scale"]
+            momentum.mul_(0.9).add_(p.grad)
+            state["scale"].copy_(momentum.abs().amax() / 127)
+            state["bytes"].copy_((momentum / state["scale"] + 128).round_())
+            p.add_(momentum, alpha=-0.1)
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_state_of_bytes_stays_within_the_budget(declared: bool) -> None:
+    """Declared as a number, or found by a step on fake parameters."""
+    model = network()
+    optimizer = EightBits(model.parameters())
+    state = sum(p.numel() + 4 for p in model.parameters())
+    assert optimizer_bytes(optimizer).state == state
+    given = state if declared else optimizer
+
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    plan = recollect.plan(loss, torch.randn(512, 256), budget=1.0, optimizer=given)
+    assert state in {v.nbytes for v in plan.program.values if v.kind == "optimizer"}
+    step = recollect.checkpoint(loss, budget=halfway(plan), optimizer=given)
+    assert max(train(model, step, optimizer, True)) <= halfway(plan) + SMALL
+    assert recollect.stats(step).unplanned == 0
+
+
 def test_declared_bytes_and_what_is_refused() -> None:
     assert optimizer_bytes(12_345) == OptimizerBytes(12_345, 0)
     with pytest.raises(TypeError, match="a torch optimizer, a list of them or the bytes"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -18,7 +18,7 @@ OPTIMIZER_STEP: Final = "optimizer step"
 
 def assemble(
     recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_state_bytes: int = 0,
-    optimizer_scratch_bytes: int = 0, timing: str, recorded: str = "fake",
+    optimizer_scratch_bytes: int = 0, beside: Mapping[str, int] | None = None, timing: str, recorded: str = "fake",
 ) -> Program:  # fmt: skip
     """The program of a finished recording.
 
@@ -28,6 +28,7 @@ def assemble(
         costs: seconds and scratch bytes of every recorded op.
         optimizer_state_bytes: resident state of the optimizer.
         optimizer_scratch_bytes: what its step takes beside; makes a last op of the program.
+        beside: bytes of what else is always there, by what it is.
         timing: where the seconds come from.
         recorded: on what: fake or real tensors.
     """
@@ -42,6 +43,8 @@ def assemble(
         values.append(Value("numbers", number_bytes, fixed=True, label=label, kind="input"))
     if optimizer_state_bytes:
         values.append(Value("optimizer", optimizer_state_bytes, fixed=True, label="optimizer state", kind="optimizer"))
+    for label, nbytes in (beside or {}).items():
+        values.append(Value(f"beside{len(values)}", nbytes, fixed=True, label=label, kind="distributed"))
     reasons = _reasons(recorder)
     ops = [
         Op(
@@ -83,16 +86,27 @@ def _value(number: int, value: RecordedValue, recorder: Recorder, device: torch.
 
 def _reasons(recorder: Recorder) -> list[str]:
     """For every op, "" or why it must not run again."""
+    readers = _readers(recorder.ops)
     taken_over_by = {old: i for i, op in enumerate(recorder.ops) for _, old in op.in_place if not op.backward}
     benign = _overwritten_at_once(recorder.ops)
     lost: set[int] = set()  # overwritten in place and not to be had again
     reasons = []
     for op in recorder.ops:
-        reason = _reason(op, recorder, lost, benign)
+        reason = _reason(op, recorder, lost, benign) or recorder.gathering.reason(op.reads, op.writes, readers)
         if reason:
             lost.update(n for n in op.writes if n in taken_over_by)
         reasons.append(reason)
     return reasons
+
+
+def _readers(ops: Sequence[RecordedOp]) -> dict[int, list[str]]:
+    """For every value the modules whose forward reads it, or whose backward asks for it."""
+    readers: dict[int, list[str]] = {}
+    for op in ops:
+        asked = op.reads if not op.backward else op.reads[:1] if op.facts is None else ()
+        for n in asked:
+            readers.setdefault(n, []).append(op.module)
+    return readers
 
 
 def _reason(op: RecordedOp, recorder: Recorder, lost: set[int], benign: set[int]) -> str:

@@ -13,6 +13,8 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from recollect.record.collectives import communicates, written_by_collective
+
 UNINITIALISED: Final = frozenset(
     {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.empty_permuted", "aten.new_empty",
      "aten.new_empty_strided"}
@@ -72,6 +74,7 @@ class OpFacts:
             which they do not do inside a dispatch mode.
         never_again: "" or why it must not run a second time.
         is_plain: none of the above but ``is_view``, ``uninitialised`` and ``workspaces``.
+        communicates: talks to other processes.
     """
 
     name: str
@@ -87,6 +90,7 @@ class OpFacts:
     counts_inside: bool
     never_again: str
     is_plain: bool
+    communicates: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -116,6 +120,7 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
     schema, packet = func._schema, str(func.overloadpacket)
     arguments = schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
+    positions = tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only)
     aliases = [r.alias_info is not None for r in schema.returns]
     random, batch_norm = torch.Tag.nondeterministic_seeded in func.tags, packet in BATCH_NORM
     never_again = _never_again(func, packet, any(written))
@@ -123,7 +128,7 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         name=str(func),
         is_view=bool(aliases) and all(aliases) and not any(written) and packet not in FRESH_CONSTANT,
         fresh_constant=packet in FRESH_CONSTANT,
-        written_args=tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only),
+        written_args=positions if (undeclared := written_by_collective(func)) is None else undeclared,
         written_kwargs=tuple(a.name for i, a in enumerate(arguments) if written[i]),
         random=random,
         batch_norm=batch_norm,
@@ -132,11 +137,16 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         workspaces=WORKSPACES.get(packet, ()),
         counts_inside=packet.startswith("aten._foreach_") and any(written),
         never_again=never_again,
-        is_plain=not (any(written) or random or batch_norm or never_again or packet in FRESH_CONSTANT),
+        is_plain=not (
+            any(written) or random or batch_norm or never_again or communicates(func) or packet in FRESH_CONSTANT
+        ),
+        communicates=communicates(func),
     )
 
 
 def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
+    if communicates(func):
+        return "communicates with other processes"
     if func.namespace not in ("aten", "prims", "recollect"):
         return "custom operator, not known to be free of side effects"
     if packet in NEVER_AGAIN:

@@ -12,7 +12,9 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recollect.record.facts import tensors_in
+from recollect.record.collectives import run_alone
+from recollect.record.facts import facts_of, tensors_in
+from recollect.record.local import local_of
 from recollect.record.record import UnusableInput
 
 
@@ -50,15 +52,28 @@ def optimizer_bytes(optimizer: Any) -> OptimizerBytes:
         return optimizer
     if isinstance(optimizer, int) and not isinstance(optimizer, bool) and optimizer >= 0:
         return OptimizerBytes(optimizer)
+    optimizer = _unwrapped(optimizer)
     if isinstance(optimizer, torch.optim.Optimizer):
         return _of_one(optimizer)
     if isinstance(optimizer, Sequence) and all(isinstance(o, torch.optim.Optimizer) for o in optimizer):
-        found = [_of_one(o) for o in optimizer]
+        found = [_of_one(_unwrapped(o)) for o in optimizer]
         return OptimizerBytes(sum(o.state for o in found), max((o.scratch for o in found), default=0))
     raise TypeError(f"optimizer is a torch optimizer, a list of them or the bytes of their state, got {optimizer!r}")
 
 
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer behind those of Accelerate and Lightning, which are none themselves but pass everything on."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
 def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
+    if any(isinstance(v, torch.optim.Optimizer) for v in vars(optimizer).values()):
+        raise UnusableInput(
+            f"{type(optimizer).__name__} steps another optimizer, which a step on fake parameters would step, too; say "
+            "how many bytes its state takes instead: optimizer=<bytes>"
+        )
     try:
         state, scratch = _two_steps(optimizer)
     except Exception as error:
@@ -88,7 +103,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
         for state in optimizer.state.values()
-        for t in torch.utils._pytree.tree_leaves(dict(state))
+        for t in map(local_of, torch.utils._pytree.tree_leaves(dict(state)))
         if isinstance(t, Tensor)
     }
     return sum(storages.values())
@@ -98,7 +113,7 @@ def _twin(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> torch.optim
     """A copy without state, of parameters that have nothing but a size."""
     groups = []
     for group in optimizer.param_groups:
-        parameters = [_fake_parameter(p, mode) for p in group["params"] if p.requires_grad]
+        parameters = [_fake_parameter(local_of(p), mode) for p in group["params"] if p.requires_grad]
         groups.append({k: v for k, v in group.items() if k != "params"} | {"params": parameters})
     twin = copy.copy(optimizer)
     twin.__dict__ = dict(optimizer.__dict__)
@@ -129,6 +144,8 @@ class _Account(TorchDispatchMode):
         """Run one operator and count what it has made."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.5  # no size depends on it
+        if facts_of(func).communicates:
+            return run_alone(func, args, kwargs or {})
         before = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs or {}))}
         out = func(*args, **(kwargs or {}))
         for tensor in tensors_in(out):

@@ -16,6 +16,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from recollect.program import Program
 from recollect.record.assemble import assemble
 from recollect.record.casts import casts_in_use, forget_casts
+from recollect.record.compiled import CompiledCode, eagerly
+from recollect.record.local import Description, is_distributed, local_of
+from recollect.record.parallel import (
+    Gathering,
+    NotSupported,
+    Parallel,
+    Unit,
+    absent,
+    check_supported,
+    open_units,
+    parallel_of,
+    resident_bytes,
+    whole_parameter,
+)
 from recollect.record.recorder import Recorder
 from recollect.record.timing import Progress, estimate_all, measure_all
 from recollect.record.values import fingerprint, storage_of
@@ -79,6 +93,7 @@ def record(
 
     Raises:
         NothingDifferentiable: nothing returned requires grad.
+        CompiledCode: the callable runs code that ``torch.compile`` has compiled.
         UnusableInput: parameters and inputs are on several devices; ``device`` is not one of this machine's.
     """
     kwargs = dict(kwargs or {})
@@ -86,26 +101,31 @@ def record(
         _check_target(device)
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
+    parallel = parallel_of(modules)
+    check_supported(parallel, modules)
 
     def on_fake() -> Recorder:
         _refuse_shared_memory(modules, args, kwargs)
-        with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device) as world:
-            return _record_in(world, fn, modules, progress)
+        with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device, parallel) as world:
+            return _record_in(world, fn, modules, parallel, progress)
 
     def on_real(*, forward_only: bool = False) -> Recorder:
-        return _record_for_real(fn, modules, args, kwargs, progress, forward_only)
+        if parallel.units:
+            raise NotSupported("a recording on real tensors would have to gather the shards of fully_shard")
+        return _record_for_real(fn, modules, args, kwargs, parallel, progress, forward_only)
 
     ways = [("fake", on_fake), ("real", on_real)]
     (recorded, first), (other, second) = reversed(ways) if real else ways
     try:
         recorder = first()
-    except NothingDifferentiable:
+    except (NothingDifferentiable, CompiledCode):
         raise
     except Exception as error:
         if is_unreal(modules, args, kwargs):
             raise
         recorded, recorder = other, _or_from(error, second)
-    if compare and recorded == "fake" and not is_unreal(modules, args, kwargs):
+    alone = not parallel and not any(op.facts is not None and op.facts.communicates for op in recorder.ops)
+    if compare and recorded == "fake" and alone and not is_unreal(modules, args, kwargs):
         with suppress(Exception):  # what fails on real tensors fails in the step itself, too, and is reported there
             if not _same_path(recorder, on_real(forward_only=True)):
                 recorded, recorder = "real", on_real()
@@ -118,7 +138,8 @@ def record(
     title = name or getattr(fn, "__name__", type(fn).__name__)
     return assemble(
         recorder, title, costs, optimizer_state_bytes=optimizer_state_bytes,
-        optimizer_scratch_bytes=optimizer_scratch_bytes, timing=source, recorded=recorded,
+        optimizer_scratch_bytes=optimizer_scratch_bytes, beside=resident_bytes(parallel), timing=source,
+        recorded=recorded,
     )  # fmt: skip
 
 
@@ -126,7 +147,7 @@ def _or_from(error: Exception, record_anew: Callable[[], Recorder]) -> Recorder:
     """The other way to record; if that fails, too, its error with the first one behind it."""
     try:
         return record_anew()
-    except NothingDifferentiable:
+    except (NothingDifferentiable, CompiledCode):
         raise
     except Exception as again:
         raise again from error
@@ -154,7 +175,7 @@ class _World:
 
 @contextmanager
 def _fake_world(
-    modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None
+    modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None, parallel: Parallel
 ) -> Iterator[_World]:
     """Modules and arguments with fake tensors for as long as the block runs."""
     mode = _fake_mode_in(modules, args, kwargs) or FakeTensorMode(allow_non_fake_inputs=True)
@@ -171,9 +192,20 @@ def _fake_world(
             if running and tensor.is_leaf and tensor.requires_grad and casts_in_use():
                 raise RuntimeError("autocast's cache must not get to know a fake cast of a real weight")
             originals.append(tensor)
+            if is_distributed(tensor):
+                converted[id(tensor)] = _around(tensor, convert(local_of(tensor).detach()))
+                return converted[id(tensor)]
             with torch.utils._python_dispatch._disable_current_modes():
                 fake = mode.from_tensor(tensor)
                 converted[id(tensor)] = _placed(fake, mode, target) if tensor.device.type == "meta" else fake
+        return converted[id(tensor)]
+
+    def convert_argument(tensor: Tensor) -> Tensor:
+        """One with a history becomes a leaf: the graph that it comes from is no part of the callable."""
+        if tensor.is_leaf or isinstance(tensor, FakeTensor) or id(tensor) in converted:
+            return convert(tensor)
+        originals.append(tensor)
+        converted[id(tensor)] = convert(tensor.detach()).requires_grad_(tensor.requires_grad)
         return converted[id(tensor)]
 
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
@@ -181,11 +213,31 @@ def _fake_world(
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        with mode:
+            _make_whole(parallel)
         swap_tensors(modules, convert)
-        fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert)
+        fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert_argument)
         running = True
         with mode:
             yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, lambda t: None, None)
+
+
+def _around(tensor: Tensor, local: Tensor) -> Tensor:
+    """A DTensor like this one, around another local tensor; its gradient, if there is one, stays out."""
+    made = Description.of(tensor).around(local)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def _make_whole(parallel: Parallel) -> None:
+    """Give modules fake parameters of full size in place of their shards."""
+    made: dict[int, Tensor] = {}
+    for unit in parallel.units:
+        for module, name, parameter in unit.parameters():
+            if id(parameter) not in made:
+                made[id(parameter)] = whole_parameter(unit, parameter)
+            module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
 
 
 def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
@@ -201,7 +253,13 @@ def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
 
 
 def _record_for_real(
-    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, progress: Progress | None, forward_only: bool
+    fn: Any,
+    modules: Sequence[nn.Module],
+    args: Any,
+    kwargs: Any,
+    parallel: Parallel,
+    progress: Progress | None,
+    forward_only: bool,
 ) -> Recorder:
     """Record on the real tensors, and put back whatever the step overwrote."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -222,9 +280,9 @@ def _record_for_real(
             args, kwargs = map_tensors((tuple(args), kwargs), twin)
             look = None if forward_only else fingerprint
             world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, look)
-            return _record_in(world, fn, modules, progress, forward_only=forward_only)
+            return _record_in(world, fn, modules, parallel, progress, forward_only=forward_only)
         finally:
-            with torch.no_grad():
+            with torch.inference_mode():  # some of them may have been made in it, and can be written nowhere else
                 for whole, saved in before.values():
                     whole.copy_(saved)
 
@@ -266,7 +324,13 @@ def _copy_of_integers(tensor: Tensor) -> Tensor | None:
 
 
 def _record_in(
-    world: _World, fn: Any, modules: Sequence[nn.Module], progress: Progress | None, *, forward_only: bool = False
+    world: _World,
+    fn: Any,
+    modules: Sequence[nn.Module],
+    parallel: Parallel,
+    progress: Progress | None,
+    *,
+    forward_only: bool = False,
 ) -> Recorder:
     """Run forward and backward under the recorder."""
     paths = ModulePaths(modules)
@@ -274,7 +338,10 @@ def _record_in(
     if progress is not None:
         recorder.on_op = lambda n: progress("recording", 0.0) if n % 256 == 0 else None
     _know_the_world(recorder, world, modules)
+    _know_units(recorder, parallel, fn, modules)
     with ExitStack() as stack:
+        stack.enter_context(eagerly())
+        stack.enter_context(absent(parallel))
         stack.callback(recorder.reset_generators)
         stack.callback(recorder.take_out_of_graph)
         stack.enter_context(torch.enable_grad())
@@ -298,7 +365,13 @@ def _record_in(
             start()
             _name_gradients(recorder, leaves, modules)
             recorder.finish()
+            recorder.leave_gradients(_moved_gradients(leaves, parallel))
         del result, outputs
+    if recorder.compiled is not None:
+        raise CompiledCode(
+            f"{recorder.compiled} is compiled by torch.compile, and recollect cannot see into compiled code; "
+            "leave torch.compile out there, or checkpoint only what is not compiled"
+        )
     return recorder
 
 
@@ -310,6 +383,28 @@ def _know_the_world(recorder: Recorder, world: _World, modules: Sequence[nn.Modu
     leaves = [t for t in torch.utils._pytree.tree_leaves((world.args, world.kwargs)) if isinstance(t, Tensor)]
     for i, tensor in enumerate(leaves):
         recorder.know(tensor, f"input {i}", "input")
+
+
+def _know_units(recorder: Recorder, parallel: Parallel, fn: Any, modules: Sequence[nn.Module]) -> None:
+    """Tell the recorder which parameters are gathered when; their memory is in the account as a whole."""
+    freed: dict[int, Unit] = {}
+    for unit in parallel.units:
+        for module, name, _ in unit.parameters():
+            tensor = module._parameters[name]
+            storage = None if tensor is None else storage_of(tensor)
+            number = None if storage is None else recorder.map.number(storage)
+            if number in recorder.values:
+                recorder.values[number].nbytes = 0
+                if unit.frees:
+                    freed[number] = unit
+    runs_inside = len(modules) == 1 and modules[0] in (fn, getattr(fn, "module", None))
+    recorder.gathering = Gathering(freed, open_units(parallel, modules, runs_inside))
+
+
+def _moved_gradients(leaves: Sequence[Tensor], parallel: Parallel) -> list[Tensor]:
+    """Gradients that do not stay where the backward makes them: they move into shards or buckets."""
+    moving = {id(module._parameters[name]) for module, name in parallel.moving}
+    return [leaf.grad for leaf in leaves if leaf.grad is not None and id(leaf) in moving]
 
 
 def _module_of(name: str) -> str:

@@ -21,8 +21,12 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from recollect.record.collectives import run_alone
+from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
+from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.numbers import has_number
+from recollect.record.parallel import Gathering
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.smoothing import Smoothing
 from recollect.record.values import ValueMap, View, is_parameter, storage_of
@@ -140,7 +144,10 @@ class Recorder(TorchDispatchMode):
         self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
         self.calls_with_numbers: list[CallSignature] = []
+        self.gathering = Gathering({}, lambda path: set())
         self._backward_module = self._backward_source = ""
+        self.compiled: str | None = None
+        """The first operator that ran in compiled code: its module and line."""
         self._smoothing = Smoothing()
 
     @classmethod
@@ -152,6 +159,7 @@ class Recorder(TorchDispatchMode):
 
     def know(self, tensor: Tensor, label: str, kind: str, module: str = "") -> None:
         """Register a tensor that exists before the step."""
+        tensor = local_of(tensor)
         storage = storage_of(tensor)
         if storage is not None:
             number = self.map.number(storage)
@@ -172,13 +180,19 @@ class Recorder(TorchDispatchMode):
 
     def call_gradient(self, tensor: Tensor, label: str, module: str) -> None:
         """Note that this tensor is the gradient of a leaf: of a parameter by name, of another one without."""
-        storage = storage_of(tensor)
+        storage = storage_of(local_of(tensor))
         if storage is None:
             return
         value = self.values[self.map.number(storage)]
         value.kind = "gradient"
         if label:
             value.label, value.module = f"{label} {value.text}", module
+
+    def leave_gradients(self, gradients: Sequence[Tensor]) -> None:
+        """Note that these gradients leave their memory as soon as they are complete."""
+        for storage in filter(None, map(storage_of, gradients)):
+            value = self.values[self.map.number(storage)]
+            value.forever, value.died = False, None
 
     @contextmanager
     def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
@@ -201,6 +215,8 @@ class Recorder(TorchDispatchMode):
     ) -> Any:
         """Run one operator and take note of it."""
         kwargs = kwargs or {}
+        if types and is_taken_apart(types):
+            return NotImplemented
         if self._paused:
             return func(*args, **kwargs)
         func, args = self._smoothing.replaced(func, args)
@@ -223,10 +239,11 @@ class Recorder(TorchDispatchMode):
         if facts.random:
             self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
-        signature = signature_of(func, args, kwargs)
-        if not self.backward and torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-            self.calls_with_numbers += [signature] if has_number(signature) else []
-        out = run_op(func, args, kwargs)
+        signature = None if facts.communicates else signature_of(func, args, kwargs)
+        builds_graph = not self.backward and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        if signature is not None and builds_graph and has_number(signature):
+            self.calls_with_numbers.append(signature)
+        out = self._run(func, facts, args, kwargs)
         outputs = tensors_in(out)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)
         if facts.fresh_constant:
@@ -251,6 +268,8 @@ class Recorder(TorchDispatchMode):
             self._backward_module if self.backward else self.module_path(),
             self._backward_source if self.backward else _user_line(),
         )
+        if self.compiled is None and in_compiled_code():
+            self.compiled = f"{op.module or 'the step'} ({op.source or 'unknown line'})"
         for n in seen.effects:
             self._outside_version[n] = self._outside_version.get(n, 0) + 1
         self._append(op)
@@ -258,6 +277,12 @@ class Recorder(TorchDispatchMode):
             self._born(number, tensor, op)
         self._take_fingerprints([*facts.written(args, kwargs), *(tensor for _, tensor in seen.writes)])
         return out
+
+    def _run(self, func: torch._ops.OpOverload, facts: OpFacts, args: Any, kwargs: dict[str, Any]) -> Any:
+        if not facts.communicates:
+            return run_op(func, args, kwargs)
+        with self.paused():
+            return run_alone(func, args, kwargs)
 
     def _check_fingerprints(self, storages: Iterable[torch.UntypedStorage]) -> None:
         """Note values that were changed by no operator: by NumPy, another thread, or a kernel unknown here.
@@ -373,6 +398,8 @@ class Recorder(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """Keep metadata of a saved tensor; of one from outside, an alias."""
+        if is_distributed(tensor) and not tensor.is_leaf:
+            return PackedLocal(self.pack(local_of(tensor)), Description.of(tensor))
         with self.paused():
             tensor = self.convert(tensor)
             storage = storage_of(tensor)
@@ -418,6 +445,10 @@ class Recorder(TorchDispatchMode):
 
     def unpack(self, packed: Any) -> Tensor:
         """Hand out fresh memory for a saved tensor."""
+        if isinstance(packed, PackedLocal):
+            local = self.unpack(packed.packed)
+            with self.paused():
+                return packed.description.around(local)
         if not isinstance(packed, _Packed):
             return packed
         if self.backward:

@@ -219,7 +219,10 @@ def _resolved(tree: Any, memory: dict[int, torch.UntypedStorage]) -> Any:
     if kind is _Made:
         return tree.view.on(memory[tree.number])
     if kind is OutsideHandle:
-        return tree.get()
+        tensor = tree.get()
+        if _is_freed(tensor):
+            raise _freed(tensor)
+        return tensor
     if kind is _Nest:
         return tree.make([_resolved(v, memory) for v in tree.content])
     return tree
@@ -243,6 +246,21 @@ def alias_of(tensor: Tensor) -> Tensor:
     finally:
         _exclude(_ALIASING, excluded)
         _include(_ALIASING, included)
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    """Whether somebody (FSDP2) has taken the memory away from a tensor that still has elements."""
+    storage = storage_of(tensor)
+    return storage is not None and tensor.numel() > 0 and storage.nbytes() == 0
+
+
+def _freed(tensor: Tensor) -> RuntimeError:
+    return RuntimeError(
+        f"an operator that recollect runs again reads a tensor of size {list(tensor.shape)} whose memory has been "
+        "freed (fully_shard frees parameters after the forward, and gathers them for the backward of the module): this "
+        "part of the graph is reached outside the backward of the module; call fully_shard with "
+        "reshard_after_forward=False, or undo recollect.checkpoint with recollect.restore"
+    )
 
 
 def version_of(tensor: Tensor) -> int:

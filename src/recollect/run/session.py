@@ -18,6 +18,9 @@ from torch import Tensor, nn
 from recollect.program import InfeasibleBudget, Plan, Program
 from recollect.record.assemble import OPTIMIZER_STEP
 from recollect.record.casts import mark_casts
+from recollect.record.compiled import eagerly, is_compiled, is_compiling
+from recollect.record.parallel import Parallel, hidden, parallel_of
+from recollect.record.parallel import signature as parallel_signature
 from recollect.record.record import NothingDifferentiable
 from recollect.record.recorder import Recorder
 from recollect.record.world import named_tensors, reachable_modules
@@ -35,6 +38,8 @@ MAX_DEVIATIONS: Final = 3
 """After so many steps off the recorded path, a kind of input is no longer recorded again."""
 MAX_RETRIES: Final = 3
 """How often a forward that ran out of memory is tried again, each time under a tighter plan."""
+_SWITCHES: Final = ("gradient_checkpointing", "grad_checkpointing")
+"""What the libraries call their own switch: transformers and diffusers; timm."""
 TIGHTER: Final = 0.9
 """The next budget, as a share of what the plan has in memory where the device ran out of it."""
 MAX_MEASURED: Final = 3
@@ -74,6 +79,7 @@ class _Entry:
         quick: the plan is the first that was found, good for a kind of input that never comes back.
         checked: a step with this plan has been through the self-check.
         deviations: steps that left the path.
+        parallel: what torch.distributed does around the modules.
         steps: calls under this plan.
         measured_bytes: the measured peak of one of them.
         to_measure: how many more steps may be measured.
@@ -85,6 +91,7 @@ class _Entry:
     quick: bool = False
     checked: bool = False
     deviations: int = 0
+    parallel: Parallel = field(default_factory=Parallel)
     steps: int = 0
     measured_bytes: int | None = None
     to_measure: int = 0
@@ -96,6 +103,8 @@ class _Entry:
         reruns = len(plan.schedule.order) > len(plan.program.ops)
         may_vary = self.deviations > 0 or plan.program.recorded == "real"
         instructions = instructions_for(plan, may_vary=may_vary) if reruns or may_vary else None
+        if instructions is not None and self.parallel.units:  # off the path nobody knows which parameters are there
+            instructions = replace(instructions, budget_bytes=None)
         self.plan, self.instructions = plan, instructions
         self.quick, self.checked = quick, False
         self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
@@ -132,14 +141,18 @@ class Session:
         self._turns = _Turns()
         self._here = threading.local()
         self._last: Plan | None = None
-        self._real = False
-        """The first recording had to be on real tensors: the others are so, too."""
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
+        self._looks_for_fakes = False
+        """A recording on fake tensors was not what a step does: new kinds of input are recorded on real ones."""
         self._measurement: Measurement | None = None
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
+        if torch.compiler.is_compiling():  # first, and without anything that the compiler cannot follow
+            self._counts.unplanned += 1
+            _tell_compiled()
+            return self.fn(*args, **kwargs)
         if getattr(self._here, "inside", False) or _taken_over():
             return self.fn(*args, **kwargs)
         self._here.inside = True
@@ -174,7 +187,7 @@ class Session:
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(entry), entry.plan, RandomStates.now()
             try:
-                with tape.forward():
+                with eagerly(), hidden(entry.parallel), tape.forward():
                     result = self.fn(*args, **kwargs)
                 self._checked(entry, tape)
                 return result
@@ -182,7 +195,11 @@ class Session:
                 if not is_out_of_memory(error):
                     raise
                 refusal = without_frames(error)
-            is_safe = not tape.has_effects and not any(map(tape.has_made, _outlasting(self.fn, args, kwargs)))
+            is_safe = (
+                not entry.parallel
+                and not tape.has_effects
+                and not any(map(tape.has_made, _outlasting(self.fn, args, kwargs)))
+            )
             reached = tape.n_ops if tape.following else None
             tape.rewind()
             del tape  # with the error's frames, all that the forward has made: now there is room to plan
@@ -315,12 +332,23 @@ class Session:
 
     def _plan(self, args: Sequence[Any], kwargs: dict[str, Any], before: _Entry | None) -> _Entry:
         """Record and plan. A kind of input that was never met before gets a quick plan, unless it is the first one."""
-        entry = _Entry(deviations=before.deviations if before is not None else 0)
+        entry = _Entry(
+            deviations=before.deviations if before is not None else 0,
+            parallel=parallel_of(reachable_modules(self.fn, args, kwargs)),
+        )
+        if switched_on := _own_checkpointing(self.fn, args, kwargs):
+            self._warn(
+                f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
+                "a whole, whatever the budget, and only the rest is planned. Switch it off to let the budget decide: "
+                "activation_checkpointing_disable() or gradient_checkpointing_disable() in transformers, "
+                "disable_gradient_checkpointing() in diffusers, set_grad_checkpointing(False) in timm"
+            )
         try:
             with self._turns.recording():
-                first, real = self._last is None, self._real or entry.deviations > 0
+                first = self._last is None
+                real = entry.deviations > 0 or self._looks_for_fakes
                 program = self.planner.record(self.fn, args, kwargs, real=real, compare=first)
-                self._real = self._real or (first and program.recorded == "real")
+                self._looks_for_fakes = self._looks_for_fakes or (first and program.recorded == "real")
                 self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
             if self._last is None:
@@ -353,11 +381,12 @@ class Session:
 
     def _deviated(self, entry: _Entry, reason: str) -> None:
         entry.deviations += 1
+        self._looks_for_fakes |= entry.plan is not None and entry.plan.program.recorded == "fake"
         self._counts.deviations += 1
         entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
-            f"a step left the path that was recorded ({reason}); it goes on under the online policy, which lets go of "
-            "what is cheapest to compute again; its gradients are exact. The next step of this kind is recorded anew"
+            f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(entry)}; its gradients are "
+            "exact. The next step of this kind is recorded anew"
         )
         if not entry.stale:
             self._warn(
@@ -437,10 +466,25 @@ class _Turns:
                 self._change.notify_all()
 
 
+def _off_the_path(entry: _Entry) -> str:
+    if entry.parallel.units:
+        return "and keeps everything, because parameters of fully_shard may be gone when an operator runs again"
+    return "under the online policy, which lets go of what is cheapest to compute again"
+
+
 def _taken_over() -> bool:
     """Whether an outer recording or tape sees every operator already."""
     stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return any(isinstance(mode, (Tape, Recorder)) for mode in stack)
+
+
+def _own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """The first module in training whose library's switch for ``torch.utils.checkpoint`` is on; "" if none is."""
+    for root in reachable_modules(fn, args, kwargs):
+        for name, module in root.named_modules():
+            if module.training and any(getattr(module, switch, None) is True for switch in _SWITCHES):
+                return name or type(module).__name__
+    return ""
 
 
 def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
@@ -451,10 +495,26 @@ def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterato
             yield tensor.grad
 
 
+_INSIDE_COMPILE: Final = "called inside torch.compile"
+
+
+def _tell_compiled() -> None:
+    """Warn, once for every compilation: the compiler calls this itself and puts nothing of it into its graph."""
+    warnings.warn(
+        f"recollect: {_INSIDE_COMPILE}: running without checkpointing; to have the step planned, call the checkpointed "
+        "module from code that is not compiled",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+_tell_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
+
+
 def _obstacle() -> str:
     """Why a tape cannot run here; "" if it can."""
-    if torch.compiler.is_compiling():
-        return "called inside torch.compile"
+    if is_compiling():
+        return _INSIDE_COMPILE
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "called inside a torch.func transform (grad, vmap, ...)"
     if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():
@@ -474,12 +534,14 @@ def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     require and have gradients; autocast.
     """
     leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), kwargs))
-    modules = _all_modules(reachable_modules(fn, args, kwargs))
-    flags = tuple([m.training for m in modules])
+    roots = reachable_modules(fn, args, kwargs)
+    modules = _all_modules(roots)
+    flags = tuple([(m.training, is_compiled(m)) for m in modules])
     tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
     tensors = tuple([_tensor_signature(t) for table in tables for t in table.values() if t is not None])
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
-    return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast
+    around = parallel_signature(parallel_of(roots))
+    return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast, around
 
 
 def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
@@ -503,7 +565,7 @@ def _leaf_signature(x: Any) -> Any:
     if isinstance(x, Tensor):
         stride = tuple(x.stride()) if x.layout is torch.strided else None
         grad = x.is_leaf and x.grad is not None
-        return x.dtype, tuple(x.shape), stride, x.device, x.requires_grad, grad
+        return x.dtype, tuple(x.shape), stride, x.device, x.requires_grad, grad, getattr(x, "placements", None)
     if isinstance(x, (int, float, str, bool, type(None), complex, bytes)):
         return type(x), x
     return id(x) if isinstance(x, nn.Module) else type(x)

@@ -22,7 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, run_op, tensors_given, tensors_in
+from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.signature import signature_of
 from recollect.record.smoothing import Smoothing
 from recollect.record.timing import estimate
@@ -165,6 +167,8 @@ class Tape(TorchDispatchMode):
     ) -> Any:
         """Run one operator of the forward and take note of it."""
         kwargs = kwargs or {}
+        if types and is_taken_apart(types):
+            return NotImplemented
         facts = facts_of(func)
         if facts.is_view:
             return func._op(*args, **kwargs)
@@ -452,6 +456,7 @@ class Tape(TorchDispatchMode):
 
     def _leave_path(self, name: str) -> None:
         path, k = self.instructions.path, self.n_ops
+        name += ", of compiled code, which runs eagerly here" * in_compiled_code()
         if k >= len(path):
             self._deviate(f"operator {k} ({name}) comes after the end of the recorded forward")
         else:
@@ -474,6 +479,8 @@ class Tape(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """A handle for what autograd wants to save."""
+        if is_distributed(tensor) and not tensor.is_leaf:
+            return PackedLocal(self.pack(local_of(tensor)), Description.of(tensor))
         storage = storage_of(tensor)
         number = -1 if storage is None or self._map is None else self._map.number(storage)
         if storage is None or number < 0 or is_parameter(tensor):
@@ -512,6 +519,8 @@ class Tape(TorchDispatchMode):
 
     def unpack(self, packed: Any) -> Tensor:
         """The tensor that a handle stands for, computed again if it is gone."""
+        if isinstance(packed, PackedLocal):
+            return packed.description.around(self.unpack(packed.packed))
         if isinstance(packed, OutsideHandle):
             return packed.get()
         with self._lock:  # several threads may go backward through one graph

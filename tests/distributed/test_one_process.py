@@ -1,0 +1,189 @@
+"""What can be seen in one process: groups of one, and of two of which the other is made up."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+import recollect
+from recollect.record.optimizer import optimizer_bytes
+from recollect.record.parallel import Gathering, NotSupported, Unit
+from recollect.record.record import UnusableInput
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def beside_a_made_up_one() -> Iterator[None]:
+    """A group of two whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield
+    dist.destroy_process_group()
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.sigmoid(self.up(x)))
+
+
+def network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Block() for _ in range(3)))
+
+
+def sharded(model: nn.Sequential) -> nn.Module:
+    for block in model:
+        fully_shard(block, reshard_after_forward=True)
+    return fully_shard(model)
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    found = [getattr(p.grad, "_local_tensor", p.grad) for p in model.parameters()]
+    assert all(g is not None for g in found)
+    return [g for g in found if g is not None]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("spread", [DistributedDataParallel, sharded])
+def test_same_gradients_and_operators_run_again(spread: Callable[[nn.Module], nn.Module]) -> None:
+    plain, ours = spread(network()), spread(network())
+
+    @recollect.checkpoint(budget=0.8, time_limit_seconds=0.5)
+    def loss(x: Tensor) -> Tensor:
+        return ours(x).sum()
+
+    for _ in range(2):
+        x = torch.randn(256, 16)
+        plain(x).sum().backward()
+        loss(x).backward()
+    assert all(map(torch.equal, gradients(plain), gradients(ours)))
+    stats = recollect.stats(loss)
+    assert stats.reruns > 0
+    assert stats.unplanned == stats.deviations == 0
+    assert stats.plan is not None
+    assert "distributed" in {v.kind for v in stats.plan.program.values}
+
+
+@pytest.mark.usefixtures("alone")
+def test_what_needs_freed_parameters_stays_in_its_unit() -> None:
+    """What a block hands on is asked for by the next one, when its parameters are gone; what is inside may go."""
+    model = sharded(network())
+    program = recollect.plan(lambda x: model(x).sum(), torch.randn(8, 16), budget=1.0).program
+    forward = [program.ops[i] for i in program.forward]
+    again = {(op.module, op.name): op.repeatable for op in forward}
+    assert "freed" in again["0", "aten.add.Tensor"]
+    assert "freed" in again["1", "aten.add.Tensor"]
+    assert again["0.up", "aten.addmm.default"] == again["1", "aten.sigmoid.default"] == ""
+
+
+def test_gathering() -> None:
+    a, b = (Unit(group=None, modules=(), frees=True, lasting=False) for _ in range(2))
+    gathering = Gathering({-1: a, -2: b}, lambda path: {"a": {a}, "a.b": {a, b}}.get(path, set()))
+    assert gathering.reason([-1], [0], {0: ["a", "a.b"]}) == ""
+    assert gathering.reason([0, -2], [1], {1: ["a.b"]}) == "", "needs both, and both are there"
+    assert "freed" in gathering.reason([0, -2], [2], {2: ["a.b", "a"]})
+    assert gathering.reason([2], [3], {3: ["elsewhere"]}) == "", "what it reads is kept"
+    assert "freed" in gathering.reason([1], [4], {4: ["elsewhere"]})
+    assert gathering.reason([-3], [5], {5: ["elsewhere"]}) == "", "a parameter that nobody frees"
+
+
+@pytest.mark.usefixtures("beside_a_made_up_one")
+def test_a_recording_runs_no_collective() -> None:
+    """Every other process is taken to contribute the same; in this group nothing would arrive."""
+    weight = torch.randn(16, 16, requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        y = torch.tanh(x @ weight)
+        parts = [torch.full_like(y, 7.0) for _ in range(2)]
+        dist.all_gather(parts, y.detach())
+        assert torch.equal(parts[1], y.detach()), "needs the numbers: recorded on real tensors"
+        whole = torch.full((16, 16), 7.0)
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its new name
+        gather(whole, x.detach())
+        assert torch.equal(whole[8:], x)
+        return (torch.sigmoid(y) + parts[0] + whole[:8].mean()).sum()
+
+    x = torch.randn(8, 16)
+    program = recollect.plan(step, x, budget=1.0).program
+    assert program.recorded == "real"
+    talks = [op for op in program.ops if op.name.startswith("c10d.")]
+    assert [op.repeatable for op in talks] == ["communicates with other processes"] * 2
+    assert [len(op.in_place) for op in talks] == [2, 1], "what is received is written into what was there"
+
+
+@pytest.mark.usefixtures("alone")
+def test_not_supported_is_said_and_runs_plainly() -> None:
+    mesh = init_device_mesh("cpu", (1, 1), mesh_dim_names=("rows", "columns"))
+
+    def both() -> nn.Module:
+        model = network()
+        for block in model:
+            parallelize_module(block, mesh["columns"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        return fully_shard(model, mesh=mesh["rows"])
+
+    plain, ours = both(), both()
+    loss = recollect.checkpoint(lambda x: ours(x).sum(), budget=0.8)
+    x = torch.randn(8, 16)
+    plain(x).sum().backward()
+    with pytest.warns(RuntimeWarning, match=r"DTensors already.*runs without checkpointing"):
+        loss(x).backward()
+    assert recollect.stats(loss).unplanned == 1
+    assert all(
+        torch.equal(p.grad.to_local(), q.grad.to_local())  # type: ignore[union-attr]
+        for p, q in zip(plain.parameters(), ours.parameters(), strict=True)
+    )
+    with pytest.raises(NotSupported, match="DTensors already"):
+        recollect.plan(ours, x, budget=0.8)
+
+
+def test_memory_that_was_taken_away_is_noticed() -> None:
+    """As a graph that reaches into a unit of FSDP2 from outside its backward would find it."""
+    frozen, scale = torch.randn(16, 16), torch.randn(16, requires_grad=True)
+
+    @recollect.checkpoint(budget=1.0, recompute="aten.mm.default")
+    def step(x: Tensor) -> Tensor:
+        return ((x @ frozen) * scale).sum()
+
+    loss = step(torch.randn(64, 16))
+    frozen.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match="whose memory has been freed"):
+        loss.backward()
+
+
+@pytest.mark.usefixtures("beside_a_made_up_one")
+def test_optimizers_of_several_processes() -> None:
+    """The state of sharded parameters is as large as the shard; an optimizer of optimizers is not touched."""
+    whole = optimizer_bytes(torch.optim.Adam(network().parameters(), foreach=True))
+    shard = optimizer_bytes(torch.optim.Adam(sharded(network()).parameters(), foreach=True))
+    assert 0.5 * whole.state <= shard.state <= 0.51 * whole.state
+    assert 0.5 * whole.scratch <= shard.scratch <= 0.51 * whole.scratch
+    model = network()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's own, when this is imported
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+
+        zero = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.Adam, lr=1.0)
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(4, 16)).sum().backward()
+    with pytest.raises(UnusableInput, match="steps another optimizer"):
+        optimizer_bytes(zero)
+    assert all(map(torch.equal, before, model.parameters()))

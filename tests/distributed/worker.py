@@ -1,0 +1,494 @@
+"""One process of a distributed job: the same job without and with recollect, compared bit by bit.
+
+Started by torchrun: ``python -m torch.distributed.run --standalone --nproc-per-node 2 worker.py CASE``. Ends with an
+error if gradients, loss or buffers differ, if a step takes more than its budget, or if nothing ran again.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.nn import functional as distributed_functional
+from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, SequenceParallel, parallelize_module
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import recollect
+from recollect.run.account import account
+
+WIDTH, DEPTH, ROWS = 32, 4, 256
+SMALL = 4096
+"""Bytes that no account has: numbers of Python's, and what hooks of torch.distributed make beside."""
+
+
+class Block(nn.Module):
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop(self.down(F.gelu(self.up(self.norm(x)))))
+
+
+class Network(nn.Module):
+    """Blocks between two layers; batch norm, if asked for, has buffers that DDP broadcasts."""
+
+    def __init__(self, batch_norm: bool = False, tied: bool = False) -> None:
+        super().__init__()
+        self.inp = nn.Linear(WIDTH, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(DEPTH))
+        self.norm: nn.Module = nn.BatchNorm1d(WIDTH) if batch_norm else nn.LayerNorm(WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        if tied:
+            self.out.weight = self.inp.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inp(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out(self.norm(x))
+
+
+LOSS = 3 * 4 * ROWS * WIDTH
+"""What the loss takes at most: the square of the output, its gradient, and that of the output."""
+
+IN_FLIGHT = 2 * LOSS
+"""Gloo's thread lets go of what it has sent some time after the wait for it, plain or not: a few activations."""
+
+Step = Callable[[Tensor], Tensor]
+Job = tuple[nn.Module, Step]
+"""The module whose parameters are trained, and what returns the loss."""
+Make = Callable[[Callable[[Any], Any]], Job]
+"""Builds a job; its argument is what wraps the part that is to be checkpointed."""
+
+
+def loss_of(model: Callable[[Tensor], Tensor]) -> Step:
+    def loss(x: Tensor) -> Tensor:
+        return model(x).square().mean()
+
+    return loss
+
+
+# ---- jobs ------------------------------------------------------------------------------------------------------------
+
+
+def ddp(order: str = "loss", model: dict[str, Any] | None = None, **options: Any) -> Make:
+    """DistributedDataParallel: ``order`` says what is checkpointed (the loss, the DDP module, or what it wraps)."""
+
+    def make(wrap: Callable[[Any], Any]) -> Job:
+        network = Network(**(model or {}))
+        replica = DistributedDataParallel(wrap(network) if order == "inner" else network, bucket_cap_mb=0.02, **options)
+        if order == "outer":
+            wrap(replica)
+        loss = loss_of(replica)
+        return replica, wrap(loss) if order == "loss" else loss
+
+    return make
+
+
+def fsdp(
+    order: str = "loss", reshard: bool | None = None, root: bool | None = None, model: dict[str, Any] | None = None,
+    **options: Any,
+) -> Make:  # fmt: skip
+    """FSDP2, a unit per block."""
+
+    def make(wrap: Callable[[Any], Any]) -> Job:
+        network = Network(**(model or {}))
+        if order == "inner":
+            wrap(network)
+        for block in network.blocks:
+            fully_shard(block, reshard_after_forward=reshard, **options)
+            if order == "blocks":
+                wrap(block)
+        fully_shard(network, reshard_after_forward=root, **options)
+        if order == "outer":
+            wrap(network)
+        loss = loss_of(network)
+        return network, wrap(loss) if order == "loss" else loss
+
+    return make
+
+
+class Talking(nn.Module):
+    """Collectives in the forward: features gathered from all, a running statistic reduced in place."""
+
+    def __init__(self, looks: bool) -> None:
+        super().__init__()
+        self.network = Network()
+        self.register_buffer("mean", torch.zeros(WIDTH))
+        self.looks = looks
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.network(x)
+        with torch.no_grad():
+            mean = y.mean(0)
+            dist.all_reduce(mean)
+            self.mean.mul_(0.9).add_(mean, alpha=0.1)
+        if self.looks and float(mean.sum()) < 1e9:  # needs the numbers: recorded on real tensors
+            y = torch.tanh(y)
+        everyone = torch.cat(distributed_functional.all_gather(torch.tanh(y[:8])))
+        return torch.sigmoid(y @ everyone.t())
+
+
+def talking(looks: bool = False) -> Make:
+    def make(wrap: Callable[[Any], Any]) -> Job:
+        model = Talking(looks)
+        loss = wrap(loss_of(model))
+
+        def step(x: Tensor) -> Tensor:
+            """Rank 1 has inputs of its own sizes: it records when no other does."""
+            step.calls += 1  # type: ignore[attr-defined]
+            return loss(x[: ROWS - 32 * (step.calls // 2)] if dist.get_rank() else x)  # type: ignore[attr-defined]
+
+        step.calls = 0  # type: ignore[attr-defined]
+        return model, step
+
+    return make
+
+
+def tensor_parallel() -> Make:
+    """DTensor parameters: columns of the first layer of a block, rows of the second."""
+
+    def make(wrap: Callable[[Any], Any]) -> Job:
+        network = Network()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in network.blocks:
+            parallelize_module(block, mesh, {"up": ColwiseParallel(), "down": RowwiseParallel()})
+        return network, wrap(loss_of(network))
+
+    return make
+
+
+def sequence_parallel() -> Make:
+    """As above, and what is between blocks is a DTensor that is sharded by rows."""
+
+    def make(wrap: Callable[[Any], Any]) -> Job:
+        network = Network()
+        mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+        for block in network.blocks:
+            block.drop = nn.Identity()
+            plan = {
+                "norm": SequenceParallel(sequence_dim=0),
+                "up": ColwiseParallel(input_layouts=Shard(0), use_local_output=False),
+                "down": RowwiseParallel(output_layouts=Shard(0), use_local_output=False),
+            }
+            parallelize_module(block, mesh, plan)
+
+        def rows(x: Tensor) -> Tensor:
+            return DTensor.from_local(x, mesh, [Shard(0)])
+
+        def forward(x: Tensor) -> Tensor:
+            x = rows(network.inp(x))
+            for block in network.blocks:
+                x = block(x)
+            return network.out(network.norm(x.to_local()))  # type: ignore[attr-defined]
+
+        return network, wrap(loss_of(forward))
+
+    return make
+
+
+class Stage(nn.Module):
+    """Half of a network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*(Block() for _ in range(DEPTH)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(x)
+
+
+def pipeline_by_hand() -> Make:
+    """Two stages that send activations on and gradients back."""
+
+    def make(wrap: Callable[[Any], Any]) -> Job:
+        stage = Stage()
+        first = dist.get_rank() == 0
+        run = wrap(stage if first else loss_of(stage))
+
+        def step(x: Tensor) -> Tensor:
+            if first:
+                y = run(x)
+                dist.send(y.detach(), 1)
+                grad = torch.empty_like(y)
+                dist.recv(grad, 1)
+                y.backward(grad)
+                return y.detach().mean()
+            received = torch.empty_like(x)
+            dist.recv(received, 0)
+            loss = run(received.requires_grad_())
+            loss.backward()
+            assert received.grad is not None
+            dist.send(received.grad, 0)
+            return loss.detach()
+
+        return stage, step
+
+    return make
+
+
+def pipeline(schedule: Any, microbatches: int) -> Make:
+    """A stage under a schedule of torch.distributed.pipelining: several forwards before their backwards."""
+
+    def make(wrap: Callable[[Any], Any]) -> Job:
+        stage = wrap(Stage())
+        rank, n = dist.get_rank(), dist.get_world_size()
+        runner = schedule(
+            PipelineStage(stage, rank, n, torch.device("cpu")),
+            microbatches,
+            loss_fn=lambda y, target: (y - target).square().mean(),
+        )
+
+        def step(x: Tensor) -> Tensor:
+            losses: list[Tensor] = []
+            if rank == 0:
+                runner.step(x)
+            else:
+                runner.step(target=torch.zeros_like(x), losses=losses)
+            return torch.stack([loss.detach() for loss in losses]).sum() if losses else torch.zeros(())
+
+        return stage, step
+
+    return make
+
+
+# ---- comparing -------------------------------------------------------------------------------------------------------
+
+
+def local(tensor: Tensor) -> Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
+
+
+def state_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    for name, p in model.named_parameters():
+        yield name, local(p).detach()
+        if p.grad is not None:
+            yield f"{name}.grad", local(p.grad)
+    yield from model.named_buffers()
+
+
+def resident(model: nn.Module, *more: Tensor) -> int:
+    """Bytes of all storages that are there between two steps; DDP's buckets are not to be seen from Python."""
+    found = [t for _, t in state_of(model)]
+    storages = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in (*found, *more)}
+    buckets = 0
+    if isinstance(model, DistributedDataParallel):
+        trained = [p for p in model.parameters() if p.requires_grad]
+        buckets = sum(p.nbytes for p in trained)
+        if model.gradient_as_bucket_view and all(p.grad is not None for p in trained):
+            buckets = 0
+    if isinstance(model, FSDPModule):  # padding of shards, which some ranks have
+        groups = [m._get_fsdp_state()._fsdp_param_groups for m in model.modules() if isinstance(m, FSDPModule)]
+        params = [p for gs in groups for g in gs for p in g.fsdp_params]
+        storages |= {p._sharded_param_data.untyped_storage()._cdata: p._sharded_param_data.nbytes for p in params}
+    return sum(storages.values()) + buckets
+
+
+def train(
+    make: Make, wrap: Callable[[Any], Any], steps: int, accumulate: int, to_none: bool, warm: int
+) -> tuple[Any, list[int]]:
+    """Train; returns all that must be equal, and the peak of every step but the first ones."""
+    torch.manual_seed(0)
+    model, loss = make(wrap)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    torch.manual_seed(100 + dist.get_rank())
+    seen, peaks = [], []
+    for k in range(steps * accumulate):
+        x = torch.randn(ROWS, WIDTH)
+        before = resident(model, x)
+        losses: list[Tensor] = []
+        last = k % accumulate == accumulate - 1
+        if isinstance(model, FSDPModule):
+            model.set_requires_gradient_sync(last)
+
+        def step(x: Tensor = x, losses: list[Tensor] = losses) -> None:
+            value = loss(x)
+            losses.append(value.detach().clone())
+            if value.requires_grad:
+                value.backward()
+
+        if isinstance(model, DistributedDataParallel) and not last:
+            with model.no_sync():
+                step()
+        elif k < warm * accumulate:
+            step()
+        else:
+            peaks.append(account(step, before).peak_bytes)
+        seen.append((losses[0], [(n, t.clone()) for n, t in state_of(model)], torch.get_rng_state()))
+        if last:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=to_none)
+    return seen, peaks
+
+
+def compare(
+    make: Make, *, steps: int = 4, accumulate: int = 1, to_none: bool = True, share: float = 0.5,
+    reruns: bool = True, most: float = 1.0, beside: int = 0, in_flight: int = 0,
+    warm: int = 2, of_plain: float = 0.0, forwards: int = 1,
+) -> None:  # fmt: skip
+    """The job without and with recollect.
+
+    Args:
+        make: builds it.
+        steps: how many, at least three: DDP rebuilds its buckets in the second.
+        accumulate: backwards for each of them.
+        to_none: what becomes of gradients after a step.
+        share: of the way from the floor to the plain peak, for the budget.
+        reruns: whether operators must have run again.
+        beside: bytes that the loss takes where it is outside of what is checkpointed.
+        of_plain: for the budget, a share of the plain peak instead.
+        forwards: how many may be waiting for their backward; a budget is for one.
+        in_flight: bytes of messages that may stay in memory for some time; that depends on the machine.
+        warm: steps before the first that is measured: DDP makes new buckets in the second (or third) one.
+        most: the largest share of the measured plain peak that may be measured with recollect.
+    """
+    plain, plain_peaks = train(make, lambda target: target, steps, accumulate, to_none, warm)
+    wrapped: list[Any] = []
+
+    def wrap(target: Any, budget: Any = 1.0) -> Any:
+        wrapped.append(recollect.checkpoint(target, budget=budget))
+        return wrapped[-1]
+
+    train(make, wrap, 1, accumulate, to_none, warm)
+    plan = recollect.stats(wrapped[0]).plan
+    assert plan is not None
+    budget = int(plan.floor_bytes + share * (plan.plain_peak_bytes - plan.floor_bytes))
+    if of_plain:  # that was a quick plan of a second backward
+        budget = int(of_plain * plan.plain_peak_bytes)
+    n = len(wrapped)
+    ours, peaks = train(make, lambda target: wrap(target, budget), steps, accumulate, to_none, warm)
+    stats = [recollect.stats(w) for w in wrapped[n:]]
+    where = f"rank {dist.get_rank()}: budget {budget:,}, plain {max(plain_peaks):,} (said {plan.plain_peak_bytes:,}), "
+    print(f"{where}recollect {max(peaks):,}, {sum(s.reruns for s in stats)} reruns", flush=True)
+    for k, ((loss_a, state_a, random_a), (loss_b, state_b, random_b)) in enumerate(zip(plain, ours, strict=True)):
+        assert torch.equal(loss_a, loss_b), f"loss of step {k}"
+        assert torch.equal(random_a, random_b), f"generator after step {k}"
+        for (name, a), (name_b, b) in zip(state_a, state_b, strict=True):
+            assert name == name_b
+            assert torch.equal(a, b), f"{name} after step {k}"
+    if len(stats) == 1:
+        assert max(peaks) <= forwards * budget + beside + in_flight + SMALL, where
+    assert min(peaks) <= most * min(plain_peaks), where
+    for s in stats:
+        counted = s.calls, s.planned, s.unplanned, s.deviations, s.differing, s.reruns
+        assert s.unplanned == s.deviations == s.differing == 0, counted
+        assert not reruns or s.reruns > 0, counted
+
+
+CASES: dict[str, Callable[[], None]] = {
+    "ddp": lambda: compare(ddp()),
+    "ddp-outer": lambda: compare(ddp("outer"), beside=LOSS),
+    "ddp-inner": lambda: compare(ddp("inner"), beside=LOSS),
+    "ddp-buffers": lambda: compare(ddp(model={"batch_norm": True})),
+    "ddp-views": lambda: compare(ddp(gradient_as_bucket_view=True, model={"tied": True})),
+    "ddp-kept-gradients": lambda: compare(ddp(gradient_as_bucket_view=True), to_none=False),
+    "ddp-unused": lambda: compare(ddp(find_unused_parameters=True)),
+    "ddp-static": lambda: compare(ddp(static_graph=True), warm=3),
+    "ddp-accumulate": lambda: compare(ddp("outer"), beside=LOSS, accumulate=2, of_plain=0.7),
+    "tensor-parallel": lambda: compare(tensor_parallel(), steps=6, in_flight=IN_FLIGHT),
+    "sequence-parallel": lambda: compare(sequence_parallel(), steps=6, in_flight=IN_FLIGHT),
+    "pipeline-by-hand": lambda: compare(pipeline_by_hand(), beside=LOSS, in_flight=IN_FLIGHT),
+    "pipeline": lambda: compare(pipeline(ScheduleGPipe, 2), forwards=2, in_flight=IN_FLIGHT),
+    "pipeline-1f1b": lambda: compare(pipeline(Schedule1F1B, 2), forwards=2, of_plain=0.7, in_flight=IN_FLIGHT),
+    "collectives": lambda: compare(talking()),
+    "collectives-real": lambda: compare(talking(looks=True), share=0.7),
+    "fsdp-floor": lambda: compare(fsdp(reshard=True), share=0.0),
+    "fsdp": lambda: compare(fsdp(reshard=True)),
+    "fsdp-kept": lambda: compare(fsdp(reshard=False)),
+    "fsdp-outer": lambda: compare(fsdp("outer"), beside=LOSS),
+    "fsdp-inner": lambda: compare(fsdp("inner"), beside=LOSS),
+    "fsdp-blocks": lambda: compare(fsdp("blocks"), share=0.2),
+    "fsdp-root-freed": lambda: compare(fsdp(reshard=True, root=True)),
+    "fsdp-accumulate": lambda: compare(fsdp(), accumulate=2, of_plain=0.8),
+    "fsdp-tied": lambda: compare(fsdp(model={"tied": True})),
+    "fsdp-mixed": lambda: compare(
+        fsdp(mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32))
+    ),
+}
+
+
+def deviation() -> None:
+    """Rank 0 alone takes another branch, in a forward with collectives and under both of the wrappers."""
+
+    class Moody(Talking):
+        def forward(self, x: Tensor) -> Tensor:
+            y = super().forward(x)
+            return torch.sin(y) if self.moody and dist.get_rank() == 0 else y
+
+    def make(build: Callable[[nn.Module], nn.Module], wrap: Callable[[Any], Any]) -> Job:
+        model = Moody(looks=False)
+        model.moody = False  # type: ignore[assignment]
+        built = build(model)
+        loss = wrap(loss_of(built))
+        calls: list[int] = []
+
+        def step(x: Tensor) -> Tensor:
+            calls.append(1)
+            model.moody = len(calls) == 3  # type: ignore[assignment]
+            return loss(x)
+
+        return built, step
+
+    def sharded(model: nn.Module) -> nn.Module:
+        for block in model.network.blocks:  # type: ignore[union-attr]
+            fully_shard(block)
+        return fully_shard(model)
+
+    for build in (lambda model: model, DistributedDataParallel, sharded):
+        plain, _ = train(lambda wrap, build=build: make(build, wrap), lambda target: target, 5, 1, True, 9)
+        wrapped: list[Any] = []
+
+        def wrap(target: Any, wrapped: list[Any] = wrapped) -> Any:
+            wrapped.append(recollect.checkpoint(target, budget=0.8))
+            return wrapped[-1]
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)
+            ours, _ = train(lambda w, build=build: make(build, w), wrap, 5, 1, True, 9)
+        for (loss_a, state_a, _), (loss_b, state_b, _) in zip(plain, ours, strict=True):
+            assert torch.equal(loss_a, loss_b)
+            assert all(torch.equal(a, b) for (_, a), (_, b) in zip(state_a, state_b, strict=True))
+        stats = recollect.stats(wrapped[0])
+        assert (stats.deviations > 0) == (dist.get_rank() == 0), stats.deviations
+        assert stats.reruns > 0
+
+
+def infeasible() -> None:
+    """A budget that no plan fits is an error on every rank before the first collective of the step."""
+    model, loss = ddp()(lambda target: recollect.checkpoint(target, budget=1000))
+    with pytest.raises(recollect.InfeasibleBudget, match="1,000"):
+        loss(torch.randn(ROWS, WIDTH))
+    del model
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    try:
+        for case in sys.argv[1:]:
+            (CASES | {"deviation": deviation, "infeasible": infeasible})[case]()
+            dist.barrier()
+            print(f"rank {dist.get_rank()}: {case} passed", flush=True)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""``lightning.Trainer`` with the real library: the same bits as without recollect, and within the budget."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import lightning
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import recollect
+from recollect.integrations.lightning import RecollectCallback
+from tests.integrations.meter import Meter
+
+pytestmark = [
+    pytest.mark.slow,
+    # Lightning's advice on workers, on batches of a data set that small, and on how it imports torch's parts.
+    pytest.mark.filterwarnings("ignore:.*does not have many workers"),
+    pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning"),
+]
+WIDTH, ROWS, BATCHES = 32, 128, 6
+
+
+class Net(lightning.LightningModule):
+    """A module that logs and keeps its losses; ``by`` says what ``training_step`` calls."""
+
+    def __init__(self, *, manual: bool = False, by: str = "forward") -> None:
+        super().__init__()
+        self.body = nn.Sequential(*[self.layer() for _ in range(4)])
+        self.by, self.losses = by, []
+        self.automatic_optimization = not manual
+
+    @staticmethod
+    def layer() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * WIDTH, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.body(x), y)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        loss = self.loss(x, y) if self.by == "loss" else F.mse_loss((self if self.by == "forward" else self.body)(x), y)
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        self.losses.append(loss.detach().clone())
+        if not self.automatic_optimization:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            optimizer.step()
+        return loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.mse_loss(self(batch[0]), batch[1]))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+class Metered(lightning.Callback):
+    """The peak of every batch, the optimizer's step included."""
+
+    def __init__(self) -> None:
+        self.meter = Meter()
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self.meter.start(pl_module, *trainer.optimizers, *batch)
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        self.meter.stop()
+
+
+def fit(callbacks: list[Any], module: dict[str, Any], **options: Any) -> tuple[Any, list[Any], list[int], list[str]]:
+    """The module, every number that the training leaves behind, the peaks of its batches, and recollect's warnings."""
+    torch.manual_seed(0)
+    net, metered = Net(**module), Metered()
+    data = torch.utils.data.TensorDataset(*torch.randn(2, BATCHES * ROWS, WIDTH))
+    loader = torch.utils.data.DataLoader(data, batch_size=ROWS)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, callbacks=[*callbacks, metered], val_check_interval=2, **options,
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.filterwarnings("always", "recollect", RuntimeWarning)
+        trainer.fit(net, loader, loader)
+    metrics = sorted((k, float(v)) for k, v in trainer.callback_metrics.items())
+    numbers = [*net.losses, *net.state_dict().values(), metrics, torch.get_rng_state()]
+    return net, numbers, metered.meter.peaks, [str(w.message) for w in caught]
+
+
+def assert_same(got: list[Any], plain: list[Any]) -> None:
+    assert len(got) == len(plain)
+    for a, b in zip(got, plain, strict=True):
+        assert torch.equal(a, b) if isinstance(a, Tensor) else a == b
+
+
+@pytest.mark.parametrize(
+    ("module", "options"),
+    [
+        ({"by": "loss"}, {}),
+        ({"by": "forward", "manual": True}, {}),
+        ({"by": "body"}, {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
+    ],
+    ids=["automatic", "manual", "accumulating in bf16"],
+)
+def test_trainer_is_exact_and_within_the_budget(module: dict[str, Any], options: dict[str, Any]) -> None:
+    _, plain, plain_peaks, _ = fit([], module, **options)
+    callback = RecollectCallback(budget=0.8, target=module["by"], time_limit_seconds=1)
+    net, mine, peaks, messages = fit([callback], module, **options)
+    assert_same(mine, plain)
+    assert messages == []
+    stats = callback.stats()
+    assert stats.reruns > 0
+    assert (stats.deviations, stats.unplanned) == (0, 0)
+    assert stats.plan is not None
+    assert 0 < max(peaks[3:]) < max(plain_peaks[3:])  # the first batches are planned under way
+    budget = stats.plan.budget_bytes
+    if module["by"] == "loss":  # then nothing is outside
+        assert max(peaks[3:]) <= budget
+    assert recollect.api.session_of(net) is None
+    assert recollect.api.session_of(net.body) is None
+    assert "loss" not in vars(net)
+
+
+def test_a_target_that_is_not_called_is_told() -> None:
+    _, plain, _, _ = fit([], {"by": "body"})
+    _, mine, _, messages = fit([RecollectCallback(budget=0.8, time_limit_seconds=1)], {"by": "body"})
+    assert_same(mine, plain)
+    assert len(messages) == 1
+    assert "training_step of Net has not called 'forward', so nothing is checkpointed; name" in messages[0]
+
+
+def test_everything_is_as_it_was_after_an_error() -> None:
+    class Breaks(lightning.Callback):
+        def on_train_batch_end(self, *args: Any) -> None:
+            raise ZeroDivisionError
+
+    callback = RecollectCallback(budget=0.8, target="loss", time_limit_seconds=1)
+    net = None
+
+    class Remembers(lightning.Callback):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            nonlocal net
+            net = pl_module
+            assert recollect.api.session_of(pl_module.loss) is not None
+
+    with pytest.raises(ZeroDivisionError):
+        fit([callback, Remembers(), Breaks()], {"by": "loss"})
+    assert "loss" not in vars(net)
+    assert callback.stats().calls == 1
+
+
+def test_what_cannot_be_a_target() -> None:
+    with pytest.raises(ValueError, match="put the computation of the loss into a method of its own"):
+        RecollectCallback(budget=0.5, target="training_step")
+    with pytest.raises(AttributeError, match="nowhere"):
+        fit([RecollectCallback(budget=0.5, target="nowhere")], {})
+    with pytest.raises(ValueError, match="budget"):
+        RecollectCallback(budget="10 potatoes")
