@@ -705,12 +705,13 @@ class Planner:
     def __init__(self, way: Way) -> None:
         self.way = way
 
-    def record(self, fn: Any, args: Any, kwargs: Any, *, real: bool) -> Program:
+    def record(self, fn: Any, args: Any, kwargs: Any, *, real: bool, compare: bool) -> Program:
         measured = self.way.mode == "measured"
         try:
             with scratch_only() if measured else nullcontext():
                 real = real or self.way.seed % 3 > 0
-                return record(fn, args, kwargs, timing="measure" if measured else "estimate", real=real)
+                timing = "measure" if measured else "estimate"
+                return record(fn, args, kwargs, timing=timing, real=real, compare=compare)
         except UnusableInput:
             raise
         except Exception as error:
