@@ -61,3 +61,12 @@ def test_composite_operators_on_tensors_of_inference_mode_are_not_refused_inside
     """So torch does not refuse them under recollect, either; such a tensor has no gradient that could be wrong."""
     outcome = examine(Script((In("inference", (Do("relu", 0, 0),)), Do("dropout_", 0, 0)), steps=(Step(),)))
     assert (outcome.error, outcome.wrong) == ("RuntimeError", [])
+
+
+@pytest.mark.parametrize("mode", ["nothing", "online"])
+def test_what_autocast_hides_in_inference_mode_is_refused(mode: str) -> None:
+    """Such an operator gets to a dispatch mode in one piece, and autocast no more to what it is made up of."""
+    body = (In("inference", (Do("gru", 0, 0),)),)
+    outcome = examine(Script(body, returns="tuple", steps=(Step(), Step(use="within autocast")), way=Way(mode)))
+    assert outcome.wrong == []
+    assert "use torch.no_grad" in outcome.unplanned or outcome.error == "RuntimeError"

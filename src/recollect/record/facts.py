@@ -6,6 +6,7 @@ numbers). The rest, where schemas are silent, stands in the small tables here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -49,6 +50,15 @@ NEVER_AGAIN: Final = {
 }
 """ATen operators that must not run again, and why."""
 
+INDIFFERENT: Final = frozenset(
+    {"aten.alpha_dropout", "aten.alpha_dropout_", "aten.chunk", "aten.contiguous", "aten.dropout", "aten.dropout_",
+     "aten.feature_dropout", "aten.feature_dropout_", "aten.flatten", "aten.layer_norm", "aten.group_norm",
+     "aten.instance_norm", "aten.batch_norm", "aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.meshgrid",
+     "aten.movedim", "aten.one_hot", "aten.pad", "aten.reshape", "aten.softmax", "aten.log_softmax", "aten.to",
+     "aten.type_as", "aten.where"}
+)  # fmt: skip
+"""Made up of operators that autocast leaves alone on every device, or all of them alike."""
+
 _CONJUGATE, _NEGATIVE = torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative
 _ZERO = torch._C.DispatchKey.ZeroTensor
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -75,6 +85,8 @@ class OpFacts:
         never_again: "" or why it must not run a second time.
         is_plain: none of the above but ``is_view``, ``uninitialised`` and ``workspaces``.
         communicates: talks to other processes.
+        composite: made up of operators that autocast may treat differently. Such an operator gets here in one piece
+            only in ``torch.inference_mode``; everywhere else torch takes it apart before.
     """
 
     name: str
@@ -91,6 +103,7 @@ class OpFacts:
     never_again: str
     is_plain: bool
     communicates: bool
+    composite: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -141,7 +154,28 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
             any(written) or random or batch_norm or never_again or communicates(func) or packet in FRESH_CONSTANT
         ),
         communicates=communicates(func),
+        composite=_is_composite(func, packet),
     )
+
+
+def _is_composite(func: torch._ops.OpOverload, packet: str) -> bool:
+    """Whether what it is made up of decides what autocast does: autocast does not know the operator itself."""
+    if func.namespace != "aten" or packet in INDIFFERENT:
+        return False
+    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    known = all(has(f"Autocast{device}") for device in ("CPU", "CUDA"))
+    return has("CompositeImplicitAutograd") and not known
+
+
+def refuse_autocast(facts: OpFacts) -> None:
+    """Raise where autocast would treat what an operator is made up of: inside a dispatch mode nobody does."""
+    nesting = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    if nesting:
+        raise RuntimeError(
+            f"{facts.name} runs in torch.inference_mode within autocast, and recollect cannot see what autocast makes "
+            "of it there; use torch.no_grad instead of torch.inference_mode around it"
+        )
 
 
 def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:

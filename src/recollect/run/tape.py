@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.record.compiled import in_compiled_code
-from recollect.record.facts import OpFacts, facts_of, run_op, tensors_given, tensors_in
+from recollect.record.facts import OpFacts, facts_of, refuse_autocast, run_op, tensors_given, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.signature import signature_of
 from recollect.record.smoothing import Smoothing
@@ -172,6 +172,8 @@ class Tape(TorchDispatchMode):
         facts = facts_of(func)
         if facts.is_view:
             return func._op(*args, **kwargs)
+        if facts.composite:
+            refuse_autocast(facts)
         if self._rerunning or self._map is None:
             return run_op(func, args, kwargs)
         if func is not (instead := self._smoothing.replaced(func, args))[0]:
