@@ -3,7 +3,8 @@
 The recorded networks of ``strategies.py`` and the 1,001-layer ResNet of ``chen.py``, at 70, 50 and 30 % of the plain
 peak: gap (overhead minus lower bound) in percentage points, and the seconds that the plan took. At 70 % it is made
 from nothing, within 2 s for every 1,000 ops; at the others a program that has been planned gets another budget, within
-half of that; 2 s at least. Seconds are those of the processor, for the time limit, too: what else the machine does plays no part.
+half of that; 2 s at least. Seconds are those of the processor, for the time limit, too: what else the machine does
+plays no part.
 Run: ``python benchmarks/gaps.py [NAME ...]``; takes some minutes.
 """
 
