@@ -75,6 +75,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         exec(compile(block, str(page), "exec"), names)
 
 
+@pytest.mark.slow
 def test_console_blocks_show_what_the_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After ``$ recollect ...`` come lines of its output, ``...`` for any others; an ``Error:`` may be cut off."""
     monkeypatch.setattr(sys, "path", sys.path[:])
@@ -171,7 +172,10 @@ def test_links_lead_somewhere(page: Path) -> None:
 EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>>" in path.read_text())
 
 
-@pytest.mark.parametrize("source", EXAMPLES, ids=page_name)
+@pytest.mark.parametrize(
+    "source",
+    [pytest.param(p, id=page_name(p), marks=pytest.mark.slow if "integrations" in p.parts else ()) for p in EXAMPLES],
+)
 def test_examples_of_docstrings_run(source: Path) -> None:
     module = ".".join(source.relative_to(ROOT / "src").with_suffix("").parts)
     ran = doctest.testmod(import_module(module))

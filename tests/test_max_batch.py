@@ -46,11 +46,13 @@ def test_the_largest_and_not_one_more(overhead: float):
     assert not {t.n: t.fits for t in found.tries}[found.batch + 1]
 
 
+@pytest.mark.slow
 def test_more_time_allows_larger_batches():
     sizes = [recollect.max_batch(mlp(8), rows, budget=40_000, overhead=x).batch for x in (0.0, 0.2, 1.0)]
     assert sizes == sorted(set(sizes))
 
 
+@pytest.mark.slow
 def test_where_the_search_begins_makes_no_difference():
     found = [recollect.max_batch(mlp(), rows, budget=20_000, start=start) for start in (1, 7, 5000)]
     assert len({f.batch for f in found}) == 1
@@ -122,6 +124,7 @@ def test_a_model_on_meta():
     assert found.batch == recollect.max_batch(mlp(), rows, budget=20_000).batch
 
 
+@pytest.mark.slow
 def test_the_optimizer_counts():
     model = mlp()
     adam = torch.optim.Adam(model.parameters())

@@ -31,6 +31,7 @@ def result() -> train.Result:
     return train.run_task(task, 4)
 
 
+@pytest.mark.slow
 def test_every_variant_trains_the_same(result: train.Result) -> None:
     assert [row.name for row in result.rows] == [
         "plain",

@@ -252,6 +252,7 @@ def test_every_schedule_can_be_carried_out(program: Program, solver: str, share:
     assert verify(program, schedule) == ()
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(program=random_steps(), solver=st.sampled_from(("chen", "chen-recursive", "revolve", "rotor", "dtr")))
 def test_auto_is_never_worse_than_the_classics(program: Program, solver: str):

@@ -30,6 +30,7 @@ def wishes(program: Program) -> st.SearchStrategy[tuple[tuple[str, ...], tuple[s
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(data=st.data(), program=steps(), share=st.floats(0, 1))
 def test_plans_obey_and_can_be_carried_out(data: st.DataObject, program: Program, share: float):

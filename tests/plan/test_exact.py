@@ -50,7 +50,7 @@ def test_the_optima_of_checkmates_unit_chain(solver: str, layers: int, budget: f
 
 @pytest.mark.parametrize("make", [graph, layered])
 def test_equal_to_brute_force_on_graphs_of_ten_ops(make):
-    for seed in range(30):
+    for seed in range(15):
         program = make(seed, 10)
         budget = budget_between(program, 0.7 * random.Random(seed).random())
         plan = solve(program, budget, solver="exact")
@@ -72,6 +72,7 @@ def test_between_first_runs_only_program_order_is_looked_at_and_the_bound_knows(
     assert outcome.bound_seconds <= best < outcome.schedule.extra_seconds(program)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(program=st.one_of(programs(max_ops=5), literature_steps(3, 5)), share=st.floats(0.0, 0.8))
 def test_equal_to_brute_force_with_scratch_holds_and_overwriting(program: Program, share: float):
@@ -144,6 +145,7 @@ def test_auto_is_reported_beside_it():
     assert plan.overhead < beside["auto"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.1, 0.4])
 def test_auto_is_close_to_the_optimum_of_a_recorded_block(share: float):
     program = Program.from_json(DATA / "gpt-block.json")

@@ -33,6 +33,7 @@ def assert_lawful(program: Program, points: tuple[Plan, ...]) -> None:
         assert p.lower_bound <= p.overhead + 1e-12
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(program=steps())
 def test_more_budget_never_costs_more(program: Program):
@@ -140,6 +141,7 @@ def test_the_words():
     assert "…" not in text
 
 
+@pytest.mark.slow
 def test_other_solvers_beside_it():
     found = frontier(gpt(4, vocabulary=256), points=[0.5, 1.0])
     (plain,) = beside(found, "keep-everything")

@@ -29,7 +29,7 @@ def budget_at(program: Program, share: float) -> int:
     return max(1, floor + int(share * (plain - floor)))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(program=steps(), share=SHARES)
 def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: float):
     budget = budget_at(program, share)
@@ -81,13 +81,14 @@ def _outcome(program: Program, budget: int, solver: str) -> object:
         return error.floor_bytes
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(program=steps(), shares=st.tuples(SHARES, SHARES).map(sorted))
 def test_more_budget_never_costs_more(program: Program, shares: list[float]):
     less, more = (budget_at(program, share) for share in shares)
     assert solve(program, more).overhead <= solve(program, less).overhead + 1e-12
 
 
+@pytest.mark.slow
 @settings(max_examples=20, deadline=None)
 @given(program=steps(), share=SHARES)
 def test_the_floor_does_not_depend_on_what_was_asked(program: Program, share: float):
@@ -143,6 +144,7 @@ def test_the_bound_of_the_floor_counts_what_no_op_can_make_again():
     assert optimum(program, 155) == 0.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 def test_several_moments_at_once_are_a_better_bound_than_one(seed: int):
     """A tight budget on a graph of 44 ops: never worse than single moments, and close to the optimum."""

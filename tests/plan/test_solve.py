@@ -106,6 +106,7 @@ def test_programs_with_nothing_to_choose():
     assert solve(free, 12).overhead == 0.0
 
 
+@pytest.mark.slow
 def test_the_same_call_gives_the_same_plan_whatever_was_asked_before():
     budget = int(0.35 * simulate(gpt(6)).peak_bytes)
     first = solve(gpt(6), budget)

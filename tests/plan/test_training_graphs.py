@@ -7,7 +7,7 @@ import pytest
 from benchmarks.training_graphs import NETWORKS, training_graph
 from recollect import solve, verify
 
-SMALL = ("FCN-8", "VGG-19", "ResNet-50", "layered 35", "layered 120")
+SMALL = ("FCN-8", "layered 35")
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -22,8 +22,9 @@ def test_the_gap_is_small(name: str, share: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(SMALL)))
-def test_the_gap_of_the_others_is_small(name: str) -> None:
+@pytest.mark.parametrize("share", [0.9, 0.8])
+def test_the_gap_of_the_others_is_small(name: str, share: float) -> None:
     program = training_graph(name, NETWORKS[name]())
-    plan = solve(program, 0.8, time_limit_seconds=30)
+    plan = solve(program, share, time_limit_seconds=30)
     assert verify(program, plan) == ()
     assert plan.overhead - plan.lower_bound <= 0.005

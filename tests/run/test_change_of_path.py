@@ -186,6 +186,7 @@ class EarlyExit(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
 def test_early_exit() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(512, WIDTH), EarlyExit()
@@ -196,6 +197,7 @@ def test_early_exit() -> None:
     assert max(peaks) <= budget
 
 
+@pytest.mark.slow
 def test_stochastic_depth() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(512, WIDTH), EarlyExit(drop=0.3)
@@ -240,6 +242,7 @@ def test_variable_lengths_for_200_steps() -> None:
     assert stats.plans >= 39
 
 
+@pytest.mark.slow
 def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("recollect.run.session.MAX_PLANS", 2)
     model = nn.Sequential(*blocks(2))

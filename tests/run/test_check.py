@@ -56,6 +56,7 @@ def test_all_is_the_same_and_afterwards_as_before() -> None:
     assert "bit-identical to plain training, within the budget" in str(found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("pre-activation ResNet", "U-Net")], ids=str)
 def test_networks(case: Any) -> None:
     torch.manual_seed(0)

@@ -61,6 +61,7 @@ def test_a_forward_that_runs_out_is_tried_again_under_a_tighter_plan() -> None:
     assert stats.plan.peak_bytes <= 0.9 * 0.9 * before.peak_bytes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_norm", [False, True])
 def test_where_trying_again_does_not_help_the_error_tells(batch_norm: bool) -> None:
     """With batch norm the forward has updated running statistics, and cannot be run once more."""

@@ -162,6 +162,7 @@ def test_where_there_was_no_room_to_compare_the_backward_stops(monkeypatch: pyte
     assert_exact_after_refusals(model, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("GPT", "pre-activation ResNet")], ids=str)
 def test_the_first_step_stays_within_the_budget_too(case: Any) -> None:
     torch.manual_seed(0)

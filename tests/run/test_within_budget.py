@@ -91,7 +91,10 @@ def check(case: Case, steps: int, which: slice) -> None:
         assert stats.reruns > 0
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if str(c) not in ("unrolled LSTM", "XOR MLP")], ids=str)
+EVERYDAY = ("GPT", "pre-activation ResNet")
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if str(c) in EVERYDAY], ids=str)
 def test_two_budgets_for_three_steps(case: Case) -> None:
     check(case, 3, slice(0, 4, 3))
 
@@ -103,7 +106,9 @@ def test_five_budgets_for_fifty_steps(case: Case) -> None:
     check(case, 50, slice(0, 5))
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=str(c), marks=pytest.mark.slow if str(c) == "unrolled LSTM" else ()) for c in CASES]
+)
 def test_the_plain_peak_is_predicted(case: Case) -> None:
     torch.manual_seed(0)
     model, inputs = case.model(), case.inputs()
