@@ -105,9 +105,17 @@ def assert_same(got: list[Any], plain: list[Any]) -> None:
     [
         ({"by": "loss"}, {}),
         ({"by": "forward", "manual": True}, {}),
+        ({"by": "loss", "manual": True}, {}),
+        ({"by": "loss"}, {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
         ({"by": "body"}, {"precision": "bf16-mixed", "accumulate_grad_batches": 2, "gradient_clip_val": 0.1}),
     ],
-    ids=["automatic", "manual", "accumulating in bf16"],
+    ids=[
+        "automatic",
+        "manual",
+        "manual, the loss inside",
+        "accumulating in bf16, the loss inside",
+        "accumulating in bf16",
+    ],
 )
 def test_trainer_is_exact_and_within_the_budget(module: dict[str, Any], options: dict[str, Any]) -> None:
     _, plain, plain_peaks, _ = fit([], module, **options)
