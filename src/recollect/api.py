@@ -165,8 +165,8 @@ def plan(
         keep: as for ``checkpoint``.
         recompute: as for ``checkpoint``.
         timing: ``"estimate"`` operators from their FLOPs and bytes, or ``"measure"`` each distinct one, alone, on the
-            device (then kernel scratch is in the account too, as it is for ``checkpoint``, and what a kernel leaves of it
-            behind its result).
+            device (then kernel scratch is in the account too, as it is for ``checkpoint``, and what a kernel leaves of
+            it behind its result).
         time_limit_seconds: the longest that planning may take, recording excluded.
         **kwargs: keyword arguments of ``fn``.
 

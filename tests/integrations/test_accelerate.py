@@ -13,11 +13,10 @@ from torch import Tensor, nn
 import recollect
 from recollect.record.optimizer import optimizer_bytes
 from recollect.run.account import measured_peak
+from tests.integrations.meter import SCALARS
 
 pytestmark = pytest.mark.slow
 WIDTH, ROWS = 32, 128
-SCALARS = 64
-"""Bytes of the numbers that live outside the callable: the loss divided by the steps, the clones kept to compare."""
 
 
 def network() -> nn.Module:

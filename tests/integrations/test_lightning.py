@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import recollect
 from recollect.integrations.lightning import RecollectCallback
-from tests.integrations.meter import Meter
+from tests.integrations.meter import SCALARS, Meter
 
 pytestmark = [
     pytest.mark.slow,
@@ -129,8 +129,8 @@ def test_trainer_is_exact_and_within_the_budget(module: dict[str, Any], options:
     assert stats.plan is not None
     assert 0 < max(peaks[3:]) < max(plain_peaks[3:])  # the first batches are planned under way
     budget = stats.plan.budget_bytes
-    if module["by"] == "loss":  # then nothing is outside
-        assert max(peaks[3:]) <= budget
+    if module["by"] == "loss":  # then nothing else is outside
+        assert max(peaks[3:]) <= budget + SCALARS
     assert recollect.api.session_of(net) is None
     assert recollect.api.session_of(net.body) is None
     assert "loss" not in vars(net)
