@@ -272,6 +272,7 @@ def _record_for_real(
             with torch.no_grad():
                 for whole, saved in before.values():
                     whole.copy_(saved)
+            before.clear()  # the recorder, which lives on while operators are measured, would hold the copies
 
 
 class _Twins:
