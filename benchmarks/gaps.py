@@ -3,7 +3,8 @@
 The recorded networks of ``strategies.py`` and the 1,001-layer ResNet of ``chen.py``, at 70, 50 and 30 % of the plain
 peak: gap (overhead minus lower bound) in percentage points, and the seconds that the plan took. At 70 % it is made
 from nothing, within 2 s for every 1,000 ops; at the others a program that has been planned gets another budget, within
-half of that. Seconds are those of the processor, for the time limit, too: what else the machine does plays no part.
+half of that; 2 s at least. Seconds are those of the processor, for the time limit, too: what else the machine does
+plays no part.
 Run: ``python benchmarks/gaps.py [NAME ...]``; takes some minutes.
 """
 
@@ -45,7 +46,7 @@ def programs() -> dict[str, Callable[[], Program]]:
 
 def row_of(program: Program, share: float) -> tuple[str, ...]:
     """Overhead, bound, gap and seconds at one budget."""
-    limit = max(LEAST_SECONDS, SECONDS_PER_OP * len(program.ops)) * (1.0 if share == max(GOALS) else 0.5)
+    limit = max(LEAST_SECONDS, SECONDS_PER_OP * len(program.ops) * (1.0 if share == max(GOALS) else 0.5))
     begin = time.process_time()
     try:
         plan = solve(program, share, time_limit_seconds=limit)

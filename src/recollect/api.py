@@ -342,14 +342,16 @@ class Options:
         """A copy of a model needs the bytes of the optimizer, not the optimizer."""
         return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
 
-    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool) -> Program:
+    def record(
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
+    ) -> Program:
         """The program of a call, operators measured within the budget."""
         with progress_bar() as progress:
             try:
                 state, scratch = optimizer_bytes(self.optimizer)
                 return record(
                     fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
-                    progress=progress, limit=self._in_bytes,
+                    compare=compare, progress=progress, limit=self._in_bytes,
                 )  # fmt: skip
             except UnusableInput:
                 raise

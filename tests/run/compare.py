@@ -122,8 +122,8 @@ def off_by_a_bit(monkeypatch: pytest.MonkeyPatch, when: Callable[[Entry], bool] 
     """Ops that run again give something else than the first time: one bit of each result."""
     plain = Entry.run
 
-    def run(self: Entry, memory: Any) -> Any:
-        made = plain(self, memory)
+    def run(self: Entry, memory: Any, replay: Any) -> Any:
+        made = plain(self, memory, replay)
         for storage in made.values():
             if storage.nbytes() and when(self):
                 storage[0] = storage[0] ^ 1

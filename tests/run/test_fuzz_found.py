@@ -8,7 +8,7 @@ from torch import Tensor
 
 from recollect.record import record
 from recollect.run import tape
-from tests.run.fuzz import Do, Script, Step, Way, examine
+from tests.run.fuzz import Do, If, In, Script, Step, Way, examine
 
 
 def test_what_dies_in_the_middle_of_the_forward_is_no_op_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,3 +47,26 @@ def test_saved_tensors_modified_by_foreach_operators_are_an_error(mode: str) -> 
     """Inside a dispatch mode these operators do not count up version counters, so that nobody would notice."""
     outcome = examine(Script((Do("relu", 0, 2), Do("foreach_", 0, 0)), steps=(Step(),), way=Way(mode)))
     assert (outcome.error, outcome.wrong) == ("RuntimeError", [])
+
+
+def test_constants_made_in_inference_mode_are_put_back_after_a_recording_on_real_tensors() -> None:
+    branch = If(0, (Do("relu", 0, 0),), (Do("relu", 0, 0),))
+    script = Script(
+        (In("inference", (Do("relu", 0, 0), Do("constant", 0, 0))), branch), steps=(Step(),), way=Way("nothing")
+    )
+    assert examine(script).wrong == []
+
+
+def test_composite_operators_on_tensors_of_inference_mode_are_not_refused_inside_a_dispatch_mode() -> None:
+    """So torch does not refuse them under recollect, either; such a tensor has no gradient that could be wrong."""
+    outcome = examine(Script((In("inference", (Do("relu", 0, 0),)), Do("dropout_", 0, 0)), steps=(Step(),)))
+    assert (outcome.error, outcome.wrong) == ("RuntimeError", [])
+
+
+@pytest.mark.parametrize("mode", ["nothing", "online"])
+def test_what_autocast_hides_in_inference_mode_is_refused(mode: str) -> None:
+    """Such an operator gets to a dispatch mode in one piece, and autocast no more to what it is made up of."""
+    body = (In("inference", (Do("gru", 0, 0),)),)
+    outcome = examine(Script(body, returns="tuple", steps=(Step(), Step(use="within autocast")), way=Way(mode)))
+    assert outcome.wrong == []
+    assert "use torch.no_grad" in outcome.unplanned or outcome.error == "RuntimeError"

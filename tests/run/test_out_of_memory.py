@@ -133,12 +133,12 @@ class RefusesAgain:
         plain: Callable[..., Any] = entry.Entry.run
         self.count, self.left = 0, times
 
-        def run(this: Any, memory: Any) -> Any:
+        def run(this: Any, memory: Any, replay: Any) -> Any:
             self.count += 1
             if self.count >= n and self.left:
                 self.left -= 1
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
-            return plain(this, memory)
+            return plain(this, memory, replay)
 
         monkeypatch.setattr(entry.Entry, "run", run)
 

@@ -110,3 +110,19 @@ def test_the_plain_peak_is_predicted(case: Case) -> None:
     plan = recollect.plan(case.loss(model), *inputs, budget=1.0, timing="measure")
     case.loss(model)(*inputs).backward()
     assert measured_peak(model, case.loss(model), inputs, 0) == plan.plain_peak_bytes
+
+
+def test_numbers_that_autograd_saves_are_in_the_account() -> None:
+    torch.manual_seed(0)
+    layers, x = nn.ModuleList(nn.Linear(64, 64) for _ in range(6)), torch.randn(128, 64)
+
+    def step(x: Tensor) -> Tensor:
+        for layer in layers:
+            x = (torch.tanh(layer(x)) * 0.5 + 1.0) / 3
+        return x.square().mean()
+
+    floor = recollect.plan(step, x, budget=1.0, timing="measure").floor_bytes
+    call = recollect.checkpoint(step, budget=floor)
+    for _ in range(2):
+        layers.zero_grad()
+        assert account(lambda: call(x).backward(), resident(layers, x)).peak_bytes <= floor

@@ -264,17 +264,18 @@ class Pool:
     def _improve(self, budget_bytes: int, deadline: float, disturbances: int, enough: float = 0.0) -> None:
         """Fill the best that fits, shave and fill what is above, walk; then disturb the best again and again.
 
-        What is much above the budget takes long on a large program: it comes after the walks. Stops early where the
-        extra seconds are down to ``enough``.
+        What is much above the budget takes long on a large program: there it comes after the walks. Stops early where
+        the extra seconds are down to ``enough``.
         """
         search = self._search
 
         def done() -> bool:
             return time.monotonic() > deadline or self._is_down_to(enough, budget_bytes)
 
-        near, far = self._starts(budget_bytes)
-        fits = (self._fitting(near, done), *(walks.around for walks in self._walks), self._fitting(far, done))
-        for attempt in (*fits, self._classics.around):
+        near, far = (self._fitting(starts, done) for starts in self._starts(budget_bytes))
+        walks = [walks.around for walks in self._walks]
+        late = [*walks, far] if len(search.tables.ops) > _LARGE_PROGRAM else [far, *walks]
+        for attempt in (near, *late, self._classics.around):
             if done():
                 return
             attempt(budget_bytes, deadline)

@@ -8,6 +8,7 @@ from typing import Any, Final
 import torch
 
 from recollect.program import END, Op, Program, Value
+from recollect.record.numbers import saved_number_bytes
 from recollect.record.recorder import RecordedOp, RecordedValue, Recorder
 from recollect.record.timing import Cost
 
@@ -36,6 +37,10 @@ def assemble(
     made = range(recorder.map.made)
     index = {n: i for i, n in enumerate([*outside, *made])}
     values = [_value(n, recorder.values[n], recorder, device) for n in [*outside, *made]]
+    number_bytes = saved_number_bytes(recorder.calls_with_numbers) if device.type == "cpu" else 0
+    if number_bytes:
+        label = "numbers that autograd saves"
+        values.append(Value("numbers", number_bytes, fixed=True, label=label, kind="input"))
     if optimizer_state_bytes:
         values.append(Value("optimizer", optimizer_state_bytes, fixed=True, label="optimizer state", kind="optimizer"))
     for label, nbytes in (beside or {}).items():

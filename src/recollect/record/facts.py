@@ -6,6 +6,7 @@ numbers). The rest, where schemas are silent, stands in the small tables here.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -49,8 +50,19 @@ NEVER_AGAIN: Final = {
 }
 """ATen operators that must not run again, and why."""
 
-_KEY = torch._C.DispatchKey
-_Switch = torch._C._SetExcludeDispatchKeyGuard
+INDIFFERENT: Final = frozenset(
+    {"aten.alpha_dropout", "aten.alpha_dropout_", "aten.chunk", "aten.contiguous", "aten.dropout", "aten.dropout_",
+     "aten.feature_dropout", "aten.feature_dropout_", "aten.flatten", "aten.layer_norm", "aten.group_norm",
+     "aten.instance_norm", "aten.batch_norm", "aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.meshgrid",
+     "aten.movedim", "aten.one_hot", "aten.pad", "aten.reshape", "aten.softmax", "aten.log_softmax", "aten.to",
+     "aten.type_as", "aten.where"}
+)  # fmt: skip
+"""Made up of operators that autocast leaves alone on every device, or all of them alike."""
+
+_CONJUGATE, _NEGATIVE = torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative
+_ZERO = torch._C.DispatchKey.ZeroTensor
+_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
+_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +83,10 @@ class OpFacts:
         counts_inside: the version counters of what it writes are counted up by the operators that its kernel calls,
             which they do not do inside a dispatch mode.
         never_again: "" or why it must not run a second time.
+        is_plain: none of the above but ``is_view``, ``uninitialised`` and ``workspaces``.
         communicates: talks to other processes.
+        composite: made up of operators that autocast may treat differently. Such an operator gets here in one piece
+            only in ``torch.inference_mode``; everywhere else torch takes it apart before.
     """
 
     name: str
@@ -86,7 +101,9 @@ class OpFacts:
     workspaces: tuple[int, ...]
     counts_inside: bool
     never_again: str
+    is_plain: bool
     communicates: bool
+    composite: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -118,21 +135,47 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
     positions = tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only)
     aliases = [r.alias_info is not None for r in schema.returns]
+    random, batch_norm = torch.Tag.nondeterministic_seeded in func.tags, packet in BATCH_NORM
+    never_again = _never_again(func, packet, any(written))
     return OpFacts(
         name=str(func),
         is_view=bool(aliases) and all(aliases) and not any(written) and packet not in FRESH_CONSTANT,
         fresh_constant=packet in FRESH_CONSTANT,
         written_args=positions if (undeclared := written_by_collective(func)) is None else undeclared,
         written_kwargs=tuple(a.name for i, a in enumerate(arguments) if written[i]),
-        random=torch.Tag.nondeterministic_seeded in func.tags,
-        batch_norm=packet in BATCH_NORM,
+        random=random,
+        batch_norm=batch_norm,
         uninitialised=packet in UNINITIALISED,
         overwriting=packet in OVERWRITING,
         workspaces=WORKSPACES.get(packet, ()),
         counts_inside=packet.startswith("aten._foreach_") and any(written),
-        never_again=_never_again(func, packet, any(written)),
+        never_again=never_again,
+        is_plain=not (
+            any(written) or random or batch_norm or never_again or communicates(func) or packet in FRESH_CONSTANT
+        ),
         communicates=communicates(func),
+        composite=_is_composite(func, packet),
     )
+
+
+def _is_composite(func: torch._ops.OpOverload, packet: str) -> bool:
+    """Whether what it is made up of decides what autocast does: autocast does not know the operator itself."""
+    if func.namespace != "aten" or packet in INDIFFERENT:
+        return False
+    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
+    known = all(has(f"Autocast{device}") for device in ("CPU", "CUDA"))
+    return has("CompositeImplicitAutograd") and not known
+
+
+def refuse_autocast(facts: OpFacts) -> None:
+    """Raise where autocast would treat what an operator is made up of: inside a dispatch mode nobody does."""
+    nesting = torch.autocast_increment_nesting() - 1
+    torch.autocast_decrement_nesting()
+    if nesting:
+        raise RuntimeError(
+            f"{facts.name} runs in torch.inference_mode within autocast, and recollect cannot see what autocast makes "
+            "of it there; use torch.no_grad instead of torch.inference_mode around it"
+        )
 
 
 def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
@@ -153,16 +196,36 @@ def run_op(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str
     Inside a mode torch switches lazy conjugation, lazy negation and zero tensors off, also for the operators that a
     kernel calls itself: the pseudo-inverse of a complex matrix then lacks a conjugation, under any mode at all.
     """
-    with _Switch(_KEY.Conjugate, False), _Switch(_KEY.Negative, False), _Switch(_KEY.ZeroTensor, False):
-        return func(*args, **kwargs)
+    if not _is_excluded(_CONJUGATE):  # a mode switches all three off
+        return func._op(*args, **kwargs)
+    _exclude(_CONJUGATE, False)  # three guards of torch's would take as long as a small operator
+    _exclude(_NEGATIVE, False)
+    _exclude(_ZERO, False)
+    try:
+        return func._op(*args, **kwargs)
+    finally:
+        _exclude(_CONJUGATE, True)
+        _exclude(_NEGATIVE, True)
+        _exclude(_ZERO, True)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in operator arguments or results: nested tuples, lists and dicts, in order."""
+    if type(tree) is Tensor:
+        return [tree]
     if isinstance(tree, Tensor):
         return [tree]
     found: list[Tensor] = []
     _collect((tree,), found)
+    return found
+
+
+def tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of an operator, in order."""
+    found: list[Tensor] = []
+    _collect(args, found)
+    if kwargs:
+        _collect(kwargs.values(), found)
     return found
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
 from typing import Any
@@ -62,6 +62,7 @@ def record(
     timing: str = "measure",
     device: torch.device | str | None = None,
     real: bool = False,
+    compare: bool = False,
     progress: Progress | None = None,
     name: str = "",
     limit: Callable[[Program], int] | None = None,
@@ -82,6 +83,8 @@ def record(
         timing: ``"measure"`` runs each distinct operator alone on the device, ``"estimate"`` runs nothing.
         device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
         real: record on the real tensors first: for a callable that looks whether its tensors are fake.
+        compare: after a recording on fake tensors run the forward once more, on the real ones, and keep the recording
+            only if both take the same path; otherwise record on the real ones.
         progress: called with a label and a fraction.
         name: name of the program.
         limit: given the program before anything is measured, how many bytes may be in memory while it is, what is
@@ -109,10 +112,10 @@ def record(
         with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device, parallel) as world:
             return _record_in(world, fn, modules, parallel, progress)
 
-    def on_real() -> Recorder:
+    def on_real(*, forward_only: bool = False) -> Recorder:
         if parallel.units:
             raise NotSupported("a recording on real tensors would have to gather the shards of fully_shard")
-        return _record_for_real(fn, modules, args, kwargs, parallel, progress)
+        return _record_for_real(fn, modules, args, kwargs, parallel, progress, forward_only)
 
     ways = [("fake", on_fake), ("real", on_real)]
     (recorded, first), (other, second) = reversed(ways) if real else ways
@@ -124,6 +127,11 @@ def record(
         if is_unreal(modules, args, kwargs):
             raise
         recorded, recorder = other, _or_from(error, second)
+    alone = not parallel and not any(op.facts is not None and op.facts.communicates for op in recorder.ops)
+    if compare and recorded == "fake" and alone and not is_unreal(modules, args, kwargs):
+        with suppress(Exception):  # what fails on real tensors fails in the step itself, too, and is reported there
+            if not _same_path(recorder, on_real(forward_only=True)):
+                recorded, recorder = "real", on_real()
     signatures = [op.signature for op in recorder.ops]
 
     def assembled(costs: Sequence[Cost], source: str) -> Program:
@@ -154,6 +162,15 @@ def _or_from(error: Exception, record_anew: Callable[[], Recorder]) -> Recorder:
         raise
     except Exception as again:
         raise again from error
+
+
+def _same_path(recorder: Recorder, forward: Recorder) -> bool:
+    """Whether two recordings have the same forward; of the second one there need not be more."""
+    one, other = [
+        [(op.name, [n for n in op.reads if n >= 0], op.writes) for op in r.ops if not op.backward]
+        for r in (recorder, forward)
+    ]
+    return one == other
 
 
 class _World:
@@ -247,14 +264,20 @@ def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
 
 
 def _record_for_real(
-    fn: Any, modules: Sequence[nn.Module], args: Any, kwargs: Any, parallel: Parallel, progress: Progress | None
+    fn: Any,
+    modules: Sequence[nn.Module],
+    args: Any,
+    kwargs: Any,
+    parallel: Parallel,
+    progress: Progress | None,
+    forward_only: bool,
 ) -> Recorder:
     """Record on the real tensors, and put back whatever the step overwrote."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def before_write(tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in before:
+        storage = storage_of(tensor)
+        if storage is not None and storage._cdata not in before:
             whole = torch.empty(0, dtype=torch.uint8, device=tensor.device).set_(storage)
             before[storage._cdata] = (whole, whole.clone())
 
@@ -266,10 +289,11 @@ def _record_for_real(
         try:
             swap_tensors(modules, twin)
             args, kwargs = map_tensors((tuple(args), kwargs), twin)
-            world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, fingerprint)
-            return _record_in(world, fn, modules, parallel, progress)
+            look = None if forward_only else fingerprint
+            world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, look)
+            return _record_in(world, fn, modules, parallel, progress, forward_only=forward_only)
         finally:
-            with torch.no_grad():
+            with torch.inference_mode():  # some of them may have been made in it, and can be written nowhere else
                 for whole, saved in before.values():
                     whole.copy_(saved)
             before.clear()  # the recorder, which lives on while operators are measured, would hold the copies
@@ -312,7 +336,13 @@ def _copy_of_integers(tensor: Tensor) -> Tensor | None:
 
 
 def _record_in(
-    world: _World, fn: Any, modules: Sequence[nn.Module], parallel: Parallel, progress: Progress | None
+    world: _World,
+    fn: Any,
+    modules: Sequence[nn.Module],
+    parallel: Parallel,
+    progress: Progress | None,
+    *,
+    forward_only: bool = False,
 ) -> Recorder:
     """Run forward and backward under the recorder."""
     paths = ModulePaths(modules)
@@ -332,6 +362,8 @@ def _record_in(
         with paths, recorder.hooks():
             result = fn(*world.args, **world.kwargs)
         forget_casts()
+        if forward_only:
+            return recorder
         recorder.forward_ends()
         outputs = differentiable_outputs(result)
         if not outputs:

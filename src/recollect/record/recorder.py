@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from recollect.record.collectives import run_alone
 from recollect.record.compiled import in_compiled_code
-from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
+from recollect.record.facts import OpFacts, facts_of, refuse_autocast, run_op, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
+from recollect.record.numbers import has_number
 from recollect.record.parallel import Gathering
 from recollect.record.signature import CallSignature, signature_of
 from recollect.record.smoothing import Smoothing
@@ -142,6 +143,7 @@ class Recorder(TorchDispatchMode):
         self._fingerprints: dict[int, int] = {}
         self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
+        self.calls_with_numbers: list[CallSignature] = []
         self.gathering = Gathering({}, lambda path: set())
         self._backward_module = self._backward_source = ""
         self.compiled: str | None = None
@@ -231,6 +233,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         func, args = self._smoothing.replaced(func, args)
         facts = facts_of(func)
+        if facts.composite:
+            refuse_autocast(facts)
         theirs = facts.written(args, kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:
@@ -250,6 +254,9 @@ class Recorder(TorchDispatchMode):
             self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
         signature = None if facts.communicates else signature_of(func, args, kwargs)
+        builds_graph = not self.backward and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+        if signature is not None and builds_graph and has_number(signature):
+            self.calls_with_numbers.append(signature)
         out = self._run(func, facts, args, kwargs)
         outputs = tensors_in(out)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import threading
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,21 +35,51 @@ class OutsideHandle:
         return self.alias
 
 
-@dataclass(frozen=True, slots=True)
-class _Made:
+class _Made(NamedTuple):
     """An argument that looks at a value of the forward."""
 
     number: int
     view: View
 
 
-@dataclass(frozen=True, slots=True)
+class _Nest(NamedTuple):
+    """A list, tuple or dict among the arguments that has tensors in it: what makes it, and its content."""
+
+    make: Callable[[list[Any]], Any]
+    content: list[Any]
+
+
+class Replay:
+    """The block in which ops run again: below autograd and autocast; the numeric settings are put back at its end."""
+
+    __slots__ = ("_before", "_guards", "_settings")
+
+    def __enter__(self) -> Replay:
+        self._before = self._settings = NumericSettings.now()
+        self._guards = torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast()
+        for guard in self._guards:
+            guard.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for guard in reversed(self._guards):
+            guard.__exit__(*error)
+        self._settings.switch_to(self._before)
+
+    def use(self, settings: NumericSettings) -> None:
+        """Switch to the numeric settings of an op."""
+        if settings is not self._settings:
+            self._settings.switch_to(settings)
+            self._settings = settings
+
+
+@dataclass(slots=True)
 class Entry:
-    """An op of the forward, ready to run again."""
+    """An op of the forward, ready to run again. Not frozen: one is made for every such op of every forward."""
 
     func: torch._ops.OpOverload
-    args: Any
-    kwargs: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
     outputs: tuple[tuple[int, int], ...]
     """Pairs (position among the tensors of the result, value)."""
     in_place: tuple[tuple[int, int], ...]
@@ -60,28 +90,33 @@ class Entry:
     checksum: int | None
     """Of what a random op drew, where other threads might have drawn in between."""
 
-    def run(self, memory: dict[int, torch.UntypedStorage]) -> dict[int, torch.UntypedStorage]:
-        """Run the op again, below autograd and autocast, with the random numbers and settings of the forward.
+    def run(self, memory: dict[int, torch.UntypedStorage], replay: Replay) -> dict[int, torch.UntypedStorage]:
+        """Run the op again, with the random numbers and settings of the forward.
 
         Args:
             memory: of the values that it reads; of those that it makes in place, too.
+            replay: the block in which this happens.
 
         Returns:
             The memory of every value that it makes.
         """
-        with (
-            DRAWING if self.generator is not None else contextlib.nullcontext(),
-            torch._C._AutoDispatchBelowAutograd(),
-            torch._C._DisableAutocast(),
-            self.settings.applied(),
-            _generator_at(self.generator, self.generator_state),
-        ):
-            args, kwargs = _resolved(self.args, memory), _resolved(self.kwargs, memory)
-            results = tensors_in(run_op(self.func, args, kwargs))
-        made = {n: results[i].untyped_storage() for i, n in self.outputs} | {n: memory[n] for n, _ in self.in_place}
+        replay.use(self.settings)
+        if self.generator is None or self.generator_state is None:
+            results = self._results(memory)
+        else:
+            with DRAWING, _generator_at(self.generator, self.generator_state):
+                results = self._results(memory)
+        made = {n: results[i].untyped_storage() for i, n in self.outputs}
+        for n, _ in self.in_place:
+            made[n] = memory[n]
         if self.checksum is not None and self.checksum != checksum(made[n] for n in sorted(made)):
             raise _disturbed(self.func)
         return made
+
+    def _results(self, memory: dict[int, torch.UntypedStorage]) -> list[Tensor]:
+        args = [_resolved(a, memory) for a in self.args]
+        kwargs = {k: _resolved(a, memory) for k, a in self.kwargs.items()} if self.kwargs else self.kwargs
+        return tensors_in(run_op(self.func, args, kwargs))
 
 
 @dataclass(slots=True)
@@ -89,8 +124,8 @@ class Unfinished:
     """An entry before its op has run."""
 
     func: Any
-    args: Any
-    kwargs: Any
+    args: list[Any]
+    kwargs: dict[str, Any]
     generator: torch.Generator | None
     generator_state: bytearray | None
     settings: NumericSettings
@@ -102,15 +137,19 @@ class Unfinished:
 
     def finish(self, seen: Seen, outputs: Sequence[Tensor]) -> Entry:
         """The entry, now that it is known what the op made."""
-        replaced = {new for new, _ in seen.in_place}
-        positions = {id(t): i for i, t in reversed(list(enumerate(outputs)))}
+        if len(outputs) == 1 and not seen.in_place:
+            made = tuple([(0, n) for n, _ in seen.writes])
+        else:
+            replaced = {new for new, _ in seen.in_place}
+            positions = {id(t): i for i, t in reversed(list(enumerate(outputs)))}
+            made = tuple([(positions[id(t)], n) for n, t in seen.writes if n not in replaced])
         return Entry(
             self.func,
             self.args,
             self.kwargs,
-            tuple((positions[id(t)], n) for n, t in seen.writes if n not in replaced),
+            made,
             seen.in_place,
-            tuple(n for n in seen.reads if n >= 0),
+            tuple([n for n in seen.reads if n >= 0]),
             self.generator,
             self.generator_state,
             self.settings,
@@ -141,8 +180,8 @@ def prepare(
     generator = _generator_of(args, kwargs) if facts.random else None
     return Unfinished(
         func,
-        _template(tuple(args), values, outside),
-        _template(kwargs, values, outside),
+        [_template(a, values, outside) for a in args],
+        {k: _template(a, values, outside) for k, a in kwargs.items()},
         generator,
         None if generator is None else state_of(generator),
         NumericSettings.now(),
@@ -150,7 +189,7 @@ def prepare(
 
 
 def _template(tree: Any, values: ValueMap, outside: dict[int, list[OutsideHandle]]) -> Any:
-    """Arguments without tensors: made values by number and view, tensors from outside by alias (listed, too)."""
+    """An argument without tensors: made values by number and view, tensors from outside by alias (listed, too)."""
     if isinstance(tree, Tensor):
         storage = storage_of(tree)
         number = -1 if storage is None else values.number(storage)
@@ -162,33 +201,51 @@ def _template(tree: Any, values: ValueMap, outside: dict[int, list[OutsideHandle
             outside.setdefault(number, []).append(handle)
         return handle
     if isinstance(tree, (list, tuple)):
-        return type(tree)(_template(v, values, outside) for v in tree)
+        if not any(isinstance(v, (Tensor, list, tuple, dict)) for v in tree):
+            return tree
+        return _Nest(type(tree), [_template(v, values, outside) for v in tree])
     if isinstance(tree, dict):
-        return {k: _template(v, values, outside) for k, v in tree.items()}
+        keys = list(tree)
+        return _Nest(
+            lambda content: dict(zip(keys, content, strict=True)),
+            [_template(v, values, outside) for v in tree.values()],
+        )
     return tree
 
 
 def _resolved(tree: Any, memory: dict[int, torch.UntypedStorage]) -> Any:
-    """The arguments of a template again."""
-    if isinstance(tree, _Made):
+    """The argument of a template again."""
+    kind = type(tree)
+    if kind is _Made:
         return tree.view.on(memory[tree.number])
-    if isinstance(tree, OutsideHandle):
+    if kind is OutsideHandle:
         tensor = tree.get()
         if _is_freed(tensor):
             raise _freed(tensor)
         return tensor
-    if isinstance(tree, (list, tuple)):
-        return type(tree)(_resolved(v, memory) for v in tree)
-    if isinstance(tree, dict):
-        return {k: _resolved(v, memory) for k, v in tree.items()}
+    if kind is _Nest:
+        return tree.make([_resolved(v, memory) for v in tree.content])
     return tree
+
+
+_ALIASING = torch._C.DispatchKey.ADInplaceOrView
+_is_excluded, _is_included = (
+    torch._C._dispatch_tls_is_dispatch_key_excluded,
+    torch._C._dispatch_tls_is_dispatch_key_included,
+)
+_exclude, _include = torch._C._dispatch_tls_set_dispatch_key_excluded, torch._C._dispatch_tls_set_dispatch_key_included
 
 
 def alias_of(tensor: Tensor) -> Tensor:
     """Another tensor on the same memory that shares the version counter; to be called inside a dispatch mode."""
-    key = torch._C.DispatchKey.ADInplaceOrView
-    with torch._C._SetExcludeDispatchKeyGuard(key, False), torch._C._IncludeDispatchKeyGuard(key):
+    excluded, included = _is_excluded(_ALIASING), _is_included(_ALIASING)
+    _exclude(_ALIASING, False)  # guards of torch's would take several times as long
+    _include(_ALIASING, True)
+    try:
         return tensor.detach()
+    finally:
+        _exclude(_ALIASING, excluded)
+        _include(_ALIASING, included)
 
 
 def _is_freed(tensor: Tensor) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from recollect.record.facts import facts_of
 from recollect.record.values import ValueMap, fingerprint, storage_of
-from recollect.run.entry import Entry
+from recollect.run.entry import Entry, Replay
 
 DIFFERS = "gives something else when it runs again"
 CHANGED = "what it makes is changed by something that torch does not see"
@@ -55,7 +55,7 @@ class SelfCheck:
         storages = [s for s in map(storage_of, inputs) if s is not None]
         return {values.number(s): s.clone() if s._cdata in overwritten else s for s in storages}
 
-    def differs(self, k: int, entry: Entry, made: Mapping[int, Tensor], before: Memory) -> bool:
+    def differs(self, k: int, entry: Entry, made: Mapping[int, Tensor], before: Memory, replay: Replay) -> bool:
         """After the first run: remember what it made, and run again where there is room; whether that differs."""
         facts = facts_of(entry.func)
         if facts.uninitialised:
@@ -69,7 +69,7 @@ class SelfCheck:
         if k not in self._twice:
             return False
         before |= {n: before[old] for n, old in entry.in_place}
-        again = {n: self._sum(n, storage) for n, storage in entry.run(before).items() if n in sums}
+        again = {n: self._sum(n, storage) for n, storage in entry.run(before, replay).items() if n in sums}
         if again == sums:
             return False
         self._report(k, DIFFERS)

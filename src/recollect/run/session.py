@@ -51,10 +51,13 @@ TOLERANCE: Final = 0.01
 class Planner(Protocol):
     """Records steps and plans them; knows the budget."""
 
-    def record(self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool) -> Program:
+    def record(
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
+    ) -> Program:
         """The program of a call; raises ``NotPlannable`` for what can only run without checkpointing.
 
-        ``real``: on real tensors, because the callable takes another path on those than on fake ones.
+        ``real``: on real tensors, because the callable takes another path on those than on fake ones. ``compare``: find
+        out whether it does.
         """
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
@@ -342,8 +345,10 @@ class Session:
             )
         try:
             with self._turns.recording():
+                first = self._last is None
                 real = entry.deviations > 0 or self._looks_for_fakes
-                program = self.planner.record(self.fn, args, kwargs, real=real)
+                program = self.planner.record(self.fn, args, kwargs, real=real, compare=first)
+                self._looks_for_fakes = self._looks_for_fakes or (first and program.recorded == "real")
                 self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
             if self._last is None:
@@ -529,12 +534,26 @@ def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any
     require and have gradients; autocast.
     """
     leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), kwargs))
-    modules = reachable_modules(fn, args, kwargs)
-    flags = tuple((m.training, is_compiled(m)) for root in modules for m in root.modules())
-    tensors = tuple(_tensor_signature(t) for _, _, t in named_tensors(modules))
+    roots = reachable_modules(fn, args, kwargs)
+    modules = _all_modules(roots)
+    flags = tuple([(m.training, is_compiled(m)) for m in modules])
+    tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+    tensors = tuple([_tensor_signature(t) for table in tables for t in table.values() if t is not None])
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
-    around = parallel_signature(parallel_of(modules))
+    around = parallel_signature(parallel_of(roots))
     return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast, around
+
+
+def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """These modules and all inside them, each once; ``nn.Module.modules`` takes several times as long."""
+    found: dict[int, nn.Module] = {}
+    pending = list(roots)
+    while pending:
+        module = pending.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            pending += [m for m in module._modules.values() if m is not None]
+    return list(found.values())
 
 
 def _tensor_signature(tensor: Tensor) -> tuple[Any, ...]:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -41,23 +40,18 @@ def _precision(backend: str, op: str) -> _Pair:
 
 
 def _determinism() -> tuple[bool, bool]:
-    return torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    return torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()
 
 
-_SWITCHES: tuple[_Pair, ...] = (
-    (torch.get_default_dtype, torch.set_default_dtype),
-    (torch.get_num_threads, torch.set_num_threads),  # a sum is split by threads
-    (lambda: _TINY * 1.0 == 0.0, torch.set_flush_denormal),
-    (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+_ON_GPU = torch.version.cuda is not None or torch.version.hip is not None
+"""Without these, torch has the switches of their libraries, but nothing that looks at them."""
+_GPU_SWITCHES: tuple[_Pair, ...] = (
     *_pairs(
         "cudnn_enabled",
         "cudnn_benchmark",
         "cudnn_deterministic",
         "cudnn_depthwise_kernel",
         "cublas_allow_fp16_accumulation",
-        "mkldnn_enabled",
-        "mkldnn_deterministic",
-        "nnpack_enabled",
     ),
     *(
         (get, lambda value, put=put: put(*value))
@@ -65,45 +59,57 @@ _SWITCHES: tuple[_Pair, ...] = (
             "cublas_allow_fp16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction"
         )
     ),
+)
+_SWITCHES: tuple[_Pair, ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),  # a sum is split by threads
+    (lambda: _TINY * 1.0 == 0.0, torch.set_flush_denormal),
+    (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+    *_pairs("mkldnn_enabled", "mkldnn_deterministic", "nnpack_enabled"),
+    *(_GPU_SWITCHES if _ON_GPU else ()),
     # The older switches first: setting them sets newer ones, too.
     _older(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
-    *(_older(get, put) for get, put in _pairs("cudnn_allow_tf32", "onednn_allow_tf32")),
+    *(_older(get, put) for get, put in _pairs(*(("cudnn_allow_tf32",) if _ON_GPU else ()), "onednn_allow_tf32")),
     _precision("generic", "all"),
-    *(_precision(backend, op) for backend in ("cuda", "mkldnn") for op in ("all", "matmul", "conv", "rnn")),
+    *(
+        _precision(backend, op)
+        for backend in (*(("cuda",) if _ON_GPU else ()), "mkldnn")
+        for op in ("all", "matmul", "conv", "rnn")
+    ),
 )
 
 
+_READERS = [read for read, _ in _SWITCHES]
+
+
 class NumericSettings(NamedTuple):
-    """The switches at one moment, and whether gradients were enabled: mkldnn_rnn_layer makes workspace only then."""
+    """The switches at one moment, and whether gradients were enabled (mkldnn_rnn_layer asks for its workspace)."""
 
     values: tuple[Any, ...]
     grad_enabled: bool
 
     @staticmethod
     def now() -> NumericSettings:
-        """The switches as they are."""
-        return NumericSettings(tuple([read() for read, _ in _SWITCHES]), torch.is_grad_enabled())
+        """The switches as they are; the same object as last time where nothing has changed."""
+        values, grad_enabled = tuple([read() for read in _READERS]), torch.is_grad_enabled()
+        last = _LAST[grad_enabled]
+        if last is None or last.values != values:
+            last = _LAST[grad_enabled] = NumericSettings(values, grad_enabled)
+        return last
 
-    @contextlib.contextmanager
-    def applied(self) -> Iterator[None]:
-        """The switches as they were, for the length of the block."""
-        before = NumericSettings.now()
-        others_differ = before.values != self.values  # as good as never; gradients are disabled in every backward
-        torch._C._set_grad_enabled(self.grad_enabled)
-        if others_differ:
-            self._set()
-        try:
-            yield
-        finally:
-            torch._C._set_grad_enabled(before.grad_enabled)
-            if others_differ:
-                before._set()
+    def switch_to(self, other: NumericSettings) -> None:
+        """Change the switches from these to those of another moment."""
+        if other is self:
+            return
+        torch._C._set_grad_enabled(other.grad_enabled)
+        if other.values is not self.values and other.values != self.values:  # as good as never
+            for (read, write), value in zip(_SWITCHES, other.values, strict=True):
+                if read() != value:  # some of the setters are slow
+                    write(value)
 
-    def _set(self) -> None:
-        """Change what differs from now: some of the setters are slow."""
-        for (read, write), value in zip(_SWITCHES, self.values, strict=True):
-            if read() != value:
-                write(value)
+
+_LAST: list[NumericSettings | None] = [None, None]
+"""What was read last without and with gradients."""
 
 
 class RandomStates(NamedTuple):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.record.compiled import in_compiled_code
-from recollect.record.facts import OpFacts, facts_of, run_op, tensors_in
+from recollect.record.facts import OpFacts, facts_of, refuse_autocast, run_op, tensors_given, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.signature import signature_of
 from recollect.record.smoothing import Smoothing
@@ -34,6 +34,7 @@ from recollect.run.entry import (
     Entry,
     ModifiedInPlace,
     OutsideHandle,
+    Replay,
     Unfinished,
     alias_of,
     modified,
@@ -170,15 +171,22 @@ class Tape(TorchDispatchMode):
             return NotImplemented
         facts = facts_of(func)
         if facts.is_view:
-            return func(*args, **kwargs)
+            return func._op(*args, **kwargs)
+        if facts.composite:
+            refuse_autocast(facts)
         if self._rerunning or self._map is None:
             return run_op(func, args, kwargs)
         if func is not (instead := self._smoothing.replaced(func, args))[0]:
             func, args = instead
             facts = facts_of(func)
+        unchecked = facts.is_plain and self._check is None
+        if unchecked and self.n_ops not in self.instructions.ready and self._expects(facts.name):
+            out = run_op(func, args, kwargs)
+            self._note_plain(out)
+            return out
         written = facts.written(args, kwargs)
         if written or self.n_ops in self.instructions.ready or not self._expects(facts.name) or self._check:
-            inputs = tensors_in((args, kwargs))
+            inputs = tensors_given(args, kwargs)
             reads = self._map.reads(inputs)
             expected = self._expects(facts.name, reads[0])
             if self._check is not None:
@@ -188,17 +196,19 @@ class Tape(TorchDispatchMode):
         rescued = self._rescue(written, expected) if written else _NOTHING
         if facts.never_again or any(self._is_outside(t) for t in written):
             self.has_effects = True  # before it runs: it may run out of memory half-way
+        entry, memory = None, Memory()
         if facts.random:
             self._remember_generators((*args, *kwargs.values()))
-        entry, memory = None, Memory()
-        if self._may_run_again(facts, expected, reads, written):
-            with DRAWING if facts.random else contextlib.nullcontext():
+            DRAWING.acquire()
+        try:
+            if self._may_run_again(facts, expected, reads, written):
                 entry = prepare(func, facts, args, kwargs, self._map, self._outside)
                 if self._check is not None and expected:
                     memory = self._check.arguments(self.n_ops, self._map, inputs, written)
-                out = run_op(func, args, kwargs)
-        else:
             out = run_op(func, args, kwargs)
+        finally:
+            if facts.random:
+                DRAWING.release()
         if facts.counts_inside:
             torch.autograd.graph.increment_version([t for t in written if not t.is_inference()])
         outputs = tensors_in(out)
@@ -213,6 +223,20 @@ class Tape(TorchDispatchMode):
                     self._online.ran(self.n_ops - 1, cost.seconds, reads[0], [n for n, _ in seen.writes])
                 self._shrink()
         return out
+
+    def _note_plain(self, out: Any) -> None:
+        """Hold what the plan says of what an op has made that the plan expects, and of which nothing else is asked."""
+        assert self._map is not None
+        is_op = False
+        for tensor in tensors_in(out):
+            storage = storage_of(tensor)
+            number = None if storage is None else self._map.bind_new(storage)
+            if storage is not None and number is not None:  # else a view of what was there before
+                is_op = True
+                self._weigh(number, storage.nbytes())
+                self._hold_as_planned(number, tensor, storage)
+        if is_op:
+            self.n_ops += 1
 
     def has_made(self, tensor: Tensor) -> bool:
         """Whether this forward has made what the tensor looks at."""
@@ -261,29 +285,36 @@ class Tape(TorchDispatchMode):
     ) -> None:
         """Hold what the plan says."""
         k, self.n_ops = self.n_ops, self.n_ops + 1
-        self._overwritten_outside.update(seen.effects)
+        if seen.effects:
+            self._overwritten_outside.update(seen.effects)
         for new, old in seen.in_place:
             self._overwritten(new, old, rescued)
         if entry is not None and (self.following or (not seen.opaque and (not seen.effects or entry.only_statistics))):
             self._entries[k] = ready = entry.finish(seen, outputs)
-            self._maker.update((n, k) for n, _ in seen.writes)
-            made = dict(seen.writes)
-            compared = self._check is not None and (k in self.instructions.again or not self.following)
-            if compared and self._differs(k, ready, made, memory):
-                self._pinned.update(made)
+            for n, _ in seen.writes:
+                self._maker[n] = k
+            if self._check is not None and (k in self.instructions.again or not self.following):
+                made = dict(seen.writes)
+                if self._differs(k, ready, made, memory):
+                    self._pinned.update(made)
         for number, tensor in seen.writes:
             storage = tensor.untyped_storage()
             self._weigh(number, storage.nbytes())
-            kept = self.following and (number in self.instructions.keep or number in self._pinned)
-            if kept or (number in self.handles and not self._forgets(number)):
-                saved = number in self.instructions.asked and number not in self.handles  # then pack makes the alias
-                self._held[number] = _Held(storage, True, None if saved else alias_of(tensor))
+            self._hold_as_planned(number, tensor, storage)
+
+    def _hold_as_planned(self, number: int, tensor: Tensor, storage: torch.UntypedStorage) -> None:
+        """Hold a value just made, if it is one to hold."""
+        kept = self.following and (number in self.instructions.keep or number in self._pinned)
+        if kept or (number in self.handles and not self._forgets(number)):
+            saved = number in self.instructions.asked and number not in self.handles  # then pack makes the alias
+            self._held[number] = _Held(storage, True, None if saved else alias_of(tensor))
 
     def _weigh(self, number: int, nbytes: int) -> None:
         """Leave the path where values are larger than the plan's, and there is no room for that."""
         if self._check is not None:
             self.sizes[number] = nbytes
-        self._largest_bytes = max(self._largest_bytes, nbytes)
+        if nbytes > self._largest_bytes:
+            self._largest_bytes = nbytes
         grown = nbytes - self.instructions.sizes.get(number, nbytes)
         if grown and self.following and self._check is None:
             if number in self.instructions.keep:
@@ -311,8 +342,8 @@ class Tape(TorchDispatchMode):
 
     def _differs(self, k: int, entry: Entry, made: dict[int, Tensor], memory: Memory) -> bool:
         assert self._check is not None
-        with self._replaying():
-            return self._check.differs(k, entry, made, memory)
+        with _Replaying(self) as replay:
+            return self._check.differs(k, entry, made, memory, replay)
 
     def _look_at(self, tensors: Sequence[Tensor]) -> None:
         for tensor in tensors:
@@ -472,7 +503,7 @@ class Tape(TorchDispatchMode):
     def finish_forward(self) -> None:
         """The forward is over: from now on the tape only answers the backward."""
         if self._check is not None and self._map is not None:
-            with self._replaying():
+            with _Replaying(self):
                 for storage in self._map.living():
                     self._look_at_value(storage)
         if self.following and self.n_ops < len(self.instructions.path):
@@ -526,8 +557,10 @@ class Tape(TorchDispatchMode):
         if self.following and self._cursor < len(events) and events[self._cursor].value == number:
             event = events[self._cursor]
             self._cursor += 1
-            for rerun in event.reruns:
-                self._run_again(rerun.op, rerun)
+            if event.reruns:
+                with _Replaying(self) as replay:
+                    for rerun in event.reruns:
+                        self._run_again(rerun.op, rerun, replay)
             tensor = self._saved(packed, self._storage(number))
             if event.drop:
                 self._drop(number)
@@ -642,10 +675,11 @@ class Tape(TorchDispatchMode):
         if number not in self._held:
             ops = self._missing_ops(number)
             uses = Counter(n for k in ops for n in self._entries[k].reads)
-            for k in ops:
-                self._run_again(k, None)
-                uses.subtract(self._entries[k].reads)
-                self._shrink(locked={number, *(n for n, count in uses.items() if count > 0)})
+            with _Replaying(self) as replay:
+                for k in ops:
+                    self._run_again(k, None, replay)
+                    uses.subtract(self._entries[k].reads)
+                    self._shrink(locked={number, *(n for n, count in uses.items() if count > 0)})
             needed = self._needed()
             for n in [n for n, h in self._held.items() if not h.original]:
                 if n != number and not self.handles.get(n) and n not in needed:
@@ -673,7 +707,7 @@ class Tape(TorchDispatchMode):
                 pending.extend(self._entries[k].reads)
         return sorted(needed)
 
-    def _run_again(self, k: int, rerun: Rerun | None) -> None:
+    def _run_again(self, k: int, rerun: Rerun | None, replay: Replay) -> None:
         """Run op k again. Without a rerun of the plan everything that it makes is held."""
         entry = self._entries[k]
         memory = {n: self._storage(n) for n in entry.reads}
@@ -686,11 +720,12 @@ class Tape(TorchDispatchMode):
             else:
                 memory[old] = memory[old].clone()
             memory[new] = memory[old]
-        with self._replaying():
-            try:
-                made = {n: m for n, m in entry.run(memory).items() if n not in self._pinned}
-            except ModifiedInPlace as error:
-                raise ModifiedInPlace(f"{error} {self._needed_for(k)}") from None
+        try:
+            made = entry.run(memory, replay)
+        except ModifiedInPlace as error:
+            raise ModifiedInPlace(f"{error} {self._needed_for(k)}") from None
+        if self._pinned:
+            made = {n: m for n, m in made.items() if n not in self._pinned}
         if self._check is not None:
             self._check.compare(k, entry, made)
         for n, storage in made.items():
@@ -718,21 +753,30 @@ class Tape(TorchDispatchMode):
         )
 
     @contextlib.contextmanager
-    def _replaying(self) -> Iterator[None]:
-        """What runs in this block is no part of the forward."""
-        self._rerunning, before = True, self._rerunning
-        try:
-            yield
-        finally:
-            self._rerunning = before
-
-    @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """The block in which the forward runs."""
         hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
         with self, hooks:
             yield
             self.finish_forward()
+
+
+class _Replaying(Replay):
+    """A block of further runs, which are no part of the forward."""
+
+    __slots__ = ("_outer", "_tape")
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def __enter__(self) -> _Replaying:
+        self._outer, self._tape._rerunning = self._tape._rerunning, True
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        self._tape._rerunning = self._outer
 
 
 def _matches(step: tuple[str, tuple[int, ...]], name: str, reads: Sequence[int] | None) -> bool:
