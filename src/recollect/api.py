@@ -165,7 +165,8 @@ def plan(
         keep: as for ``checkpoint``.
         recompute: as for ``checkpoint``.
         timing: ``"estimate"`` operators from their FLOPs and bytes, or ``"measure"`` each distinct one, alone, on the
-            device (then kernel scratch is in the account too, as it is for ``checkpoint``).
+            device (then kernel scratch is in the account too, as it is for ``checkpoint``, and what a kernel leaves of
+            it behind its result).
         time_limit_seconds: the longest that planning may take, recording excluded.
         **kwargs: keyword arguments of ``fn``.
 
@@ -344,13 +345,13 @@ class Options:
     def record(
         self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
     ) -> Program:
-        """The program of a call, operators measured."""
+        """The program of a call, operators measured within the budget."""
         with progress_bar() as progress:
             try:
                 state, scratch = optimizer_bytes(self.optimizer)
                 return record(
                     fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
-                    compare=compare, progress=progress,
+                    compare=compare, progress=progress, limit=self._in_bytes,
                 )  # fmt: skip
             except UnusableInput:
                 raise
@@ -361,7 +362,7 @@ class Options:
         """A plan within the budget, and within what else is known of the device."""
         budget = in_bytes(self.budget, program.fixed_bytes)
         if at_most_bytes is not None:
-            budget = min(parse_budget(budget, simulate(program).peak_bytes), at_most_bytes)
+            budget = min(self._in_bytes(program), at_most_bytes)
         if quick and not self.keep and not self.recompute:
             with contextlib.suppress(InfeasibleBudget):
                 return solve(program, budget, solver="dtr", time_limit_seconds=QUICK * self.time_limit_seconds)
@@ -372,6 +373,9 @@ class Options:
                 program, budget, keep=self.keep, recompute=recompute, time_limit_seconds=self.time_limit_seconds,
                 progress=progress,
             )  # fmt: skip
+
+    def _in_bytes(self, program: Program) -> int:
+        return parse_budget(in_bytes(self.budget, program.fixed_bytes), simulate(program).peak_bytes)
 
 
 class _Forward:

@@ -9,6 +9,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from recollect.run.account import _add_up, _events, resident
 
+SCALARS = 64
+"""Bytes of the numbers that live outside the callable: the loss divided, logged, and cloned to compare it later."""
+
 
 class Meter:
     """Peaks of stretches of a training, as long as nothing is planned in them: that uses the profiler itself."""

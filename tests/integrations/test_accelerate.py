@@ -1,4 +1,4 @@
-"""Accelerate needs no adapter: prepare first, then checkpoint; the same bits in less memory."""
+"""Accelerate needs no adapter: prepare first, then checkpoint; the same bits, and within the budget."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import recollect
 from recollect.record.optimizer import optimizer_bytes
 from recollect.run.account import measured_peak
+from tests.integrations.meter import SCALARS
 
 pytestmark = pytest.mark.slow
 WIDTH, ROWS = 32, 128
@@ -25,8 +26,8 @@ def network() -> nn.Module:
     return nn.Sequential(*[layer() for _ in range(4)])
 
 
-def train(order: str, precision: str) -> tuple[list[Any], list[int], Any]:
-    """Six batches, two for each step of the optimizer."""
+def train(order: str, precision: str) -> tuple[list[Any], list[int], list[int], Any]:
+    """Six batches, two for each step of the optimizer: the numbers, the peaks of the last two, and their budgets."""
     accelerate.state.AcceleratorState._reset_state(True)
     torch.manual_seed(0)
     accelerator = accelerate.Accelerator(cpu=True, mixed_precision=precision, gradient_accumulation_steps=2)
@@ -45,6 +46,8 @@ def train(order: str, precision: str) -> tuple[list[Any], list[int], Any]:
     call = recollect.checkpoint(loss_of, optimizer=optimizer, **options) if order == "prepare, loss" else loss_of
     seen: list[Any] = []
     peaks: list[int] = []
+    budgets: list[int] = []
+    checkpointed = {"plain": None, "prepare, loss": call}.get(order, model)
     for k in range(6):
         x, y = torch.randn(2, ROWS, WIDTH)
 
@@ -62,21 +65,24 @@ def train(order: str, precision: str) -> tuple[list[Any], list[int], Any]:
             step()
         else:
             peaks.append(measured_peak(step, model, optimizer.optimizer, x, y))
+            if checkpointed is not None:
+                budgets.append(recollect.stats(checkpointed).plan.budget_bytes)
     seen += [*model.state_dict().values(), torch.get_rng_state()]
-    checkpointed = {"plain": None, "prepare, loss": call}.get(order, model)
-    return seen, peaks, None if checkpointed is None else recollect.stats(checkpointed)
+    return seen, peaks, budgets, None if checkpointed is None else recollect.stats(checkpointed)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])
 @pytest.mark.parametrize("order", ["prepare, checkpoint", "prepare, loss", "checkpoint, prepare"])
-def test_accelerate_is_exact_and_takes_less(order: str, precision: str) -> None:
-    plain, plain_peaks, _ = train("plain", precision)
-    mine, peaks, stats = train(order, precision)
+def test_accelerate_is_exact_and_within_the_budget(order: str, precision: str) -> None:
+    plain, plain_peaks, _, _ = train("plain", precision)
+    mine, peaks, budgets, stats = train(order, precision)
     assert len(mine) == len(plain)
     assert all(torch.equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(mine, plain, strict=True))
     assert stats.reruns > 0
     assert (stats.deviations, stats.unplanned) == (0, 0)
     assert max(peaks) < max(plain_peaks)
+    if order == "prepare, loss":  # then nothing else is outside
+        assert all(peak <= budget + SCALARS for peak, budget in zip(peaks, budgets, strict=True))
 
 
 def test_the_optimizer_of_accelerate_is_looked_through() -> None:

@@ -38,7 +38,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         known = programs.setdefault((program.values, program.ops), program)
         return recollect.solve(known, budget, **options | {"time_limit_seconds": 0.02})
 
-    def costs(signatures: Any, progress: Any = None) -> list[Cost]:
+    def costs(signatures: Any, *rest: Any, **options: Any) -> list[Cost]:
         return [Cost(0.0 if s is None else 1e-6) for s in signatures]
 
     monkeypatch.setattr(sys.modules[__name__], "FRACTIONS", (0.9, 0.7, 0.5) if request.param else (0.6,))

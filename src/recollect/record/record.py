@@ -31,7 +31,7 @@ from recollect.record.parallel import (
     whole_parameter,
 )
 from recollect.record.recorder import Recorder
-from recollect.record.timing import Progress, estimate_all, measure_all
+from recollect.record.timing import FREE, Cost, Progress, estimate_all, measure_all
 from recollect.record.values import fingerprint, storage_of
 from recollect.record.world import (
     gradients_kept,
@@ -65,6 +65,7 @@ def record(
     compare: bool = False,
     progress: Progress | None = None,
     name: str = "",
+    limit: Callable[[Program], int] | None = None,
 ) -> Program:
     """Record forward and backward of ``fn(*args, **kwargs)``.
 
@@ -86,6 +87,8 @@ def record(
             only if both take the same path; otherwise record on the real ones.
         progress: called with a label and a fraction.
         name: name of the program.
+        limit: given the program before anything is measured, how many bytes may be in memory while it is, what is
+            fixed included; then caches are emptied between operators only as far as there is room.
 
     Returns:
         The program. Its backward starts from the ``loss`` if the result has one, from the only scalar that requires
@@ -130,17 +133,25 @@ def record(
             if not _same_path(recorder, on_real(forward_only=True)):
                 recorded, recorder = "real", on_real()
     signatures = [op.signature for op in recorder.ops]
-    if timing == "measure" and not is_unreal(modules, args, kwargs):
-        costs, source = measure_all(signatures, progress), "measured"
-    else:
+
+    def assembled(costs: Sequence[Cost], source: str) -> Program:
+        return assemble(
+            recorder, name or getattr(fn, "__name__", type(fn).__name__), costs,
+            optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,
+            beside=resident_bytes(parallel), timing=source, recorded=recorded,
+        )  # fmt: skip
+
+    if timing != "measure" or is_unreal(modules, args, kwargs):
         written = [sum(recorder.values[n].nbytes for n in op.writes) for op in recorder.ops]
-        costs, source = estimate_all(signatures, written), "estimated"
-    title = name or getattr(fn, "__name__", type(fn).__name__)
-    return assemble(
-        recorder, title, costs, optimizer_state_bytes=optimizer_state_bytes,
-        optimizer_scratch_bytes=optimizer_scratch_bytes, beside=resident_bytes(parallel), timing=source,
-        recorded=recorded,
-    )  # fmt: skip
+        return assembled(estimate_all(signatures, written), "estimated")
+    room = None
+    if limit is not None:
+        without_costs = assembled([FREE] * len(signatures), "estimated")
+        room = limit(without_costs) - without_costs.fixed_bytes
+    costs = measure_all(signatures, progress, room_bytes=room)
+    if recorded == "fake":  # sizes that depend on the data were seen on the real tensors
+        recorder.take_sizes([cost.made_bytes for cost in costs])
+    return assembled(costs, "measured")
 
 
 def _or_from(error: Exception, record_anew: Callable[[], Recorder]) -> Recorder:
@@ -285,6 +296,7 @@ def _record_for_real(
             with torch.inference_mode():  # some of them may have been made in it, and can be written nowhere else
                 for whole, saved in before.values():
                     whole.copy_(saved)
+            before.clear()  # the recorder, which lives on while operators are measured, would hold the copies
 
 
 class _Twins:

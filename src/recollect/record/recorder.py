@@ -194,6 +194,18 @@ class Recorder(TorchDispatchMode):
             value = self.values[self.map.number(storage)]
             value.forever, value.died = False, None
 
+    def take_sizes(self, made_bytes: Sequence[tuple[int, ...]]) -> None:
+        """Replace the sizes of fake memory by those that every op made when it really ran; () where it did not."""
+        real: dict[int, int] = {}
+        for op, sizes in zip(self.ops, made_bytes, strict=True):
+            overwriting = dict(op.in_place)
+            fresh = [n for n in op.writes if n not in overwriting]
+            if len(fresh) == len(sizes):
+                real |= {n: b for n, b in zip(fresh, sizes, strict=True) if b != self.values[n].nbytes}
+            real |= {new: real[old] for new, old in op.in_place if old in real}
+        for number, nbytes in real.items():
+            self.values[number].nbytes = nbytes
+
     @contextmanager
     def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
         """Yields a function that starts the backward pass from these outputs.

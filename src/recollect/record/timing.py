@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any, Final, NamedTuple
 
@@ -18,10 +19,20 @@ from recollect.record.signature import CallSignature, TensorSpec, thaw
 
 
 class Cost(NamedTuple):
-    """What one operator call takes."""
+    """What one operator call takes.
+
+    Attributes:
+        seconds: of one run.
+        scratch_bytes: what the kernel allocates beside its results.
+        made_bytes: of every storage that it makes, in the order of the results; empty where nothing has been run. Some
+            kernels leave their result in memory that was meant for more: the one number that ``mse_loss``,
+            ``smooth_l1_loss``, ``binary_cross_entropy`` or ``soft_margin_loss`` returns lies in as many bytes as the
+            prediction takes. Fake tensors do not tell.
+    """
 
     seconds: float
     scratch_bytes: int = 0
+    made_bytes: tuple[int, ...] = ()
 
 
 Progress = Callable[[str, float], None]
@@ -33,7 +44,10 @@ _MAX_REPEATS: Final = 5
 """... but not more often than this."""
 
 _CACHE_BYTES: Final = 1 << 26
-"""Memory that is written before each timed call, so that caches hold nothing of its arguments."""
+"""Memory that is written before each timed call, so that caches hold nothing of its arguments; where there is room."""
+
+_DRAWN: Final = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""Types of which random numbers can be had without those of another type beside them."""
 
 _NEEDS_ITS_WORKSPACE: Final = frozenset(
     {"aten.mkldnn_rnn_layer_backward", "aten._cudnn_rnn_backward", "aten.miopen_rnn_backward"}
@@ -54,16 +68,26 @@ class Rates(NamedTuple):
 _RATES: Final = {"cpu": Rates(1e11, 2e10, 3e-6), "cuda": Rates(1e14, 1.5e12, 5e-6)}
 
 
-def measure_all(signatures: Sequence[CallSignature | None], progress: Progress | None = None) -> list[Cost]:
+def measure_all(
+    signatures: Sequence[CallSignature | None], progress: Progress | None = None, *, room_bytes: int | None = None
+) -> list[Cost]:
     """The cost of every call, each distinct one measured once per process, alone, on random numbers.
 
     A call that cannot run on random numbers is estimated. Random generators are left as they were. Memory: the
-    arguments and results of one call at a time.
+    arguments (copies, of weights too), results and scratch of one call at a time, and what is written in between to
+    empty the caches.
+
+    Args:
+        signatures: the calls; None costs nothing.
+        progress: told how far it is.
+        room_bytes: what all that should take at most: caches are emptied as far as there is room; None: no matter.
     """
     distinct = [s for s in dict.fromkeys(signatures) if s is not None and _key(s) not in _MEASURED]
+    if room_bytes is not None:
+        room_bytes -= torch.get_rng_state().nbytes  # the generator's, put aside for as long as this takes
     with _undisturbing():
         for i, signature in enumerate(distinct):
-            _MEASURED[_key(signature)] = _measure(signature)
+            _MEASURED[_key(signature)] = _measure(signature, room_bytes)
             if progress is not None:
                 progress("measuring operators", (i + 1) / len(distinct))
     return [FREE if s is None else _MEASURED[_key(s)] for s in signatures]
@@ -124,26 +148,30 @@ def _key(signature: CallSignature) -> tuple[CallSignature, str, int]:
     return signature, name, torch.get_num_threads()
 
 
-def _measure(signature: CallSignature) -> Cost:
+def _measure(signature: CallSignature, room_bytes: int | None) -> Cost:
     if str(signature.func.overloadpacket) in _NEEDS_ITS_WORKSPACE:
         return estimate(signature, 0)
     try:
-        return _measure_for_real(signature)
+        return _measure_for_real(signature, room_bytes)
     except Exception:  # noqa: BLE001 - random numbers do not suit every operator: then an estimate has to do
         return estimate(signature, 0)
 
 
-def _measure_for_real(signature: CallSignature) -> Cost:
+def _measure_for_real(signature: CallSignature, room_bytes: int | None) -> Cost:
     args, kwargs = thaw(signature.args, _random), thaw(signature.kwargs, _random)
     func = signature.func
     cuda = any(s.device.type == "cuda" for s in _specs(signature))
-    scratch = (_scratch_cuda if cuda else _scratch_cpu)(func, args, kwargs)
-    flush = torch.empty(_CACHE_BYTES, dtype=torch.uint8, device="cuda" if cuda else "cpu")
+    scratch, made = (_memory_cuda if cuda else _memory_cpu)(func, args, kwargs)
+    cache_bytes = _CACHE_BYTES
+    if room_bytes is not None:
+        taken = sum(_extent(s) * s.dtype.itemsize for s in _specs(signature)) + scratch + sum(made)
+        cache_bytes = max(0, min(cache_bytes, room_bytes - taken))
+    flush = torch.empty(cache_bytes, dtype=torch.uint8, device="cuda" if cuda else "cpu")
     durations: list[float] = []
     while len(durations) < _MAX_REPEATS and sum(durations) < _MIN_SECONDS:
         flush.zero_()  # in a step, what an operator reads was written long ago
         durations.append(_time_once(func, args, kwargs, cuda))
-    return Cost(min(durations), scratch)  # whatever else the machine does can only add to it
+    return Cost(min(durations), scratch, made)  # whatever else the machine does can only add to the seconds
 
 
 def _time_once(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
@@ -161,14 +189,26 @@ def _time_once(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
     return seconds
 
 
-def _scratch_cpu(func: Any, args: Any, kwargs: Any) -> int:
-    """Bytes that the kernel allocates at its peak beyond what it returns, by the allocator's own account."""
-    sizes, out = allocations_of(func, args, kwargs)
-    return _scratch(sizes, out, args, kwargs)
+def _memory_cpu(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
+    """Bytes that the kernel allocates at its peak beyond what it makes, by the allocator's own account; and of that."""
+    changes, out = allocations_of(func, args, kwargs)
+    current = peak = 0
+    for change in changes:
+        current += change
+        peak = max(peak, current)
+    made = _made_bytes(out, args, kwargs)
+    return max(0, peak - sum(made)), made
 
 
 def allocations_of(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
     """What a call allocates on the CPU, and, as negative numbers, frees, in order; and its result."""
+    if torch.autograd._profiler_enabled():  # the user's: a thread has one at a time, another thread its own
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(_watched, func, args, kwargs).result()
+    return _watched(func, args, kwargs)
+
+
+def _watched(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
     config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
     torch.autograd._enable_profiler_legacy(config)  # the new profiler takes longer and writes to the terminal
     try:
@@ -178,37 +218,39 @@ def allocations_of(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
     return [e.cpu_memory_usage() for events in threads for e in events if e.kind() == "memory_alloc"], out
 
 
-def _scratch(changes: Iterable[int], out: Any, args: Any, kwargs: Any) -> int:
-    current = peak = 0
-    for change in changes:
-        current += change
-        peak = max(peak, current)
-    return max(0, peak - _new_bytes(out, args, kwargs))
-
-
-def _scratch_cuda(func: Any, args: Any, kwargs: Any) -> int:
+def _memory_cuda(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     out = func(*args, **kwargs)
     torch.cuda.synchronize()
-    return max(0, torch.cuda.max_memory_allocated() - before - _new_bytes(out, args, kwargs))
+    made = _made_bytes(out, args, kwargs)
+    return max(0, torch.cuda.max_memory_allocated() - before - sum(made)), made
 
 
-def _new_bytes(out: Any, args: Any, kwargs: Any) -> int:
-    """Bytes of the storages that the call made."""
+def _made_bytes(out: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
+    """Bytes of every storage that the call made, in the order of its results."""
     old = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
     new = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(out)}
-    return sum(n for address, n in new.items() if address not in old)
+    return tuple(n for address, n in new.items() if address not in old)
+
+
+def _extent(spec: TensorSpec) -> int:
+    """Elements from the first one of a tensor to its last one."""
+    return 1 + sum((n - 1) * s for n, s in zip(spec.size, spec.stride, strict=True)) if 0 not in spec.size else 0
 
 
 def _random(spec: TensorSpec) -> Tensor:
-    """A tensor of this spec: random where numbers matter for speed, zero where they index something."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(spec.size, spec.stride, strict=True)) if 0 not in spec.size else 0
-    if spec.dtype.is_floating_point or spec.dtype.is_complex:
-        base = torch.randn(extent, device=spec.device, dtype=torch.float32).to(spec.dtype)
+    """A tensor of this spec: random where numbers matter for speed, zero where they index something.
+
+    Between 0 and 1, as some operators ask of probabilities.
+    """
+    if spec.dtype in _DRAWN:
+        base = torch.rand(_extent(spec), device=spec.device, dtype=spec.dtype)
+    elif spec.dtype.is_floating_point or spec.dtype.is_complex:
+        base = torch.rand(_extent(spec), device=spec.device, dtype=torch.float32).to(spec.dtype)
     else:
-        base = torch.zeros(extent, dtype=spec.dtype, device=spec.device)
+        base = torch.zeros(_extent(spec), dtype=spec.dtype, device=spec.device)
     return base.as_strided(spec.size, spec.stride)
 
 

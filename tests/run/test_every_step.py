@@ -1,0 +1,109 @@
+"""Within the budget from the first step on: gradients that accumulate, losses that keep memory, measuring itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import recollect
+from recollect.record import timing
+from recollect.record.optimizer import optimizer_bytes
+from recollect.run.account import account, resident
+
+WIDTH, ROWS = 32, 128
+
+
+def network() -> nn.Module:
+    def layer() -> nn.Module:
+        return nn.Sequential(nn.Linear(WIDTH, 2 * WIDTH), nn.GELU(), nn.Dropout(0.1), nn.Linear(2 * WIDTH, WIDTH))
+
+    return nn.Sequential(*[layer() for _ in range(2)])
+
+
+LOSSES: list[Callable[[Tensor, Tensor], Tensor]] = [
+    F.mse_loss, F.smooth_l1_loss, F.soft_margin_loss, F.l1_loss, F.binary_cross_entropy,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("loss_of", LOSSES, ids=lambda f: f.__name__)
+def test_a_loss_keeps_the_memory_of_its_kernel(
+    loss_of: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some kernels leave one number in as many bytes as the prediction takes, for as long as somebody has the loss."""
+    monkeypatch.setattr(timing, "_CACHE_BYTES", 0)
+    model, x, y = nn.Linear(WIDTH, WIDTH, bias=False), torch.randn(ROWS, WIDTH), torch.rand(ROWS, WIDTH)
+
+    def step() -> Tensor:
+        return loss_of(model(x).tanh().square(), y)
+
+    def train() -> None:
+        loss = step()
+        loss.backward()
+
+    plan = recollect.plan(step, budget=1.0, timing="measure")
+    assert account(train, resident(model, x, y)).peak_bytes == plan.plain_peak_bytes
+
+
+@pytest.mark.parametrize(
+    ("precision", "budget", "recorded"),
+    [
+        pytest.param(torch.float32, 350_000, "fake", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 330_000, "fake", marks=pytest.mark.slow),
+        (torch.float32, 350_000, "real"),
+    ],
+)
+def test_every_micro_step_is_within_the_budget(
+    precision: torch.dtype, budget: int, recorded: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first with its recording, its measuring and its self-check, the second under the plan that is found first."""
+    monkeypatch.setattr(timing, "_MEASURED", {})
+    torch.manual_seed(0)
+    model = network()
+    optimizer = torch.optim.AdamW(model.parameters())
+    state_bytes = optimizer_bytes(optimizer).state
+
+    def loss_of(x: Tensor, y: Tensor) -> Tensor:
+        with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
+            assert recorded == "fake" or x.abs().sum() > 0  # needs the numbers
+            return F.mse_loss(model(x), y)
+
+    call = recollect.checkpoint(loss_of, budget=budget, optimizer=optimizer, time_limit_seconds=0.1)
+    for k in range(4):
+        x, y = torch.randn(2, ROWS, WIDTH)
+
+        def step(x: Tensor = x, y: Tensor = y) -> None:
+            loss = call(x, y)  # alive until the backward is over
+            loss.backward()
+
+        peak = account(step, resident(model, x, y) + state_bytes).peak_bytes
+        plan = recollect.stats(call).plan
+        assert plan is not None
+        assert plan.program.recorded == recorded
+        assert plan.peak_bytes <= peak <= budget, f"step {k}"
+        assert k < 2 or peak == plan.peak_bytes
+        if k % 2:
+            optimizer.step()
+            optimizer.zero_grad()
+    assert recollect.stats(call).reruns > 0
+    assert recollect.stats(call).deviations == 0
+
+
+def test_operators_are_measured_under_a_profiler_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It allows no other one in its thread; estimates in place of measurements would have been remembered for good."""
+    monkeypatch.setattr(timing, "_CACHE_BYTES", 0)
+    model, x = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Dropout(0.1)), torch.randn(ROWS, WIDTH)
+
+    def memory() -> tuple[list[int], list[int]]:
+        monkeypatch.setattr(timing, "_MEASURED", {})
+        program = recollect.plan(lambda: F.mse_loss(model(x), x), budget=1.0, timing="measure").program
+        return [op.scratch_bytes for op in program.ops], [v.nbytes for v in program.values]
+
+    with profile(activities=[ProfilerActivity.CPU]):
+        watched = memory()
+    assert watched == memory()
+    assert any(watched[0])
