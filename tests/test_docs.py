@@ -31,6 +31,8 @@ from tests.zoo import CASES
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 WITH_JSON = "program-file.md"  # tests/program/test_json_format.py reads its JSON
+WITH_LIBRARIES = ("README.md", "docs/trainers.md")
+"""Their blocks of ```py run in tests/integrations/test_blocks.py, with the libraries that they are about."""
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})([^\n]*)\n(.*?)^\1\2$", re.M | re.S)
 COMMAND = re.compile(r"^ *(\$|>>>|recollect|pip|python3?|make|git|cd|import|from) ", re.M)
@@ -112,6 +114,8 @@ def test_no_block_is_left_out(page: Path) -> None:
             assert not indent, f"indented blocks are not run:\n{block}"
         elif language == "json":
             assert page.name == WITH_JSON
+        elif language == "py":
+            assert page_name(page) in WITH_LIBRARIES
         else:
             assert language in ("", "text"), language
             assert not COMMAND.search(block), f"looks like something to run, and says nothing of the kind:\n{block}"

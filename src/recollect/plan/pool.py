@@ -22,6 +22,7 @@ from recollect.program import Program, Schedule, simulate
 
 _SMALL_PROGRAM = 200
 _LARGE_PROGRAM = 6000
+_WALKS_FIRST = 500
 _NEAR_ENOUGH = 0.0005
 _CLOSE = 0.0025
 """The gap beyond which a closer look at the bound is worth its time."""
@@ -274,7 +275,7 @@ class Pool:
 
         near, far = (self._fitting(starts, done) for starts in self._starts(budget_bytes))
         walks = [walks.around for walks in self._walks]
-        late = [*walks, far] if len(search.tables.ops) > _LARGE_PROGRAM else [far, *walks]
+        late = [*walks, far] if len(search.tables.ops) > _WALKS_FIRST else [far, *walks]
         for attempt in (near, *late, self._classics.around):
             if done():
                 return
