@@ -102,6 +102,7 @@ def test_recompute_holds_at_any_budget_and_costs_just_that():
     assert solve(program, HUGE).overhead == 0
 
 
+@pytest.mark.slow
 def test_keep_moves_the_recomputation_elsewhere_and_raises_the_floor():
     program = gpt(4, vocabulary=256)
     plan = solve(program, 0.8, keep="gelu")

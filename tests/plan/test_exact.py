@@ -83,7 +83,7 @@ def test_equal_to_brute_force_with_scratch_holds_and_overwriting(program: Progra
     assert is_cheapest(program, plan)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(program=recorded_steps(3, 5), share=st.floats(0.0, 0.8))
 def test_recorded_steps_run_again_only_where_the_tape_can(program: Program, share: float):
     budget = budget_between(program, share)

@@ -55,8 +55,9 @@ def test_never_worse_than_solve_at_the_same_budget():
         assert p.lower_bound >= alone.lower_bound - 1e-4  # the closer look at the bound has a limit in time
 
 
+@pytest.mark.slow
 def test_the_same_program_has_the_same_frontier():
-    first, second = (frontier(chain(12), points=5) for _ in range(2))
+    first, second = (frontier(chain(12), points=5, time_limit_seconds=600) for _ in range(2))
     assert first == second
 
 

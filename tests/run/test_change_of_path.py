@@ -81,6 +81,7 @@ class Branches(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
 def test_branches_on_data_stay_within_the_budget() -> None:
     torch.manual_seed(0)
     x = torch.randn(512, WIDTH)

@@ -74,6 +74,7 @@ def test_what_is_checkpointed_already_has_its_budget() -> None:
         recollect.check(Net(), x)
 
 
+@pytest.mark.slow
 def test_a_difference_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape whose reruns are wrong in the backward, and a self-check that is blind."""
     off_by_a_bit(monkeypatch)

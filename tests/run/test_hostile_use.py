@@ -981,6 +981,7 @@ def test_abandoned_forward_is_freed_without_the_garbage_collector() -> None:
         gc.enable()
 
 
+@pytest.mark.slow
 def test_number_of_tensors_stays_level_over_300_steps() -> None:
     world, call = tight(lambda: training(Net(lambda i, h: F.dropout(h, 0.1).exp().sin(), 3)))
     counts = []

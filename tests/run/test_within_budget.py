@@ -91,7 +91,7 @@ def check(case: Case, steps: int, which: slice) -> None:
         assert stats.reruns > 0
 
 
-EVERYDAY = ("GPT", "pre-activation ResNet")
+EVERYDAY = ("pre-activation ResNet",)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in EVERYDAY], ids=str)
@@ -107,7 +107,7 @@ def test_five_budgets_for_fifty_steps(case: Case) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [pytest.param(c, id=str(c), marks=pytest.mark.slow if str(c) == "unrolled LSTM" else ()) for c in CASES]
+    "case", [pytest.param(c, id=str(c), marks=() if str(c) in ("GPT", *EVERYDAY) else pytest.mark.slow) for c in CASES]
 )
 def test_the_plain_peak_is_predicted(case: Case) -> None:
     torch.manual_seed(0)
