@@ -44,6 +44,7 @@ def test_every_variant_trains_the_same(result: train.Result) -> None:
     assert len({row.loss for row in result.rows}) == 1
 
 
+@pytest.mark.slow
 def test_recollect_keeps_its_promises(result: train.Result) -> None:
     plain = result.rows[0].account.peak_bytes
     for row in result.rows[2:]:
@@ -52,10 +53,12 @@ def test_recollect_keeps_its_promises(result: train.Result) -> None:
         assert row.predicted_bytes == row.account.peak_bytes
 
 
+@pytest.mark.slow
 def test_nothing_is_left_behind_by_a_step(result: train.Result) -> None:
     assert len({row.account.end_bytes for row in result.rows}) == 1
 
 
+@pytest.mark.slow
 def test_a_broken_promise_is_noticed(result: train.Result) -> None:
     row = result.rows[2]
     assert not replace(row, same_gradients=False).kept_promises
@@ -63,6 +66,7 @@ def test_a_broken_promise_is_noticed(result: train.Result) -> None:
     assert not replace(row, budget_bytes=row.account.peak_bytes - 1).kept_promises
 
 
+@pytest.mark.slow
 def test_the_table_and_the_summary_say_what_happened(result: train.Result) -> None:
     console = Console(width=80, record=True, file=io.StringIO())
     row = replace(result.rows[2], same_gradients=False, at_floor=True)
@@ -77,6 +81,7 @@ def test_the_table_and_the_summary_say_what_happened(result: train.Result) -> No
     assert "* the floor" in summary([changed])
 
 
+@pytest.mark.slow
 def test_the_picture_is_a_picture(result: train.Result, tmp_path: Path) -> None:
     save_picture([result, result], tmp_path / "memory.png")
     height, width = imread(tmp_path / "memory.png").shape[:2]

@@ -19,8 +19,8 @@ from tests.plan.chains import chain, gpt
     [
         ({"n_blocks": 8, "vocabulary": 256}, 0.75),
         ({"n_blocks": 12, "vocabulary": 256}, 0.84),
-        ({"n_blocks": 24, "vocabulary": 256}, 0.93),
-        ({"n_blocks": 12, "vocabulary": 256, "flash": False}, 0.92),
+        pytest.param({"n_blocks": 24, "vocabulary": 256}, 0.93, marks=pytest.mark.slow),
+        pytest.param({"n_blocks": 12, "vocabulary": 256, "flash": False}, 0.92, marks=pytest.mark.slow),
     ],
 )
 def test_cheaper_than_every_block_at_its_peak_and_close_to_the_bound(arguments, ratio):

@@ -227,6 +227,7 @@ def longest_plain_peak(model: GPT, n_lengths: int) -> int:
     return recollect.plan(lambda: F.cross_entropy(model(x).flatten(0, 1), x.flatten()), budget=1.0).plain_peak_bytes
 
 
+@pytest.mark.slow
 def test_variable_lengths() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(blocks=2, width=64, context=128))

@@ -517,6 +517,7 @@ def assert_the_graph_dies(fn: Callable[[Tensor], Tensor]) -> None:
     assert not any(r() for r in refs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fn", [smooth, differentiates_inside])
 def test_nested(fn: Callable[[Tensor], Tensor]) -> None:
     x = torch.randn(8, 8, requires_grad=True)
