@@ -383,7 +383,7 @@ def compare(
             assert torch.equal(a, b), f"{name} after step {k}"
     if len(stats) == 1:
         assert max(peaks) <= forwards * budget + beside + in_flight + SMALL, where
-    assert min(peaks) <= most * min(plain_peaks), where
+    assert min(peaks) <= most * min(plain_peaks) + SMALL, f"{where}{peaks} {plain_peaks}"
     for s in stats:
         counted = s.calls, s.planned, s.unplanned, s.deviations, s.differing, s.reruns
         assert s.unplanned == s.deviations == s.differing == 0, counted
@@ -405,8 +405,9 @@ CASES: dict[str, Callable[[], None]] = {
     "pipeline-by-hand": lambda: compare(pipeline_by_hand(), beside=LOSS, in_flight=IN_FLIGHT),
     "pipeline": lambda: compare(pipeline(ScheduleGPipe, 2), forwards=2, in_flight=IN_FLIGHT),
     "pipeline-1f1b": lambda: compare(pipeline(Schedule1F1B, 2), forwards=2, of_plain=0.7, in_flight=IN_FLIGHT),
-    "collectives": lambda: compare(talking()),
-    "collectives-real": lambda: compare(talking(looks=True), share=0.7),
+    # Every step of rank 1 is the first of its kind: where there is room, what will run again runs twice (self-check).
+    "collectives": lambda: compare(talking(), most=1.1),
+    "collectives-real": lambda: compare(talking(looks=True), share=0.7, most=1.1),
     "fsdp-floor": lambda: compare(fsdp(reshard=True), share=0.0),
     "fsdp": lambda: compare(fsdp(reshard=True)),
     "fsdp-kept": lambda: compare(fsdp(reshard=False)),
