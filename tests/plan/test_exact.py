@@ -31,7 +31,7 @@ def budget_between(program: Program, share: float) -> int:
 
 def is_cheapest(program: Program, plan: Plan) -> bool:
     """Whether the exact solver can prove that no schedule of its kind is cheaper."""
-    outcome = exact(program, plan.budget_bytes, plan.schedule, deadline=time.monotonic() + 60)
+    outcome = exact(program, plan.budget_bytes, plan.schedule, deadline=time.monotonic() + 300)
     assert outcome.bound_seconds <= plan.schedule.extra_seconds(program) + 1e-9
     return outcome.is_cheapest and outcome.schedule == plan.schedule
 
@@ -177,6 +177,6 @@ def test_auto_is_close_to_the_optimum_of_larger_graphs(n_ops: int, share: float)
     for seed in range(2):
         program = layered(seed, n_ops)
         budget = budget_between(program, share)
-        best = solve(program, budget, solver="exact", time_limit_seconds=120)
+        best = solve(program, budget, solver="exact", time_limit_seconds=300)
         assert is_cheapest(program, best), seed
         assert solve(program, budget).overhead <= best.overhead + 0.01, seed
