@@ -63,6 +63,7 @@ def test_random_programs_stay_within_their_budgets() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_more_random_programs() -> None:
     found = [each for number in range(100, 115) for each in look_at(scripts, 100, number)]
     found += look_at(measured_scripts, 50, 100)
