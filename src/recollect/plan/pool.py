@@ -23,6 +23,7 @@ from recollect.program import Program, Schedule, simulate
 _SMALL_PROGRAM = 200
 _LARGE_PROGRAM = 6000
 _WALKS_FIRST = 500
+"""Programs with more ops are walked before what is much above the budget is shaved: that takes longer by then."""
 _NEAR_ENOUGH = 0.0005
 _CLOSE = 0.0025
 """The gap beyond which a closer look at the bound is worth its time."""
@@ -274,8 +275,8 @@ class Pool:
             return time.monotonic() > deadline or self._is_down_to(enough, budget_bytes)
 
         near, far = (self._fitting(starts, done) for starts in self._starts(budget_bytes))
-        walks = [walks.around for walks in self._walks]
-        late = [*walks, far] if len(search.tables.ops) > _WALKS_FIRST else [far, *walks]
+        around = [walks.around for walks in self._walks]
+        late = [*around, far] if len(search.tables.ops) > _WALKS_FIRST else [far, *around]
         for attempt in (near, *late, self._classics.around):
             if done():
                 return

@@ -85,8 +85,8 @@ class OpFacts:
         never_again: "" or why it must not run a second time.
         is_plain: none of the above but ``is_view``, ``uninitialised`` and ``workspaces``.
         communicates: talks to other processes.
-        composite: made up of operators that autocast may treat differently. Such an operator gets here in one piece
-            only in ``torch.inference_mode``; everywhere else torch takes it apart before.
+        composite: made up of operators that autocast may treat differently. In ``torch.inference_mode``, or with
+            tensors from there, such an operator gets here in one piece; elsewhere torch has taken it apart.
     """
 
     name: str
@@ -136,7 +136,7 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
     positions = tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only)
     aliases = [r.alias_info is not None for r in schema.returns]
     random, batch_norm = torch.Tag.nondeterministic_seeded in func.tags, packet in BATCH_NORM
-    never_again = _never_again(func, packet, any(written))
+    never_again, talks = _never_again(func, packet, any(written)), communicates(func)
     return OpFacts(
         name=str(func),
         is_view=bool(aliases) and all(aliases) and not any(written) and packet not in FRESH_CONSTANT,
@@ -150,10 +150,8 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         workspaces=WORKSPACES.get(packet, ()),
         counts_inside=packet.startswith("aten._foreach_") and any(written),
         never_again=never_again,
-        is_plain=not (
-            any(written) or random or batch_norm or never_again or communicates(func) or packet in FRESH_CONSTANT
-        ),
-        communicates=communicates(func),
+        is_plain=not (any(written) or random or batch_norm or never_again or talks or packet in FRESH_CONSTANT),
+        communicates=talks,
         composite=_is_composite(func, packet),
     )
 
@@ -167,8 +165,10 @@ def _is_composite(func: torch._ops.OpOverload, packet: str) -> bool:
     return has("CompositeImplicitAutograd") and not known
 
 
-def refuse_autocast(facts: OpFacts) -> None:
+def refuse_autocast(facts: OpFacts, args: Sequence[Any]) -> None:
     """Raise where autocast would treat what an operator is made up of: inside a dispatch mode nobody does."""
+    if not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in tensors_in(args)):
+        return  # torch has taken it apart as far as it does
     nesting = torch.autocast_increment_nesting() - 1
     torch.autocast_decrement_nesting()
     if nesting:

@@ -234,7 +234,7 @@ class Recorder(TorchDispatchMode):
         func, args = self._smoothing.replaced(func, args)
         facts = facts_of(func)
         if facts.composite:
-            refuse_autocast(facts)
+            refuse_autocast(facts, args)
         theirs = facts.written(args, kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:

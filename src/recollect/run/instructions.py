@@ -81,11 +81,6 @@ class Instructions:
     where: tuple[tuple[str, str], ...] = ()
 
     @cached_property
-    def planned(self) -> frozenset[int]:
-        """Values whose stay in memory the plan decides; others stay for as long as a handle stands for them."""
-        return self.keep.union(self.installs)
-
-    @cached_property
     def largest_bytes(self) -> int:
         """The size of the largest value that the forward makes."""
         return max(self.sizes.values(), default=0)

@@ -173,7 +173,7 @@ class Tape(TorchDispatchMode):
         if facts.is_view:
             return func._op(*args, **kwargs)
         if facts.composite:
-            refuse_autocast(facts)
+            refuse_autocast(facts, args)
         if self._rerunning or self._map is None:
             return run_op(func, args, kwargs)
         if func is not (instead := self._smoothing.replaced(func, args))[0]:
@@ -652,9 +652,11 @@ class Tape(TorchDispatchMode):
                 self._let_go(number)
 
     def _is_planned(self, number: int) -> bool:
-        """Whether something else than handles decides how long a value stays."""
+        """Whether something else than handles decides how long a value stays: each of its stays has its own plan."""
         if self.following:
-            return number in self.instructions.planned and number not in self._late
+            held, instructions = self._held.get(number), self.instructions
+            stays = instructions.keep if held is not None and held.original else instructions.installs
+            return number in stays and number not in self._late
         return number in self._needed()
 
     def _needed(self) -> set[int]:
@@ -796,7 +798,7 @@ _EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 def _take_memory(alias: Tensor) -> None:
     """Leave the alias its version counter, but not the memory."""
     key = alias.dtype, alias.device
-    if key not in _EMPTY:
-        with torch._C._DisableTorchDispatch():  # in a finalizer it is not to be seen as an op of the forward
+    with torch._C._DisableTorchDispatch():  # in a finalizer none of this is to be seen as part of the forward
+        if key not in _EMPTY:
             _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
-    alias.data = _EMPTY[key]
+        alias.data = _EMPTY[key]
