@@ -105,3 +105,12 @@ def test_what_dies_in_inference_mode_within_autocast_is_no_op_of_the_forward(mon
         loss.backward()
         assert torch.equal(weight.grad, gradient)
     assert lost == []
+
+
+@pytest.mark.parametrize("mode", ["nothing", "online"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["fake", "real"])
+@pytest.mark.parametrize("op", ["batch_norm", "dropout"])
+def test_composite_operators_in_inference_mode_are_taken_apart(op: str, seed: int, mode: str) -> None:
+    """In one piece it would not be seen that they update statistics or draw, which they must not do twice."""
+    body = (In("inference", (Do("relu", 0, 0), Do(op, 0, 0))),)
+    assert examine(Script(body, steps=(Step(), Step(sign=-1)), way=Way(mode, seed=seed))).wrong == []

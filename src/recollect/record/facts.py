@@ -6,7 +6,6 @@ numbers). The rest, where schemas are silent, stands in the small tables here.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
@@ -85,8 +84,9 @@ class OpFacts:
         never_again: "" or why it must not run a second time.
         is_plain: none of the above but ``is_view``, ``uninitialised`` and ``workspaces``.
         communicates: talks to other processes.
-        composite: made up of operators that autocast may treat differently. In ``torch.inference_mode``, or with
-            tensors from there, such an operator gets here in one piece; elsewhere torch has taken it apart.
+        composite: made up of others. In ``torch.inference_mode``, or with tensors from there, such an operator gets to
+            a mode in one piece, which is then to take it apart; elsewhere torch has done so.
+        hides_autocast: autocast may treat those differently, and does not know the operator itself.
     """
 
     name: str
@@ -104,6 +104,7 @@ class OpFacts:
     is_plain: bool
     communicates: bool
     composite: bool
+    hides_autocast: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -152,21 +153,29 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         never_again=never_again,
         is_plain=not (any(written) or random or batch_norm or never_again or talks or packet in FRESH_CONSTANT),
         communicates=talks,
-        composite=_is_composite(func, packet),
+        composite=_is_composite(func),
+        hides_autocast=_hides_autocast(func, packet),
     )
 
 
-def _is_composite(func: torch._ops.OpOverload, packet: str) -> bool:
-    """Whether what it is made up of decides what autocast does: autocast does not know the operator itself."""
-    if func.namespace != "aten" or packet in INDIFFERENT:
-        return False
-    has = functools.partial(torch._C._dispatch_has_kernel_for_dispatch_key, func.name())
-    known = all(has(f"Autocast{device}") for device in ("CPU", "CUDA"))
-    return has("CompositeImplicitAutograd") and not known
+def _is_composite(func: torch._ops.OpOverload) -> bool:
+    keys = ("CompositeImplicitAutograd", "CPU", "CUDA")
+    return func.namespace == "aten" and [_has_kernel(func, key) for key in keys] == [True, False, False]
+
+
+def _hides_autocast(func: torch._ops.OpOverload, packet: str) -> bool:
+    known = func.namespace == "aten" and all(_has_kernel(func, f"Autocast{device}") for device in ("CPU", "CUDA"))
+    return _is_composite(func) and not known and packet not in INDIFFERENT
+
+
+def _has_kernel(func: torch._ops.OpOverload, key: str) -> bool:
+    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def refuse_autocast(facts: OpFacts, args: Sequence[Any]) -> None:
     """Raise where autocast would treat what an operator is made up of: inside a dispatch mode nobody does."""
+    if not facts.hides_autocast:
+        return
     if not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in tensors_in(args)):
         return  # torch has taken it apart as far as it does
     nesting = torch.autocast_increment_nesting() - 1

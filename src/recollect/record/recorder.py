@@ -235,6 +235,8 @@ class Recorder(TorchDispatchMode):
         facts = facts_of(func)
         if facts.composite:
             refuse_autocast(facts, args)
+            with self:
+                return func.decompose(*args, **kwargs)
         theirs = facts.written(args, kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:

@@ -170,10 +170,12 @@ class Tape(TorchDispatchMode):
         if types and is_taken_apart(types):
             return NotImplemented
         facts = facts_of(func)
-        if facts.is_view:
-            return func._op(*args, **kwargs)
         if facts.composite:
             refuse_autocast(facts, args)
+            with self:
+                return func.decompose(*args, **kwargs)
+        if facts.is_view:
+            return func._op(*args, **kwargs)
         if self._rerunning or self._map is None:
             return run_op(func, args, kwargs)
         if func is not (instead := self._smoothing.replaced(func, args))[0]:
