@@ -52,7 +52,7 @@ def test_never_worse_than_solve_at_the_same_budget():
     for p in found.points:
         alone = solve(program, p.budget_bytes)
         assert p.overhead <= alone.overhead
-        assert p.lower_bound >= alone.lower_bound - 1e-4  # the closer look at the bound has a limit in time
+        assert p.lower_bound >= alone.lower_bound - 1e-3  # the closer look at the bound has a limit in time
 
 
 @pytest.mark.slow

@@ -114,3 +114,15 @@ def test_composite_operators_in_inference_mode_are_taken_apart(op: str, seed: in
     """In one piece it would not be seen that they update statistics or draw, which they must not do twice."""
     body = (In("inference", (Do("relu", 0, 0), Do(op, 0, 0))),)
     assert examine(Script(body, steps=(Step(), Step(sign=-1)), way=Way(mode, seed=seed))).wrong == []
+
+
+@pytest.mark.parametrize("mode", ["nothing", "online"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["fake", "real"])
+@pytest.mark.parametrize("op", ["view_as", "reshape", "chunk", "expand", "dropout_"])
+def test_views_of_the_graph_outside_taken_in_inference_mode_require_gradients_as_without_us(
+    op: str, seed: int, mode: str
+) -> None:
+    """Any dispatch mode loses that, unless what composite operators are made up of gets to torch's own layers."""
+    body = (Do("relu", 0, 1), In("inference", (Do("relu", 1, 0), Do(op, 0, 0, 0, 1))))
+    steps = (Step(input_grad=True), Step(input_grad=True, sign=-1))
+    assert examine(Script(body, steps=steps, way=Way(mode, seed=seed))).wrong == []

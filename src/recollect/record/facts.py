@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
+from torch.overrides import enable_reentrant_dispatch
 
 from recollect.record.collectives import communicates, written_by_collective
 
@@ -170,6 +171,20 @@ def _hides_autocast(func: torch._ops.OpOverload, packet: str) -> bool:
 
 def _has_kernel(func: torch._ops.OpOverload, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
+
+
+def take_apart(facts: OpFacts, func: torch._ops.OpOverload, mode: Any, args: Any, kwargs: Any) -> Any:
+    """Run what a composite operator is made up of under ``mode``, as torch does where there is no inference mode.
+
+    Views know what they are views of (and require gradients as that does) only where torch's own layers above the modes
+    see the operators inside; for the few operators that they have seen in one piece, that is done already.
+    """
+    refuse_autocast(facts, args)
+    if _has_kernel(func, "ADInplaceOrView"):
+        with mode:
+            return func.decompose(*args, **kwargs)
+    with enable_reentrant_dispatch(), mode:
+        return func.decompose(*args, **kwargs)
 
 
 def refuse_autocast(facts: OpFacts, args: Sequence[Any]) -> None:

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from recollect.record.collectives import run_alone
 from recollect.record.compiled import in_compiled_code
-from recollect.record.facts import OpFacts, facts_of, refuse_autocast, run_op, tensors_in
+from recollect.record.facts import OpFacts, facts_of, run_op, take_apart, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.numbers import has_number
 from recollect.record.parallel import Gathering
@@ -234,9 +234,7 @@ class Recorder(TorchDispatchMode):
         func, args = self._smoothing.replaced(func, args)
         facts = facts_of(func)
         if facts.composite:
-            refuse_autocast(facts, args)
-            with self:
-                return func.decompose(*args, **kwargs)
+            return take_apart(facts, func, self, args, kwargs)
         theirs = facts.written(args, kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from recollect.record.compiled import in_compiled_code
-from recollect.record.facts import OpFacts, facts_of, refuse_autocast, run_op, tensors_given, tensors_in
+from recollect.record.facts import OpFacts, facts_of, run_op, take_apart, tensors_given, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.signature import signature_of
 from recollect.record.smoothing import Smoothing
@@ -171,9 +171,7 @@ class Tape(TorchDispatchMode):
             return NotImplemented
         facts = facts_of(func)
         if facts.composite:
-            refuse_autocast(facts, args)
-            with self:
-                return func.decompose(*args, **kwargs)
+            return take_apart(facts, func, self, args, kwargs)
         if facts.is_view:
             return func._op(*args, **kwargs)
         if self._rerunning or self._map is None:
