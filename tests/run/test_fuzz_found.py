@@ -126,3 +126,22 @@ def test_views_of_the_graph_outside_taken_in_inference_mode_require_gradients_as
     body = (Do("relu", 0, 1), In("inference", (Do("relu", 1, 0), Do(op, 0, 0, 0, 1))))
     steps = (Step(input_grad=True), Step(input_grad=True, sign=-1))
     assert examine(Script(body, steps=steps, way=Way(mode, seed=seed))).wrong == []
+
+
+@pytest.mark.parametrize("seed", [0, 1], ids=["fake", "real"])
+def test_a_branch_on_a_gradient_computed_in_the_forward_is_recorded_as_it_is_taken(seed: int) -> None:
+    """A recording on real tensors keeps no numbers for the backward, but a backward inside the forward needs them."""
+    never = (Do("index_", 0, 0),)
+    body = (Do("gradient", 0, 0), If(0, (Do("relu", 0, 0),), (*never, Do("sin", 0, 0))), Do("gradient", 0, 0))
+    found = examine(Script(body, steps=(Step(), Step(sign=-1)), way=Way("nothing", seed=seed)))
+    assert found.wrong == []
+    assert found.deviations == 0
+
+
+def test_where_no_recording_works_the_reason_is_that_of_the_real_tensors() -> None:
+    """That numbers are needed is what fake tensors always say."""
+    branch = If(0, (Do("relu", 0, 0),), (Do("relu", 0, 0),))
+    body = (branch, In("inference", (Do("relu", 0, 0),)), Do("gru", 0, 0))
+    found = examine(Script(body, steps=(Step("within autocast"),), way=Way("nothing", seed=1)))
+    assert found.wrong == []
+    assert "inference_mode within autocast" in found.unplanned

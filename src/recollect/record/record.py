@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import fields, is_dataclass
 from itertools import pairwise
@@ -126,7 +126,7 @@ def record(
     except Exception as error:
         if is_unreal(modules, args, kwargs):
             raise
-        recorded, recorder = other, _or_from(error, second)
+        recorded, recorder = other, _or_from(error, second, is_real=not real)
     alone = not parallel and not any(op.facts is not None and op.facts.communicates for op in recorder.ops)
     if compare and recorded == "fake" and alone and not is_unreal(modules, args, kwargs):
         with suppress(Exception):  # what fails on real tensors fails in the step itself, too, and is reported there
@@ -154,14 +154,16 @@ def record(
     return assembled(costs, "measured")
 
 
-def _or_from(error: Exception, record_anew: Callable[[], Recorder]) -> Recorder:
-    """The other way to record; if that fails, too, its error with the first one behind it."""
+def _or_from(error: Exception, record_anew: Callable[[], Recorder], *, is_real: bool) -> Recorder:
+    """The other way to record; if that fails, too, the error on the real tensors with the other one behind it."""
     try:
         return record_anew()
     except (NothingDifferentiable, CompiledCode):
         raise
     except Exception as again:
-        raise again from error
+        if is_real:
+            raise again from error
+        raise error from again
 
 
 def _same_path(recorder: Recorder, forward: Recorder) -> bool:
@@ -173,14 +175,18 @@ def _same_path(recorder: Recorder, forward: Recorder) -> bool:
     return one == other
 
 
+_MAX_ATTEMPTS = 8
+"""How often a recording on real tensors begins anew to learn what a backward inside the forward needs."""
+
+
 class _World:
     """Arguments and helpers of one recording: fake or real."""
 
     def __init__(
-        self, args: Any, kwargs: Any, convert: Any, blank: Any, before_write: Any, content: Any, fingerprint: Any
+        self, args: Any, kwargs: Any, convert: Any, blank: Any, before_write: Any, contents: _Contents, fingerprint: Any
     ) -> None:
         self.args, self.kwargs = args, kwargs
-        self.convert, self.blank, self.before_write, self.content = convert, blank, before_write, content
+        self.convert, self.blank, self.before_write, self.contents = convert, blank, before_write, contents
         self.fingerprint = fingerprint
 
 
@@ -230,7 +236,7 @@ def _fake_world(
         fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert_argument)
         running = True
         with mode:
-            yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, lambda t: None, None)
+            yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, _Contents(), None)
 
 
 def _around(tensor: Tensor, local: Tensor) -> Tensor:
@@ -272,6 +278,31 @@ def _record_for_real(
     progress: Progress | None,
     forward_only: bool,
 ) -> Recorder:
+    """Record on the real tensors; once more, if the forward has a backward inside and needs numbers for it."""
+    contents = _RealContents()
+    for k in reversed(range(_MAX_ATTEMPTS)):  # with other numbers it may ask for others
+        try:
+            recorder = _record_for_real_once(fn, modules, args, kwargs, parallel, progress, forward_only, contents)
+        except Exception:
+            if not contents.missed or k == 0:
+                raise
+        else:
+            if not contents.missed or k == 0:
+                break
+        contents = _RealContents(contents.kept | contents.missed)
+    return recorder
+
+
+def _record_for_real_once(
+    fn: Any,
+    modules: Sequence[nn.Module],
+    args: Any,
+    kwargs: Any,
+    parallel: Parallel,
+    progress: Progress | None,
+    forward_only: bool,
+    contents: _RealContents,
+) -> Recorder:
     """Record on the real tensors, and put back whatever the step overwrote."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -290,7 +321,7 @@ def _record_for_real(
             swap_tensors(modules, twin)
             args, kwargs = map_tensors((tuple(args), kwargs), twin)
             look = None if forward_only else fingerprint
-            world = _World(args, kwargs, lambda t: t, blank, before_write, _copy_of_integers, look)
+            world = _World(args, kwargs, lambda t: t, blank, before_write, contents, look)
             return _record_in(world, fn, modules, parallel, progress, forward_only=forward_only)
         finally:
             with torch.inference_mode():  # some of them may have been made in it, and can be written nowhere else
@@ -326,13 +357,27 @@ class _Twins:
         return self._twins[id(tensor)][1]
 
 
-def _copy_of_integers(tensor: Tensor) -> Tensor | None:
-    """The memory of a mask or an index, which the backward cannot do without."""
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex:
+class _Contents:
+    """What a recording keeps of the numbers in saved tensors: none, and what of them the forward itself asked for."""
+
+    def __init__(self, kept: Set[int] = frozenset()) -> None:
+        self.kept, self.missed = kept, set[int]()
+
+    def of(self, n: int, tensor: Tensor) -> Tensor | None:
+        """What to keep of the n-th tensor that is saved."""
         return None
-    storage = tensor.untyped_storage()
-    flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
-    return flat.set_(storage, 0, (storage.nbytes() // tensor.itemsize,)).clone()  # type: ignore[call-overload]
+
+
+class _RealContents(_Contents):
+    """Masks and indices, which no backward can do without, and those that are known to be asked for in the forward."""
+
+    def of(self, n: int, tensor: Tensor) -> Tensor | None:
+        """A copy of the memory, or nothing."""
+        if n not in self.kept and (tensor.dtype.is_floating_point or tensor.dtype.is_complex):
+            return None
+        storage = tensor.untyped_storage()
+        flat = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return flat.set_(storage, 0, (storage.nbytes() // tensor.itemsize,)).clone()  # type: ignore[call-overload]
 
 
 def _record_in(
@@ -346,7 +391,10 @@ def _record_in(
 ) -> Recorder:
     """Run forward and backward under the recorder."""
     paths = ModulePaths(modules)
-    recorder = Recorder(world.blank, world.convert, world.before_write, paths.current, world.content, world.fingerprint)
+    recorder = Recorder(
+        world.blank, world.convert, world.before_write, paths.current, world.contents.of, world.contents.missed.add,
+        world.fingerprint,
+    )  # fmt: skip
     if progress is not None:
         recorder.on_op = lambda n: progress("recording", 0.0) if n % 256 == 0 else None
     _know_the_world(recorder, world, modules)

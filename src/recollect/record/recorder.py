@@ -92,13 +92,13 @@ class _Storage:
 class _Packed:
     """What the recorder keeps of a saved tensor: no data."""
 
-    __slots__ = ("__weakref__", "content", "device", "module", "number", "source", "unpacked", "view")
+    __slots__ = ("__weakref__", "content", "device", "module", "n", "number", "source", "unpacked", "view")
 
     def __init__(
-        self, number: int, view: View, device: torch.device, module: str, source: str, content: Tensor | None
+        self, n: int, number: int, view: View, device: torch.device, module: str, source: str, content: Tensor | None
     ) -> None:
         self.number, self.view, self.device, self.module, self.source = number, view, device, module, source
-        self.content = content
+        self.n, self.content = n, content
         self.unpacked = False
 
 
@@ -110,8 +110,9 @@ class Recorder(TorchDispatchMode):
         blank: makes memory for an unpacked tensor: ``blank(nelements, dtype, device)``.
         convert: turns a tensor met on the way into one of the recording's world (a fake one); identity on real ones.
         before_write: called with every tensor from outside that is about to be overwritten.
-        content: what to keep of a saved tensor after all: a copy where the backward needs the numbers (indices), or
-            nothing.
+        content: what to keep of the n-th tensor that is saved, after all: a copy where the backward needs the numbers
+            (indices), or nothing.
+        missed: called with n where a backward inside the forward asks for one of which nothing was kept.
         fingerprint: a number that tells the contents of memory apart; None where there are no contents.
         module_path: the path of the module that runs now.
     """
@@ -120,7 +121,8 @@ class Recorder(TorchDispatchMode):
     convert: Callable[[Tensor], Tensor]
     before_write: Callable[[Tensor], None]
     module_path: Callable[[], str]
-    content: Callable[[Tensor], Tensor | None] = lambda tensor: None
+    content: Callable[[int, Tensor], Tensor | None] = lambda n, tensor: None
+    missed: Callable[[int], None] = lambda n: None
     fingerprint: Callable[[torch.UntypedStorage], int] | None = None
     map: ValueMap = field(default_factory=ValueMap)
     ops: list[RecordedOp] = field(default_factory=list)
@@ -132,6 +134,7 @@ class Recorder(TorchDispatchMode):
         _buffered_use_counts()
         self.backward = False
         self._paused = False
+        self._n_packed = 0
         self._storages: dict[int, _Storage] = {}
         self._packed: dict[int, weakref.ref[_Packed]] = {}
         self._packed_as: dict[int, int] = {}
@@ -423,8 +426,9 @@ class Recorder(TorchDispatchMode):
             if number < 0 or is_parameter(tensor):
                 self._know_outside([tensor])
                 return tensor if tensor.is_leaf else tensor.detach()
-            content = self.content(tensor)
-        packed = _Packed(number, View.of(tensor), tensor.device, self.module_path(), _user_line(), content)
+            n, self._n_packed = self._n_packed, self._n_packed + 1
+            content = self.content(n, tensor)
+        packed = _Packed(n, number, View.of(tensor), tensor.device, self.module_path(), _user_line(), content)
         key = id(packed)
         self._packed[key] = weakref.ref(packed, lambda _: self._released(key))
         self._packed_as[key] = number
@@ -467,6 +471,8 @@ class Recorder(TorchDispatchMode):
             return packed
         if self.backward:
             self._backward_module, self._backward_source = packed.module, packed.source
+        elif packed.content is None:
+            self.missed(packed.n)
         with self.paused():
             view = packed.view
             nelements = -(-self.values[packed.number].nbytes // view.dtype.itemsize)
