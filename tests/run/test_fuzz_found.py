@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import sys
 
 import pytest
@@ -145,3 +147,21 @@ def test_where_no_recording_works_the_reason_is_that_of_the_real_tensors() -> No
     found = examine(Script(body, steps=(Step("within autocast"),), way=Way("nothing", seed=1)))
     assert found.wrong == []
     assert "inference_mode within autocast" in found.unplanned
+
+
+def test_what_fails_on_fake_tensors_is_not_reported_to_the_user(caplog: pytest.LogCaptureFixture) -> None:
+    """Torch logs a traceback; the step is recorded on real tensors instead."""
+
+    def loss(x: torch.Tensor) -> torch.Tensor:
+        with contextlib.suppress(RuntimeError):
+            torch.view_as_complex((x * 2).t())  # the last dimension has another stride than 1
+        return (x * x.sum().item()).sum()
+
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    logger.addHandler(caplog.handler)
+    try:
+        assert record(loss, (torch.ones(2, 3, requires_grad=True),), timing="estimate").recorded == "real"
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert caplog.records == []
+    assert not logger.disabled

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
@@ -175,6 +176,8 @@ def _same_path(recorder: Recorder, forward: Recorder) -> bool:
     return one == other
 
 
+_FAKE_TENSOR_LOG = logging.getLogger(FakeTensorMode.__module__)
+"""Where torch writes a traceback when an operator fails on fake tensors."""
 _MAX_ATTEMPTS = 8
 """How often a recording on real tensors begins anew to learn what a backward inside the forward needs."""
 
@@ -228,7 +231,7 @@ def _fake_world(
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
         return torch.empty(n, dtype=dtype, device=where)
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _quiet(_FAKE_TENSOR_LOG):
         warnings.simplefilter("ignore")
         with mode:
             _make_whole(parallel)
@@ -237,6 +240,16 @@ def _fake_world(
         running = True
         with mode:
             yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, _Contents(), None)
+
+
+@contextmanager
+def _quiet(log: logging.Logger) -> Iterator[None]:
+    """Without a word of this logger: what fails on fake tensors is recorded on real ones."""
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _around(tensor: Tensor, local: Tensor) -> Tensor:
