@@ -165,3 +165,12 @@ def test_what_fails_on_fake_tensors_is_not_reported_to_the_user(caplog: pytest.L
         logger.removeHandler(caplog.handler)
     assert caplog.records == []
     assert not logger.disabled
+
+
+def test_a_value_that_only_a_dead_handle_stood_for_is_not_held_once_it_is_overwritten() -> None:
+    """Its memory holds another value then, and the plan lets go of that."""
+    body = (Do("gelu", 1, 2), Do("relu", 1, 0), Do("zero_", 0, 3))
+    found = examine(Script(body, steps=(Step(rows=64, training=False),), way=Way("measured")))
+    assert found.wrong == []
+    assert found.peak is not None
+    assert found.peak[0] == found.peak[1]

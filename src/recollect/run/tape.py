@@ -305,7 +305,7 @@ class Tape(TorchDispatchMode):
     def _hold_as_planned(self, number: int, tensor: Tensor, storage: torch.UntypedStorage) -> None:
         """Hold a value just made, if it is one to hold."""
         kept = self.following and (number in self.instructions.keep or number in self._pinned)
-        if kept or (number in self.handles and not self._forgets(number)):
+        if kept or (self.handles.get(number) and not self._forgets(number)):
             saved = number in self.instructions.asked and number not in self.handles  # then pack makes the alias
             self._held[number] = _Held(storage, True, None if saved else alias_of(tensor))
 
