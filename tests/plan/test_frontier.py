@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +16,7 @@ from matplotlib.image import imread
 import recollect
 from recollect.plan import frontier, solve
 from recollect.plan.frontier import beside
+from recollect.plan.pool import Pool
 from recollect.program import InfeasibleBudget, Plan, Program, simulate, verify
 from recollect.show.plots import frontier_plot
 from tests.plan.chains import chain, gpt
@@ -173,3 +175,27 @@ def test_a_program_takes_no_arguments():
     assert recollect.frontier(chain(4), points=2).points
     with pytest.raises(TypeError, match="a program stands for itself"):
         recollect.frontier(chain(4), torch.ones(1), points=2)
+
+
+def test_the_first_budget_does_not_take_the_time_of_all(monkeypatch: pytest.MonkeyPatch):
+    """Where its search takes longer than it should, the others still have candidates to start from."""
+    now, jobs = [0.0], [0]
+    run, improve = Pool._run, Pool._improve
+
+    def run_in_a_second(self: Pool, job: Any, deadline: float) -> None:
+        jobs[0] += job not in self._found
+        now[0] += job not in self._found
+        run(self, job, deadline)
+
+    def take_all_time(self: Pool, *args: Any) -> None:
+        improve(self, *args)
+        now[0] += 1000
+
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(Pool, "_run", run_in_a_second)
+    monkeypatch.setattr(Pool, "_improve", take_all_time)
+    program = gpt(2, vocabulary=256)
+    pool = Pool(program)
+    n_first, n_floor = len(pool._first), len(pool._for_the_floor)
+    frontier(program, points=12, time_limit_seconds=10 * (n_first + n_floor))
+    assert jobs[0] >= 1.9 * (n_first + n_floor)

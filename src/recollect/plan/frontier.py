@@ -152,10 +152,16 @@ def beside(front: Frontier, solver: str, *, time_limit_seconds: float = 10.0) ->
     return tuple(found)
 
 
+_FOR_ALL = 0.2
+"""The share of the time for candidates that all budgets start from."""
+
+
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
     """A plan per budget, by rising budget."""
-    end, progress = time.monotonic() + limit, progress or _silent
-    budgets = _budgets(points, _pool_of(program).floor_bytes(_part(progress, 0.0, 0.1)), simulate(program).peak_bytes)
+    begin, progress = time.monotonic(), progress or _silent
+    end, pool = begin + limit, _pool_of(program)
+    budgets = _budgets(points, pool.floor_bytes(_part(progress, 0.0, 0.05)), simulate(program).peak_bytes)
+    pool.grow(begin + _FOR_ALL * limit, _part(progress, 0.05, 0.1), lambda: False)  # the first must not take all time
     plans = []
     n = len(budgets)
     for k, budget_bytes in enumerate(budgets):
