@@ -73,7 +73,7 @@ def test_more_random_programs(first: int) -> None:
     wanted = [*(f"op: {g}" for g in GROUPS), *(f"use: {u}" for u in USES), *(f"returns: {r}" for r in RETURNS)]
     assert all(seen[name] >= 3 for name in [*wanted, "branch on data", "left the path"]), seen
     assert seen["run again"] > seen["all"] / 2
-    assert seen["an error of torch's"] < seen["all"] / 3, "most programs are valid"
+    assert seen["an error of torch's"] < seen["all"] / 2, "most programs are valid"
 
 
 def test_a_script_is_text_that_makes_it_again() -> None:

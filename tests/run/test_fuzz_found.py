@@ -174,3 +174,11 @@ def test_a_value_that_only_a_dead_handle_stood_for_is_not_held_once_it_is_overwr
     assert found.wrong == []
     assert found.peak is not None
     assert found.peak[0] == found.peak[1]
+
+
+def test_off_the_path_what_is_held_and_cannot_be_made_again_stays_for_what_needs_it() -> None:
+    """Its maker is known, but begins with a value that is gone."""
+    relu, other = Do("relu", 0, 0), (Do("relu", 0, 0), Do("relu", 0, 0))
+    branch = In("enable_grad", (If(0, (relu,), (*other, Do("embedding", 0, 0))),))
+    body = (Do("relu", 2, 0), Do("data_", 0, 0), branch, *other, If(1, (relu,), other))
+    assert examine(Script(body, steps=(Step(sign=-1), Step()), way=Way("random", seed=0))).wrong == []

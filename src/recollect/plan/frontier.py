@@ -155,6 +155,9 @@ def beside(front: Frontier, solver: str, *, time_limit_seconds: float = 10.0) ->
 _FOR_ALL = 0.2
 """The share of the time for candidates that all budgets start from."""
 
+_AT_LEAST = 0.25
+"""The share of its even part that every budget gets, even where others have taken longer than they should."""
+
 
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
     """A plan per budget, by rising budget."""
@@ -165,7 +168,7 @@ def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, p
     plans = []
     n = len(budgets)
     for k, budget_bytes in enumerate(budgets):
-        share = max(0.0, end - time.monotonic()) / (n - k)
+        share = max((end - time.monotonic()) / (n - k), _AT_LEAST * limit / n)
         part = _part(progress, 0.1 + 0.9 * k / n, 0.1 + 0.9 * (k + 1) / n, f"budget {k + 1} of {n}, ")
         plans.append(solve(program, budget_bytes, time_limit_seconds=share, progress=part))
     progress("done", 1.0)

@@ -415,6 +415,17 @@ class Tape(TorchDispatchMode):
 
     def _sources(self, numbers: Collection[int]) -> set[int]:
         """What must be in memory so that these values can be made again: nothing makes it."""
+        found = self._begins(numbers, lambda n: n in self._maker and n not in self._pinned)
+        if all(n in self._held for n in found):
+            return found
+        anew = set[int]()  # some begin with what is gone: what they go through and is held must stay instead
+        for n, k in sorted(self._maker.items(), key=lambda made: made[1]):
+            if n not in self._pinned and all(r in anew or r in self._held for r in self._entries[k].reads):
+                anew.add(n)
+        return self._begins(numbers, anew.__contains__)
+
+    def _begins(self, numbers: Collection[int], goes: Callable[[int], bool]) -> set[int]:
+        """Where the ways to these values begin, if they may go through those that can go."""
         found, seen = set[int](), set[int]()
         pending = [r for n in numbers if n in self._maker for r in self._entries[self._maker[n]].reads]
         while pending:
@@ -422,7 +433,7 @@ class Tape(TorchDispatchMode):
             if n in seen:
                 continue
             seen.add(n)
-            if n in self._maker and n not in self._pinned:
+            if goes(n):
                 pending.extend(self._entries[self._maker[n]].reads)
             else:
                 found.add(n)
