@@ -71,7 +71,7 @@ def test_more_random_programs(first: int) -> None:
     assert not smallest_failure(found), smallest_failure(found)
     seen = counts(found)
     wanted = [*(f"op: {g}" for g in GROUPS), *(f"use: {u}" for u in USES), *(f"returns: {r}" for r in RETURNS)]
-    assert all(seen[name] >= 3 for name in [*wanted, "branch on data", "left the path"]), seen
+    assert all(seen[name] for name in [*wanted, "branch on data", "left the path"]), seen
     assert seen["run again"] > seen["all"] / 2
     assert seen["an error of torch's"] < seen["all"] / 2, "most programs are valid"
 
