@@ -64,14 +64,13 @@ def test_random_programs_stay_within_their_budgets() -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("first", [100, 105, 110])
-def test_more_random_programs(first: int) -> None:
-    found = [each for number in range(first, first + 5) for each in look_at(scripts, 100, number)]
-    found += look_at(measured_scripts, 20, first)
+def test_more_random_programs() -> None:
+    found = [each for number in range(100, 115) for each in look_at(scripts, 100, number)]
+    found += look_at(measured_scripts, 50, 100)
     assert not smallest_failure(found), smallest_failure(found)
     seen = counts(found)
     wanted = [*(f"op: {g}" for g in GROUPS), *(f"use: {u}" for u in USES), *(f"returns: {r}" for r in RETURNS)]
-    assert all(seen[name] for name in [*wanted, "branch on data", "left the path"]), seen
+    assert all(seen[name] >= 10 for name in [*wanted, "branch on data", "left the path"]), seen
     assert seen["run again"] > seen["all"] / 2
     assert seen["an error of torch's"] < seen["all"] / 2, "most programs are valid"
 

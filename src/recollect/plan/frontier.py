@@ -116,7 +116,8 @@ def frontier(
             overhead is steep; or the budgets themselves.
         keep: as for ``solve``.
         recompute: as for ``solve``.
-        time_limit_seconds: when to stop looking for better plans, all budgets together.
+        time_limit_seconds: when to stop looking for better plans, all budgets together; where some take longer than
+            they should, the others still get a quarter of their part.
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
 
     Raises:

@@ -116,7 +116,9 @@ def record(
     def on_real(*, forward_only: bool = False) -> Recorder:
         if parallel.units:
             raise NotSupported("a recording on real tensors would have to gather the shards of fully_shard")
-        return _record_for_real(fn, modules, args, kwargs, parallel, progress, forward_only)
+        return _with_what_is_missed(
+            lambda contents: _record_for_real(fn, modules, args, kwargs, parallel, progress, forward_only, contents)
+        )
 
     ways = [("fake", on_fake), ("real", on_real)]
     (recorded, first), (other, second) = reversed(ways) if real else ways
@@ -282,20 +284,12 @@ def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
     return moved
 
 
-def _record_for_real(
-    fn: Any,
-    modules: Sequence[nn.Module],
-    args: Any,
-    kwargs: Any,
-    parallel: Parallel,
-    progress: Progress | None,
-    forward_only: bool,
-) -> Recorder:
-    """Record on the real tensors; once more, if the forward has a backward inside and needs numbers for it."""
+def _with_what_is_missed(record_with: Callable[[_RealContents], Recorder]) -> Recorder:
+    """Record on the real tensors; anew while a backward inside the forward asks for numbers that were not kept."""
     contents = _RealContents()
     for k in reversed(range(_MAX_ATTEMPTS)):  # with other numbers it may ask for others
         try:
-            recorder = _record_for_real_once(fn, modules, args, kwargs, parallel, progress, forward_only, contents)
+            recorder = record_with(contents)
         except Exception:
             if not contents.missed or k == 0:
                 raise
@@ -306,7 +300,7 @@ def _record_for_real(
     return recorder
 
 
-def _record_for_real_once(
+def _record_for_real(
     fn: Any,
     modules: Sequence[nn.Module],
     args: Any,
