@@ -71,6 +71,12 @@ _GAP: Final = 0.002
 _LOOK: Final = 0.1
 """That part."""
 
+_WIDE_GAP: Final = 0.01
+"""The gap beyond which it may have ``_LONG_LOOK`` of the time."""
+
+_LONG_LOOK: Final = 0.6
+"""Enough for about a hundred ops."""
+
 _POOLS: dict[int, tuple[weakref.ref[Program], Pool]] = {}
 
 
@@ -135,9 +141,10 @@ def solve(
     deadline = begin + time_limit_seconds
     if solver == "exact":
         found = _made_exact(program, budget_bytes, found, deadline)
-    elif solver == "auto" and _is_worth_an_exact_look(program, found):
-        a_look = time.monotonic() + _LOOK * time_limit_seconds
-        found = _made_exact(program, budget_bytes, found, min(deadline, a_look))
+    elif solver == "auto":
+        look = _exact_look(program, found) * time_limit_seconds
+        if look:
+            found = _made_exact(program, budget_bytes, found, min(deadline, time.monotonic() + look))
     if found.schedule is None:
         raise infeasible(program, budget_bytes, found.lowest, solver=solver)
     return _plan(
@@ -163,11 +170,14 @@ def classics_of(
     return tuple(found)
 
 
-def _is_worth_an_exact_look(program: Program, found: Found) -> bool:
+def _exact_look(program: Program, found: Found) -> float:
+    """The share of the time that the exact solver is worth: the wider the gap, the more."""
     if found.schedule is None or passing_values(program):
-        return False
+        return 0.0
     gap = found.schedule.extra_seconds(program) - found.lower_bound * program.seconds
-    return len(program.ops) <= (_SMALL if gap > _GAP * program.seconds else _TINY)
+    if len(program.ops) > (_SMALL if gap > _GAP * program.seconds else _TINY):
+        return 0.0
+    return _LONG_LOOK if gap > _WIDE_GAP * program.seconds else _LOOK
 
 
 def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: float) -> Found:
