@@ -2,7 +2,8 @@
 
 For each network: with the budget set to the peak that checkpointing every block reaches, how much of its extra time
 recollect needs; with the extra time that checkpointing takes, how much of its peak. And what the tape costs by itself,
-when everything is kept. Peaks by the allocator's account; times interleaved, median of the rounds.
+when everything is kept. Peaks by the allocator's account; times interleaved, median of the rounds; the C allocator
+keeps what it has got (``allocator.py``).
 
 Run: ``python benchmarks/beside_checkpoint.py [--rounds N]``.
 """
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from allocator import keep_memory
 from torch import Tensor, nn
 
 import recollect
@@ -31,6 +33,9 @@ from recollect.run.account import account, resident
 from recollect.show.text import format_bytes
 
 Step = Callable[[], Tensor]
+
+WARM_UP = 2
+"""Steps of each kind that are not timed."""
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def seconds_of(steps: Mapping[str, tuple[nn.Module, Step]], rounds: int) -> dict
     """Median seconds of every step, the steps taking turns, in another order each time."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0)
-    for _ in range(rounds + 1):
+    for _ in range(WARM_UP + rounds):
         shuffle.shuffle(order)  # what one step leaves in the allocator and the caches, the next one meets
         for name in order:
             model, step = steps[name]
@@ -99,7 +104,7 @@ def seconds_of(steps: Mapping[str, tuple[nn.Module, Step]], rounds: int) -> dict
             begin = time.perf_counter()
             step()
             samples[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(s[1:]) for name, s in samples.items()}
+    return {name: statistics.median(s[WARM_UP:]) for name, s in samples.items()}
 
 
 def extra(seconds: Mapping[str, float], name: str) -> float:
@@ -154,6 +159,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
+    if not keep_memory():
+        print("the C allocator hands memory back between steps: times vary more")
     for network in networks():
         compare(network, rounds)
     tape_cost(networks()[0], 2 * rounds)

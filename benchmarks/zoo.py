@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from allocator import keep_memory
 from torch import Tensor, nn
 from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
 
@@ -40,6 +41,7 @@ from recollect.show.text import format_bytes
 
 SHARE = 0.6
 STEPS = 3
+WARM_UP = 2
 
 
 @dataclass
@@ -307,6 +309,7 @@ def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race
         "switch": _step(specimen, switched, inputs),
         "recollect": (planned, inputs, lambda: wrapped(**inputs)),
     }
+    keep_memory()
     seconds = seconds_of(steps, rounds)
     ratio = {k: statistics.median(x / p for x, p in zip(s, seconds["plain"], strict=True)) - 1
              for k, s in seconds.items()}  # fmt: skip
@@ -320,7 +323,7 @@ def seconds_of(steps: dict[str, tuple[nn.Module, Any, Step]], rounds: int) -> di
     """Seconds of every step, the steps taking turns, in another order each time."""
     samples: dict[str, list[float]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0)
-    for _ in range(rounds + 1):
+    for _ in range(WARM_UP + rounds):
         shuffle.shuffle(order)
         for name in order:
             model, _, loss = steps[name]
@@ -328,7 +331,7 @@ def seconds_of(steps: dict[str, tuple[nn.Module, Any, Step]], rounds: int) -> di
             begin = time.perf_counter()
             loss().backward()
             samples[name].append(time.perf_counter() - begin)
-    return {name: s[1:] for name, s in samples.items()}
+    return {name: s[WARM_UP:] for name, s in samples.items()}
 
 
 def _line(r: dict[str, Any]) -> str:
@@ -370,8 +373,8 @@ higher; the last column is what a step with the floor as its budget took.
 
 Extra time over plain training, of `gradient_checkpointing_enable()`, `enable_gradient_checkpointing()` or
 `set_grad_checkpointing()`, and of recollect with the peak that this switch reaches as its budget: steps in turns,
-median of the ratios, on a machine that did other work at the same time. *Ratio* is recollect's extra time
-over the switch's.
+median of the ratios, on a machine that did other work at the same time; the C allocator keeps what it has got.
+*Ratio* is recollect's extra time over the switch's.
 
 {races}
 

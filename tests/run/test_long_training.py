@@ -87,6 +87,7 @@ def pair() -> tuple[Model, Model]:
 @pytest.mark.filterwarnings("ignore:recollect:RuntimeWarning")
 def test_two_thousand_steps() -> None:
     plain, mine = pair()
+    before = census()  # other tests may have left something
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -99,7 +100,7 @@ def test_two_thousand_steps() -> None:
     assert stats.deviations >= len(OTHER_PATHS)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     settled = counts[2:]  # by then every kind of input has its plan, or is known to have none
-    assert all(c["tapes"] == 0 for c in settled)
+    assert all(c["tapes"] == before["tapes"] for c in settled), (before, counts)
     assert len({c["tensors"] for c in settled}) == 1, counts
     assert max(c["objects"] for c in settled) - min(c["objects"] for c in settled) < 100, counts
     assert settled[-1]["resident"] - settled[0]["resident"] < 2 << 20, counts
