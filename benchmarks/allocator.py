@@ -16,5 +16,5 @@ def keep_memory() -> bool:
     """Never hand memory back, never map a tensor by itself; False where the C library cannot be told."""
     libc = ctypes.CDLL(ctypes.util.find_library("c"))
     mallopt = getattr(libc, "mallopt", None)
-    wanted = (_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_TOP_PAD, 64 << 20)
+    wanted = (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20)
     return mallopt is not None and all(mallopt(option, value) for option, value in wanted)

@@ -54,6 +54,9 @@ _NEEDS_ITS_WORKSPACE: Final = frozenset(
 )
 """Read pointers or sizes out of a byte tensor that their forward wrote: on any other bytes they crash."""
 
+_GROUPED: Final = frozenset({"aten._grouped_mm", "aten._scaled_grouped_mm"})
+"""Products with a tensor of offsets that says where each group ends: with zeros they would have nothing to do."""
+
 _MEASURED: dict[tuple[CallSignature, str, int], Cost] = {}
 
 
@@ -160,6 +163,8 @@ def _measure(signature: CallSignature, room_bytes: int | None) -> Cost:
 def _measure_for_real(signature: CallSignature, room_bytes: int | None) -> Cost:
     args, kwargs = thaw(signature.args, _random), thaw(signature.kwargs, _random)
     func = signature.func
+    if str(func.overloadpacket) in _GROUPED:
+        _fill_groups(args, kwargs)
     cuda = any(s.device.type == "cuda" for s in _specs(signature))
     scratch, made = (_memory_cuda if cuda else _memory_cpu)(func, args, kwargs)
     cache_bytes = _CACHE_BYTES
@@ -172,6 +177,16 @@ def _measure_for_real(signature: CallSignature, room_bytes: int | None) -> Cost:
         flush.zero_()  # in a step, what an operator reads was written long ago
         durations.append(_time_once(func, args, kwargs, cuda))
     return Cost(min(durations), scratch, made)  # whatever else the machine does can only add to the seconds
+
+
+def _fill_groups(args: Any, kwargs: Any) -> None:
+    """Ends of groups of equal size, along the rows of a matrix, the columns of the other, or what both sum over."""
+    offsets = next((t for t in tensors_in((args, kwargs)) if t.dtype is torch.int32), None)
+    if offsets is None:
+        return
+    a, b = args[:2]
+    total = b.size(-1) if a.dim() == 3 else a.size(0) if b.dim() == 3 else a.size(1)
+    offsets.copy_(torch.arange(1, offsets.numel() + 1, device=offsets.device) * total // offsets.numel())
 
 
 def _time_once(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
