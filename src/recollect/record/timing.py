@@ -41,7 +41,10 @@ FREE: Final = Cost(0.0)
 _MIN_SECONDS: Final = 0.02
 """A call is repeated until it has run for this long in all ..."""
 _MAX_REPEATS: Final = 5
-"""... but not more often than this."""
+"""... but not more often than this, ..."""
+_MIN_REPEATS: Final = 3
+"""... nor, where it takes less than ``_LONG_SECONDS``, less often: once alone may be far too slow."""
+_LONG_SECONDS: Final = 0.5
 
 _CACHE_BYTES: Final = 1 << 26
 """Memory that is written before each timed call, so that caches hold nothing of its arguments; where there is room."""
@@ -173,10 +176,16 @@ def _measure_for_real(signature: CallSignature, room_bytes: int | None) -> Cost:
         cache_bytes = max(0, min(cache_bytes, room_bytes - taken))
     flush = torch.empty(cache_bytes, dtype=torch.uint8, device="cuda" if cuda else "cpu")
     durations: list[float] = []
-    while len(durations) < _MAX_REPEATS and sum(durations) < _MIN_SECONDS:
+    while _asks_for_another(durations):
         flush.zero_()  # in a step, what an operator reads was written long ago
         durations.append(_time_once(func, args, kwargs, cuda))
     return Cost(min(durations), scratch, made)  # whatever else the machine does can only add to the seconds
+
+
+def _asks_for_another(durations: Sequence[float]) -> bool:
+    if len(durations) < _MIN_REPEATS:
+        return sum(durations) < _LONG_SECONDS
+    return len(durations) < _MAX_REPEATS and sum(durations) < _MIN_SECONDS
 
 
 def _fill_groups(args: Any, kwargs: Any) -> None:
