@@ -29,7 +29,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def both(model: nn.Module, budget: Any, batches: list[Any], loss_of: Callable[[nn.Module, Any], Tensor]) -> list[int]:
     """Train plainly and under the budget on the same batches; the peaks measured, step by step, from the second on."""
     plain, peaks = copy.deepcopy(model), list[int]()
-    step = recollect.checkpoint(lambda batch: loss_of(model, batch), budget=budget, time_limit_seconds=2.0)
+    step = recollect.checkpoint(lambda batch: loss_of(model, batch), budget=budget, time_limit_seconds=1.0)
     for batch in batches:
         for m in (plain, model):
             m.zero_grad()
