@@ -182,3 +182,18 @@ def test_off_the_path_what_is_held_and_cannot_be_made_again_stays_for_what_needs
     branch = In("enable_grad", (If(0, (relu,), (*other, Do("embedding", 0, 0))),))
     body = (Do("relu", 2, 0), Do("data_", 0, 0), branch, *other, If(1, (relu,), other))
     assert examine(Script(body, steps=(Step(sign=-1), Step()), way=Way("random", seed=0))).wrong == []
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+@pytest.mark.parametrize("mode", ["nothing", "online"])
+def test_dropout_on_tensors_of_inference_mode_is_torchs_own(mode: str, training: bool) -> None:
+    """The one for the compiler makes a copy in evaluation."""
+    inside = Do("relu", 0, 0), Do("dropout", 0, 2)
+    body = (*inside, In("no_grad", (In("inference", inside),)), Do("relu", 1, 0))
+    assert examine(Script(body, steps=(Step(training=training),), way=Way(mode))).wrong == []
+
+
+def test_what_dropout_in_evaluation_makes_of_a_tensor_of_inference_mode_is_one_of_inference_mode() -> None:
+    body = (In("inference", (Do("relu", 0, 0),)), Do("dropout", 0, 0), Do("linear", 0, 0))
+    found = examine(Script(body, steps=(Step(training=False),), way=Way("nothing")))
+    assert (found.error, found.wrong) == ("RuntimeError", [])

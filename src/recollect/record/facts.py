@@ -180,11 +180,13 @@ def take_apart(facts: OpFacts, func: torch._ops.OpOverload, mode: Any, args: Any
     see the operators inside; for the few operators that they have seen in one piece, that is done already.
     """
     refuse_autocast(facts, args)
+    # Not ``func.decompose``, which may take the compiler's kernel: its dropout copies in evaluation.
+    kernel = torch._C.DispatchKey.CompositeImplicitAutograd
     if _has_kernel(func, "ADInplaceOrView"):
         with mode:
-            return func.decompose(*args, **kwargs)
+            return func._op_dk(kernel, *args, **kwargs)
     with enable_reentrant_dispatch(), mode:
-        return func.decompose(*args, **kwargs)
+        return func._op_dk(kernel, *args, **kwargs)
 
 
 def refuse_autocast(facts: OpFacts, args: Sequence[Any]) -> None:
