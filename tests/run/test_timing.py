@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
-from recollect.record import timing
+from recollect.program import simulate
+from recollect.record import record, timing
 from recollect.record.signature import CallSignature, signature_of
+from recollect.run.account import account, resident
 
 
 @pytest.mark.parametrize(
@@ -34,3 +37,22 @@ def test_groups_have_rows(
     assert isinstance(signature, CallSignature)
     timing._measure_for_real(signature, None)
     assert seen == [ends]
+
+
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("bidirectional", [True, False])
+def test_the_scratch_of_an_lstms_backward_is_in_the_account(layers: int, bias: bool, bidirectional: bool) -> None:
+    """Its kernel reads pointers out of what the forward wrote: it cannot be run on any bytes."""
+    torch.manual_seed(0)
+    lstm = nn.LSTM(32, 64, layers, bias=bias, bidirectional=bidirectional, batch_first=True)
+    x = torch.randn(8, 16, 32)
+
+    def step(x: torch.Tensor) -> torch.Tensor:
+        return lstm(x)[0].square().mean()  # type: ignore[no-any-return]
+
+    predicted = simulate(record(step, (x,), timing="measure")).peak_bytes
+    step(x).backward()
+    lstm.zero_grad()
+    measured = account(lambda: step(x).backward(), resident(lstm, x)).peak_bytes
+    assert abs(measured - predicted) <= 4 * 64 * 4  # one gradient for two biases, which autograd copies

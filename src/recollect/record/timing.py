@@ -52,10 +52,11 @@ _CACHE_BYTES: Final = 1 << 26
 _DRAWN: Final = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
 """Types of which random numbers can be had without those of another type beside them."""
 
-_NEEDS_ITS_WORKSPACE: Final = frozenset(
-    {"aten.mkldnn_rnn_layer_backward", "aten._cudnn_rnn_backward", "aten.miopen_rnn_backward"}
-)
+_NEEDS_ITS_WORKSPACE: Final = frozenset({"aten._cudnn_rnn_backward", "aten.miopen_rnn_backward"})
 """Read pointers or sizes out of a byte tensor that their forward wrote: on any other bytes they crash."""
+
+_LSTM_BACKWARD: Final = "aten.mkldnn_rnn_layer_backward"
+"""So does this one, but its forward can be run for them."""
 
 _GROUPED: Final = frozenset({"aten._grouped_mm", "aten._scaled_grouped_mm"})
 """Products with a tensor of offsets that says where each group ends: with zeros they would have nothing to do."""
@@ -168,6 +169,8 @@ def _measure_for_real(signature: CallSignature, room_bytes: int | None) -> Cost:
     func = signature.func
     if str(func.overloadpacket) in _GROUPED:
         _fill_groups(args, kwargs)
+    elif str(func.overloadpacket) == _LSTM_BACKWARD:
+        args = _with_workspace(args)
     cuda = any(s.device.type == "cuda" for s in _specs(signature))
     scratch, made = (_memory_cuda if cuda else _memory_cpu)(func, args, kwargs)
     cache_bytes = _CACHE_BYTES
@@ -196,6 +199,17 @@ def _fill_groups(args: Any, kwargs: Any) -> None:
     a, b = args[:2]
     total = b.size(-1) if a.dim() == 3 else a.size(0) if b.dim() == 3 else a.size(1)
     offsets.copy_(torch.arange(1, offsets.numel() + 1, device=offsets.device) * total // offsets.numel())
+
+
+def _with_workspace(args: Any) -> Any:
+    """The arguments of the backward of an LSTM layer, with the workspace of a forward."""
+    numbers = args[:7]
+    reverse, mode, hidden, layers, biases, train, bidirectional, batch_sizes, batch_first = args[13:22]
+    with torch.enable_grad():  # else it leaves none
+        out = torch.ops.aten.mkldnn_rnn_layer.default(
+            *numbers, reverse, batch_sizes, mode, hidden, layers, biases, bidirectional, batch_first, train
+        )
+    return *args[:-1], out[-1]
 
 
 def _time_once(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
