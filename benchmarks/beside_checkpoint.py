@@ -2,8 +2,7 @@
 
 For each network: with the budget set to the peak that checkpointing every block reaches, how much of its extra time
 recollect needs; with the extra time that checkpointing takes, how much of its peak. And what the tape costs by itself,
-when everything is kept. Peaks by the allocator's account; times interleaved, median of the rounds; the C allocator
-keeps what it has got (``allocator.py``).
+when everything is kept. Peaks by the allocator's account; times interleaved, median of the rounds.
 
 Run: ``python benchmarks/beside_checkpoint.py [--rounds N]``.
 """
@@ -21,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from allocator import keep_memory
 from torch import Tensor, nn
 
 import recollect
@@ -159,8 +157,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=9)
     rounds = parser.parse_args().rounds
-    if not keep_memory():
-        print("the C allocator hands memory back between steps: times vary more")
     for network in networks():
         compare(network, rounds)
     tape_cost(networks()[0], 2 * rounds)
