@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from allocator import keep_memory
 from torch import Tensor, nn
+from zoo_allocator import keep_memory
 from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
 
 import recollect

@@ -54,7 +54,7 @@ def test_never_worse_than_solve_at_the_same_budget():
     for p in found.points:
         alone = solve(program, p.budget_bytes, time_limit_seconds=5)  # a sixth of what each point has
         assert p.overhead <= alone.overhead
-        assert p.lower_bound >= alone.lower_bound - 2e-3  # more time, other moments looked at
+        assert p.lower_bound >= alone.lower_bound - 1e-3  # more time, other moments looked at
 
 
 @pytest.mark.slow

@@ -12,9 +12,9 @@ import ctypes.util
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # malloc.h
 
 
-def keep_memory() -> bool:
-    """Never hand memory back, never map a tensor by itself; False where the C library cannot be told."""
-    libc = ctypes.CDLL(ctypes.util.find_library("c"))
-    mallopt = getattr(libc, "mallopt", None)
-    wanted = (_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20)
-    return mallopt is not None and all(mallopt(option, value) for option, value in wanted)
+def keep_memory() -> None:
+    """Never hand memory back, never map a tensor by itself; without effect where the C library is another one."""
+    mallopt = getattr(ctypes.CDLL(ctypes.util.find_library("c")), "mallopt", None)
+    if mallopt is not None:
+        for option, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, -1), (_TOP_PAD, 64 << 20)):
+            mallopt(option, value)
