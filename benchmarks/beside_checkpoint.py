@@ -11,15 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
-import random
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from _side_by_side import Step, keep_memory, seconds_of
 from torch import Tensor, nn
 
 import recollect
@@ -29,11 +28,6 @@ from recollect.record import record
 from recollect.run import Tape, instructions_for
 from recollect.run.account import account, resident
 from recollect.show.text import format_bytes
-
-Step = Callable[[], Tensor]
-
-WARM_UP = 2
-"""Steps of each kind that are not timed."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +44,7 @@ def networks() -> tuple[Network, ...]:
     """The two networks of the comparison."""
     torch.manual_seed(0)
     gpt = GPT(GPTConfig(blocks=6, width=384, heads=6, context=256, dropout=0.2))
-    tokens = torch.randint(0, 256, (2, 16, 256))
+    tokens = torch.randint(0, 256, (2, 8, 256))
     resnet = ResNet(ResNetConfig(widths=(24, 48, 96), blocks_per_stage=3))
     return (
         Network("GPT", gpt, _next_token, (tokens[0], tokens[1])),
@@ -80,7 +74,7 @@ def steps_of(network: Network, budgets: Mapping[str, int]) -> dict[str, tuple[nn
 
 
 def _step(loss: Callable[..., Tensor], network: Network) -> Step:
-    return lambda: loss(*network.inputs).backward()  # type: ignore[return-value]
+    return lambda: loss(*network.inputs).backward()
 
 
 def peak_of(network: Network, model: nn.Module, step: Step) -> int:
@@ -90,19 +84,9 @@ def peak_of(network: Network, model: nn.Module, step: Step) -> int:
     return account(step, resident(model, *network.inputs)).peak_bytes
 
 
-def seconds_of(steps: Mapping[str, tuple[nn.Module, Step]], rounds: int) -> dict[str, float]:
-    """Median seconds of every step, the steps taking turns, in another order each time."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0)
-    for _ in range(WARM_UP + rounds):
-        shuffle.shuffle(order)  # what one step leaves in the allocator and the caches, the next one meets
-        for name in order:
-            model, step = steps[name]
-            model.zero_grad()
-            begin = time.perf_counter()
-            step()
-            samples[name].append(time.perf_counter() - begin)
-    return {name: statistics.median(s[WARM_UP:]) for name, s in samples.items()}
+def medians(steps: Mapping[str, tuple[nn.Module, Step]], rounds: int) -> dict[str, float]:
+    """Median seconds of every step, the steps taking turns."""
+    return {name: statistics.median(s) for name, s in seconds_of(steps, rounds).items()}
 
 
 def extra(seconds: Mapping[str, float], name: str) -> float:
@@ -119,7 +103,7 @@ def compare(network: Network, rounds: int) -> None:
     budgets = {name: b for name, b in budgets.items() if _feasible(network, b)}
     steps = steps_of(network, budgets)
     peaks |= {name: peak_of(network, *steps[name]) for name in budgets}
-    seconds = seconds_of(steps, rounds)
+    seconds = medians(steps, rounds)
     print(f"\n{network.name}: plain peak {format_bytes(peaks['plain'])}, plain step {seconds['plain'] * 1e3:.0f} ms")
     for name in ("block", *budgets):
         x = extra(seconds, name)
@@ -148,18 +132,19 @@ def tape_cost(network: Network, rounds: int) -> None:
             value = loss(*network.inputs)
         return value.backward()
 
-    seconds = seconds_of({"plain": (network.model, _step(loss, network)), "taped": (network.model, taped)}, rounds)
+    seconds = medians({"plain": (network.model, _step(loss, network)), "taped": (network.model, taped)}, rounds)
     print(f"\n{network.name}, everything kept: the tape costs {extra(seconds, 'taped'):.1%} of the step")
 
 
 def main() -> None:
     """Run both comparisons."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=int, default=25)
     rounds = parser.parse_args().rounds
+    keep_memory()
     for network in networks():
         compare(network, rounds)
-    tape_cost(networks()[0], 2 * rounds)
+    tape_cost(networks()[0], rounds)
 
 
 if __name__ == "__main__":

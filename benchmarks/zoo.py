@@ -31,8 +31,8 @@ from typing import Any
 
 import numpy as np
 import torch
+from _side_by_side import keep_memory, seconds_of
 from torch import Tensor, nn
-from zoo_allocator import keep_memory
 from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
 
 import recollect
@@ -41,7 +41,6 @@ from recollect.show.text import format_bytes
 
 SHARE = 0.6
 STEPS = 3
-WARM_UP = 2
 
 
 @dataclass
@@ -244,6 +243,10 @@ def _step(specimen: Specimen, model: nn.Module, inputs: Any) -> tuple[nn.Module,
     return model, inputs, lambda: loss(**inputs)
 
 
+def _backward(loss: Step) -> Callable[[], None]:
+    return lambda: loss().backward()
+
+
 def trace(model: nn.Module, inputs: Any, loss: Step) -> Trace:
     """Train a few steps; the last one under the allocator's account."""
     torch.manual_seed(1)
@@ -310,28 +313,13 @@ def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race
         "recollect": (planned, inputs, lambda: wrapped(**inputs)),
     }
     keep_memory()
-    seconds = seconds_of(steps, rounds)
+    seconds = seconds_of({name: (model, _backward(loss)) for name, (model, _, loss) in steps.items()}, rounds)
     ratio = {k: statistics.median(x / p for x, p in zip(s, seconds["plain"], strict=True)) - 1
              for k, s in seconds.items()}  # fmt: skip
     return Race(
         peak, plan.floor_bytes if plan else 0, measured, ratio["switch"], ratio["recollect"],
         statistics.median(seconds["plain"]),
     )  # fmt: skip
-
-
-def seconds_of(steps: dict[str, tuple[nn.Module, Any, Step]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of every step, the steps taking turns, in another order each time."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
-    order, shuffle = list(steps), random.Random(0)
-    for _ in range(WARM_UP + rounds):
-        shuffle.shuffle(order)
-        for name in order:
-            model, _, loss = steps[name]
-            model.zero_grad()
-            begin = time.perf_counter()
-            loss().backward()
-            samples[name].append(time.perf_counter() - begin)
-    return {name: s[WARM_UP:] for name, s in samples.items()}
 
 
 def _line(r: dict[str, Any]) -> str:

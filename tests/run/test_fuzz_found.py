@@ -197,3 +197,9 @@ def test_what_dropout_in_evaluation_makes_of_a_tensor_of_inference_mode_is_one_o
     body = (In("inference", (Do("relu", 0, 0),)), Do("dropout", 0, 0), Do("linear", 0, 0))
     found = examine(Script(body, steps=(Step(training=False),), way=Way("nothing")))
     assert (found.error, found.wrong) == ("RuntimeError", [])
+
+
+def test_a_node_behind_an_in_place_op_on_a_view_runs_twice_in_the_second_backward() -> None:
+    """Once in its CopySlices, once by itself, for the penalty: what it saved has to be there for both."""
+    body = (Do("relu", 0, 0), Do("relu", 0, 0), Do("half_tanh_", 0, 2))
+    assert examine(Script(body, steps=(Step("double"),), way=Way("random", seed=51))).wrong == []

@@ -154,7 +154,8 @@ class Tape(TorchDispatchMode):
         self._cursor = 0
         self._task: int | None = None
         self._pass = 1
-        self._retained = False
+        self._retained = self._differentiated = False
+        """Whether the graph outlives the backward pass that runs; whether that pass makes a graph of its own."""
         self._served = self.packed = 0
         self._rerunning = False
         self._gone: deque[tuple[int, int]] = deque()
@@ -620,8 +621,12 @@ class Tape(TorchDispatchMode):
                 self.waiting = dict(self.handles)
                 self._installs_left = Counter(self.instructions.installs)
                 self._held = {n: h for n, h in self._held.items() if h.original}
+            if self._differentiated:  # a node behind a CopySlices may now run twice in one pass: once by itself
+                self.following = False
+                self._go_online()
             self._task = task
-            self._retained = torch._C._autograd._get_current_graph_task_keep_graph()
+            self._differentiated = torch.is_grad_enabled()
+            self._retained = self._differentiated or torch._C._autograd._get_current_graph_task_keep_graph()
 
     def _drop(self, number: int) -> None:
         """Let go of a value, unless a part of the graph that was not recorded still waits for it."""
