@@ -161,6 +161,7 @@ def main(picture: str = "") -> None:
         print(table(program, front))
         print(f"  recorded in {recorded - begin:.0f} s, planned in {time.perf_counter() - recorded:.0f} s", flush=True)
         draw_frontier(axes, front)
+        axes.set_xlabel("feature maps at their peak, MB")
     if picture:
         figure.savefig(picture, dpi=110)
 
