@@ -14,6 +14,7 @@ from recollect.api import Options, session_of
 from recollect.plan.constraints import Patterns
 from recollect.program import Plan
 from recollect.record.record import UnusableInput, differentiable_outputs, is_unreal
+from recollect.record.recorder import backward_from
 from recollect.record.world import (
     gradients_kept,
     leaves_of,
@@ -224,12 +225,13 @@ def _observed(
     def step() -> None:
         outputs = differentiable_outputs(forward())
         leaves = leaves_of(outputs, since=first_node)
+        seen.update({f"output {i}": t.detach() for i, t in enumerate(outputs)})  # held, as in the recording
+        begin = backward_from(outputs)
         with gradients_kept(leaves):
             for leaf in leaves:
                 leaf.grad = None
-            torch.autograd.backward(outputs, [torch.ones_like(t) for t in outputs])
+            begin()
             gradients = [(names.get(id(t), "a tensor of the function"), t.grad) for t in leaves]
-        seen.update({f"output {i}": t.detach() for i, t in enumerate(outputs)})
         for name, gradient in gradients:
             if gradient is not None:
                 _add(seen, f"gradient of {name}", gradient)

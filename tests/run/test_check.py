@@ -56,6 +56,29 @@ def test_all_is_the_same_and_afterwards_as_before() -> None:
     assert "bit-identical to plain training, within the budget" in str(found)
 
 
+def test_a_module_without_a_loss_takes_what_the_plan_says() -> None:
+    """The gradients that the backward begins with are not held longer than a loss would hold them."""
+    model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.GELU())))
+    found = recollect.check(model, torch.randn(512, 64), budget=0.8)
+    assert found.plan is not None
+    assert (found.is_exact, found.is_within_budget) == (True, True)
+    assert (found.peak_bytes, found.plain_peak_bytes) == (found.plan.peak_bytes, found.plan.plain_peak_bytes)
+
+
+@pytest.mark.parametrize("outputs", ["two", "dict", "complex", "sparse"])
+def test_whatever_is_returned_can_be_checked(outputs: str) -> None:
+    """Without a loss, gradients of every output; of sparse ones, too."""
+    layer, table = nn.Linear(8, 8), nn.Parameter(torch.eye(8).to_sparse())
+    results = {
+        "two": lambda y: (y.sin(), y.cos()[:1]),
+        "dict": lambda y: {"a": y.sin(), "b": [y.exp()]},
+        "complex": lambda y: torch.complex(y.sin(), y.cos()),
+        "sparse": lambda y: (y.sin(), table * 2),
+    }
+    found = recollect.check(lambda x: results[outputs](layer(x).tanh()), torch.randn(4, 8), budget=1.0)
+    assert found.is_exact
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("pre-activation ResNet", "U-Net")], ids=str)
 def test_networks(case: Any) -> None:

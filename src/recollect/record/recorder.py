@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from recollect.record.collectives import run_alone
@@ -211,17 +212,10 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
-        """Yields a function that starts the backward pass from these outputs.
-
-        Several outputs are joined in a node whose backward makes their gradients one by one, as the user's loss would.
-        """
-        if len(outputs) == 1 and outputs[0].numel() == 1:
-            yield outputs[0].backward
-            return
+        """Yields a function that starts the backward pass from these outputs."""
         with self.paused():
-            seed = _Seed.apply(*outputs)
-            start = torch.zeros_like(seed)
-        yield lambda: seed.backward(start)
+            begin = backward_from(outputs)
+        yield begin
 
     # ---- operators -----------------------------------------------------------------------------------------------
 
@@ -297,7 +291,7 @@ class Recorder(TorchDispatchMode):
 
     def _run(self, func: torch._ops.OpOverload, facts: OpFacts, args: Any, kwargs: dict[str, Any]) -> Any:
         if not facts.communicates:
-            return run_op(func, args, kwargs)
+            return _told_apart(run_op(func, args, kwargs))
         with self.paused():
             return run_alone(func, args, kwargs)
 
@@ -532,17 +526,30 @@ class Recorder(TorchDispatchMode):
         self._storages.clear()
 
 
+def backward_from(outputs: list[Tensor]) -> Callable[[], None]:
+    """What starts the backward pass from these outputs, as the user's loss would.
+
+    One number is a loss. Anything else is joined in a node whose backward makes the gradients, and nothing holds those
+    longer.
+    """
+    if len(outputs) == 1 and outputs[0].numel() == 1:
+        return outputs[0].backward
+    number = torch.zeros((), device=outputs[0].device)
+    seed = _Seed.apply(number, *outputs)
+    return lambda: seed.backward(number)
+
+
 class _Seed(torch.autograd.Function):
-    """Joins outputs into a scalar; its backward gives each of them a gradient of its size."""
+    """Joins outputs into a number; its backward gives each of them a gradient of its size."""
 
     @staticmethod
-    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
+    def forward(ctx: Any, number: Tensor, *outputs: Tensor) -> Tensor:
         ctx.outputs = [(t.shape, t.dtype, t.device) for t in outputs]
-        return torch.zeros((), device=outputs[0].device)
+        return number.detach()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs)
+        return None, *(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -622,3 +629,16 @@ def _buffered_use_counts() -> tuple[int, int]:
         with Look():
             torch.autograd.grad(y, x, torch.zeros(1))
     return counts[0]
+
+
+def _told_apart(out: Any) -> Any:
+    """Two tensors where a fake kernel returns one twice: the real one makes two, and torch's cache knows no better."""
+    if type(out) is not tuple or len({id(t) for t in out if isinstance(t, FakeTensor)}) == len(out):
+        return out
+    seen: set[int] = set()
+    apart = []
+    for t in out:
+        again = isinstance(t, FakeTensor) and id(t) in seen
+        seen.add(id(t))
+        apart.append(t.clone() if again else t)
+    return tuple(apart)
