@@ -5,6 +5,7 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner, Result
@@ -138,6 +139,9 @@ def test_the_quick_demo_runs_and_keeps_its_promises(tmp_path: Path, monkeypatch:
 
 MODELS = str(Path(__file__).parent.parent / "examples" / "models.py")
 STEPS = """
+import sys
+import warnings
+
 import torch
 from torch import nn
 
@@ -160,6 +164,27 @@ def no_args():
 
 def no_kwargs():
     return nn.Linear(2, 2), (torch.ones(3, 2),), 4
+
+def stops():
+    raise SystemExit(0)
+
+def stops_inside():
+    return (lambda x: sys.exit(0)), (torch.ones(3, 2),)
+
+def fails_inside():
+    def step(x):
+        raise ValueError("odd number of rows")
+    return step, (torch.ones(3, 2),)
+
+def warns():
+    layer = nn.Linear(2, 2)
+    def step(x):
+        warnings.warn("odd\\nrows")
+        return layer(x).square().sum()
+    return step, (torch.ones(3, 2),)
+
+def looks():
+    return (lambda x: (x * x.sum().item()).sum()), (torch.ones(3, 2, device="meta", requires_grad=True),)
 
 def nothing():
     return nn.Linear(2, 2).requires_grad_(False), (torch.ones(3, 2),)
@@ -251,6 +276,10 @@ def test_frontier_takes_models_and_writes_json(steps: Path) -> None:
         ("steps.py:tensor", 1, "steps.py:tensor returned Tensor; it must return (fn, args) or (fn, args, kwargs)"),
         ("steps.py:no_args", 1, "args must be a tuple such as (x, y), got Tensor; one argument is (x,)"),
         ("steps.py:no_kwargs", 1, "kwargs must be a dict, got int"),
+        ("steps.py:stops", 1, "the code of the step ended the program (exit code 0); take that out"),
+        ("steps.py:stops_inside", 1, "the code of the step ended the program (exit code 0); take that out"),
+        ("steps.py:fails_inside", 1, "Error: ValueError: odd number of rows (recollect --debug shows where)"),
+        ("steps.py:looks", 1, "give it real ones"),
         ("steps.py:nothing", 1, "check that some parameter has requires_grad=True"),
     ],
 )
@@ -276,7 +305,13 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("plan steps.py:meta --budget 50% --device nowhere", 1, "device 'nowhere' is not available to torch"),
         ("plan steps.py:mlp --budget 50% --keep nothing.*", 1, "matches no module"),
         ("plan step.json --budget 50%", 2, "to plan the program in it: recollect solve step.json"),
+        ("plan steps.py:mlp --budget 50% --time-limit nan", 2, "'nan' is no number of seconds"),
+        ("plan steps.py:mlp --budget 50% --html -", 2, "only --json can go to the terminal with -"),
+        ("plan steps.py:mlp --budget 50% --json /proc/plan.json", 2, "/proc may not be written"),
         ("explain gone.json", 2, "there is no file gone.json"),
+        ("explain other.json", 2, "other.json is neither a program nor a plan: its format is 'recollect-explanation'"),
+        ("explain binary.json", 1, "file 'binary.json' is not text in UTF-8"),
+        ("frontier empty.json", 1, "program 'empty' has no operators"),
         ("explain steps.py:mlp --keep 0.*", 2, "give a --budget with them"),
         ("explain steps.py:mlp --budget 4", 3, "Give a budget of at least"),
         ("explain plan.json --budget 4", 2, "plan.json is a plan, which has its budget; leave --budget out"),
@@ -308,9 +343,11 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("solve plan.json --budget 4 --time-limit 0", 2, "0.0 is not in the range x>0"),
         ("demo --steps many", 2, "'many' is not a valid integer"),
         ("demo --magic", 2, "No such option"),
-        ("demo --out steps.py/out", 1, "cannot use 'steps.py/out' (Not a directory); name another file"),
+        ("demo --out steps.py/out", 2, "steps.py is a file, not a folder. Name another folder."),
         ("solve steps.py --budget 4", 1, "file 'steps.py' is not valid JSON"),
-        ("solve plan.json --budget 4", 1, "read it with Plan.from_json"),
+        ("solve plan.json --budget 4", 1, "Plan.from_json and `recollect explain` read plans"),
+        ("solve binary.json --budget 4", 1, "file 'binary.json' is not text in UTF-8"),
+        ("solve huge.json --budget 4", 1, "value 0 (a): field 'bytes' has 401 digits"),
         ("magic", 2, "No such command 'magic'. See `main --help`."),
         ("--magic", 2, "No such option"),
         ("plan --magic", 2, "No such option"),
@@ -319,6 +356,12 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
 def test_wrong_input(steps: Path, line: str, code: int, message: str) -> None:
     chain_plan().to_json(steps / "plan.json")
     (steps / "broken.json").write_text('{"format": ')
+    (steps / "other.json").write_text('{"format": "recollect-explanation"}')
+    (steps / "binary.json").write_bytes(b"\xf1\x00")
+    empty = Program("empty", (), ())
+    empty.to_json(steps / "empty.json")
+    huge = {**json.loads(empty.to_json()), "values": [{"id": "a", "bytes": 10**400}]}
+    (steps / "huge.json").write_text(json.dumps(huge))
     assert_one_line(call(*line.split()), message, code=code)
 
 
@@ -396,6 +439,31 @@ def test_a_file_that_cannot_be_used_after_all_is_one_line(
     assert_one_line(result, "cannot use 'plan.json' (No space left on device); name another file")
 
 
+def test_a_file_that_cannot_be_written_to_its_end_stays_as_it_was(
+    steps: Path, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is named: what the system raises in the middle of a file does not say of which."""
+    write = Path.write_text
+
+    def half(path: Path, text: str, **options: Any) -> int:
+        write(path, text[: len(text) // 2], **options)
+        raise OSError(27, "File too large")
+
+    (steps / "plan.json").write_text("of yesterday")
+    before = sorted(steps.iterdir())
+    monkeypatch.setattr(Path, "write_text", half)
+    result = call("solve", program, "--budget", "100%", "--json", "plan.json")
+    assert_one_line(result, "cannot use 'plan.json' (File too large); name another file")
+    assert (steps / "plan.json").read_text() == "of yesterday"
+    assert sorted(steps.iterdir()) == before
+
+
+def test_a_warning_of_a_check_is_one_line(steps: Path) -> None:
+    result = call("check", "steps.py:warns", "--budget", "100%")
+    assert result.exit_code == 0, result.output
+    assert [line for line in result.stderr.splitlines() if "rows" in line] == ["Warning: odd rows"]
+
+
 def test_a_file_alone_stands_for_its_step(steps: Path) -> None:
     (steps / "alone.py").write_text(STEPS.replace("def mlp", "def step"))
     result = call("explain", "alone.py")
@@ -407,7 +475,7 @@ def test_a_file_alone_stands_for_its_step(steps: Path) -> None:
     ("line", "code"),
     [
         ("plan steps.py:raises --budget 50%", 1), ("explain steps.py:mpl", 1), ("frontier steps.py:tensor", 1),
-        ("check steps.py:raises --budget 50%", 1), ("solve broken.json --budget 4", 1), ("demo --out steps.py/out", 1),
+        ("check steps.py:raises --budget 50%", 1), ("solve broken.json --budget 4", 1),
     ],
 )  # fmt: skip
 def test_debug_shows_the_error_of_every_command(steps: Path, line: str, code: int) -> None:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import warnings
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
+from math import isnan
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 
@@ -68,7 +70,7 @@ class _OneLineErrors(click.Group):
             raise _usage(error, ctx) from None
         except (click.ClickException, click.exceptions.Exit, click.Abort):
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             if ctx.params.get("debug"):
                 raise
             raise _failure_of(error) from None
@@ -81,7 +83,9 @@ def _usage(error: click.UsageError, ctx: click.Context) -> click.ClickException:
     return _WrongUse(f"{' '.join(error.format_message().split())} See `{path} --help`.")
 
 
-def _failure_of(error: Exception) -> click.ClickException:
+def _failure_of(error: Exception | SystemExit) -> click.ClickException:
+    if isinstance(error, SystemExit):  # to take its code for ours would call a run that did nothing a success
+        return click.ClickException(f"the code of the step ended the program (exit code {error.code}); take that out")
     kinds = {InfeasibleBudget: _Infeasible, NoSuchStep: _WrongUse}
     return kinds.get(type(error), click.ClickException)(_one_line(error))
 
@@ -90,9 +94,17 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"cannot use {str(error.filename)!r} ({error.strerror}); name another file"
     text = " ".join(str(error).split()) or type(error).__name__
-    if isinstance(error, ValueError | OSError):
+    if isinstance(error, OSError) or (isinstance(error, ValueError) and _is_ours(error)):
         return text
     return f"{type(error).__name__}: {text} (recollect --debug shows where)"
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether our own code has raised it: then the text says what to do."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is None or Path(frame.tb_frame.f_code.co_filename).is_relative_to(Path(__file__).parent)
 
 
 def _version() -> str:
@@ -137,6 +149,17 @@ class _Size(click.ParamType):
             self.fail(f"{value!r} is no number of bytes; accepted are 3000000, 512MB, 1.5GiB.", param, ctx)
 
 
+class _Seconds(click.FloatRange):
+    """A number of seconds in a range, and a number indeed."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        """NaN is within every range, by click's comparison."""
+        seconds = float(super().convert(value, param, ctx))
+        if isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds.", param, ctx)
+        return seconds
+
+
 class _Target(click.ParamType):
     """A file to write, ``-`` for stdout where that is said; one that cannot be written is noticed before any work."""
 
@@ -147,15 +170,16 @@ class _Target(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
         """The path, whose folders can be made; or the dash."""
-        if self._dash and value == "-":
-            return "-"
+        if value == "-":
+            if self._dash:
+                return "-"
+            self.fail("only --json can go to the terminal with -. Name a file.", param, ctx)
         path = Path(value)
         folder = next(p for p in path.absolute().parents if p.exists())
         obstacle = (
             "that is a folder" if path.is_dir()
             else f"{folder} is a file, not a folder" if not folder.is_dir()
-            else f"{path if path.exists() else folder} may not be written"
-            if not os.access(path if path.exists() else folder, os.W_OK)
+            else f"{path if path.exists() else folder} may not be written" if not _can_be_written(path, folder)
             else ""
         )  # fmt: skip
         if obstacle:
@@ -165,6 +189,21 @@ class _Target(click.ParamType):
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         """Files."""
         return [CompletionItem(incomplete, type="file")]
+
+
+def _can_be_written(path: Path, folder: Path) -> bool:
+    """Whether a file can be written there; tried where only its last part is missing."""
+    there = path.exists()
+    if not os.access(path if there else folder, os.W_OK):
+        return False
+    if there or path.absolute().parent != folder:
+        return True
+    try:
+        path.touch(exist_ok=False)
+        path.unlink()
+    except OSError:
+        return False
+    return True
 
 
 def _number(text: Any) -> int | float | str:
@@ -219,9 +258,10 @@ _plot = click.option(
 
 
 def _time_limit(seconds: float) -> Callable[[C], C]:
-    kind = click.FloatRange(min=0, min_open=True)
     text = "The longest that planning may take, in seconds."
-    return click.option("--time-limit", type=kind, default=seconds, show_default=True, help=text)
+    return click.option(
+        "--time-limit", type=_Seconds(min=0, min_open=True), default=seconds, show_default=True, help=text
+    )
 
 
 _planning = _together(_solver, _wishes, _time_limit(10.0), _json, _plot, _html)
@@ -251,10 +291,12 @@ def _read_or_recorded(target: str, device: str | None, optimizer: int | None, ti
         raise click.UsageError("--device, --optimizer and --timing are for models; a file has its bytes and seconds.")
     if not Path(target).is_file():
         raise NoSuchStep(f"there is no file {target}")
-    from recollect.program.json_format import PLAN_FORMAT, read_json
+    from recollect.program.json_format import PLAN_FORMAT, PROGRAM_FORMAT, read_json
 
     data = read_json(Path(target))
-    return Plan.from_json(data) if data.get("format") == PLAN_FORMAT else Program.from_json(data)
+    if data.get("format") not in (PLAN_FORMAT, PROGRAM_FORMAT):
+        raise NoSuchStep(f"{target} is neither a program nor a plan: its format is {data.get('format')!r}")
+    return Plan.from_json(data) if data["format"] == PLAN_FORMAT else Program.from_json(data)
 
 
 class _Printable(Protocol):
@@ -486,9 +528,14 @@ def check(
     step = load_step(model)
     from recollect.checking import check as run_check
 
-    found = run_check(
-        step.fn, *step.args, budget=budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit, **step.kwargs
-    )
+    with warnings.catch_warnings(record=True) as warned:  # where the step fails, the error says it all
+        warnings.simplefilter("always")
+        found = run_check(
+            step.fn, *step.args, budget=budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit,
+            **step.kwargs,
+        )  # fmt: skip
+    for text in dict.fromkeys(" ".join(str(w.message).split()) for w in warned):
+        click.echo(f"Warning: {text}", err=True)
     click.echo(str(found))
     context.exit(0 if found.is_exact and found.is_within_budget else NOT_THE_SAME)
 
@@ -522,6 +569,9 @@ def solve(
 def demo(steps: int, out: Path, quick: bool) -> None:
     """Train two models plainly, checkpointed by hand and with recollect, side by side; print what each cost."""
     _require("demo", "matplotlib", "sklearn")
+    folder = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not folder.is_dir() and folder != out:
+        raise _WrongUse(f"cannot write into '{out}': {folder} is a file, not a folder. Name another folder.")
     os.environ.setdefault("GOMP_SPINCOUNT", _SPIN_COUNT)
     from recollect.demo.report import run_demo
 

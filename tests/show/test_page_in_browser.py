@@ -25,8 +25,8 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import recollect
 from recollect.demo.models import GPT, GPTConfig
-from recollect.plan import classics_of, frontier
-from recollect.program import Plan, simulate
+from recollect.plan import classics_of, frontier, solve
+from recollect.program import END, Op, Plan, Program, Value, simulate
 from recollect.show.explanation import explanation_of
 from recollect.show.residents import name_of, residents_at
 from recollect.show.text import format_bytes
@@ -330,6 +330,47 @@ def test_the_frontier_marks_every_plan(page: Page, plan: Plan) -> None:
     assert any(name.startswith("every-block") for name in names)
     page.focus("#points tbody tr:nth-child(2)")
     assert "on" in (page.one("#frontier-chart .dot[data-point='1']").get_attribute("class") or "").split()
+
+
+MARKS = """
+const chart = document.querySelector('#frontier-chart').getBoundingClientRect();
+return [...document.querySelectorAll('#frontier-chart .dot[visibility=visible] circle')].map((circle) => {
+  const at = circle.getBoundingClientRect();
+  return [at.left - chart.left, chart.right - at.right, at.top - chart.top, chart.bottom - at.bottom];
+});
+"""
+
+
+def test_where_nothing_can_be_had_for_time_the_frontier_stands_in_the_middle(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    """Floor, budget and plain peak are one then; the marks would be one on top of another, at the edge."""
+    values = (Value("x", 8, fixed=True), Value("y", 16, held=END))
+    program, page = Program("copy", values, (Op("copy", (0,), (1,), seconds=1.0),)), Page(browser)
+    plan = replace(solve(program, 1.0), candidates=(("greedy", 24, 0.0), ("evicting", 24, 0.0)))
+    page.open(plan.save_html(tmp_path / "one.html"))
+    marks = page.ask(MARKS)
+    assert len(marks) == 3
+    assert all(min(left, right) > 100 and min(above, below) >= 0 for left, right, above, below in marks)
+
+
+def test_marks_stand_beside_one_another_only_where_plans_are_possible(
+    browser: webdriver.Chrome, plan: Plan, tmp_path: Path
+) -> None:
+    """Not in the hatched area, and not beyond the chart."""
+    page = Page(browser)
+    many = replace(plan, candidates=tuple((f"plan {i}", plan.peak_bytes, plan.overhead) for i in range(12)))
+    page.open(many.save_html(tmp_path / "many.html", frontier=frontier(plan.program, points=3, time_limit_seconds=1)))
+    impossible = page.ask(
+        "const never = document.querySelector('#frontier-chart .never'), svg = never.ownerSVGElement;"
+        "return [...document.querySelectorAll('#frontier-chart .dot')].filter((dot) => {"
+        "  if (!dot.querySelector('.lead')) return false;"
+        "  const at = svg.createSVGPoint(), circle = dot.querySelector('circle');"
+        "  [at.x, at.y] = [circle.cx.baseVal.value, circle.cy.baseVal.value];"
+        "  return never.isPointInFill(at); }).length"
+    )
+    assert impossible == 0
+    assert all(min(sides) >= 0 for sides in page.ask(MARKS))
 
 
 def test_everything_can_be_reached_by_tabbing(page: Page) -> None:

@@ -45,7 +45,7 @@ def test_estimates_are_called_so_and_no_folder_of_this_machine_is_shown() -> Non
     plan, ops = chain_plan(), list(chain_plan().program.ops)
     ops[4] = replace(ops[4], module="blocks.1.mlp", source="/home/me/project/net/model.py:56")
     lines = plan_text(replace(plan, program=replace(plan.program, ops=tuple(ops), timing="estimated"))).splitlines()
-    assert "  plain step     8.00 s  estimated, not measured" in lines
+    assert "  plain step     8.00 s  estimated, and memory inside kernels not counted" in lines
     assert "  of blocks.1.mlp, net/model.py:56" in lines
     assert max(map(len, lines)) <= 80
 

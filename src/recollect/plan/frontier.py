@@ -133,6 +133,8 @@ def frontier(
     """
     if isinstance(points, str | float) or not points or (isinstance(points, int) and points < 2):
         raise ValueError(f"points is at least 2 (the floor and the plain peak), or a list of budgets; got {points!r}")
+    if not program.ops:
+        raise ValueError(f"program {program.name!r} has no operators, so there is nothing to trade memory for")
     limited = constrain(program, keep, recompute) if keep or recompute else program
     try:
         plans = _solve_all(limited, points, time_limit_seconds, progress)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Final, TypeVar
 
 from recollect.program.errors import InvalidProgram, InvalidSchedule
+from recollect.program.files import write_text
 from recollect.program.model import END, Op, Program, Value
 from recollect.program.plan import Plan
 from recollect.program.schedule import Schedule
@@ -21,6 +22,8 @@ from recollect.program.schedule import Schedule
 PROGRAM_FORMAT: Final = "recollect-program"
 PLAN_FORMAT: Final = "recollect-plan"
 VERSION: Final = 1
+
+_LARGEST: Final = 2**63 - 1
 
 _T = TypeVar("_T")
 _REQUIRED: Final = object()
@@ -131,7 +134,7 @@ def write_json(data: Mapping[str, Any], path: str | Path | None = None) -> str:
     """
     text = _object_text(data, "") + "\n"
     if path is not None:
-        Path(path).write_text(text, encoding="utf-8", newline="\n")
+        write_text(path, text)
     return text
 
 
@@ -171,7 +174,12 @@ def read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
         return source
     if isinstance(source, str) and source.lstrip().startswith("{"):
         return _parse(source, "the text")
-    return _parse(Path(source).read_text(encoding="utf-8-sig"), f"file {str(source)!r}")
+    what = f"file {str(source)!r}"
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InvalidProgram(f"{what} is not text in UTF-8, so it is no JSON; name the file of a program") from None
+    return _parse(text, what)
 
 
 def _parse(text: str, what: str) -> Mapping[str, Any]:
@@ -234,7 +242,10 @@ def _check_header(data: Mapping[str, Any], expected: str) -> None:
     """Refuse another format or a version that is not known."""
     found = _get(data, "file", "format", str)
     if found != expected:
-        hint = {PLAN_FORMAT: "; read it with Plan.from_json", PROGRAM_FORMAT: "; read it with Program.from_json"}
+        hint = {
+            PLAN_FORMAT: "; Plan.from_json and `recollect explain` read plans",
+            PROGRAM_FORMAT: "; Program.from_json and `recollect solve` read programs",
+        }
         raise InvalidProgram(f"file: field 'format' must be {expected!r}, got {found!r}{hint.get(found, '')}")
     version = _get(data, "file", "version", int)
     if version != VERSION:
@@ -371,6 +382,8 @@ def _get(item: Mapping[str, Any], where: str, name: str, kind: type[_T], default
         raise InvalidProgram(f"{where}: field {name!r} is missing")
     if found is not default and type(found) is not kind:
         raise InvalidProgram(f"{where}: field {name!r} must be {_KINDS[kind]}, got {found!r}")
+    if type(found) is int and abs(found) > _LARGEST:
+        raise InvalidProgram(f"{where}: field {name!r} has {len(str(found))} digits; the largest integer is {_LARGEST}")
     return found  # type: ignore[no-any-return]  # its type has just been compared
 
 

@@ -12,7 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from recollect.program import Program
 from recollect.record.assemble import assemble
@@ -128,6 +133,11 @@ def record(
         raise
     except Exception as error:
         if is_unreal(modules, args, kwargs):
+            if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException)):
+                raise UnusableInput(
+                    f"the step looks at the numbers in its tensors ({error.func}), and these are fake or on meta: give "
+                    "it real ones"
+                ) from error
             raise
         recorded, recorder = other, _or_from(error, second, is_real=not real)
     alone = not parallel and not any(op.facts is not None and op.facts.communicates for op in recorder.ops)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from recollect.program import Plan, Program, Schedule, simulate
+from recollect.program.files import write_text
 from recollect.show.blocks import Block, blocks_of
 from recollect.show.modules import Module, module_tree
 from recollect.show.residents import CATEGORIES, Resident, residents_at
@@ -79,7 +80,7 @@ class Explanation:
         """All figures as JSON text (format ``recollect-explanation``, version 1), also to ``path`` if given."""
         text = json.dumps(_data(self), indent=1) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8", newline="\n")
+            write_text(path, text)
         return text
 
 

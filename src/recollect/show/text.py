@@ -45,6 +45,7 @@ def _costs(plan: Plan) -> list[str]:
     least = plan.floor_lower_bound_bytes
     below = f"; no plan can be below {format_bytes(least)}" if least else ""
     timing, seconds = plan.program.timing, format_seconds(plan.program.seconds)
+    without = ", and memory inside kernels not counted" if timing == "estimated" else ""
     name = f" for {plan.program.name}" if plan.program.name else ""
     return [
         f"Plan{name} by solver {plan.solver}",
@@ -53,7 +54,7 @@ def _costs(plan: Plan) -> list[str]:
         f"  plain peak  {format_bytes(plain):>9}  with nothing computed again",
         f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest known peak{below}",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
-        f"  plain step  {seconds:>9}  {timing}{', not measured' if timing == 'estimated' else ''}",
+        f"  plain step  {seconds:>9}  {timing}{without}",
     ]
 
 

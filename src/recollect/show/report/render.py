@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from recollect.plan.budget import format_bytes
+from recollect.program.files import write_text
 from recollect.show.explanation import Explanation, explanation_of
 from recollect.show.report.data import Point, page_data
 from recollect.show.text import format_seconds
@@ -30,7 +31,7 @@ def write_page(plan: Plan, path: str | Path, *, frontier: Frontier | None = None
     target = Path(path)
     text = page_of(plan, frontier=frontier, beside=beside)
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, encoding="utf-8", newline="\n")
+    write_text(target, text)
     return target
 
 
