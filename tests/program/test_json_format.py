@@ -123,7 +123,11 @@ def test_plan_round_trip(data: st.DataObject) -> None:
     numbers, fractions = st.integers(0, 10**15), st.floats(allow_nan=False, allow_infinity=False)
     bytes_ = [data.draw(numbers) for _ in range(4)]
     candidates = tuple(data.draw(st.lists(st.tuples(texts, numbers, fractions), max_size=2)))
-    rates, name, least = (data.draw(fractions), data.draw(fractions)), data.draw(texts), data.draw(st.integers(0))
+    rates, name, least = (
+        (data.draw(fractions), data.draw(fractions)),
+        data.draw(texts),
+        data.draw(st.integers(0, 2**63 - 1)),
+    )
     plan = Plan(program, schedule, *bytes_, *rates, name, candidates, floor_lower_bound_bytes=least)
     assert Plan.from_json(plan.to_json()) == plan
     assert Plan.from_json(json.loads(plan.to_json())) == plan
@@ -218,7 +222,10 @@ def drop(*path: str | int) -> Change:
 REFUSED: dict[str, tuple[Change, str]] = {
     "no format": (drop("format"), "file: field 'format' is missing"),
     "format": (put("format", value="onnx"), "file: field 'format' must be 'recollect-program', got 'onnx'"),
-    "plan": (put("format", value="recollect-plan"), "got 'recollect-plan'; read it with Plan.from_json"),
+    "plan": (
+        put("format", value="recollect-plan"),
+        "got 'recollect-plan'; Plan.from_json and `recollect explain` read plans",
+    ),
     "no version": (drop("version"), "file: field 'version' is missing"),
     "version": (put("version", value=2), "field 'version' is 2, but this recollect reads version 1 of recollect-progr"),
     "version text": (put("version", value="1"), "file: field 'version' must be an integer, got '1'"),
@@ -281,7 +288,10 @@ def test_refuses_programs(change: Change, message: str) -> None:
 
 
 REFUSED_PLANS: dict[str, tuple[Change, str]] = {
-    "program": (put("format", value="recollect-program"), "got 'recollect-program'; read it with Program.from_json"),
+    "program": (
+        put("format", value="recollect-program"),
+        "got 'recollect-program'; Program.from_json and `recollect solve` read programs",
+    ),
     "version": (put("version", value=0), "field 'version' is 0, but this recollect reads version 1 of recollect-plan"),
     "no program": (drop("program"), "plan: field 'program' is missing"),
     "its program": (drop("program", "ops", 1, "reads"), "op 1 (f1): field 'reads' is missing"),
