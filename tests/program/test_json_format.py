@@ -224,7 +224,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "format": (put("format", value="onnx"), "file: field 'format' must be 'recollect-program', got 'onnx'"),
     "plan": (
         put("format", value="recollect-plan"),
-        "got 'recollect-plan'; Plan.from_json and `recollect explain` read plans",
+        "; Plan.from_json and `recollect explain` read plans",
     ),
     "no version": (drop("version"), "file: field 'version' is missing"),
     "version": (put("version", value=2), "field 'version' is 2, but this recollect reads version 1 of recollect-progr"),
@@ -290,7 +290,7 @@ def test_refuses_programs(change: Change, message: str) -> None:
 REFUSED_PLANS: dict[str, tuple[Change, str]] = {
     "program": (
         put("format", value="recollect-program"),
-        "got 'recollect-program'; Program.from_json and `recollect solve` read programs",
+        "; Program.from_json and `recollect solve` read programs",
     ),
     "version": (put("version", value=0), "field 'version' is 0, but this recollect reads version 1 of recollect-plan"),
     "no program": (drop("program"), "plan: field 'program' is missing"),
