@@ -227,6 +227,19 @@ def _together(*options: Callable[[C], C]) -> Callable[[C], C]:
 
 
 _BUDGET_HELP = 'Bytes ("3000000", "10GiB"), a share of the plain peak ("0.5", "50%"), or "auto".'
+
+
+class _Model(click.ParamType):
+    """``package.module:function`` or a file; the shell completes files."""
+
+    name = "model"
+
+    def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        """Files."""
+        return [CompletionItem(incomplete, type="file")]
+
+
+_model = click.argument("model", type=_Model())
 _file = click.argument("file", type=click.Path(exists=True, dir_okay=False, path_type=Path))
 _budget = click.option("--budget", required=True, type=_Budget(), help=_BUDGET_HELP)
 _solver = click.option(
@@ -356,6 +369,13 @@ def _write_page(plan: Plan, path: Path, wishes: tuple[tuple[str, ...], tuple[str
     plan.save_html(path, frontier=front, beside=classics)
 
 
+def _refuse_one_file_twice(*paths: Path | str | None) -> None:
+    """Two results in one file would be the last one alone."""
+    named = [Path(path).absolute() for path in paths if path not in (None, "-")]
+    if len(set(named)) < len(named):
+        raise click.UsageError("--json, --plot and --html name one file twice; give each its own.")
+
+
 def _require(extra: str, *modules: str) -> None:
     """Fail before the work starts if a module of an extra is missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
@@ -372,8 +392,9 @@ def _require_picture(path: Path) -> None:
         raise _WrongUse(f"'{path}' has no ending of a picture; name a file that ends in .png, .svg or .pdf")
 
 
-def _require_for(plot_path: Path | None, html_path: Path | None) -> None:
-    """Fail before the work starts if what draws the pictures asked for is missing."""
+def _require_for(json_path: Path | str | None, plot_path: Path | None, html_path: Path | None) -> None:
+    """Fail before the work starts if what was asked for could not be written."""
+    _refuse_one_file_twice(json_path, plot_path, html_path)
     if plot_path is not None:
         _require_picture(plot_path)
     if html_path is not None:
@@ -408,7 +429,7 @@ def main(debug: bool) -> None:
         "recollect plan examples/models.py:gpt --budget 50% --html out.html",
     )
 )
-@click.argument("model")
+@_model
 @_budget
 @_recording
 @_planning
@@ -423,7 +444,7 @@ def plan(
     function takes nothing and returns (fn, args) or (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the
     meta device cost no memory.
     """
-    _require_for(plot_path, html_path)
+    _require_for(json_path, plot_path, html_path)
     program = _recorded(model, device, optimizer, timing)
     from recollect.api import in_bytes
 
@@ -438,7 +459,7 @@ def plan(
         "recollect explain plan.json --json -",
     )
 )
-@click.argument("model")
+@_model
 @click.option("--budget", type=_Budget(), help=f"Explain the plan for it, not plain training. {_BUDGET_HELP}")
 @_recording
 @_wishes
@@ -470,7 +491,7 @@ def explain(
         "recollect frontier step.json --plot frontier.png --beside every-block --beside segments",
     )
 )
-@click.argument("model")
+@_model
 @click.option("--points", type=click.IntRange(min=2), default=16, show_default=True, help="How many budgets.")
 @_recording
 @_wishes
@@ -489,8 +510,7 @@ def frontier(
 
     MODEL is as for `recollect plan`, or a file: a program as JSON.
     """
-    if plot_path is not None:
-        _require_picture(plot_path)
+    _require_for(json_path, plot_path, None)
     step = _read_or_recorded(model, device, optimizer, timing)
     from recollect.plan import frontier as make_frontier
     from recollect.show.progress import progress_bar
@@ -512,7 +532,7 @@ def frontier(
         "recollect check my_package.train:step --budget 10GiB && python train.py",
     )
 )
-@click.argument("model")
+@_model
 @_budget
 @_wishes
 @_time_limit(10.0)
@@ -547,14 +567,14 @@ def check(
     )
 )
 @_file
-@_budget
+@click.option("--budget", required=True, type=_Budget(), help=_BUDGET_HELP.replace(', or "auto"', ""))
 @_planning
 def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
     time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan the program in FILE (recollect-program JSON) and print the plan; PyTorch is not needed."""
-    _require_for(plot_path, html_path)
+    _require_for(json_path, plot_path, html_path)
     _solve_and_show(
         Program.from_json(file), budget, solver, (keep, recompute), time_limit, json_path, plot_path, html_path
     )
