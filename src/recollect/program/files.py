@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def write_text(path: str | Path, text: str) -> None:
         OSError: with the name of the file.
     """
     target = Path(path).resolve()
-    whole = target.is_file() or not target.exists()  # a pipe or a device takes what comes
+    whole = (target.is_file() or not target.exists()) and os.access(target.parent, os.W_OK)  # no pipe and no device
     part = target.with_name(f"{target.name[:200]}.part") if whole else target
     try:
         part.write_text(text, encoding="utf-8", newline="\n")
@@ -22,6 +23,7 @@ def write_text(path: str | Path, text: str) -> None:
                 shutil.copymode(target, part)
             part.replace(target)
     except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    finally:
         if whole:
             part.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
