@@ -203,3 +203,11 @@ def test_a_node_behind_an_in_place_op_on_a_view_runs_twice_in_the_second_backwar
     """Once in its CopySlices, once by itself, for the penalty: what it saved has to be there for both."""
     body = (Do("relu", 0, 0), Do("relu", 0, 0), Do("half_tanh_", 0, 2))
     assert examine(Script(body, steps=(Step("double"),), way=Way("random", seed=51))).wrong == []
+
+
+def test_an_op_that_overwrites_a_buffer_in_place_of_the_recorded_one_is_no_error() -> None:
+    """The step leaves its path behind it; what the op read of the buffer is gone then, and nobody asks for it."""
+    relus = (Do("relu", 0, 0),) * 8
+    branch = If(1, (Do("half", 0, 0), Do("mul_", 0, 0)), (Do("buffer", 0, 0),))
+    steps = (Step(), Step(), Step(sign=-1))
+    assert examine(Script((Do("add_", 0, 1), *relus, branch), steps=steps, way=Way("nothing"))).wrong == []

@@ -460,8 +460,9 @@ class Tape(TorchDispatchMode):
 
     def _rescue_outside(self, number: int) -> None:
         for handle in self._outside.pop(number, ()):
-            handle.alias = handle.get().clone(memory_format=torch.preserve_format)
-            handle.version = version_of(handle.alias)
+            if version_of(handle.alias) == handle.version:  # else the op that it is of overwrote it, or nobody asks
+                handle.alias = handle.alias.clone(memory_format=torch.preserve_format)
+                handle.version = version_of(handle.alias)
 
     def _expects(self, name: str, reads: Sequence[int] | None = None) -> bool:
         """Whether the plan has this op next."""
