@@ -534,22 +534,22 @@ def backward_from(outputs: list[Tensor]) -> Callable[[], None]:
     """
     if len(outputs) == 1 and outputs[0].numel() == 1:
         return outputs[0].backward
-    number = torch.zeros((), device=outputs[0].device)
-    seed = _Seed.apply(number, *outputs)
-    return lambda: seed.backward(number)
+    seed = _Seed.apply(*outputs)
+    start = seed.detach()
+    return lambda: seed.backward(start)
 
 
 class _Seed(torch.autograd.Function):
-    """Joins outputs into a number; its backward gives each of them a gradient of its size."""
+    """Joins outputs into a scalar; its backward gives each of them a gradient of its size."""
 
     @staticmethod
-    def forward(ctx: Any, number: Tensor, *outputs: Tensor) -> Tensor:
+    def forward(ctx: Any, *outputs: Tensor) -> Tensor:
         ctx.outputs = [(t.shape, t.dtype, t.device) for t in outputs]
-        return number.detach()
+        return torch.zeros((), device=outputs[0].device)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        return None, *(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs)
+        return tuple(torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in ctx.outputs)
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -633,12 +633,8 @@ def _buffered_use_counts() -> tuple[int, int]:
 
 def _told_apart(out: Any) -> Any:
     """Two tensors where a fake kernel returns one twice: the real one makes two, and torch's cache knows no better."""
-    if type(out) is not tuple or len({id(t) for t in out if isinstance(t, FakeTensor)}) == len(out):
+    if type(out) is not tuple:
         return out
-    seen: set[int] = set()
-    apart = []
-    for t in out:
-        again = isinstance(t, FakeTensor) and id(t) in seen
-        seen.add(id(t))
-        apart.append(t.clone() if again else t)
-    return tuple(apart)
+    return tuple(
+        t.clone() if isinstance(t, FakeTensor) and any(t is s for s in out[:i]) else t for i, t in enumerate(out)
+    )
