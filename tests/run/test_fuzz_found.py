@@ -13,7 +13,7 @@ from torch import Tensor
 from recollect.record import record
 from recollect.run import Instructions, Tape, instructions_for, tape
 from tests.run.compare import plan_that_keeps_nothing
-from tests.run.fuzz import Do, If, In, Script, Step, Way, examine
+from tests.run.fuzz import NOT_PLANNED, Do, If, In, Script, Step, Way, examine
 
 
 def test_what_dies_in_the_middle_of_the_forward_is_no_op_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -69,12 +69,14 @@ def test_composite_operators_on_tensors_of_inference_mode_are_not_refused_inside
 
 
 @pytest.mark.parametrize("mode", ["nothing", "online"])
-def test_what_autocast_hides_in_inference_mode_is_refused(mode: str) -> None:
-    """Such an operator gets to a dispatch mode in one piece, and autocast no more to what it is made up of."""
-    body = (In("inference", (Do("gru", 0, 0),)),)
-    outcome = examine(Script(body, returns="tuple", steps=(Step(), Step(use="within autocast")), way=Way(mode)))
-    assert outcome.wrong == []
-    assert "use torch.no_grad" in outcome.unplanned or outcome.error == "RuntimeError"
+@pytest.mark.parametrize("op", ["gru", "square"])
+@pytest.mark.parametrize("seed", [0, 1], ids=["fake", "real"])
+def test_autocast_treats_what_operators_in_inference_mode_are_made_up_of(op: str, seed: int, mode: str) -> None:
+    """Such an operator gets to a dispatch mode in one piece."""
+    body = (In("inference", (Do(op, 0, 0),)), If(1, (Do("relu", 1, 1),), (Do("sin", 1, 1),)))
+    steps = (Step(), Step("within autocast"), Step("within autocast", sign=-1))
+    outcome = examine(Script(body, returns="tuple", steps=steps, way=Way(mode, seed=seed)))
+    assert (outcome.wrong, outcome.error, outcome.unplanned) == ([], "", "")
 
 
 def test_what_only_a_dead_part_of_the_graph_has_saved_goes_with_it_although_it_is_made_again_later() -> None:
@@ -142,11 +144,10 @@ def test_a_branch_on_a_gradient_computed_in_the_forward_is_recorded_as_it_is_tak
 
 def test_where_no_recording_works_the_reason_is_that_of_the_real_tensors() -> None:
     """That numbers are needed is what fake tensors always say."""
-    branch = If(0, (Do("relu", 0, 0),), (Do("relu", 0, 0),))
-    body = (branch, In("inference", (Do("relu", 0, 0),)), Do("gru", 0, 0))
-    found = examine(Script(body, steps=(Step("within autocast"),), way=Way("nothing", seed=1)))
+    body = (If(0, (Do("relu", 1, 1),), (Do("relu", 1, 1),)), Do("add_", 0, 0, 1))
+    found = examine(Script(body, steps=(Step("from graph"),), way=Way("nothing", seed=1)))
     assert found.wrong == []
-    assert "inference_mode within autocast" in found.unplanned
+    assert NOT_PLANNED in found.unplanned
 
 
 def test_what_fails_on_fake_tensors_is_not_reported_to_the_user(caplog: pytest.LogCaptureFixture) -> None:

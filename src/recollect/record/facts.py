@@ -12,7 +12,6 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor
-from torch.overrides import enable_reentrant_dispatch
 
 from recollect.record.collectives import communicates, written_by_collective
 
@@ -50,19 +49,9 @@ NEVER_AGAIN: Final = {
 }
 """ATen operators that must not run again, and why."""
 
-INDIFFERENT: Final = frozenset(
-    {"aten.alpha_dropout", "aten.alpha_dropout_", "aten.chunk", "aten.contiguous", "aten.dropout", "aten.dropout_",
-     "aten.feature_dropout", "aten.feature_dropout_", "aten.flatten", "aten.layer_norm", "aten.group_norm",
-     "aten.instance_norm", "aten.batch_norm", "aten.max_pool1d", "aten.max_pool2d", "aten.max_pool3d", "aten.meshgrid",
-     "aten.movedim", "aten.one_hot", "aten.pad", "aten.reshape", "aten.softmax", "aten.log_softmax", "aten.to",
-     "aten.type_as", "aten.where"}
-)  # fmt: skip
-"""Made up of operators that autocast leaves alone on every device, or all of them alike."""
 
-_CONJUGATE, _NEGATIVE = torch._C.DispatchKey.Conjugate, torch._C.DispatchKey.Negative
-_ZERO = torch._C.DispatchKey.ZeroTensor
-_is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
-_exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
+TREATED_INSIDE: Final = frozenset({"aten._trilinear.default", "aten.linalg_pinv.atol_rtol_tensor"})
+"""Operators that autocast leaves alone, with kernels of which it treats what they call."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +76,7 @@ class OpFacts:
         communicates: talks to other processes.
         composite: made up of others. In ``torch.inference_mode``, or with tensors from there, such an operator gets to
             a mode in one piece, which is then to take it apart; elsewhere torch has done so.
-        hides_autocast: autocast may treat those differently, and does not know the operator itself.
+        treated_inside: autocast treats operators that its kernel calls.
     """
 
     name: str
@@ -105,7 +94,7 @@ class OpFacts:
     is_plain: bool
     communicates: bool
     composite: bool
-    hides_autocast: bool
+    treated_inside: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -155,53 +144,18 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         is_plain=not (any(written) or random or batch_norm or never_again or talks or packet in FRESH_CONSTANT),
         communicates=talks,
         composite=_is_composite(func),
-        hides_autocast=_hides_autocast(func, packet),
+        treated_inside=str(func) in TREATED_INSIDE,
     )
 
 
 def _is_composite(func: torch._ops.OpOverload) -> bool:
     keys = ("CompositeImplicitAutograd", "CPU", "CUDA")
-    return func.namespace == "aten" and [_has_kernel(func, key) for key in keys] == [True, False, False]
+    return func.namespace == "aten" and [has_kernel(func, key) for key in keys] == [True, False, False]
 
 
-def _hides_autocast(func: torch._ops.OpOverload, packet: str) -> bool:
-    known = func.namespace == "aten" and all(_has_kernel(func, f"Autocast{device}") for device in ("CPU", "CUDA"))
-    return _is_composite(func) and not known and packet not in INDIFFERENT
-
-
-def _has_kernel(func: torch._ops.OpOverload, key: str) -> bool:
+def has_kernel(func: torch._ops.OpOverload, key: str) -> bool:
+    """Whether an operator has a kernel of its own for a dispatch key."""
     return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
-
-
-def take_apart(facts: OpFacts, func: torch._ops.OpOverload, mode: Any, args: Any, kwargs: Any) -> Any:
-    """Run what a composite operator is made up of under ``mode``, as torch does where there is no inference mode.
-
-    Views know what they are views of (and require gradients as that does) only where torch's own layers above the modes
-    see the operators inside; for the few operators that they have seen in one piece, that is done already.
-    """
-    refuse_autocast(facts, args)
-    # Not ``func.decompose``, which may take the compiler's kernel: its dropout copies in evaluation.
-    kernel = torch._C.DispatchKey.CompositeImplicitAutograd
-    if _has_kernel(func, "ADInplaceOrView"):
-        with mode:
-            return func._op_dk(kernel, *args, **kwargs)
-    with enable_reentrant_dispatch(), mode:
-        return func._op_dk(kernel, *args, **kwargs)
-
-
-def refuse_autocast(facts: OpFacts, args: Sequence[Any]) -> None:
-    """Raise where autocast would treat what an operator is made up of: inside a dispatch mode nobody does."""
-    if not facts.hides_autocast:
-        return
-    if not torch.is_inference_mode_enabled() and not any(t.is_inference() for t in tensors_in(args)):
-        return  # torch has taken it apart as far as it does
-    nesting = torch.autocast_increment_nesting() - 1
-    torch.autocast_decrement_nesting()
-    if nesting:
-        raise RuntimeError(
-            f"{facts.name} runs in torch.inference_mode within autocast, and recollect cannot see what autocast makes "
-            "of it there; use torch.no_grad instead of torch.inference_mode around it"
-        )
 
 
 def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
@@ -214,25 +168,6 @@ def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
     if "batch_norm" in packet and writes and packet not in BATCH_NORM:
         return "updates running statistics"
     return ""
-
-
-def run_op(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """Run an operator from within a dispatch mode, as its kernel runs without one.
-
-    Inside a mode torch switches lazy conjugation, lazy negation and zero tensors off, also for the operators that a
-    kernel calls itself: the pseudo-inverse of a complex matrix then lacks a conjugation, under any mode at all.
-    """
-    if not _is_excluded(_CONJUGATE):  # a mode switches all three off
-        return func._op(*args, **kwargs)
-    _exclude(_CONJUGATE, False)  # three guards of torch's would take as long as a small operator
-    _exclude(_NEGATIVE, False)
-    _exclude(_ZERO, False)
-    try:
-        return func._op(*args, **kwargs)
-    finally:
-        _exclude(_CONJUGATE, True)
-        _exclude(_NEGATIVE, True)
-        _exclude(_ZERO, True)
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

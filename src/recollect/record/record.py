@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from recollect.program import Program
+from recollect.record.as_plain import as_plain
 from recollect.record.assemble import assemble
 from recollect.record.casts import casts_in_use, forget_casts
 from recollect.record.compiled import CompiledCode, eagerly
@@ -423,6 +424,7 @@ def _record_in(
         stack.callback(recorder.take_out_of_graph)
         stack.enter_context(torch.enable_grad())
         first_node = torch.ones(1, requires_grad=True).clone().grad_fn
+        stack.enter_context(as_plain())
         stack.enter_context(recorder)
         with paths, recorder.hooks():
             result = fn(*world.args, **world.kwargs)

@@ -22,9 +22,10 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
+from recollect.record.as_plain import autocast_around, run_op, take_apart
 from recollect.record.collectives import run_alone
 from recollect.record.compiled import in_compiled_code
-from recollect.record.facts import OpFacts, facts_of, run_op, take_apart, tensors_in
+from recollect.record.facts import OpFacts, facts_of, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.numbers import has_number
 from recollect.record.parallel import Gathering
@@ -231,7 +232,7 @@ class Recorder(TorchDispatchMode):
         func, args = self._smoothing.replaced(func, args)
         facts = facts_of(func)
         if facts.composite:
-            return take_apart(facts, func, self, args, kwargs)
+            return take_apart(func, self, args, kwargs)
         theirs = facts.written(args, kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:
@@ -291,7 +292,7 @@ class Recorder(TorchDispatchMode):
 
     def _run(self, func: torch._ops.OpOverload, facts: OpFacts, args: Any, kwargs: dict[str, Any]) -> Any:
         if not facts.communicates:
-            return _told_apart(run_op(func, args, kwargs))
+            return _told_apart(run_op(func, args, kwargs, autocast_around(facts)))
         with self.paused():
             return run_alone(func, args, kwargs)
 

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from recollect.record.facts import RUNNING_STATISTICS, TRAINING, OpFacts, facts_of, run_op, tensors_in
+from recollect.record.as_plain import Autocast, run_op
+from recollect.record.facts import RUNNING_STATISTICS, TRAINING, OpFacts, facts_of, tensors_in
 from recollect.record.values import Seen, ValueMap, View, fingerprint, storage_of
 from recollect.run.settings import NumericSettings, set_state, state_of
 
@@ -52,18 +53,21 @@ class _Nest(NamedTuple):
 class Replay:
     """The block in which ops run again: below autograd and autocast; the numeric settings are put back at its end."""
 
-    __slots__ = ("_before", "_guards", "_settings")
+    __slots__ = ("_before", "_cache", "_guards", "_settings")
 
     def __enter__(self) -> Replay:
         self._before = self._settings = NumericSettings.now()
         self._guards = torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast()
         for guard in self._guards:
             guard.__enter__()
+        self._cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # it is for the forward's casts
         return self
 
     def __exit__(self, *error: object) -> None:
         for guard in reversed(self._guards):
             guard.__exit__(*error)
+        torch.set_autocast_cache_enabled(self._cache)
         self._settings.switch_to(self._before)
 
     def use(self, settings: NumericSettings) -> None:
@@ -116,7 +120,7 @@ class Entry:
     def _results(self, memory: dict[int, torch.UntypedStorage]) -> list[Tensor]:
         args = [_resolved(a, memory) for a in self.args]
         kwargs = {k: _resolved(a, memory) for k, a in self.kwargs.items()} if self.kwargs else self.kwargs
-        return tensors_in(run_op(self.func, args, kwargs))
+        return tensors_in(run_op(self.func, args, kwargs, self.settings.autocast))
 
 
 @dataclass(slots=True)
@@ -163,7 +167,13 @@ class Unfinished:
 
 
 def prepare(
-    func: Any, facts: OpFacts, args: Any, kwargs: Any, values: ValueMap, outside: dict[int, list[OutsideHandle]]
+    func: Any,
+    facts: OpFacts,
+    args: Any,
+    kwargs: Any,
+    autocast: Autocast,
+    values: ValueMap,
+    outside: dict[int, list[OutsideHandle]],
 ) -> Unfinished:
     """Everything that another run of the op needs, taken before its first run.
 
@@ -172,6 +182,7 @@ def prepare(
         facts: about it.
         args: its arguments.
         kwargs: its keyword arguments.
+        autocast: the devices for which it is on around the op.
         values: which value each tensor looks at.
         outside: where handles for tensors that the forward did not make are listed.
     """
@@ -184,7 +195,7 @@ def prepare(
         {k: _template(a, values, outside) for k, a in kwargs.items()},
         generator,
         None if generator is None else state_of(generator),
-        NumericSettings.now(),
+        NumericSettings.now(autocast),
     )
 
 

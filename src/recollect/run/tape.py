@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from recollect.record.as_plain import as_plain, autocast_around, run_op, take_apart
 from recollect.record.compiled import in_compiled_code
-from recollect.record.facts import OpFacts, facts_of, run_op, take_apart, tensors_given, tensors_in
+from recollect.record.facts import OpFacts, facts_of, tensors_given, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
 from recollect.record.signature import signature_of
 from recollect.record.smoothing import Smoothing
@@ -172,17 +173,18 @@ class Tape(TorchDispatchMode):
             return NotImplemented
         facts = facts_of(func)
         if facts.composite:
-            return take_apart(facts, func, self, args, kwargs)
+            return take_apart(func, self, args, kwargs)
         if facts.is_view:
             return func._op(*args, **kwargs)
+        autocast = autocast_around(facts)
         if self._rerunning or self._map is None:
-            return run_op(func, args, kwargs)
+            return run_op(func, args, kwargs, autocast)
         if func is not (instead := self._smoothing.replaced(func, args))[0]:
             func, args = instead
             facts = facts_of(func)
         unchecked = facts.is_plain and self._check is None
         if unchecked and self.n_ops not in self.instructions.ready and self._expects(facts.name):
-            out = run_op(func, args, kwargs)
+            out = run_op(func, args, kwargs, autocast)
             self._note_plain(out)
             return out
         written = facts.written(args, kwargs)
@@ -203,10 +205,10 @@ class Tape(TorchDispatchMode):
             DRAWING.acquire()
         try:
             if self._may_run_again(facts, expected, reads, written):
-                entry = prepare(func, facts, args, kwargs, self._map, self._outside)
+                entry = prepare(func, facts, args, kwargs, autocast, self._map, self._outside)
                 if self._check is not None and expected:
                     memory = self._check.arguments(self.n_ops, self._map, inputs, written)
-            out = run_op(func, args, kwargs)
+            out = run_op(func, args, kwargs, autocast)
         finally:
             if facts.random:
                 DRAWING.release()
@@ -775,7 +777,7 @@ class Tape(TorchDispatchMode):
     def forward(self) -> Iterator[None]:
         """The block in which the forward runs."""
         hooks = torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-        with self, hooks:
+        with as_plain(), self, hooks:
             yield
             self.finish_forward()
 
