@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 import torch
@@ -29,6 +29,9 @@ torch.backends.__allow_nonbracketed_mutation_flag = True  # torch's own test cod
 
 SEED = 1
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.complex64, torch.complex128)
+EVERY: tuple[OpInfo, ...] = tuple(op for op in op_db if "empty" not in op.name and "jiterator" not in op.name)
+"""Those without a gradient, too; not what is whatever the memory held before, and what runs on GPUs alone."""
+Around = Callable[[], AbstractContextManager[Any]]
 OPERATORS: tuple[OpInfo, ...] = tuple(op for op in op_db if op.supports_autograd)
 
 
@@ -56,6 +59,42 @@ class Step(nn.Module):
         made = [t for t in tree_leaves(out) if isinstance(t, Tensor)]
         squares = [square(t) for t in made if t.requires_grad]
         return sum(squares) if squares else None, [t.detach().clone() for t in made]
+
+
+class Aside(Step):
+    """The operator where nobody asks for its gradient."""
+
+    def __init__(self, call: Callable[..., Any], finish: Callable[[Any], Any], around: Around) -> None:
+        super().__init__(call, finish)
+        self.around, self.weight = around, nn.Parameter(torch.ones(3))
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, list[Tensor]]:
+        with self.around():
+            args, kwargs = tree_map_only(Tensor, lambda t: t.detach().clone(), (args, kwargs))
+            made = tree_leaves((self.finish(self.operator(*args, **kwargs)), args, kwargs))
+        return square(self.weight.exp()), [dense(t).clone() for t in made if isinstance(t, Tensor)]
+
+
+class WithGradients(Step):
+    """The operator and a gradient of it in the forward, or a gradient of that."""
+
+    def __init__(self, call: Callable[..., Any], finish: Callable[[Any], Any], order: int) -> None:
+        super().__init__(call, finish)
+        self.order = order
+
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, list[Tensor]]:
+        inputs = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.requires_grad]
+        loss, made = super().forward(*args, **kwargs)
+        objective = loss
+        for order in range(self.order):
+            if objective is None:
+                break
+            last = order + 1 == self.order
+            found = torch.autograd.grad(objective, inputs, allow_unused=True, retain_graph=True, create_graph=not last)
+            made += [dense(t.detach()) for t in found if t is not None]
+            squares = [square(t) for t in found if t is not None and t.requires_grad]
+            objective = sum(squares) if squares else None
+        return loss, made
 
 
 def activation(t: Tensor) -> Tensor:
@@ -108,7 +147,8 @@ def sweep(op: OpInfo, dtypes: Iterable[torch.dtype], at_most: int) -> list[Outco
 def samples(op: OpInfo, dtype: torch.dtype, at_most: int) -> list[SampleInput]:
     """Some samples of an operator, always the same: from all over its list, those without elements last."""
     torch.manual_seed(SEED)
-    found = sorted(op.sample_inputs_func(op, "cpu", dtype, True), key=is_empty)  # without its stack traces
+    differentiable = dtype.is_floating_point or dtype.is_complex
+    found = sorted(op.sample_inputs_func(op, "cpu", dtype, differentiable), key=is_empty)  # without its stack traces
     n = min(at_most, len(found))
     return [found[(2 * k + 1) * len(found) // (2 * n)] for k in range(n)]
 
@@ -156,25 +196,63 @@ def examine_step(step: Step, args: Any, kwargs: Any) -> Outcome | None:
     return account_of(plan, tuple(wrong), drawn)
 
 
-def wrong_off_path(op: OpInfo, dtype: torch.dtype, at_most: int) -> list[str]:
-    """What is not as in plain training where the first op leaves the path and the budget has room for nothing."""
+@contextmanager
+def within(*around: AbstractContextManager[Any]) -> Iterator[None]:
+    """Several blocks at once."""
+    with ExitStack() as stack:
+        for block in around:
+            stack.enter_context(block)
+        yield
+
+
+class Place(NamedTuple):
+    """Where an operator may stand: a step in which it does, and whether the backward gets there."""
+
+    step: Callable[[Callable[..., Any], Callable[[Any], Any]], Step]
+    is_differentiated: bool
+
+
+def _bfloat16() -> AbstractContextManager[Any]:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+PLACES = {
+    "in a model": Place(Step, True),
+    "within autocast": Place(lambda call, finish: Step(_bfloat16()(call), finish), True),
+    "with a gradient in the forward": Place(partial(WithGradients, order=1), True),
+    "with a second gradient in the forward": Place(partial(WithGradients, order=2), True),
+    "on data": Place(partial(Aside, around=nullcontext), False),
+    "in no_grad within autocast": Place(partial(Aside, around=lambda: within(_bfloat16(), torch.no_grad())), False),
+    "in inference_mode": Place(partial(Aside, around=torch.inference_mode), False),
+    "in inference_mode within autocast": Place(
+        partial(Aside, around=lambda: within(_bfloat16(), torch.inference_mode())), False
+    ),
+}
+
+
+def wrong_at(place: Place, op: OpInfo, dtype: torch.dtype, at_most: int) -> tuple[int, list[str]]:
+    """How many samples there are, and what is not as in plain training where the budget has room for nothing.
+
+    The first op leaves the path.
+    """
     nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
-    wrong: list[str] = []
-    if dtype not in op.supported_backward_dtypes("cpu"):
-        return wrong
+    seen, wrong = 0, list[str]()
+    if dtype not in (op.supported_backward_dtypes("cpu") if place.is_differentiated else op.dtypes):
+        return seen, wrong
     with quiet():
         for sample in samples(op, dtype, at_most):
             for call in calls_of(op, sample):
-                step = Step(call, sample.output_process_fn_grad)
+                step = place.step(call, sample.output_process_fn_grad)
                 args, kwargs = tree_map_only(Tensor, leaf, ((sample.input, *sample.args), dict(sample.kwargs)))
                 try:
                     plain = observe(step, args, kwargs)
                 except RuntimeError:
                     continue  # plain torch refuses this sample
                 if plain is not None:
+                    seen += 1
                     got = observe(step, args, kwargs, Tape(nowhere)) or {}
                     wrong += [name for name, value in plain.items() if not same(got[name], value)]
-    return wrong
+    return seen, wrong
 
 
 def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:

@@ -10,7 +10,7 @@ from torch.testing._internal.opinfo.core import OpInfo
 from recollect.record import record
 from recollect.run.selfcheck import SelfCheck
 from tests.run.compare import off_by_a_bit
-from tests.run.sweep import DTYPES, OPERATORS, Outcome, is_steady, name_of, sweep, wrong_off_path
+from tests.run.sweep import DTYPES, EVERY, OPERATORS, PLACES, Outcome, is_steady, name_of, sweep, wrong_at
 
 UNSTEADY = {
     "linalg.lstsq": "plain torch gives other last bits from run to run",
@@ -47,11 +47,31 @@ def test_operator_is_exact_in_every_dtype(op: OpInfo) -> None:
     assert_exact(op, sweep(op, DTYPES, at_most=10))
 
 
+def wrong_everywhere(place: str, dtype: torch.dtype, at_most: int) -> dict[str, list[str]]:
+    """Of all operators that may stand in this place; there are many."""
+    operators = STEADY if PLACES[place].is_differentiated else [op for op in EVERY if name_of(op) not in UNSTEADY]
+    found = {name_of(op): wrong_at(PLACES[place], op, dtype, at_most) for op in operators}
+    assert sum(seen for seen, _ in found.values()) > 200
+    return {name: wrong for name, (_, wrong) in found.items() if wrong}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_operators_are_exact_wherever_they_stand(place: str) -> None:
+    assert not wrong_everywhere(place, torch.float32, at_most=1)
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_operators_are_exact_off_the_path(dtype: torch.dtype) -> None:
-    wrong = {name_of(op): found for op in STEADY if (found := wrong_off_path(op, dtype, at_most=3))}
-    assert not wrong
+def test_operators_are_exact_wherever_they_stand_in_every_dtype(place: str, dtype: torch.dtype) -> None:
+    assert not wrong_everywhere(place, dtype, at_most=4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", [name for name, place in PLACES.items() if not place.is_differentiated])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.bool], ids=str)
+def test_operators_are_exact_on_data_of_other_dtypes(place: str, dtype: torch.dtype) -> None:
+    assert not wrong_everywhere(place, dtype, at_most=4)
 
 
 @pytest.mark.parametrize("name", UNSTEADY)

@@ -5,7 +5,7 @@ call; composite operators get to the mode in one piece in ``torch.inference_mode
 active (``at::isTensorSubclassLike``) and then go a way that is meant for tensors without memory: ``matmul`` folds a
 batch, ``svdvals`` computes the vectors, too. They ask above autograd, where no mode is asked. So these few have a
 second kernel here, at a dispatch key that stands above all others (torch itself uses it in its tests alone), and that
-only :func:`as_plain` includes.
+only :func:`as_plain` includes. The formulas of some gradients ask, too, where a gradient is computed in the forward.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch._ops import OpOverload
 from torch._subclasses import FakeTensor
 from torch.overrides import enable_reentrant_dispatch
 
-from recollect.record.facts import TREATED_INSIDE, OpFacts, has_kernel
+from recollect.record.facts import TREATED_INSIDE, OpFacts, has_kernel, tensors_given
 
 _aten = torch.ops.aten
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
@@ -110,7 +110,8 @@ def take_apart(func: OpOverload, mode: Any, args: Any, kwargs: Any) -> Any:
         with mode:
             return func._op_dk(kernel, *args, **kwargs)
     before = _STATE.cast
-    _STATE.cast = before or any(has_kernel(func, f"Autocast{device.upper()}") for _, device in _AUTOCAST)
+    devices = {t.device.type for t in tensors_given(args, kwargs)}
+    _STATE.cast = before or any(has_kernel(func, f"Autocast{d.upper()}") for _, d in _AUTOCAST if d in devices)
     try:
         with enable_reentrant_dispatch(), torch._C._DisableAutocast() if _STATE.cast else nullcontext(), mode:
             return func._op_dk(kernel, *args, **kwargs)
@@ -224,3 +225,28 @@ def _take_note_of_autocast(func: OpOverload) -> None:
 for _name in TREATED_INSIDE:
     _, _packet, _overload = _name.split(".")
     _take_note_of_autocast(getattr(getattr(_aten, _packet), _overload))
+
+
+# ---- gradients computed in the forward -------------------------------------------------------------------------------
+
+FORMULAS: Final = frozenset(
+    {"CumprodBackward0", "LinalgDetBackward0", "LinalgEighBackward0", "MaskedFillBackward1", "MaxBackward1",
+     "MedianBackward0", "MinBackward1", "NanmedianBackward0", "ProdBackward0", "ProdBackward1"}
+)  # fmt: skip
+"""Nodes of the graph that compute otherwise where a mode is active."""
+
+
+def computes_otherwise() -> str:
+    """The name of the autograd node that runs, if it is one of those."""
+    node = torch._C._current_autograd_node()
+    name = node.name() if node is not None else ""
+    return name if name in FORMULAS else ""
+
+
+def enter_formula() -> None:
+    """Where the node that runs is one of those, no mode is active, and sees an operator, until it is done.
+
+    For hooks that unpack what the node has saved. What the node makes comes from outside, then: it is kept.
+    """
+    if computes_otherwise():
+        _exclude(DispatchKey.Python, True)  # autograd puts the thread's state back after every node

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from recollect.record.as_plain import autocast_around, run_op, take_apart
+from recollect.record.as_plain import autocast_around, computes_otherwise, run_op, take_apart
 from recollect.record.collectives import run_alone
 from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, tensors_in
@@ -466,6 +466,11 @@ class Recorder(TorchDispatchMode):
             return packed
         if self.backward:
             self._backward_module, self._backward_source = packed.module, packed.source
+        elif name := computes_otherwise():
+            raise RuntimeError(
+                f"a gradient is computed in the forward, and torch computes {name} in another way while recollect looks "
+                "on, which may give other last bits; compute that gradient outside of what recollect checkpoints"
+            )
         elif packed.content is None:
             self.missed(packed.n)
         with self.paused():

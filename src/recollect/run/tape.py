@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recollect.record.as_plain import as_plain, autocast_around, run_op, take_apart
+from recollect.record.as_plain import as_plain, autocast_around, enter_formula, run_op, take_apart
 from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, tensors_given, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
@@ -542,9 +542,12 @@ class Tape(TorchDispatchMode):
             return packed.get()
         with self._lock:  # several threads may go backward through one graph
             try:
-                return self._unpacked(packed)
+                tensor = self._unpacked(packed)
             finally:
                 self._settle()
+        if self._map is not None:  # a backward inside the forward
+            enter_formula()
+        return tensor
 
     def _unpacked(self, packed: Handle) -> Tensor:
         number = self._now(packed.number)
