@@ -462,15 +462,15 @@ class Recorder(TorchDispatchMode):
             local = self.unpack(packed.packed)
             with self.paused():
                 return packed.description.around(local)
-        if not isinstance(packed, _Packed):
-            return packed
-        if self.backward:
-            self._backward_module, self._backward_source = packed.module, packed.source
-        elif name := computes_otherwise():
+        if not self.backward and (name := computes_otherwise()):
             raise RuntimeError(
                 f"a gradient is computed in the forward, and torch computes {name} in another way while recollect looks "
                 "on, which may give other last bits; compute that gradient outside of what recollect checkpoints"
             )
+        if not isinstance(packed, _Packed):
+            return packed
+        if self.backward:
+            self._backward_module, self._backward_source = packed.module, packed.source
         elif packed.content is None:
             self.missed(packed.n)
         with self.paused():

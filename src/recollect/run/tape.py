@@ -538,16 +538,18 @@ class Tape(TorchDispatchMode):
         """The tensor that a handle stands for, computed again if it is gone."""
         if isinstance(packed, PackedLocal):
             return packed.description.around(self.unpack(packed.packed))
-        if isinstance(packed, OutsideHandle):
-            return packed.get()
-        with self._lock:  # several threads may go backward through one graph
-            try:
-                tensor = self._unpacked(packed)
-            finally:
-                self._settle()
+        tensor = packed.get() if isinstance(packed, OutsideHandle) else self._unpacked_alone(packed)
         if self._map is not None:  # a backward inside the forward
             enter_formula()
         return tensor
+
+    def _unpacked_alone(self, packed: Handle) -> Tensor:
+        """The tensor that a handle stands for; several threads may go backward through one graph."""
+        with self._lock:
+            try:
+                return self._unpacked(packed)
+            finally:
+                self._settle()
 
     def _unpacked(self, packed: Handle) -> Tensor:
         number = self._now(packed.number)
