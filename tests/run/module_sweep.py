@@ -12,7 +12,7 @@ from torch.testing._internal.common_modules import ModuleInfo, ModuleInput, modu
 from torch.utils._pytree import tree_map_only
 
 from tests.run.compare import same
-from tests.run.sweep import SEED, Outcome, Step, examine_step, leaf, observe, quiet
+from tests.run.sweep import SEED, Outcome, Place, Step, examine_step, leaf, observe, quiet, wrong_off_path
 from tests.run.torch_checkpoint import Checkpointed
 
 MODULES: tuple[ModuleInfo, ...] = tuple(module_db)
@@ -59,6 +59,19 @@ def sweep(info: ModuleInfo, dtype: torch.dtype, at_most: int | None = None) -> l
     with quiet():
         found = [examine_step(case.step, case.args, case.kwargs) for case in cases(info, dtype, at_most)]
     return [outcome for outcome in found if outcome is not None]
+
+
+def wrong_at(place: Place, dtype: torch.dtype, at_most: int) -> dict[str, list[list[str]]]:
+    """For every module and some of its samples what is not as in plain training where it stands in this place."""
+    with quiet():
+        found = {
+            info.name: [
+                wrong_off_path(place.step(case.module, lambda out: out), case.args, case.kwargs)
+                for case in cases(info, dtype, at_most)
+            ]
+            for info in MODULES
+        }
+    return {name: [wrong for wrong in of if wrong is not None] for name, of in found.items()}
 
 
 def beside(case: Case, form: str) -> str | None:

@@ -230,29 +230,34 @@ PLACES = {
 }
 
 
-def wrong_at(place: Place, op: OpInfo, dtype: torch.dtype, at_most: int) -> tuple[int, list[str]]:
-    """How many samples there are, and what is not as in plain training where the budget has room for nothing.
-
-    The first op leaves the path.
-    """
-    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
-    seen, wrong = 0, list[str]()
+def wrong_at(place: Place, op: OpInfo, dtype: torch.dtype, at_most: int) -> list[list[str]]:
+    """For every sample of an operator what is not as in plain training where it stands in this place."""
     if dtype not in (op.supported_backward_dtypes("cpu") if place.is_differentiated else op.dtypes):
-        return seen, wrong
+        return []
+    found = []
     with quiet():
         for sample in samples(op, dtype, at_most):
             for call in calls_of(op, sample):
                 step = place.step(call, sample.output_process_fn_grad)
-                args, kwargs = tree_map_only(Tensor, leaf, ((sample.input, *sample.args), dict(sample.kwargs)))
-                try:
-                    plain = observe(step, args, kwargs)
-                except RuntimeError:
-                    continue  # plain torch refuses this sample
-                if plain is not None:
-                    seen += 1
-                    got = observe(step, args, kwargs, Tape(nowhere)) or {}
-                    wrong += [name for name, value in plain.items() if not same(got[name], value)]
-    return seen, wrong
+                found.append(wrong_off_path(step, (sample.input, *sample.args), dict(sample.kwargs)))
+    return [wrong for wrong in found if wrong is not None]
+
+
+def wrong_off_path(step: Step, args: Any, kwargs: Any) -> list[str] | None:
+    """What is not as in plain training where the first op leaves the path and the budget has room for nothing.
+
+    None where plain torch refuses the step or nothing is differentiable.
+    """
+    args, kwargs = tree_map_only(Tensor, leaf, (args, kwargs))
+    try:
+        plain = observe(step, args, kwargs)
+    except RuntimeError:
+        return None
+    if plain is None:
+        return None
+    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
+    got = observe(step, args, kwargs, Tape(nowhere)) or {}
+    return [name for name, value in plain.items() if not same(got[name], value)]
 
 
 def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:

@@ -8,8 +8,8 @@ from torch.testing._internal.common_modules import ModuleInfo
 
 from recollect.run.selfcheck import SelfCheck
 from tests.run.compare import off_by_a_bit
-from tests.run.module_sweep import DTYPES, MODULES, beside, cases, sweep
-from tests.run.sweep import Outcome, quiet
+from tests.run.module_sweep import DTYPES, MODULES, beside, cases, sweep, wrong_at
+from tests.run.sweep import PLACES, Outcome, quiet
 from tests.run.torch_checkpoint import FORMS
 
 NAMED = {info.name: info for info in MODULES}
@@ -38,6 +38,14 @@ def test_module_is_exact(name: str) -> None:
 @pytest.mark.parametrize("info", MODULES, ids=lambda info: info.name)
 def test_module_is_exact_in_every_dtype(info: ModuleInfo, dtype: torch.dtype) -> None:
     assert_exact(sweep(info, dtype, at_most=None if dtype == torch.float32 else 5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", PLACES)
+def test_modules_are_exact_wherever_they_stand(place: str) -> None:
+    found = wrong_at(PLACES[place], torch.float32, at_most=2)
+    assert sum(map(len, found.values())) > 300
+    assert not {name: wrong for name, of in found.items() if (wrong := [w for one in of for w in one])}
 
 
 def test_the_sweep_makes_modules_run_again() -> None:
