@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,6 +16,10 @@ from torch.ao.quantization import FakeQuantize, FusedMovingAvgObsFakeQuantize, M
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint_sequential
 
+import recollect
+from recollect.record import record
+from recollect.run import Tape
+from recollect.run.instructions import Instructions
 from tests.run.compare import World, exact, quick
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, training
 from tests.run.test_hostile_use import check_step, curly, net
@@ -282,3 +288,159 @@ def test_who_writes_the_masked_sum_himself_gets_it() -> None:
         return (h * weights.sum()).sin()
 
     check_body(body)
+
+
+# ---- operators that torch makes up otherwise where a dispatch mode is active -----------------------------------------
+
+
+def batch_by_one(h: Tensor) -> Tensor:
+    """A batch of matrices times a single one that needs no gradient."""
+    one = torch.randn(1, 33, 65, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    return h.double().flatten()[: 3 * 17 * 33].view(3, 17, 33) @ one
+
+
+def test_a_batch_of_matrices_times_one_is_multiplied_as_without_a_dispatch_mode() -> None:
+    check_body(lambda i, h: h * batch_by_one(h).sin().mean().float())
+    program = record(lambda x: batch_by_one(x.exp()).sum(), (torch.randn(ROWS, WIDTH, requires_grad=True),))
+    assert {"aten.bmm.default", "aten.mm.default"} & {op.name for op in program.ops} == {"aten.bmm.default"}
+
+
+@pytest.mark.parametrize("shapes", [((3, 4, 5), (1, 5, 6)), ((1, 4, 5), (3, 5, 6)), ((0, 4, 5), (1, 5, 6)),
+                                    ((3, 4, 5), (5, 6)), ((2, 3, 4, 5), (1, 5, 6))], ids=str)  # fmt: skip
+@pytest.mark.parametrize("grad", [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("within", [False, True], ids=["", "within autocast"])
+def test_the_same_operators_multiply_matrices_as_without_a_dispatch_mode(
+    shapes: Any, grad: tuple[bool, bool], within: bool
+) -> None:
+    a, b = (torch.randn(shape, requires_grad=g) for shape, g in zip(shapes, grad, strict=True))
+
+    def product() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=within):
+            return a @ b
+
+    def operators(call: Any) -> tuple[Tensor, list[str]]:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            out = call()
+        seen = {event.name for event in profile.events()}
+        return out, sorted(seen & {"aten::mm", "aten::bmm", "aten::mv", "aten::squeeze"})
+
+    plain, plainly = operators(product)
+    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
+    with Tape(nowhere).forward():
+        ours, by_us = operators(product)
+    assert by_us == plainly
+    assert (ours.dtype, ours.shape, ours.stride()) == (plain.dtype, plain.shape, plain.stride())
+    assert torch.equal(ours, plain)
+    assert [ours.grad_fn and ours.grad_fn.name()] == [plain.grad_fn and plain.grad_fn.name()]
+
+
+@pytest.mark.parametrize("values", [torch.linalg.svdvals, torch.linalg.eigvalsh,
+                                    lambda a: torch.linalg.eigvals(a).abs(), torch.linalg.cond])  # fmt: skip
+def test_values_without_vectors(values: Any) -> None:
+    """With them another algorithm computes the values, and any dispatch mode has torch compute them."""
+
+    def body(i: int, h: Tensor) -> Tensor:
+        with torch.no_grad():
+            norm = values(h.t() @ h).max()
+        return (h / (1 + norm)).sin() + h
+
+    check_body(body)
+
+
+def test_bilinear_layers_within_autocast() -> None:
+    """Autocast leaves the operator alone and treats the matrix products inside its kernel."""
+
+    class Twofold(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.Bilinear(WIDTH, WIDTH, WIDTH) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                for layer in self.layers:
+                    x = torch.tanh(layer(x.exp().sin(), x.cos())).exp() * x
+            return x
+
+    exact(lambda: training(Twofold()))
+
+
+def test_what_autocast_has_cast_as_a_whole_it_does_not_cast_inside() -> None:
+    """In inference mode a composite operator gets to a dispatch mode in one piece, once autocast has treated it."""
+    a = torch.randn(4, 3)
+
+    def step(x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.autocast("cpu", torch.bfloat16), torch.inference_mode():
+            inverse = torch.pinverse(a + 0)
+        return (x.exp() * inverse.clone().sum()).sum(), inverse
+
+    x = torch.randn(3, requires_grad=True)
+    plain = step(x)
+    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
+    with Tape(nowhere).forward():
+        ours = step(x)
+    assert [t.dtype for t in ours] == [t.dtype for t in plain]
+    assert all(map(torch.equal, ours, plain))
+
+
+FORMULAS = {
+    "median": torch.median,
+    "min": torch.min,
+    "prod": lambda h: (1 + h / 100).prod(1).sum(),
+    "cumprod": lambda h: (1 + h / 100).cumprod(0).sum(),
+    "masked_fill": lambda h: h.masked_fill(h > 0, h.mean()).sin().sum(),
+}
+"""Reductions whose gradients torch computes otherwise where a dispatch mode is active."""
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+@pytest.mark.parametrize("direct", [False, True], ids=["", "of the input"])
+def test_gradients_in_the_forward_that_torch_computes_otherwise(name: str, direct: bool) -> None:
+    """Where the recording meets one, the step runs without checkpointing; off the path nobody looks on."""
+
+    def penalised(model: Any, x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        out = FORMULAS[name](x if direct else model(x)) + model(x).sum() * 0.01
+        (grad,) = torch.autograd.grad(out, x, create_graph=True)
+        return out + (grad * grad).sum()
+
+    torch.manual_seed(0)
+    model, x = Net(lambda i, h: h.exp().sin()), torch.randn(8, WIDTH)
+    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
+
+    def trained(step: Any, around: Any) -> list[Tensor]:
+        model.zero_grad()
+        with around:
+            loss = step(x)
+        loss.backward()
+        return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    plain = trained(partial(penalised, model), nullcontext())
+    off_path = trained(partial(penalised, model), Tape(nowhere).forward())
+    with pytest.warns(RuntimeWarning, match="a gradient is computed in the forward"):
+        planned = trained(recollect.checkpoint(partial(penalised, model), budget=0.9), nullcontext())
+    assert all(map(torch.equal, plain, off_path))
+    assert all(map(torch.equal, plain, planned))
+    with pytest.raises(RuntimeError, match="a gradient is computed in the forward"):
+        record(partial(penalised, model), (x,))
+
+
+def test_torch_func_multiplies_matrices_as_always() -> None:
+    one = torch.randn(1, WIDTH, WIDTH)
+
+    def body(i: int, h: Tensor) -> Tensor:
+        rows = h.view(ROWS // 4, 4, WIDTH)
+        return torch.vmap(lambda row: row.unsqueeze(0) @ one)(rows).sin().view(ROWS, WIDTH) * h
+
+    check_body(body)
+
+
+def test_nothing_is_left_in_the_thread() -> None:
+    keys = (torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set)
+    before = [str(key()) for key in keys]
+    model = Net(lambda i, h: h.exp().sin())
+    checkpointed = recollect.checkpoint(model, budget=0.8)
+    checkpointed(torch.randn(ROWS, WIDTH)).sum().backward()
+    tape = Tape(Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0))
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), tape.forward():
+        model(torch.randn(ROWS, WIDTH + 1))
+    assert [str(key()) for key in keys] == before
