@@ -79,6 +79,19 @@ def test_autocast_treats_what_operators_in_inference_mode_are_made_up_of(op: str
     assert (outcome.wrong, outcome.error, outcome.unplanned) == ([], "", "")
 
 
+@pytest.mark.parametrize("mode", ["nothing", "online"])
+@pytest.mark.parametrize("returns", ["loss", "tuple"])
+@pytest.mark.parametrize(
+    "after", [(Do("clone", 0, 0),), (Do("sum", 0, 0), Do("cat", 0, 0)), (Do("cast", 0, 0),), ()], ids=str
+)
+def test_what_is_made_of_a_leaf_of_inference_mode_requires_gradients_as_without_us(
+    after: tuple[Do, ...], returns: str, mode: str
+) -> None:
+    """Such a tensor does not lead to autograd's kernel, but those do that the operator is made up of."""
+    script = Script((In("inference", (Do("leaf", 0, 0),)), *after), returns, (0,), (Step(rows=4),) * 2, Way(mode))
+    assert examine(script).wrong == []
+
+
 def test_what_only_a_dead_part_of_the_graph_has_saved_goes_with_it_although_it_is_made_again_later() -> None:
     body = (Do("relu", 0, 0), Do("div", 0, 0, 2), Do("relu", 0, 2))
     outcome = examine(Script(body, steps=(Step(rows=64, training=False),), way=Way("measured")))

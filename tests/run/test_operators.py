@@ -44,7 +44,7 @@ def test_operator_is_exact(op: OpInfo) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("op", STEADY, ids=name_of)
 def test_operator_is_exact_in_every_dtype(op: OpInfo) -> None:
-    assert_exact(op, sweep(op, DTYPES, at_most=10))
+    assert_exact(op, sweep(op, DTYPES, at_most=5))  # benchmarks/operators.py looks at ten
 
 
 def wrong_everywhere(place: str, dtype: torch.dtype, at_most: int) -> dict[str, list[str]]:
@@ -64,14 +64,14 @@ def test_operators_are_exact_wherever_they_stand(place: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_operators_are_exact_wherever_they_stand_in_every_dtype(place: str, dtype: torch.dtype) -> None:
-    assert not wrong_everywhere(place, dtype, at_most=4)
+    assert not wrong_everywhere(place, dtype, at_most=2)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("place", [name for name, place in PLACES.items() if not place.is_differentiated])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.int64, torch.bool], ids=str)
 def test_operators_are_exact_on_data_of_other_dtypes(place: str, dtype: torch.dtype) -> None:
-    assert not wrong_everywhere(place, dtype, at_most=4)
+    assert not wrong_everywhere(place, dtype, at_most=2)
 
 
 @pytest.mark.parametrize("name", UNSTEADY)

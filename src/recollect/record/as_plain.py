@@ -98,19 +98,29 @@ def _run_within(autocast: Autocast, func: OpOverload, args: Sequence[Any], kwarg
             torch.set_autocast_dtype(device, dtype)
 
 
-def take_apart(func: OpOverload, mode: Any, args: Any, kwargs: Any) -> Any:
-    """Run what a composite operator is made up of under ``mode``, as torch does where there is no inference mode.
+def is_in_one_piece(facts: OpFacts, args: Any, kwargs: Any) -> bool:
+    """Whether torch's own layers would see what the operator is made up of, but for the mode that has it now."""
+    if not facts.explicit:
+        return facts.composite
+    if torch.is_inference_mode_enabled() or not torch.is_grad_enabled():
+        return False
+    tensors = tensors_given(args, kwargs)  # those of inference mode do not lead to autograd's kernel
+    return any(t.requires_grad for t in tensors) and all(t.is_inference() for t in tensors)
+
+
+def take_apart(facts: OpFacts, func: OpOverload, mode: Any, args: Any, kwargs: Any) -> Any:
+    """Run what an operator is made up of under ``mode``, as torch does where there is no inference mode.
 
     Views know what they are views of (and require gradients as that does) only where torch's own layers above the modes
     see the operators inside; for the few operators that they have seen in one piece, that is done already.
     """
     # Not ``func.decompose``, which may take the compiler's kernel: its dropout copies in evaluation.
-    kernel = DispatchKey.CompositeImplicitAutograd
-    if has_kernel(func, "ADInplaceOrView"):
+    kernel = DispatchKey.CompositeExplicitAutograd if facts.explicit else DispatchKey.CompositeImplicitAutograd
+    if has_kernel(func, "ADInplaceOrView") and not facts.explicit:
         with mode:
             return func._op_dk(kernel, *args, **kwargs)
-    before = _STATE.cast
     devices = {t.device.type for t in tensors_given(args, kwargs)}
+    before = _STATE.cast
     _STATE.cast = before or any(has_kernel(func, f"Autocast{d.upper()}") for _, d in _AUTOCAST if d in devices)
     try:
         with enable_reentrant_dispatch(), torch._C._DisableAutocast() if _STATE.cast else nullcontext(), mode:

@@ -76,6 +76,7 @@ class OpFacts:
         communicates: talks to other processes.
         composite: made up of others. In ``torch.inference_mode``, or with tensors from there, such an operator gets to
             a mode in one piece, which is then to take it apart; elsewhere torch has done so.
+        explicit: makes something new of others below autograd.
         treated_inside: autocast treats operators that its kernel calls.
     """
 
@@ -94,6 +95,7 @@ class OpFacts:
     is_plain: bool
     communicates: bool
     composite: bool
+    explicit: bool
     treated_inside: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -143,14 +145,14 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         never_again=never_again,
         is_plain=not (any(written) or random or batch_norm or never_again or talks or packet in FRESH_CONSTANT),
         communicates=talks,
-        composite=_is_composite(func),
+        composite=_is_composite(func, "CompositeImplicitAutograd"),
+        explicit=not any(aliases) and _is_composite(func, "CompositeExplicitAutograd"),
         treated_inside=str(func) in TREATED_INSIDE,
     )
 
 
-def _is_composite(func: torch._ops.OpOverload) -> bool:
-    keys = ("CompositeImplicitAutograd", "CPU", "CUDA")
-    return func.namespace == "aten" and [has_kernel(func, key) for key in keys] == [True, False, False]
+def _is_composite(func: torch._ops.OpOverload, kind: str) -> bool:
+    return func.namespace == "aten" and [has_kernel(func, key) for key in (kind, "CPU", "CUDA")] == [True, False, False]
 
 
 def has_kernel(func: torch._ops.OpOverload, key: str) -> bool:

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from recollect.record.as_plain import autocast_around, computes_otherwise, run_op, take_apart
+from recollect.record.as_plain import autocast_around, computes_otherwise, is_in_one_piece, run_op, take_apart
 from recollect.record.collectives import run_alone
 from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, tensors_in
@@ -231,8 +231,8 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         func, args = self._smoothing.replaced(func, args)
         facts = facts_of(func)
-        if facts.composite:
-            return take_apart(func, self, args, kwargs)
+        if is_in_one_piece(facts, args, kwargs):
+            return take_apart(facts, func, self, args, kwargs)
         theirs = facts.written(args, kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:
@@ -464,8 +464,8 @@ class Recorder(TorchDispatchMode):
                 return packed.description.around(local)
         if not self.backward and (name := computes_otherwise()):
             raise RuntimeError(
-                f"a gradient is computed in the forward, and torch computes {name} in another way while recollect looks "
-                "on, which may give other last bits; compute that gradient outside of what recollect checkpoints"
+                f"a gradient is computed in the forward, and torch computes {name} in another way while recollect "
+                "looks on, which may give other last bits; compute that gradient outside of what recollect checkpoints"
             )
         if not isinstance(packed, _Packed):
             return packed

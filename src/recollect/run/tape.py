@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from recollect.record.as_plain import as_plain, autocast_around, enter_formula, run_op, take_apart
+from recollect.record.as_plain import as_plain, autocast_around, enter_formula, is_in_one_piece, run_op, take_apart
 from recollect.record.compiled import in_compiled_code
 from recollect.record.facts import OpFacts, facts_of, tensors_given, tensors_in
 from recollect.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
@@ -172,8 +172,8 @@ class Tape(TorchDispatchMode):
         if types and is_taken_apart(types):
             return NotImplemented
         facts = facts_of(func)
-        if facts.composite:
-            return take_apart(func, self, args, kwargs)
+        if is_in_one_piece(facts, args, kwargs):
+            return take_apart(facts, func, self, args, kwargs)
         if facts.is_view:
             return func._op(*args, **kwargs)
         autocast = autocast_around(facts)
