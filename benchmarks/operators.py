@@ -1,7 +1,7 @@
 """Every differentiable operator of torch, with everything computed again that may be: the figures of docs/exactness.md.
 
-The sweep of tests/run/test_operators.py, counted. Run: ``python benchmarks/operators.py``; about five minutes.
-``--quick`` looks at two samples per operator and dtype; ``--write`` puts the tables into the page.
+The sweep of tests/run/test_operators.py, counted. Run: ``python benchmarks/operators.py``; about a quarter of an hour.
+``--quick`` looks at fewer samples per operator and dtype; ``--write`` puts the tables into the page.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.section import write_section
-from tests.run.sweep import DTYPES, Outcome, name_of, sweep
+from tests.run.sweep import DTYPES, EVERY, PLACES, Outcome, name_of, sweep, wrong_at
 from tests.run.test_operators import REFUSED, STEADY, UNSTEADY
 
 Outcomes = dict[tuple[str, torch.dtype], list[Outcome]]
@@ -52,6 +52,18 @@ def row(title: str, found: list[tuple[str, Outcome]]) -> str:
         sum(o.asked > 0 and o.again == 0 for o in compared),
     )
     return f"| {title} | " + " | ".join(map(str, counts)) + " |"
+
+
+def by_place(at_most: int) -> Iterator[str]:
+    """How many steps were compared where the operator stands somewhere else, and how many were not identical."""
+    dtypes = (*DTYPES, torch.float16, torch.int64, torch.bool)
+    yield f"| the operator stands | {' | '.join(str(d).removeprefix('torch.') for d in dtypes)} | wrong |"
+    yield f"| --- |{' --- |' * (len(dtypes) + 1)}"
+    for name, place in PLACES.items():
+        operators = STEADY if place.is_differentiated else [op for op in EVERY if name_of(op) not in UNSTEADY]
+        found = [[w for op in operators for w in wrong_at(place, op, dtype, at_most)] for dtype in dtypes]
+        counts = [str(len(of)) for of in found]
+        yield f"| {name} | {' | '.join(counts)} | {sum(bool(wrong) for of in found for wrong in of)} |"
 
 
 def kept(outcomes: Outcomes) -> Iterator[str]:
@@ -98,7 +110,7 @@ def wrapped(sentence: str) -> str:
 
 
 def report(outcomes: Outcomes) -> Iterator[str]:
-    """The section of the page."""
+    """The first section of the page."""
     yield from by_dtype(outcomes)
     yield ""
     without = {name for name, _ in outcomes} - compared(outcomes)
@@ -119,10 +131,15 @@ def report(outcomes: Outcomes) -> Iterator[str]:
 def main() -> None:
     """Print the tables; write them if asked to."""
     torch.set_num_threads(1)
-    text = "\n".join(report(run(2 if "--quick" in sys.argv else 10)))
-    print(text)
-    if "--write" in sys.argv:
-        write_section("exactness.md", "operators.py", text)
+    quick = "--quick" in sys.argv
+    for section, lines in (
+        ("operators.py", report(run(2 if quick else 10))),
+        ("operators.py by place", by_place(1 if quick else 4)),
+    ):
+        text = "\n".join(lines)
+        print(text, flush=True)
+        if "--write" in sys.argv:
+            write_section("exactness.md", section, text)
 
 
 if __name__ == "__main__":
