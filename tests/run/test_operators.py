@@ -64,7 +64,7 @@ def test_operators_are_exact_wherever_they_stand(place: str) -> None:
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_operators_are_exact_wherever_they_stand_in_every_dtype(place: str, dtype: torch.dtype) -> None:
-    assert not wrong_everywhere(place, dtype, at_most=2)
+    assert not wrong_everywhere(place, dtype, at_most=1 if "second" in place else 2)  # the benchmark looks at four
 
 
 @pytest.mark.slow

@@ -159,7 +159,7 @@ def _instead_of(func: OpOverload) -> Callable[[Callable[..., Any]], Callable[...
         def wrapper(keyset: DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
             with torch._C.DisableTorchFunction():
                 made = kernel(*args, **kwargs)
-                return func.redispatch(keyset & _BELOW, *args, **kwargs) if made is NotImplemented else made
+            return func.redispatch(keyset & _BELOW, *args, **kwargs) if made is NotImplemented else made
 
         _ATEN.impl(func.name(), wrapper, _NAME, with_keyset=True)
         return kernel
