@@ -21,6 +21,7 @@ from recollect.record import record
 from recollect.run import Tape
 from recollect.run.instructions import Instructions
 from tests.run.compare import World, exact, quick
+from tests.run.test_composites import Bystander
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, training
 from tests.run.test_hostile_use import check_step, curly, net
 
@@ -444,3 +445,66 @@ def test_nothing_is_left_in_the_thread() -> None:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), tape.forward():
         model(torch.randn(ROWS, WIDTH + 1))
     assert [str(key()) for key in keys] == before
+
+
+# What is unlike plain training under any mode: complex numbers tell how matrices were multiplied.
+SQUARE = torch.randn(20, 20, generator=torch.Generator().manual_seed(0))
+MANY = torch.randn(2, 3, 3, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(1))
+ONE = torch.randn(1, 5, 4, dtype=torch.complex64, generator=torch.Generator().manual_seed(2))
+
+
+def looked_at_by_another_mode(h: Tensor) -> Tensor:
+    with Bystander():
+        return torch.linalg.svdvals(SQUARE).sum() * h
+
+
+def within_a_dual_level(h: Tensor) -> Tensor:
+    with forward_ad.dual_level():
+        return (torch.linalg.svdvals(SQUARE).sum() + ((MANY[0] * 1).conj() @ ONE.mH).abs().sum()) * h
+
+
+def with_what_vmap_does_not_map(h: Tensor) -> Tensor:
+    return torch.vmap(lambda x: (x * 1).conj() @ ONE.mH)(MANY).abs().sum() * h
+
+
+def into_a_given_tensor(h: Tensor) -> Tensor:
+    out = torch.empty(3, 3, 5, dtype=torch.complex64)
+    with torch.no_grad():
+        torch.matmul(MANY[0].conj(), ONE.mH, out=out)
+    return out.abs().sum() * h
+
+
+def overwritten_by_a_hook_of_a_formula(h: Tensor) -> Tensor:
+    x = (h * 1.5).sigmoid()
+    z = x * 2
+    for _ in range(8):
+        x = x.sin()
+    y = (x + 0.1).prod(1)
+
+    def overwrite(*_: Any) -> None:
+        with torch.no_grad():
+            z.mul_(3.0)
+
+    y.grad_fn.register_hook(overwrite)  # type: ignore[union-attr]
+    (grad,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    w = z.sin()
+    for _ in range(8):
+        w = w.sin()
+    return grad.detach().sum() * w
+
+
+@pytest.mark.parametrize(
+    "body",
+    [looked_at_by_another_mode, within_a_dual_level, with_what_vmap_does_not_map, into_a_given_tensor,
+     overwritten_by_a_hook_of_a_formula],
+)  # fmt: skip
+def test_off_the_path_with_nothing_held(body: Any) -> None:
+    x, seen = torch.randn(60, 70, requires_grad=True), []
+    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
+    for around in (nullcontext(), Tape(nowhere).forward()):
+        x.grad = None
+        with around:
+            out = body(x)
+        out.sum().backward()
+        seen.append((out.detach(), x.grad))
+    assert all(map(torch.equal, *seen))

@@ -20,8 +20,10 @@ import torch
 from torch import Tensor
 from torch._C import DispatchKey, DispatchKeySet
 from torch._ops import OpOverload
-from torch._subclasses import FakeTensor
+from torch._subclasses import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.overrides import enable_reentrant_dispatch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from recollect.record.facts import TREATED_INSIDE, OpFacts, has_kernel, tensors_given
 
@@ -170,14 +172,26 @@ def _instead_of(func: OpOverload) -> Callable[[Callable[..., Any]], Callable[...
 @_instead_of(_aten.matmul.default)
 def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """A batch of matrices times one that needs no gradient: plainly that one is repeated, else the batch is folded."""
+    if not _is_repeated(a, b):
+        return NotImplemented
+    return _aten._unsafe_view.default(_aten.bmm.default(*(both := _as_many(a, b))), (*both[0].shape[:2], b.shape[2]))
+
+
+@_instead_of(_aten.matmul.out)
+def _matmul_out(a: Tensor, b: Tensor, *, out: Tensor) -> Tensor:
+    return _aten.bmm.out(*_as_many(a, b), out=out) if _is_repeated(a, b) else NotImplemented
+
+
+def _is_repeated(a: Tensor, b: Tensor) -> bool:
     if a.dim() != 3 or b.dim() != 3 or (a.shape[0] == 1) == (b.shape[0] == 1):
-        return NotImplemented
+        return False
     one = a if a.shape[0] == 1 else b
-    if one.requires_grad or not _is_plain(one) or _is_yet_to_be_cast(one):
-        return NotImplemented
+    return not one.requires_grad and _is_plain(one) and not _is_yet_to_be_cast(one)
+
+
+def _as_many(a: Tensor, b: Tensor) -> list[Tensor]:
     n = max(a.shape[0], b.shape[0]) if a.shape[0] and b.shape[0] else 0
-    many = [_aten.reshape.default(_aten.expand.default(t, (n, *t.shape[1:])), (n, *t.shape[1:])) for t in (a, b)]
-    return _aten._unsafe_view.default(_aten.bmm.default(*many), (n, a.shape[1], b.shape[2]))
+    return [_aten.reshape.default(_aten.expand.default(t, (n, *t.shape[1:])), (n, *t.shape[1:])) for t in (a, b)]
 
 
 @_instead_of(_aten.linalg_svdvals.default)
@@ -213,10 +227,24 @@ def _is_yet_to_be_cast(tensor: Tensor) -> bool:
 
 def _is_plain(tensor: Tensor) -> bool:
     """Whether torch takes the tensor for an ordinary one; a fake tensor stands for one."""
-    if torch._C._functorch.maybe_current_level() is not None or torch.autograd.forward_ad._current_level >= 0:
+    if _others_look_on() or torch._C._functorch.is_functorch_wrapped_tensor(tensor) or _is_dual(tensor):
         return False
     is_subclass = torch._C._dispatch_keys(tensor).has(DispatchKey.Python) and not isinstance(tensor, FakeTensor)
     return not is_subclass and tensor.layout is torch.strided and tensor.device.type != "meta"
+
+
+def _others_look_on() -> bool:
+    """Whether a dispatch mode of somebody else's is active; then torch does the same without recollect."""
+    modes = _get_current_dispatch_mode_stack()
+    return not all(isinstance(m, FakeTensorMode) or type(m).__module__.startswith("recollect.") for m in modes)
+
+
+def _is_dual(tensor: Tensor) -> bool:
+    """Whether the tensor carries a tangent of forward-mode differentiation."""
+    if forward_ad._current_level < 0:
+        return False
+    with torch._C._DisableTorchDispatch():
+        return forward_ad.unpack_dual(tensor).tangent is not None
 
 
 def _take_note_of_autocast(func: OpOverload) -> None:
@@ -250,7 +278,7 @@ def computes_otherwise() -> str:
     """The name of the autograd node that runs, if it is one of those."""
     node = torch._C._current_autograd_node()
     name = node.name() if node is not None else ""
-    return name if name in FORMULAS else ""
+    return name if name in FORMULAS and not _others_look_on() else ""
 
 
 def enter_formula() -> None:
@@ -258,5 +286,20 @@ def enter_formula() -> None:
 
     For hooks that unpack what the node has saved. What the node makes comes from outside, then: it is kept.
     """
-    if computes_otherwise():
-        _exclude(DispatchKey.Python, True)  # autograd puts the thread's state back after every node
+    if not computes_otherwise():
+        return
+    node = torch._C._current_autograd_node()
+    metadata: dict[str, Any] = node.metadata  # type: ignore[assignment]
+    if "recollect" not in metadata:
+        metadata["recollect"] = handle = node.register_hook(_leave_formula)
+        hooks = handle.hooks_dict_ref() or {}
+        users = {key: hook for key, hook in hooks.items() if key != handle.id}
+        for key in users:  # they are to come after ours, and torch goes by the order in which they came in
+            del hooks[key]
+        hooks.update(users)
+    _exclude(DispatchKey.Python, True)
+
+
+def _leave_formula(*_: Any) -> None:
+    """Where a node has hooks; where there are none, autograd puts the thread's state back after the node."""
+    _exclude(DispatchKey.Python, False)
