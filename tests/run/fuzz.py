@@ -841,9 +841,10 @@ NOT_PLANNED = "a leaf Variable that requires grad is being used in an in-place o
 
 
 def may_vary(body: tuple[Instruction, ...]) -> bool:
-    """Whether the numbers decide which operators run, or on how much."""
+    """Whether the numbers, or what an earlier step has left on the module, decide which operators run, or on how much."""
     branches = any(isinstance(i, If) or (isinstance(i, In) and may_vary(i.body)) for i in body)
-    return branches or any(i.op == "nonzero" for i in leaves_of(body))
+    ops = {i.op for i in leaves_of(body)}
+    return branches or "nonzero" in ops or ops >= {"kept", "kept_before"}
 
 
 def measure(outcome: Outcome, script: Script, session: Session) -> None:
