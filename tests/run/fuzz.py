@@ -841,7 +841,7 @@ NOT_PLANNED = "a leaf Variable that requires grad is being used in an in-place o
 
 
 def may_vary(body: tuple[Instruction, ...]) -> bool:
-    """Whether the numbers, or what an earlier step has left on the module, decide which operators run, or on how much."""
+    """Whether numbers, or what an earlier step has left on the module, decide which operators run, or on how much."""
     branches = any(isinstance(i, If) or (isinstance(i, In) and may_vary(i.body)) for i in body)
     ops = {i.op for i in leaves_of(body)}
     return branches or "nonzero" in ops or ops >= {"kept", "kept_before"}
