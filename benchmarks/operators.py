@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.section import write_section
-from tests.run.sweep import DTYPES, EVERY, PLACES, Outcome, name_of, sweep, wrong_at
-from tests.run.test_operators import REFUSED, STEADY, UNSTEADY
+from tests.run.sweep import DTYPES, PLACES, Outcome, name_of, sweep, wrong_at
+from tests.run.test_operators import REFUSED, STEADY, UNSTEADY, operators_at
 
 Outcomes = dict[tuple[str, torch.dtype], list[Outcome]]
 
@@ -60,8 +60,7 @@ def by_place(at_most: int) -> Iterator[str]:
     yield f"| the operator stands | {' | '.join(str(d).removeprefix('torch.') for d in dtypes)} | wrong |"
     yield f"| --- |{' --- |' * (len(dtypes) + 1)}"
     for name, place in PLACES.items():
-        operators = STEADY if place.is_differentiated else [op for op in EVERY if name_of(op) not in UNSTEADY]
-        found = [[w for op in operators for w in wrong_at(place, op, dtype, at_most)] for dtype in dtypes]
+        found = [[w for op in operators_at(place) for w in wrong_at(place, op, dtype, at_most)] for dtype in dtypes]
         counts = [str(len(of)) for of in found]
         yield f"| {name} | {' | '.join(counts)} | {sum(bool(wrong) for of in found for wrong in of)} |"
 

@@ -139,7 +139,7 @@ def xor_mlp() -> nn.Module:
     return nn.Sequential(*layers[:-1])
 
 
-def xor() -> tuple[Tensor, Tensor]:
+def _xor() -> tuple[Tensor, Tensor]:
     x = torch.rand(2048, 2)
     return x, ((x[:, 0] > 0.5) ^ (x[:, 1] > 0.5)).long()
 
@@ -177,5 +177,5 @@ CASES = (
     Case("DenseNet", DenseNet, _classify, lambda: (torch.randn(8, 1, 24, 24), torch.randint(0, 10, (8,)))),
     Case("unrolled LSTM", UnrolledLSTM, _classify, lambda: (torch.randn(64, 16, 32), torch.randint(0, 4, (16,)))),
     Case("encoder-decoder", Translator, _translate, lambda: (_tokens(8, 24, 50), _tokens(8, 20, 50))),
-    Case("XOR MLP", xor_mlp, _classify, xor),
+    Case("XOR MLP", xor_mlp, _classify, _xor),
 )

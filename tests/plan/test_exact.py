@@ -171,9 +171,8 @@ def test_auto_is_optimal_on_nearly_all_graphs_of_ten_ops(make):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("n_ops", "share"), [(n, s) for n in (40, 60, 80, 100) for s in (0.2, 0.5, 0.8) if (n, s) != (100, 0.2)]
-)  # to prove an optimum of the one left out takes minutes
+@pytest.mark.parametrize("n_ops", [40, 60, 80, 100])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_auto_is_close_to_the_optimum_of_larger_graphs(n_ops: int, share: float):
     for seed in range(2):
         program = layered(seed, n_ops)

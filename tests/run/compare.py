@@ -19,8 +19,9 @@ import recollect.api
 from recollect.plan.unroll import unroll
 from recollect.program import Plan, Program, Schedule, simulate
 from recollect.record.timing import Cost
-from recollect.run import Stats
+from recollect.run import Stats, Tape
 from recollect.run.entry import Entry
+from recollect.run.instructions import Instructions
 
 FRACTIONS: tuple[float, ...] = ()
 """The budgets of this test, beside the floor."""
@@ -116,6 +117,11 @@ def same(a: Any, b: Any) -> bool:
 
 def bytes_of(t: Tensor) -> Tensor:
     return t.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
+
+
+def off_path() -> Tape:
+    """A tape whose first op leaves the path, and whose budget has room for nothing."""
+    return Tape(Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0))
 
 
 def off_by_a_bit(monkeypatch: pytest.MonkeyPatch, when: Callable[[Entry], bool] = lambda entry: True) -> None:

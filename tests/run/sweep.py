@@ -21,9 +21,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from recollect.program import Plan
 from recollect.record import record
 from recollect.run import Tape, instructions_for
-from recollect.run.instructions import Instructions
 from recollect.run.selfcheck import SelfCheck
-from tests.run.compare import plan_that_keeps_nothing, same
+from tests.run.compare import off_path, plan_that_keeps_nothing, same
 
 torch.backends.__allow_nonbracketed_mutation_flag = True  # torch's own test code forbids it to the whole process
 
@@ -255,8 +254,7 @@ def wrong_off_path(step: Step, args: Any, kwargs: Any) -> list[str] | None:
         return None
     if plain is None:
         return None
-    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
-    got = observe(step, args, kwargs, Tape(nowhere)) or {}
+    got = observe(step, args, kwargs, off_path()) or {}
     return [name for name, value in plain.items() if not same(got[name], value)]
 
 

@@ -18,9 +18,7 @@ from torch.utils.checkpoint import checkpoint_sequential
 
 import recollect
 from recollect.record import record
-from recollect.run import Tape
-from recollect.run.instructions import Instructions
-from tests.run.compare import World, exact, quick
+from tests.run.compare import World, exact, off_path, quick
 from tests.run.test_composites import Bystander
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, training
 from tests.run.test_hostile_use import check_step, curly, net
@@ -326,8 +324,7 @@ def test_the_same_operators_multiply_matrices_as_without_a_dispatch_mode(
         return out, sorted(seen & {"aten::mm", "aten::bmm", "aten::mv", "aten::squeeze"})
 
     plain, plainly = operators(product)
-    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
-    with Tape(nowhere).forward():
+    with off_path().forward():
         ours, by_us = operators(product)
     assert by_us == plainly
     assert (ours.dtype, ours.shape, ours.stride()) == (plain.dtype, plain.shape, plain.stride())
@@ -376,8 +373,7 @@ def test_what_autocast_has_cast_as_a_whole_it_does_not_cast_inside() -> None:
 
     x = torch.randn(3, requires_grad=True)
     plain = step(x)
-    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
-    with Tape(nowhere).forward():
+    with off_path().forward():
         ours = step(x)
     assert [t.dtype for t in ours] == [t.dtype for t in plain]
     assert all(map(torch.equal, ours, plain))
@@ -406,7 +402,6 @@ def test_gradients_in_the_forward_that_torch_computes_otherwise(name: str, direc
 
     torch.manual_seed(0)
     model, x = Net(lambda i, h: h.exp().sin()), torch.randn(8, WIDTH)
-    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
 
     def trained(step: Any, around: Any) -> list[Tensor]:
         model.zero_grad()
@@ -416,10 +411,10 @@ def test_gradients_in_the_forward_that_torch_computes_otherwise(name: str, direc
         return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
     plain = trained(partial(penalised, model), nullcontext())
-    off_path = trained(partial(penalised, model), Tape(nowhere).forward())
+    unplanned = trained(partial(penalised, model), off_path().forward())
     with pytest.warns(RuntimeWarning, match="a gradient is computed in the forward"):
         planned = trained(recollect.checkpoint(partial(penalised, model), budget=0.9), nullcontext())
-    assert all(map(torch.equal, plain, off_path))
+    assert all(map(torch.equal, plain, unplanned))
     assert all(map(torch.equal, plain, planned))
     with pytest.raises(RuntimeError, match="a gradient is computed in the forward"):
         record(partial(penalised, model), (x,))
@@ -441,7 +436,7 @@ def test_nothing_is_left_in_the_thread() -> None:
     model = Net(lambda i, h: h.exp().sin())
     checkpointed = recollect.checkpoint(model, budget=0.8)
     checkpointed(torch.randn(ROWS, WIDTH)).sum().backward()
-    tape = Tape(Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0))
+    tape = off_path()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), tape.forward():
         model(torch.randn(ROWS, WIDTH + 1))
     assert [str(key()) for key in keys] == before
@@ -500,8 +495,7 @@ def overwritten_by_a_hook_of_a_formula(h: Tensor) -> Tensor:
 )  # fmt: skip
 def test_off_the_path_with_nothing_held(body: Any) -> None:
     x, seen = torch.randn(60, 70, requires_grad=True), []
-    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
-    for around in (nullcontext(), Tape(nowhere).forward()):
+    for around in (nullcontext(), off_path().forward()):
         x.grad = None
         with around:
             out = body(x)

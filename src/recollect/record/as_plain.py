@@ -174,7 +174,8 @@ def _matmul(a: Tensor, b: Tensor) -> Tensor:
     """A batch of matrices times one that needs no gradient: plainly that one is repeated, else the batch is folded."""
     if not _is_repeated(a, b):
         return NotImplemented
-    return _aten._unsafe_view.default(_aten.bmm.default(*(both := _as_many(a, b))), (*both[0].shape[:2], b.shape[2]))
+    product = _aten.bmm.default(*_as_many(a, b))
+    return _aten._unsafe_view.default(product, product.shape)
 
 
 @_instead_of(_aten.matmul.out)
@@ -197,27 +198,28 @@ def _as_many(a: Tensor, b: Tensor) -> list[Tensor]:
 @_instead_of(_aten.linalg_svdvals.default)
 def _svdvals(a: Tensor, *, driver: str | None = None) -> Tensor:
     """Without the vectors where no gradient asks for them."""
-    if _needs_gradient(a) or _is_yet_to_be_cast(a):
+    if _asks_for_vectors(a):
         return NotImplemented
     return _aten._linalg_svd.default(a, False, False, driver=driver)[1]
 
 
 @_instead_of(_aten.linalg_eigvalsh.default)
 def _eigvalsh(a: Tensor, uplo: str = "L") -> Tensor:
-    if _needs_gradient(a) or _is_yet_to_be_cast(a):
+    if _asks_for_vectors(a):
         return NotImplemented
     return _aten._linalg_eigh.default(a, uplo, False)[0]
 
 
 @_instead_of(_aten.linalg_eigvals.default)
 def _eigvals(a: Tensor) -> Tensor:
-    if _needs_gradient(a) or _is_yet_to_be_cast(a):
+    if _asks_for_vectors(a):
         return NotImplemented
     return _aten._linalg_eigvals.default(a)
 
 
-def _needs_gradient(tensor: Tensor) -> bool:
-    return (torch.is_grad_enabled() and tensor.requires_grad) or not _is_plain(tensor)
+def _asks_for_vectors(matrix: Tensor) -> bool:
+    needs_gradient = torch.is_grad_enabled() and matrix.requires_grad
+    return needs_gradient or not _is_plain(matrix) or _is_yet_to_be_cast(matrix)
 
 
 def _is_yet_to_be_cast(tensor: Tensor) -> bool:
