@@ -13,7 +13,7 @@ export GOMP_SPINCOUNT ?= 1000
 .PHONY: demo test test-slow lint types docs bench clean
 
 demo: $(VENV)/.demo
-	$(BIN)/recollect demo
+	$(BIN)/autoremat demo
 
 # A process per core, each with one thread: twice as fast as one process with all of them.
 test: $(VENV)/.dev
@@ -40,15 +40,15 @@ clean:
 	rm -rf $(VENV)
 
 $(BIN)/python:
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "recollect needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "autoremat needs Python 3.10 or newer, this is " + sys.version.split()[0] + "; name another one: make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing recollect and what the demo needs into $(VENV) (a few minutes the first time) ..."
+	@echo "Installing autoremat and what the demo needs into $(VENV) (a few minutes the first time) ..."
 	$(PIP) -e '.[demo]'
 	@touch $@
 
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
-	@echo "Installing recollect and its development tools into $(VENV) (a few minutes the first time) ..."
+	@echo "Installing autoremat and its development tools into $(VENV) (a few minutes the first time) ..."
 	$(PIP) -e '.[dev]'
 	@touch $@

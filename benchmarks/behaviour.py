@@ -1,4 +1,4 @@
-"""What torch.utils.checkpoint and recollect make of steps that are more than arithmetic: for docs/beside-checkpoint.md.
+"""What torch.utils.checkpoint and autoremat make of steps that are more than arithmetic: for docs/beside-checkpoint.md.
 
 The cases of tests/run/behaviour.py. Run: ``python benchmarks/behaviour.py``; half a minute. ``--write`` puts the table
 into the page.

@@ -1,7 +1,7 @@
-"""recollect beside ``torch.utils.checkpoint`` around every block, in one run.
+"""autoremat beside ``torch.utils.checkpoint`` around every block, in one run.
 
 For each network: with the budget set to the peak that checkpointing every block reaches, how much of its extra time
-recollect needs; with the extra time that checkpointing takes, how much of its peak. And what the tape costs by itself,
+autoremat needs; with the extra time that checkpointing takes, how much of its peak. And what the tape costs by itself,
 when everything is kept. Peaks by the allocator's account; times interleaved, median of the rounds.
 
 Run: ``python benchmarks/beside_checkpoint.py [--rounds N]``.
@@ -21,13 +21,13 @@ import torch.nn.functional as F
 from _side_by_side import Step, keep_memory, seconds_of
 from torch import Tensor, nn
 
-import recollect
-from recollect.demo.models import GPT, GPTConfig, ResNet, ResNetConfig, checkpoint_every_block
-from recollect.program import Plan
-from recollect.record import record
-from recollect.run import Tape, instructions_for
-from recollect.run.account import account, resident
-from recollect.show.text import format_bytes
+import autoremat
+from autoremat.demo.models import GPT, GPTConfig, ResNet, ResNetConfig, checkpoint_every_block
+from autoremat.program import Plan
+from autoremat.record import record
+from autoremat.run import Tape, instructions_for
+from autoremat.run.account import account, resident
+from autoremat.show.text import format_bytes
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _classify(model: nn.Module) -> Callable[..., Tensor]:
 
 
 def steps_of(network: Network, budgets: Mapping[str, int]) -> dict[str, tuple[nn.Module, Step]]:
-    """Plain, every block, and recollect at each budget: each with a model of its own."""
+    """Plain, every block, and autoremat at each budget: each with a model of its own."""
     plain, blocks = copy.deepcopy(network.model), checkpoint_every_block(copy.deepcopy(network.model))
     steps = {
         "plain": (plain, _step(network.loss(plain), network)),
@@ -69,7 +69,7 @@ def steps_of(network: Network, budgets: Mapping[str, int]) -> dict[str, tuple[nn
     }
     for name, budget in budgets.items():
         model = copy.deepcopy(network.model)
-        steps[name] = (model, _step(recollect.checkpoint(network.loss(model), budget=budget), network))
+        steps[name] = (model, _step(autoremat.checkpoint(network.loss(model), budget=budget), network))
     return steps
 
 
@@ -99,7 +99,7 @@ def compare(network: Network, rounds: int) -> None:
     first = steps_of(network, {})
     peaks = {name: peak_of(network, model, step) for name, (model, step) in first.items()}
     shares = (1.0, 0.8)
-    budgets = {f"recollect at {s:.0%}": int(s * peaks["block"]) for s in shares}
+    budgets = {f"autoremat at {s:.0%}": int(s * peaks["block"]) for s in shares}
     budgets = {name: b for name, b in budgets.items() if _feasible(network, b)}
     steps = steps_of(network, budgets)
     peaks |= {name: peak_of(network, *steps[name]) for name in budgets}
@@ -115,8 +115,8 @@ def compare(network: Network, rounds: int) -> None:
 
 def _feasible(network: Network, budget: int) -> bool:
     try:
-        recollect.plan(network.loss(network.model), *network.inputs, budget=budget, timing="measure")
-    except recollect.InfeasibleBudget:
+        autoremat.plan(network.loss(network.model), *network.inputs, budget=budget, timing="measure")
+    except autoremat.InfeasibleBudget:
         return False
     return True
 
@@ -124,7 +124,7 @@ def _feasible(network: Network, budget: int) -> bool:
 def tape_cost(network: Network, rounds: int) -> None:
     """Print what the tape costs when it keeps everything."""
     loss = network.loss(network.model)
-    plan: Plan = recollect.solve(record(loss, network.inputs), 1.0)
+    plan: Plan = autoremat.solve(record(loss, network.inputs), 1.0)
     instructions = instructions_for(plan)
 
     def taped() -> Any:

@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-from recollect.plan import Frontier, frontier, solve
-from recollect.program import Program, simulate
-from recollect.record import record
-from recollect.show.plots import draw_frontier
-from recollect.show.text import format_bytes
+from autoremat.plan import Frontier, frontier, solve
+from autoremat.program import Program, simulate
+from autoremat.record import record
+from autoremat.show.plots import draw_frontier
+from autoremat.show.text import format_bytes
 
 SHARES = (1.0, 0.5, 0.3, 0.2, 7 / 48, 0.12, 0.1, 0.085, 0.07, 0.06, 0.05, 0.04)
 """Feature maps as shares of the plain ones."""

@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recollect import Program, simulate, solve
+from autoremat import Program, simulate, solve
 from tests.plan.random_graphs import layered
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "plan" / "data"

@@ -1,4 +1,4 @@
-"""Random programs, plain and with recollect, compared to the last bit: the counts of docs/exactness.md.
+"""Random programs, plain and with autoremat, compared to the last bit: the counts of docs/exactness.md.
 
 Run: ``python benchmarks/fuzz.py 10000 --seed 1``. Prints every failure, shrunk, as Python to paste into a test, then
 how many programs had what, and what became of them; ends with an error if anything was not as in plain training.

@@ -21,10 +21,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from autoremat.plan import solve
+from autoremat.program import InfeasibleBudget, Program, simulate
 from benchmarks.chen import resnet1001
 from benchmarks.strategies import gpt24, of_the_zoo, resnet50
-from recollect.plan import solve
-from recollect.program import InfeasibleBudget, Program, simulate
 from tests.zoo import CASES
 
 GOALS = {0.7: 0.01, 0.5: 0.02, 0.3: 0.05}

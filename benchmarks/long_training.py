@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import Tensor
 
-import recollect
+import autoremat
 from benchmarks.section import DOCS, write_section
 from tests.run.test_long_training import STEPS, pair, train
 
@@ -37,13 +37,13 @@ def run(checkpointed: bool) -> Run:
     warnings.simplefilter("ignore", RuntimeWarning)  # three steps leave the path on purpose
     model = pair()[checkpointed]
     end, counts = train(model, EVERY)
-    return end, counts, recollect.stats(model).reruns if checkpointed else 0
+    return end, counts, autoremat.stats(model).reruns if checkpointed else 0
 
 
 def report(plain: Run, mine: Run) -> Iterator[str]:
     """The section of the page."""
     same = all(torch.equal(a, b) for a, b in zip(plain[0], mine[0], strict=True))
-    yield f"| {STEPS:,} steps | plain | recollect |"
+    yield f"| {STEPS:,} steps | plain | autoremat |"
     yield "| --- | --- | --- |"
     yield f"| losses, parameters, buffers, generator at the end | | {'identical' if same else 'NOT identical'} |"
     yield f"| operators run again | 0 | {mine[2]:,} |"
@@ -77,10 +77,10 @@ def draw(runs: dict[str, Run], path: Path) -> None:
 def main() -> None:
     """Run both, print the table; write and draw if asked to."""
     runs: dict[str, Run] = {}
-    for name in ("plain", "recollect"):
+    for name in ("plain", "autoremat"):
         with multiprocessing.get_context("spawn").Pool(1) as fresh:
-            runs[name] = fresh.apply(run, (name == "recollect",))
-    text = "\n".join(report(runs["plain"], runs["recollect"]))
+            runs[name] = fresh.apply(run, (name == "autoremat",))
+    text = "\n".join(report(runs["plain"], runs["autoremat"]))
     print(text)
     if "--write" in sys.argv:
         draw(runs, DOCS / "images" / "long-training.png")

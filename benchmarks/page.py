@@ -80,7 +80,7 @@ def take_pictures(browser: Chrome, page: Path, folder: Path) -> None:
 
     step = str(Path(__file__).parent.parent / "examples/models.py:gpt")
     plan_it = ["plan", step, "--budget", "50%", "--html", str(page), "--time-limit", "60"]
-    subprocess.run([sys.executable, "-m", "recollect.cli", *plan_it], check=True)
+    subprocess.run([sys.executable, "-m", "autoremat.cli", *plan_it], check=True)
     folder.mkdir(parents=True, exist_ok=True)
     for (name, width), scheme in zip(WIDTHS.items(), ("light", "dark"), strict=True):
         features = [{"name": "prefers-color-scheme", "value": scheme}]

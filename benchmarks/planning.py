@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import recollect
-from recollect.demo.models import GPT, GPTConfig
-from recollect.program import Plan
-from recollect.show.text import format_bytes
+import autoremat
+from autoremat.demo.models import GPT, GPTConfig
+from autoremat.program import Plan
+from autoremat.show.text import format_bytes
 
 
 class RMSNorm(nn.Module):
@@ -91,7 +91,7 @@ def gpt24() -> Plan:
     """The measured plan of a GPT of 24 blocks at half of its plain peak."""
     model = GPT(GPTConfig(blocks=24, width=128, context=128))
     x, y = (torch.randint(0, 256, (8, 128)) for _ in range(2))
-    return recollect.plan(_next_token(model), x, y, budget=0.5, timing="measure")
+    return autoremat.plan(_next_token(model), x, y, budget=0.5, timing="measure")
 
 
 def llama7b() -> Plan:
@@ -99,7 +99,7 @@ def llama7b() -> Plan:
     with torch.device("meta"):
         model = Llama().to(torch.bfloat16)
         x, y = (torch.empty(4, 2048, dtype=torch.int64) for _ in range(2))
-    return recollect.plan(_next_token(model), x, y, budget="40GB")
+    return autoremat.plan(_next_token(model), x, y, budget="40GB")
 
 
 def main() -> None:

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from autoremat.demo.models import GPT, GPTConfig
+from autoremat.plan import SOLVERS, solve
+from autoremat.program import InfeasibleBudget, Program
+from autoremat.record import record
 from benchmarks.chen import DeepResNet
-from recollect.demo.models import GPT, GPTConfig
-from recollect.plan import SOLVERS, solve
-from recollect.program import InfeasibleBudget, Program
-from recollect.record import record
 from tests.zoo import CASES, Case
 
 SHARES = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import recollect
-from recollect.record import record
-from recollect.run import Tape, instructions_for
-from recollect.run.instructions import Instructions
+import autoremat
+from autoremat.record import record
+from autoremat.run import Tape, instructions_for
+from autoremat.run.instructions import Instructions
 
 LAYERS = 60
 WIDTH = 16
@@ -78,7 +78,7 @@ def main() -> None:
     torch.manual_seed(0)
     loss, x = chain(), torch.randn(WIDTH, WIDTH)
     program = record(loss, (x,))
-    low = recollect.solve(program, 0.7)
+    low = autoremat.solve(program, 0.7)
 
     def watched() -> Tensor:
         with Onlooker():
@@ -94,7 +94,7 @@ def main() -> None:
     seconds = seconds_of({
         "plain": lambda: loss(x),
         "a mode that does nothing": watched,
-        "everything kept": under(instructions_for(recollect.solve(program, 1.0))),
+        "everything kept": under(instructions_for(autoremat.solve(program, 1.0))),
         "70 % of the plain peak": under(instructions_for(low)),
         "70 %, ready to leave the path": under(instructions_for(low, may_vary=True)),
     }, rounds)  # fmt: skip

@@ -16,8 +16,8 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
-from recollect import solve
-from recollect.program import END, Op, Program, Value
+from autoremat import solve
+from autoremat.program import END, Op, Program, Value
 
 
 @dataclass

@@ -1,9 +1,9 @@
 """The zoo: do real architectures train within a budget, bit for bit as without?
 
-For every model of ``zoo_models``, in a process of its own: three plain steps of SGD, then three with recollect at 60 %
+For every model of ``zoo_models``, in a process of its own: three plain steps of SGD, then three with autoremat at 60 %
 of the plain peak and three at the floor; losses, gradients, parameters, buffers and random generators must be equal to
 the last bit, and the last step must stay within the budget by the allocator's account. Where the library has a switch
-for checkpointing, recollect gets the peak that the switch reaches, and both are timed beside plain training, in turns.
+for checkpointing, autoremat gets the peak that the switch reaches, and both are timed beside plain training, in turns.
 
 Run: ``python benchmarks/zoo.py --results docs/zoo.json --page docs/zoo.md``; libraries: ``pip install -e '.[zoo]'``.
 """
@@ -35,9 +35,9 @@ from _side_by_side import keep_memory, seconds_of
 from torch import Tensor, nn
 from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
 
-import recollect
-from recollect.run.account import account, resident
-from recollect.show.text import format_bytes
+import autoremat
+from autoremat.run.account import account, resident
+from autoremat.show.text import format_bytes
 
 SHARE = 0.6
 STEPS = 3
@@ -45,7 +45,7 @@ STEPS = 3
 
 @dataclass
 class Trial:
-    """Three steps with recollect at one budget.
+    """Three steps with autoremat at one budget.
 
     Attributes:
         budget_bytes: what it was given.
@@ -55,7 +55,7 @@ class Trial:
         overhead: extra time that the plan expects, as a fraction.
         reruns: operators run again in all steps.
         deviations: steps that left the path.
-        warned: what recollect warned of.
+        warned: what autoremat warned of.
         different: the first thing that differs from plain training.
         step: the step, counted from 1, whose peak was measured.
     """
@@ -79,13 +79,13 @@ class Trial:
 
 @dataclass
 class Race:
-    """The library's switch and recollect at the peak that the switch reaches; extra time as a fraction of plain."""
+    """The library's switch and autoremat at the peak that the switch reaches; extra time as a fraction of plain."""
 
     switch_bytes: int = 0
     floor_bytes: int = 0
     measured_bytes: int = 0
     switch_extra: float = 0.0
-    recollect_extra: float = 0.0
+    autoremat_extra: float = 0.0
     plain_seconds: float = 0.0
     problem: str = ""
 
@@ -210,17 +210,17 @@ def _examine(specimen: Specimen, rounds: int, result: Result) -> None:
 def _try(
     specimen: Specimen, model: nn.Module, inputs: Any, plain: Trace, budget: int, label: str, result: Result
 ) -> None:
-    """A trial of recollect; an infeasible one says where the floor is."""
+    """A trial of autoremat; an infeasible one says where the floor is."""
     twin = copy.deepcopy(model)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        wrapped = recollect.checkpoint(_loss(specimen, twin), budget=budget)
+        wrapped = autoremat.checkpoint(_loss(specimen, twin), budget=budget)
         try:
             found = trace(twin, inputs, lambda: wrapped(**inputs))
-        except recollect.InfeasibleBudget as error:
+        except autoremat.InfeasibleBudget as error:
             result.floor_bytes = error.floor_bytes
             return
-    stats = recollect.stats(wrapped)
+    stats = autoremat.stats(wrapped)
     if stats.plan is not None:
         result.floor_bytes, result.predicted_plain_bytes = stats.plan.floor_bytes, stats.plan.plain_peak_bytes
         result.recorded, result.ops = stats.plan.program.recorded, len(stats.plan.program.ops)
@@ -230,7 +230,7 @@ def _try(
     result.trials[label] = Trial(
         budget, stats.plan.peak_bytes if stats.plan else 0, found.peak_bytes, not different,
         stats.plan.overhead if stats.plan else 0.0, stats.reruns, stats.deviations,
-        sorted({str(w.message)[:300] for w in caught if "recollect" in str(w.message)}), different,
+        sorted({str(w.message)[:300] for w in caught if "autoremat" in str(w.message)}), different,
     )  # fmt: skip
 
 
@@ -295,29 +295,29 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race:
-    """Extra time of the switch, and of recollect at the peak that the switch reaches."""
+    """Extra time of the switch, and of autoremat at the peak that the switch reaches."""
     assert specimen.switch is not None
     switched = copy.deepcopy(model)
     specimen.switch(switched)
     peak = trace(*_step(specimen, switched, inputs)).peak_bytes
     planned = copy.deepcopy(model)
-    wrapped = recollect.checkpoint(_loss(specimen, planned), budget=peak)
+    wrapped = autoremat.checkpoint(_loss(specimen, planned), budget=peak)
     try:
         measured = trace(planned, inputs, lambda: wrapped(**inputs)).peak_bytes
-    except recollect.InfeasibleBudget as error:
+    except autoremat.InfeasibleBudget as error:
         return Race(peak, error.floor_bytes, problem=f"the switch's peak, {format_bytes(peak)}, is below the floor")
-    plan = recollect.stats(wrapped).plan
+    plan = autoremat.stats(wrapped).plan
     steps = {
         "plain": _step(specimen, copy.deepcopy(model), inputs),
         "switch": _step(specimen, switched, inputs),
-        "recollect": (planned, inputs, lambda: wrapped(**inputs)),
+        "autoremat": (planned, inputs, lambda: wrapped(**inputs)),
     }
     keep_memory()
     seconds = seconds_of({name: (model, _backward(loss)) for name, (model, _, loss) in steps.items()}, rounds)
     ratio = {k: statistics.median(x / p for x, p in zip(s, seconds["plain"], strict=True)) - 1
              for k, s in seconds.items()}  # fmt: skip
     return Race(
-        peak, plan.floor_bytes if plan else 0, measured, ratio["switch"], ratio["recollect"],
+        peak, plan.floor_bytes if plan else 0, measured, ratio["switch"], ratio["autoremat"],
         statistics.median(seconds["plain"]),
     )  # fmt: skip
 
@@ -333,7 +333,7 @@ def _line(r: dict[str, Any]) -> str:
         cells.append(f"{label}: {sizes} {t['overhead']:.1%} {verdict}{kept} {t['warned'] or ''}")
     if r["race"]:
         race = r["race"]
-        cells.append(race["problem"] or f"switch {race['switch_extra']:.1%}, recollect {race['recollect_extra']:.1%}")
+        cells.append(race["problem"] or f"switch {race['switch_extra']:.1%}, autoremat {race['autoremat_extra']:.1%}")
     return " | ".join([*cells, r["problem"]])
 
 
@@ -344,7 +344,7 @@ PAGE = """# The zoo
 Models of the libraries that people train with, as these ship them, small and randomly initialised. Every row is three
 steps of SGD in a process of its own. *Same bits*: losses and gradients of every step, and parameters, buffers and
 random generators after the last one, are those of plain training. Peaks are the allocator's own account of step {step}.
-The budget is 60 % of the plain peak, or the *floor*, the smallest budget for which recollect has a plan, where that is
+The budget is 60 % of the plain peak, or the *floor*, the smallest budget for which autoremat has a plan, where that is
 higher; the last column is what a step with the floor as its budget took.
 
 `python benchmarks/zoo.py --results docs/zoo.json --page docs/zoo.md` makes this page
@@ -360,9 +360,9 @@ higher; the last column is what a step with the floor as its budget took.
 ## Beside the library's own switch
 
 Extra time over plain training, of `gradient_checkpointing_enable()`, `enable_gradient_checkpointing()` or
-`set_grad_checkpointing()`, and of recollect with the peak that this switch reaches as its budget: steps in turns,
+`set_grad_checkpointing()`, and of autoremat with the peak that this switch reaches as its budget: steps in turns,
 median of the ratios, on a machine that did other work at the same time; the C allocator keeps what it has got.
-*Ratio* is recollect's extra time over the switch's.
+*Ratio* is autoremat's extra time over the switch's.
 
 {races}
 
@@ -378,7 +378,7 @@ PACKAGES = ("torch", "transformers", "diffusers", "timm", "segmentation_models_p
 
 BUDGET_COLUMNS = ("model", "kind", "recorded", "ops", "plain", "budget", "predicted", "measured", "overhead",
                   "same bits", "floor", "at the floor")  # fmt: skip
-RACE_COLUMNS = ("model", "plain step", "peak of the switch", "recollect's peak", "switch", "recollect", "ratio")
+RACE_COLUMNS = ("model", "plain step", "peak of the switch", "autoremat's peak", "switch", "autoremat", "ratio")
 
 
 def page(results: list[dict[str, Any]]) -> str:
@@ -431,13 +431,13 @@ def _race_row(r: dict[str, Any]) -> list[str]:
     race = r["race"]
     return [
         f"{r['name']} ({r['library']})", f"{race['plain_seconds'] * 1e3:.0f} ms", format_bytes(race["switch_bytes"]),
-        format_bytes(race["measured_bytes"]), f"{race['switch_extra']:.1%}", f"{race['recollect_extra']:.1%}",
+        format_bytes(race["measured_bytes"]), f"{race['switch_extra']:.1%}", f"{race['autoremat_extra']:.1%}",
         f"{_ratio(race):.2f}",
     ]  # fmt: skip
 
 
 def _ratio(race: dict[str, Any]) -> float:
-    return race["recollect_extra"] / race["switch_extra"] if race["switch_extra"] > 0 else float("nan")
+    return race["autoremat_extra"] / race["switch_extra"] if race["switch_extra"] > 0 else float("nan")
 
 
 def _trouble(r: dict[str, Any]) -> str:
@@ -448,7 +448,7 @@ def _trouble(r: dict[str, Any]) -> str:
             found.append(f"at {label}: {t['different']} differs from plain training")
         if t["measured_bytes"] > t["budget_bytes"]:
             found.append(f"at {label}: {t['measured_bytes'] - t['budget_bytes']:,} bytes over the budget")
-        found += [f"at {label}: {w.removeprefix('recollect: ').split(';')[0]}" for w in t["warned"]]
+        found += [f"at {label}: {w.removeprefix('autoremat: ').split(';')[0]}" for w in t["warned"]]
     if "60 %" not in r["trials"] and "floor" in r["trials"]:
         found.append(f"60 % of the plain peak is below the floor, {r['floor_bytes'] / r['plain_bytes']:.0%}")
     if r["race"] and r["race"]["problem"]:
@@ -465,9 +465,9 @@ def _summary(results: list[dict[str, Any]], races: list[dict[str, Any]]) -> str:
         lines.append(f"Budget {label}: {len(trials)} had a plan, {good} were the same to the last bit and within it.")
     if races:
         ratios = [_ratio(r["race"]) for r in races]
-        faster = sum(r["race"]["recollect_extra"] < r["race"]["switch_extra"] for r in races)
+        faster = sum(r["race"]["autoremat_extra"] < r["race"]["switch_extra"] for r in races)
         lines.append(
-            f"{len(races)} with a switch: recollect takes less extra time in {faster}; median ratio "
+            f"{len(races)} with a switch: autoremat takes less extra time in {faster}; median ratio "
             f"{statistics.median(x for x in ratios if x == x):.2f}."
         )
     return " ".join(lines)

@@ -14,13 +14,13 @@ from textwrap import indent
 import torch
 from matplotlib.figure import Figure
 
+from autoremat.plan import SOLVERS, Frontier, frontier, solve
+from autoremat.program import InfeasibleBudget, Plan, Program, simulate
+from autoremat.record import record
+from autoremat.show.explanation import explanation_of
+from autoremat.show.plots import draw_frontier, draw_memory
+from autoremat.show.text import format_bytes
 from examples.programs import chain, hourglass, uneven
-from recollect.plan import SOLVERS, Frontier, frontier, solve
-from recollect.program import InfeasibleBudget, Plan, Program, simulate
-from recollect.record import record
-from recollect.show.explanation import explanation_of
-from recollect.show.plots import draw_frontier, draw_memory
-from recollect.show.text import format_bytes
 from tests.zoo import CASES, Case
 
 DOCS = Path(__file__).parent

@@ -10,8 +10,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from recollect import Program, Schedule, simulate
-from recollect.program import Op, Value
+from autoremat import Program, Schedule, simulate
+from autoremat.program import Op, Value
 
 IMAGES = Path(__file__).parent / "images"
 BACKWARD = {"phase": "backward", "repeatable": "backward"}

@@ -3,7 +3,7 @@
     torchrun --standalone --nproc-per-node 2 examples/ddp_gpt.py [ddp|fsdp] [steps] [budget]
 
 `ddp` replicates the model (DistributedDataParallel), `fsdp` shards it (fully_shard, a unit per block). The budget is
-what `recollect.checkpoint` takes: "120MB", "0.5", "50%"; it holds in every process.
+what `autoremat.checkpoint` takes: "120MB", "0.5", "50%"; it holds in every process.
 """
 
 import sys
@@ -15,13 +15,13 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-import recollect
-from recollect.demo.data import stdlib_bytes, text_batches
-from recollect.demo.models import GPT, GPTConfig
+import autoremat
+from autoremat.demo.data import stdlib_bytes, text_batches
+from autoremat.demo.models import GPT, GPTConfig
 
 
 def spread(model: GPT, how: str) -> nn.Module:
-    """The model over all processes; nothing of recollect."""
+    """The model over all processes; nothing of autoremat."""
     if how == "ddp":
         return DistributedDataParallel(model)
     for block in model.blocks:
@@ -39,7 +39,7 @@ def main(how: str = "ddp", steps: int = 20, budget: str = "50%") -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     # The function returns the loss, so that all memory of forward and backward lies inside.
-    @recollect.checkpoint(budget=budget, optimizer=optimizer)
+    @autoremat.checkpoint(budget=budget, optimizer=optimizer)
     def loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
@@ -53,7 +53,7 @@ def main(how: str = "ddp", steps: int = 20, budget: str = "50%") -> None:
         dist.all_reduce(loss := loss.detach() / world)
         if rank == 0 and (step % 10 == 0 or step == steps - 1):
             print(f"step {step:4d}  loss {loss.item():.3f}", flush=True)
-    done = recollect.stats(loss_fn)
+    done = autoremat.stats(loss_fn)
     if rank == 0:
         print(done.plan)
     dist.barrier()

@@ -2,7 +2,7 @@
 
     python examples/gpt_stdlib.py [steps] [budget]
 
-The budget is what `recollect.checkpoint` takes: "120MB", "0.5", "50%".
+The budget is what `autoremat.checkpoint` takes: "120MB", "0.5", "50%".
 """
 
 import sys
@@ -10,9 +10,9 @@ import sys
 import torch
 import torch.nn.functional as F
 
-import recollect
-from recollect.demo.data import stdlib_bytes, text_batches
-from recollect.demo.models import GPT, GPTConfig
+import autoremat
+from autoremat.demo.data import stdlib_bytes, text_batches
+from autoremat.demo.models import GPT, GPTConfig
 
 
 def main(steps: int = 100, budget: str = "50%") -> None:
@@ -22,7 +22,7 @@ def main(steps: int = 100, budget: str = "50%") -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
 
     # The function returns the loss, so that all memory of forward and backward lies inside.
-    @recollect.checkpoint(budget=budget, optimizer=optimizer)
+    @autoremat.checkpoint(budget=budget, optimizer=optimizer)
     def loss_fn(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(model(x).flatten(0, 1), y.flatten())
 
@@ -34,7 +34,7 @@ def main(steps: int = 100, budget: str = "50%") -> None:
         optimizer.step()
         if step % 10 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {loss.item():.3f}")
-    print(recollect.stats(loss_fn).plan)
+    print(autoremat.stats(loss_fn).plan)
     print(sample(model, b"def ", 200))
 
 

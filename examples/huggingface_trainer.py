@@ -1,6 +1,6 @@
 """Train a byte-level GPT-2 with Hugging Face's Trainer on the source text of Python's standard library, in a budget.
 
-    pip install 'recollect[transformers]'
+    pip install 'autoremat[transformers]'
     python examples/huggingface_trainer.py [steps] [budget]
 
 Needs no network: bytes are the tokens, and the weights are random.
@@ -12,8 +12,8 @@ import tempfile
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from recollect.demo.data import stdlib_bytes
-from recollect.integrations.transformers import RecollectCallback
+from autoremat.demo.data import stdlib_bytes
+from autoremat.integrations.transformers import AutorematCallback
 
 CONTEXT = 128
 
@@ -26,7 +26,7 @@ def main(steps: int = 20, budget: str = "50%") -> None:
     )
     text = torch.as_tensor(stdlib_bytes()).long()
     rows = text[: len(text) // CONTEXT * CONTEXT].view(-1, CONTEXT)
-    callback = RecollectCallback(budget=budget)
+    callback = AutorematCallback(budget=budget)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=steps, per_device_train_batch_size=8, gradient_accumulation_steps=2, learning_rate=1e-3,

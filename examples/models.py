@@ -1,8 +1,8 @@
 """Training steps for the command line. All but the small one are on the ``meta`` device: no memory is taken.
 
-recollect plan examples/models.py:gpt --budget 50%
-recollect explain examples/models.py:resnet
-recollect check examples/models.py:small_gpt --budget 50%
+autoremat plan examples/models.py:gpt --budget 50%
+autoremat explain examples/models.py:resnet
+autoremat check examples/models.py:small_gpt --budget 50%
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recollect.demo.models import GPT, GPTConfig, ResNet, ResNetConfig
+from autoremat.demo.models import GPT, GPTConfig, ResNet, ResNetConfig
 
 Step = tuple[Callable[..., Tensor], tuple[Tensor, ...]]
 
@@ -33,7 +33,7 @@ def resnet() -> Step:
 
 
 def small_gpt() -> Step:
-    """A small GPT with real tensors, to be run: ``recollect check``."""
+    """A small GPT with real tensors, to be run: ``autoremat check``."""
     model = GPT(GPTConfig(blocks=4, width=128, context=128))
     tokens = torch.randint(0, 256, (8, 128))
     return with_loss(model), (tokens, tokens)

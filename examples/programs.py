@@ -1,13 +1,13 @@
 """Small programs to try planners on: a chain, a chain of unequal layers, a network with long skips. No torch needed.
 
 from examples.programs import chain
-recollect.solve(chain(64), "30%")
+autoremat.solve(chain(64), "30%")
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from recollect.program import END, Op, Program, Value
+from autoremat.program import END, Op, Program, Value
 
 
 @dataclass(frozen=True)

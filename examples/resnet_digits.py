@@ -10,9 +10,9 @@ import sys
 import torch
 import torch.nn.functional as F
 
-import recollect
-from recollect.demo.data import digits, image_batches
-from recollect.demo.models import ResNet, ResNetConfig
+import autoremat
+from autoremat.demo.data import digits, image_batches
+from autoremat.demo.models import ResNet, ResNetConfig
 
 
 def main(steps: int = 150, budget: str = "40%") -> None:
@@ -20,7 +20,7 @@ def main(steps: int = 150, budget: str = "40%") -> None:
     torch.manual_seed(0)
     model = ResNet(ResNetConfig(widths=(16, 32, 64), blocks_per_stage=2))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    recollect.checkpoint(model, budget=budget, optimizer=optimizer)
+    autoremat.checkpoint(model, budget=budget, optimizer=optimizer)
 
     batches = image_batches(*digits("train"), batch=64)
     for step in range(steps):
@@ -31,8 +31,8 @@ def main(steps: int = 150, budget: str = "40%") -> None:
         optimizer.step()
         if step % 25 == 0 or step == steps - 1:
             print(f"step {step:4d}  loss {loss.item():.3f}")
-    print(recollect.stats(model).plan)
-    recollect.restore(model)
+    print(autoremat.stats(model).plan)
+    autoremat.restore(model)
     print(f"accuracy on unseen digits: {accuracy(model):.1%}")
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 
-from recollect.program.model import END, Op, Program, Value
+from autoremat.program.model import END, Op, Program, Value
 
 SIZES = st.integers(0, 9)
 SECONDS = st.integers(0, 8).map(lambda quarters: quarters / 4)

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from recollect import cli
-from recollect.program import InfeasibleBudget, Plan, Program
+from autoremat import cli
+from autoremat.program import InfeasibleBudget, Plan, Program
 from tests.program.hand import chain, chain_plan
 
 
@@ -91,7 +91,7 @@ def test_an_unknown_solver_names_the_known_ones(program: str) -> None:
 def test_a_broken_file_is_one_line(tmp_path: Path) -> None:
     path = tmp_path / "broken.json"
     path.write_text(json.dumps({"format": "something else"}))
-    assert_one_line(call("solve", str(path), "--budget", "0.5"), "recollect-program")
+    assert_one_line(call("solve", str(path), "--budget", "0.5"), "autoremat-program")
 
 
 def test_a_missing_file_names_it() -> None:
@@ -107,15 +107,15 @@ def test_an_unexpected_error_points_to_debug(program: str, monkeypatch: pytest.M
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("two\nlines")
 
-    # By way of sys.modules, because the attribute recollect.plan is the public function.
-    monkeypatch.setattr(sys.modules["recollect.plan"], "solve", fail)
+    # By way of sys.modules, because the attribute autoremat.plan is the public function.
+    monkeypatch.setattr(sys.modules["autoremat.plan"], "solve", fail)
     assert_one_line(call("solve", program, "--budget", "0.5"), "RuntimeError: two lines", "--debug")
 
 
 def test_a_missing_extra_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sklearn" else find(name))
-    assert_one_line(call("demo"), "needs sklearn", "pip install 'recollect[demo]'")
+    assert_one_line(call("demo"), "needs sklearn", "pip install 'autoremat[demo]'")
 
 
 def test_the_demo_needs_four_steps() -> None:
@@ -123,7 +123,7 @@ def test_the_demo_needs_four_steps() -> None:
 
 
 def test_version() -> None:
-    assert call("--version").output.startswith("recollect, version ")
+    assert call("--version").output.startswith("autoremat, version ")
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_explain_takes_models_programs_and_plans(steps: Path, program: str) -> N
     chain_plan().to_json(steps / "plan.json")
     assert "Peak of chain, planned by by hand for 90 B: 87 B" in call("explain", "plan.json").output
     data = json.loads(call("explain", program, "--json", "-").output)
-    assert (data["format"], sum(data["categories"].values())) == ("recollect-explanation", 95)
+    assert (data["format"], sum(data["categories"].values())) == ("autoremat-explanation", 95)
 
 
 def test_frontier_takes_models_and_writes_json(steps: Path) -> None:
@@ -248,7 +248,7 @@ def test_frontier_takes_models_and_writes_json(steps: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "Frontier of mlp" in result.output
     data = json.loads((steps / "frontier.json").read_text())
-    assert data["format"] == "recollect-frontier"
+    assert data["format"] == "autoremat-frontier"
     assert [p["budget_bytes"] for p in data["points"]][-1] == data["plain_peak_bytes"]
 
 
@@ -278,7 +278,7 @@ def test_frontier_takes_models_and_writes_json(steps: Path) -> None:
         ("steps.py:no_kwargs", 1, "kwargs must be a dict, got int"),
         ("steps.py:stops", 1, "the code of the step ended the program (exit code 0); take that out"),
         ("steps.py:stops_inside", 1, "the code of the step ended the program (exit code 0); take that out"),
-        ("steps.py:fails_inside", 1, "Error: ValueError: odd number of rows (recollect --debug shows where)"),
+        ("steps.py:fails_inside", 1, "Error: ValueError: odd number of rows (autoremat --debug shows where)"),
         ("steps.py:looks", 1, "give it real ones"),
         ("steps.py:nothing", 1, "check that some parameter has requires_grad=True"),
     ],
@@ -304,7 +304,7 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("plan steps.py:mlp --budget 50% --timing guess", 2, "'guess' is not one of 'estimate', 'measure'"),
         ("plan steps.py:meta --budget 50% --device nowhere", 1, "device 'nowhere' is not available to torch"),
         ("plan steps.py:mlp --budget 50% --keep nothing.*", 1, "matches no module"),
-        ("plan step.json --budget 50%", 2, "to plan the program in it: recollect solve step.json"),
+        ("plan step.json --budget 50%", 2, "to plan the program in it: autoremat solve step.json"),
         ("plan steps.py:mlp --budget 50% --time-limit nan", 2, "'nan' is no number of seconds"),
         ("plan steps.py:mlp --budget 50% --html -", 2, "only --json can go to the terminal with -"),
         ("plan steps.py:mlp --budget 50% --json /proc/plan.json", 2, "/proc may not be written"),
@@ -312,7 +312,7 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("solve plan.json --budget 50% --html one --json one", 2, "--json, --plot and --html name one file twice"),
         ("frontier steps.py:mlp --plot one.png --json one.png", 2, "--json, --plot and --html name one file twice"),
         ("explain gone.json", 2, "there is no file gone.json"),
-        ("explain other.json", 2, "other.json is neither a program nor a plan: its format is 'recollect-explanation'"),
+        ("explain other.json", 2, "other.json is neither a program nor a plan: its format is 'autoremat-explanation'"),
         ("explain binary.json", 1, "file 'binary.json' is not text in UTF-8"),
         ("frontier empty.json", 1, "program 'empty' has no operators"),
         ("explain steps.py:mlp --keep 0.*", 2, "give a --budget with them"),
@@ -348,7 +348,7 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("demo --magic", 2, "No such option"),
         ("demo --out steps.py/out", 2, "steps.py is a file, not a folder. Name another folder."),
         ("solve steps.py --budget 4", 1, "file 'steps.py' is not valid JSON"),
-        ("solve plan.json --budget 4", 1, "Plan.from_json and `recollect explain` read plans"),
+        ("solve plan.json --budget 4", 1, "Plan.from_json and `autoremat explain` read plans"),
         ("solve binary.json --budget 4", 1, "file 'binary.json' is not text in UTF-8"),
         ("solve huge.json --budget 4", 1, "value 0 (a): field 'bytes' has 401 digits"),
         ("magic", 2, "No such command 'magic'. See `main --help`."),
@@ -359,7 +359,7 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
 def test_wrong_input(steps: Path, line: str, code: int, message: str) -> None:
     chain_plan().to_json(steps / "plan.json")
     (steps / "broken.json").write_text('{"format": ')
-    (steps / "other.json").write_text('{"format": "recollect-explanation"}')
+    (steps / "other.json").write_text('{"format": "autoremat-explanation"}')
     (steps / "binary.json").write_bytes(b"\xf1\x00")
     empty = Program("empty", (), ())
     empty.to_json(steps / "empty.json")
@@ -428,7 +428,7 @@ def test_a_missing_extra_is_noticed_before_any_work(
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == module else find(name))
     result = call(*with_target(command, option, "out.png"))
-    assert_one_line(result, f"this needs {module}; run: pip install 'recollect[{extra}]'")
+    assert_one_line(result, f"this needs {module}; run: pip install 'autoremat[{extra}]'")
 
 
 def test_a_file_that_cannot_be_used_after_all_is_one_line(
@@ -506,7 +506,7 @@ def test_a_file_that_changes_its_place_is_read_anew(steps: Path) -> None:
 def test_help_has_examples(command: str) -> None:
     text = call(command, "--help").output
     assert "Examples:\n" in text
-    assert f"  recollect {command} " in text
+    assert f"  autoremat {command} " in text
 
 
 def test_the_help_names_the_exit_codes() -> None:
@@ -514,8 +514,8 @@ def test_the_help_names_the_exit_codes() -> None:
 
 
 def test_the_shell_completes_solvers(monkeypatch: pytest.MonkeyPatch) -> None:
-    words = {"COMP_WORDS": "recollect solve --solver che", "COMP_CWORD": "3"}
+    words = {"COMP_WORDS": "autoremat solve --solver che", "COMP_CWORD": "3"}
     result = CliRunner().invoke(
-        cli.main, [], prog_name="recollect", env=words | {"_RECOLLECT_COMPLETE": "bash_complete"}
+        cli.main, [], prog_name="autoremat", env=words | {"_AUTOREMAT_COMPLETE": "bash_complete"}
     )
     assert result.output.split() == ["plain,chen", "plain,chen-recursive"]

@@ -22,9 +22,9 @@ import torch.nn.functional as F
 from click.testing import CliRunner
 from torch import Tensor, nn
 
-import recollect
+import autoremat
+from autoremat import cli
 from docs.pictures import IMAGES, pictures
-from recollect import cli
 from tests.plan.chains import gpt
 from tests.zoo import CASES
 
@@ -35,7 +35,7 @@ WITH_LIBRARIES = ("README.md", "docs/trainers.md")
 """Their blocks of ```py run in tests/integrations/test_blocks.py, with the libraries that they are about."""
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})([^\n]*)\n(.*?)^\1\2$", re.M | re.S)
-COMMAND = re.compile(r"^ *(\$|>>>|recollect|pip|python3?|make|git|cd|import|from) ", re.M)
+COMMAND = re.compile(r"^ *(\$|>>>|autoremat|pip|python3?|make|git|cd|import|from) ", re.M)
 
 
 def page_name(page: Path) -> str:
@@ -79,7 +79,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.slow
 def test_console_blocks_show_what_the_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """After ``$ recollect ...`` come lines of its output, ``...`` for any others; an ``Error:`` may be cut off."""
+    """After ``$ autoremat ...`` come lines of its output, ``...`` for any others; an ``Error:`` may be cut off."""
     monkeypatch.setattr(sys, "path", sys.path[:])
     monkeypatch.chdir(tmp_path)
     (tmp_path / "examples").symlink_to(ROOT / "examples")
@@ -130,11 +130,11 @@ def shell_lines() -> list[str]:
 
 @pytest.mark.parametrize("line", shell_lines())
 def test_shell_lines_name_what_is_there(line: str) -> None:
-    completion = re.search(r"_RECOLLECT_COMPLETE=(\w+)_source recollect", line)
+    completion = re.search(r"_AUTOREMAT_COMPLETE=(\w+)_source autoremat", line)
     if completion:
-        source = {"_RECOLLECT_COMPLETE": f"{completion[1]}_source"}
-        script = CliRunner().invoke(cli.main, [], prog_name="recollect", env=source).output
-        assert f"_RECOLLECT_COMPLETE={completion[1]}_complete" in script
+        source = {"_AUTOREMAT_COMPLETE": f"{completion[1]}_source"}
+        script = CliRunner().invoke(cli.main, [], prog_name="autoremat", env=source).output
+        assert f"_AUTOREMAT_COMPLETE={completion[1]}_complete" in script
         return
     command, *arguments = shlex.split(line, comments=True)
     if command == "make":
@@ -145,25 +145,25 @@ def test_shell_lines_name_what_is_there(line: str) -> None:
         assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
         assert arguments[:1] == ["install"]
     else:
-        assert line in ("git clone <this repository>", "cd recollect")
+        assert line in ("git clone <this repository>", "cd autoremat")
 
 
 def test_the_completion_of_the_docs_completes_in_bash(tmp_path: Path) -> None:
-    """The line of the docs, as it stands, in a shell that finds ``recollect`` as a user's would."""
+    """The line of the docs, as it stands, in a shell that finds ``autoremat`` as a user's would."""
     (line,) = [line for line in shell_lines() if "bash_source" in line]
-    command = tmp_path / "recollect"
-    command.write_text(f"#!{sys.executable}\nfrom recollect.cli import main\nmain()\n")
+    command = tmp_path / "autoremat"
+    command.write_text(f"#!{sys.executable}\nfrom autoremat.cli import main\nmain()\n")
     command.chmod(0o755)
     script = f"""{line}
-complete -p recollect
-for words in "recollect pl" "recollect solve --solver chen-"; do
+complete -p autoremat
+for words in "autoremat pl" "autoremat solve --solver chen-"; do
   COMP_WORDS=($words) COMP_CWORD=$(( $(wc -w <<< "$words") - 1 )) COMPREPLY=()
-  _recollect_completion recollect; echo "${{COMPREPLY[@]}}"
+  _autoremat_completion autoremat; echo "${{COMPREPLY[@]}}"
 done"""
     here = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(["bash", "-c", script], env=here, capture_output=True, text=True, check=True)
     registered, *completed = done.stdout.splitlines()
-    assert registered.endswith("_recollect_completion recollect")
+    assert registered.endswith("_autoremat_completion autoremat")
     assert completed == ["plan", "chen-recursive"]
 
 
@@ -193,8 +193,8 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def test_the_api_has_every_public_name() -> None:
-    documented = re.findall(r"^::: recollect\.\S*?(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
-    assert set(recollect.__all__) <= set(documented)
+    documented = re.findall(r"^::: autoremat\.\S*?(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
+    assert set(autoremat.__all__) <= set(documented)
 
 
 def test_the_pictures_of_the_three_layers_are_what_the_script_draws() -> None:

@@ -1,4 +1,4 @@
-"""``recollect.explain`` on recorded networks: byte-exact, and true when somebody does checkpoint a block by hand."""
+"""``autoremat.explain`` on recorded networks: byte-exact, and true when somebody does checkpoint a block by hand."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-import recollect
-from recollect.demo.models import GPT, GPTConfig
-from recollect.show.explanation import Explanation
+import autoremat
+from autoremat.demo.models import GPT, GPTConfig
+from autoremat.show.explanation import Explanation
 from tests.zoo import CASES, Case
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fake tensor.*")
 
 
 def assert_exact(e: Explanation) -> None:
-    peak = recollect.simulate(e.program, e.plan).peak_bytes
+    peak = autoremat.simulate(e.program, e.plan).peak_bytes
     assert e.peak_bytes == peak
     assert sum(e.categories.values()) == sum(r.nbytes for r in e.residents) == e.modules.peak_bytes == peak
     assert (e.modules.saved_bytes, e.modules.kept_bytes) == (e.saved_bytes, e.kept_bytes)
@@ -34,16 +34,16 @@ SLOW = ("U-Net", "unrolled LSTM", "XOR MLP")
 def test_breakdowns_of_recorded_networks_are_exact(case: Case) -> None:
     torch.manual_seed(0)
     model = case.model()
-    e = recollect.explain(case.loss(model), *case.inputs(), optimizer=torch.optim.Adam(model.parameters()))
+    e = autoremat.explain(case.loss(model), *case.inputs(), optimizer=torch.optim.Adam(model.parameters()))
     assert_exact(e)
     parameters = sum(p.numel() * p.element_size() for p in model.parameters())
     assert e.categories["parameters"] == parameters
     assert e.categories["optimizer state"] >= 2 * parameters
     assert all(r.dtype and r.shape is not None for r in e.residents if r.category not in ("optimizer state", "scratch"))
-    planned = recollect.explain(recollect.solve(e.program, 0.85, solver="greedy"))
+    planned = autoremat.explain(autoremat.solve(e.program, 0.85, solver="greedy"))
     assert_exact(planned)
     assert planned.kept_bytes < e.kept_bytes == e.saved_bytes
-    assert planned.modules.seconds_again == pytest.approx(recollect.simulate(e.program, planned.plan).extra_seconds)
+    assert planned.modules.seconds_again == pytest.approx(autoremat.simulate(e.program, planned.plan).extra_seconds)
 
 
 class Shifted(nn.Module):
@@ -83,16 +83,16 @@ class Net(nn.Module):
 @pytest.mark.parametrize("block", [Wide, nn.GELU, nn.Tanh, Shifted, lambda: nn.LayerNorm(16)])
 def test_what_checkpointing_a_block_by_hand_would_free_is_what_it_frees(block: Any) -> None:
     net, x = Net(block(), nn.Sigmoid(), block()), torch.randn(8, 16)
-    plain = recollect.explain(net, x)
+    plain = autoremat.explain(net, x)
     gains = {b.path: b.gain_bytes for b in plain.blocks}
     for i in (0, 2):
         net.by_hand = f"blocks.{i}"
-        by_hand = recollect.explain(net, x)
+        by_hand = autoremat.explain(net, x)
         assert plain.saved_bytes - by_hand.saved_bytes == gains[f"blocks.{i}"]
 
 
 def test_a_useless_checkpoint_is_named() -> None:
-    text = str(recollect.explain(Net(Shifted(), Wide()), torch.randn(512, 16)))
+    text = str(autoremat.explain(Net(Shifted(), Wide()), torch.randn(512, 16)))
     assert "blocks.0 saves nothing, because its input (32.8 KB) would have to stay" in text
     assert "blocks.1.act saves nothing, because all that it keeps for the backward" in text
     assert "\n  blocks.1 saves" not in text
@@ -106,7 +106,7 @@ def gpt_step() -> tuple[Any, Tensor]:
 
 def test_saved_values_say_for_which_module_and_from_which_line() -> None:
     fn, tokens = gpt_step()
-    e = recollect.explain(fn, tokens)
+    e = autoremat.explain(fn, tokens)
     saved = {(r.name, r.why) for r in e.residents if r.category == "saved activations"}
     assert ("blocks.1.mlp.0 addmm", "saved for the backward of blocks.1.mlp.1") in saved
     assert all("models.py:" in r.source for r in e.residents if r.module.startswith("blocks.1.mlp") and r.made_by >= 0)
@@ -116,21 +116,21 @@ def test_saved_values_say_for_which_module_and_from_which_line() -> None:
 
 
 def test_gradients_belong_to_the_module_of_their_parameter() -> None:
-    e = recollect.explain(gpt_step()[0], gpt_step()[1])
+    e = autoremat.explain(gpt_step()[0], gpt_step()[1])
     labels = {v.label: v.module for v in e.program.values if v.kind == "gradient"}
     assert labels["blocks.2.mlp.0.weight.grad float32[128, 32]"] == "blocks.2.mlp.0"
 
 
 def test_lines_of_the_loss_are_those_of_the_caller() -> None:
     fn, tokens = gpt_step()
-    sources = {op.name: op.source for op in recollect.explain(fn, tokens).program.ops}
+    sources = {op.name: op.source for op in autoremat.explain(fn, tokens).program.ops}
     assert "test_explain.py:" in sources["aten._log_softmax.default"]
     assert "test_explain.py:" in sources["aten._log_softmax_backward_data.default"]
 
 
 def test_a_budget_explains_its_plan() -> None:
     fn, tokens = gpt_step()
-    e = recollect.explain(fn, tokens, budget="70%", recompute="blocks.0.mlp.*")
+    e = autoremat.explain(fn, tokens, budget="70%", recompute="blocks.0.mlp.*")
     assert e.plan is not None
     assert e.peak_bytes <= e.plan.budget_bytes
     assert e.savings.again
@@ -140,10 +140,10 @@ def test_a_budget_explains_its_plan() -> None:
 
 def test_programs_and_plans_are_explained_as_they_are() -> None:
     fn, tokens = gpt_step()
-    plan = recollect.plan(fn, tokens, budget="70%", solver="greedy")
-    assert recollect.explain(plan).plan is plan
-    assert recollect.explain(plan.program) == recollect.explain(fn, tokens)
-    assert recollect.explain(plan.program, budget="70%").plan is not None
+    plan = autoremat.plan(fn, tokens, budget="70%", solver="greedy")
+    assert autoremat.explain(plan).plan is plan
+    assert autoremat.explain(plan.program) == autoremat.explain(fn, tokens)
+    assert autoremat.explain(plan.program, budget="70%").plan is not None
 
 
 @pytest.mark.parametrize(
@@ -156,19 +156,19 @@ def test_programs_and_plans_are_explained_as_they_are() -> None:
 )
 def test_what_does_not_go_together_says_so(given: dict[str, Any], message: str) -> None:
     fn, tokens = gpt_step()
-    plan = recollect.plan(fn, tokens, budget=1.0)
+    plan = autoremat.plan(fn, tokens, budget=1.0)
     with pytest.raises(TypeError, match=message):
-        recollect.explain(plan, **given)
+        autoremat.explain(plan, **given)
     with pytest.raises(TypeError, match="a program stands for itself"):
-        recollect.explain(plan.program, tokens)
+        autoremat.explain(plan.program, tokens)
     with pytest.raises(ValueError, match="accepted are"):
-        recollect.explain(fn, tokens, budget="much")
+        autoremat.explain(fn, tokens, budget="much")
 
 
 def test_notebooks_show_html() -> None:
     fn, tokens = gpt_step()
-    plan = recollect.plan(fn, tokens, budget="80%", solver="greedy")
-    for thing in (plan, recollect.explain(plan), recollect.frontier(plan.program, points=2)):
+    plan = autoremat.plan(fn, tokens, budget="80%", solver="greedy")
+    for thing in (plan, autoremat.explain(plan), autoremat.frontier(plan.program, points=2)):
         page = thing._repr_html_()
         assert page.startswith("<pre")
         assert str(thing).split()[0] in page

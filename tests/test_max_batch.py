@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import recollect
-from recollect.demo.models import GPT, GPTConfig
-from recollect.largest import MaxBatch
+import autoremat
+from autoremat.demo.models import GPT, GPTConfig
+from autoremat.largest import MaxBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fake tensor.*")
 
@@ -30,15 +30,15 @@ def rows(n: int) -> Tensor:
 
 def fits(model: nn.Module, n: int, budget: int, overhead: float) -> bool:
     try:
-        return recollect.plan(model, rows(n), budget=budget).overhead <= overhead
-    except recollect.InfeasibleBudget:
+        return autoremat.plan(model, rows(n), budget=budget).overhead <= overhead
+    except autoremat.InfeasibleBudget:
         return False
 
 
 @pytest.mark.parametrize("overhead", [0.0, 0.1, 0.5])
 def test_the_largest_and_not_one_more(overhead: float):
     model = mlp()
-    found = recollect.max_batch(model, rows, budget=20_000, overhead=overhead)
+    found = autoremat.max_batch(model, rows, budget=20_000, overhead=overhead)
     assert [fits(model, n, 20_000, overhead) for n in (found.batch, found.batch + 1)] == [True, False]
     assert found.plan.peak_bytes <= 20_000
     assert found.plan.overhead <= overhead
@@ -48,19 +48,19 @@ def test_the_largest_and_not_one_more(overhead: float):
 
 @pytest.mark.slow
 def test_more_time_allows_larger_batches():
-    sizes = [recollect.max_batch(mlp(8), rows, budget=40_000, overhead=x).batch for x in (0.0, 0.2, 1.0)]
+    sizes = [autoremat.max_batch(mlp(8), rows, budget=40_000, overhead=x).batch for x in (0.0, 0.2, 1.0)]
     assert sizes == sorted(set(sizes))
 
 
 @pytest.mark.slow
 def test_where_the_search_begins_makes_no_difference():
-    found = [recollect.max_batch(mlp(), rows, budget=20_000, start=start) for start in (1, 7, 5000)]
+    found = [autoremat.max_batch(mlp(), rows, budget=20_000, start=start) for start in (1, 7, 5000)]
     assert len({f.batch for f in found}) == 1
     assert found[2].tries[0].n == 5000
 
 
 def test_the_tries_say_what_happened():
-    found = recollect.max_batch(mlp(), rows, budget=20_000, overhead=0.05)
+    found = autoremat.max_batch(mlp(), rows, budget=20_000, overhead=0.05)
     assert [t.n for t in found.tries[:3]] == [1, 2, 4]
     for t in found.tries:
         assert t.fits == (t.overhead <= 0.05)
@@ -70,15 +70,15 @@ def test_the_tries_say_what_happened():
 def test_the_plan_is_that_of_real_training():
     torch.manual_seed(0)
     model = mlp(8)
-    found = recollect.max_batch(model, rows, budget=60_000, overhead=1.0)
+    found = autoremat.max_batch(model, rows, budget=60_000, overhead=1.0)
     x = rows(found.batch)
-    assert recollect.plan(model, x, budget=60_000).peak_bytes == found.plan.peak_bytes
+    assert autoremat.plan(model, x, budget=60_000).peak_bytes == found.plan.peak_bytes
     model(x).sum().backward()
     plain = [p.grad.clone() for p in model.parameters()]
     model.zero_grad()
-    checkpointed = recollect.checkpoint(lambda z: model(z).sum(), budget=60_000)
+    checkpointed = autoremat.checkpoint(lambda z: model(z).sum(), budget=60_000)
     checkpointed(x).backward()
-    assert recollect.stats(checkpointed).reruns > 0
+    assert autoremat.stats(checkpointed).reruns > 0
     assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), plain, strict=True))
 
 
@@ -92,13 +92,13 @@ def test_the_length_of_a_sequence():
     def tokens(n: int) -> tuple[Tensor, Tensor]:
         return torch.randint(0, 256, (2, n)), torch.randint(0, 256, (2, n))
 
-    plain = recollect.plan(loss_fn, *tokens(32), budget=1.0).plain_peak_bytes
-    found = recollect.max_batch(loss_fn, tokens, budget=plain, most=64, overhead=0.3)
+    plain = autoremat.plan(loss_fn, *tokens(32), budget=1.0).plain_peak_bytes
+    found = autoremat.max_batch(loss_fn, tokens, budget=plain, most=64, overhead=0.3)
     assert 32 <= found.batch <= 64
 
 
 def test_most_is_the_end():
-    found = recollect.max_batch(mlp(), rows, budget="1GB", most=11)
+    found = autoremat.max_batch(mlp(), rows, budget="1GB", most=11)
     assert found.batch == 11
     assert max(t.n for t in found.tries) == 11
 
@@ -114,26 +114,26 @@ def test_most_is_the_end():
     ids=["list", "mapping", "numpy", "requires grad"],
 )
 def test_inputs_of_every_form(make_inputs: Callable[[int], Any]):
-    assert recollect.max_batch(mlp(), make_inputs, budget=20_000).batch > 1
+    assert autoremat.max_batch(mlp(), make_inputs, budget=20_000).batch > 1
 
 
 def test_a_model_on_meta():
     with torch.device("meta"):
         model = mlp()
-    found = recollect.max_batch(model, lambda n: torch.empty(n, 16, device="meta"), budget=20_000)
-    assert found.batch == recollect.max_batch(mlp(), rows, budget=20_000).batch
+    found = autoremat.max_batch(model, lambda n: torch.empty(n, 16, device="meta"), budget=20_000)
+    assert found.batch == autoremat.max_batch(mlp(), rows, budget=20_000).batch
 
 
 @pytest.mark.slow
 def test_the_optimizer_counts():
     model = mlp()
     adam = torch.optim.Adam(model.parameters())
-    sizes = [recollect.max_batch(model, rows, budget=40_000, optimizer=o).batch for o in (None, adam)]
+    sizes = [autoremat.max_batch(model, rows, budget=40_000, optimizer=o).batch for o in (None, adam)]
     assert sizes[1] < sizes[0]
 
 
 def test_constraints_are_passed_on():
-    found = recollect.max_batch(mlp(), rows, budget=20_000, overhead=10.0, keep="*")
+    found = autoremat.max_batch(mlp(), rows, budget=20_000, overhead=10.0, keep="*")
     assert found.plan.overhead == 0
 
 
@@ -141,7 +141,7 @@ def test_constraints_are_passed_on():
 def test_nothing_large_is_allocated():
     model = mlp()
     tracemalloc.start()
-    found = recollect.max_batch(model, rows, budget="1GB", start=1_000_000)
+    found = autoremat.max_batch(model, rows, budget="1GB", start=1_000_000)
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert found.batch > 1_000_000
@@ -156,24 +156,24 @@ def test_generators_are_left_as_they_were():
         random.random()
         return rows(n)
 
-    recollect.max_batch(model, make, budget=20_000)
+    autoremat.max_batch(model, make, budget=20_000)
     assert torch.equal(torch.get_rng_state(), before[0])
     assert random.getstate() == before[1]
 
 
 def attempt(make_inputs: Callable[[int], Any] = rows, **options: Any) -> MaxBatch:
-    return recollect.max_batch(mlp(), make_inputs, **{"budget": 20_000} | options)
+    return autoremat.max_batch(mlp(), make_inputs, **{"budget": 20_000} | options)
 
 
 def test_not_even_one_fits():
-    with pytest.raises(recollect.InfeasibleBudget, match=r"not even n = 1 fits: no schedule known") as caught:
+    with pytest.raises(autoremat.InfeasibleBudget, match=r"not even n = 1 fits: no schedule known") as caught:
         attempt(budget=5000)
     assert attempt(budget=caught.value.floor_bytes).batch >= 1
 
 
 def test_not_even_one_is_cheap_enough():
-    with pytest.raises(recollect.InfeasibleBudget, match=r"overhead=0.0 allows \+0.0%.*allow more overhead") as caught:
-        attempt(lambda n: rows(100 * n), budget=recollect.plan(mlp(), rows(100), budget=1.0).floor_bytes, overhead=0.0)
+    with pytest.raises(autoremat.InfeasibleBudget, match=r"overhead=0.0 allows \+0.0%.*allow more overhead") as caught:
+        attempt(lambda n: rows(100 * n), budget=autoremat.plan(mlp(), rows(100), budget=1.0).floor_bytes, overhead=0.0)
     assert caught.value.floor_bytes <= caught.value.budget_bytes
 
 

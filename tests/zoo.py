@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from recollect.demo.models import GPT, GPTConfig, ResNet, ResNetConfig
+from autoremat.demo.models import GPT, GPTConfig, ResNet, ResNetConfig
 
 Loss = Callable[..., Tensor]
 

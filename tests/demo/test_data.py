@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from recollect.demo import data
+from autoremat.demo import data
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from matplotlib.image import imread
 from rich.console import Console
 
-from recollect.demo import data, models, train
-from recollect.demo.report import save_picture, summary, table
-from recollect.run.account import Account
+from autoremat.demo import data, models, train
+from autoremat.demo.report import save_picture, summary, table
+from autoremat.run.account import Account
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +36,16 @@ def test_every_variant_trains_the_same(result: train.Result) -> None:
     assert [row.name for row in result.rows] == [
         "plain",
         "torch checkpoint",
-        "recollect, 70%",
-        "recollect, 50%",
-        "recollect, 35%",
+        "autoremat, 70%",
+        "autoremat, 50%",
+        "autoremat, 35%",
     ]
     assert all(row.same_gradients for row in result.rows)
     assert len({row.loss for row in result.rows}) == 1
 
 
 @pytest.mark.slow
-def test_recollect_keeps_its_promises(result: train.Result) -> None:
+def test_autoremat_keeps_its_promises(result: train.Result) -> None:
     plain = result.rows[0].account.peak_bytes
     for row in result.rows[2:]:
         assert row.kept_promises
@@ -73,8 +73,8 @@ def test_the_table_and_the_summary_say_what_happened(result: train.Result) -> No
     changed = replace(result, rows=(*result.rows[:2], row))
     console.print(table([changed]))
     text = console.export_text()
-    assert "recollect, 70%" in text
-    line = next(line for line in text.splitlines() if "recollect, 70%" in line)
+    assert "autoremat, 70%" in text
+    line = next(line for line in text.splitlines() if "autoremat, 70%" in line)
     assert line.split()[-3:] == ["no", "yes", f"{row.loss:.4f}"]
     assert "…" not in text
     assert "0 of 1 runs above their budget, 1 of 1 not bit-identical" in summary([changed])

@@ -15,10 +15,10 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-import recollect
-from recollect.record.optimizer import optimizer_bytes
-from recollect.record.parallel import Gathering, NotSupported, Unit
-from recollect.record.record import UnusableInput
+import autoremat
+from autoremat.record.optimizer import optimizer_bytes
+from autoremat.record.parallel import Gathering, NotSupported, Unit
+from autoremat.record.record import UnusableInput
 
 
 @pytest.fixture
@@ -67,7 +67,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def test_same_gradients_and_operators_run_again(spread: Callable[[nn.Module], nn.Module]) -> None:
     plain, ours = spread(network()), spread(network())
 
-    @recollect.checkpoint(budget=0.8, time_limit_seconds=0.5)
+    @autoremat.checkpoint(budget=0.8, time_limit_seconds=0.5)
     def loss(x: Tensor) -> Tensor:
         return ours(x).sum()
 
@@ -76,7 +76,7 @@ def test_same_gradients_and_operators_run_again(spread: Callable[[nn.Module], nn
         plain(x).sum().backward()
         loss(x).backward()
     assert all(map(torch.equal, gradients(plain), gradients(ours)))
-    stats = recollect.stats(loss)
+    stats = autoremat.stats(loss)
     assert stats.reruns > 0
     assert stats.unplanned == stats.deviations == 0
     assert stats.plan is not None
@@ -87,7 +87,7 @@ def test_same_gradients_and_operators_run_again(spread: Callable[[nn.Module], nn
 def test_what_needs_freed_parameters_stays_in_its_unit() -> None:
     """What a block hands on is asked for by the next one, when its parameters are gone; what is inside may go."""
     model = sharded(network())
-    program = recollect.plan(lambda x: model(x).sum(), torch.randn(8, 16), budget=1.0).program
+    program = autoremat.plan(lambda x: model(x).sum(), torch.randn(8, 16), budget=1.0).program
     forward = [program.ops[i] for i in program.forward]
     again = {(op.module, op.name): op.repeatable for op in forward}
     assert "freed" in again["0", "aten.add.Tensor"]
@@ -123,7 +123,7 @@ def test_a_recording_runs_no_collective() -> None:
         return (torch.sigmoid(y) + parts[0] + whole[:8].mean()).sum()
 
     x = torch.randn(8, 16)
-    program = recollect.plan(step, x, budget=1.0).program
+    program = autoremat.plan(step, x, budget=1.0).program
     assert program.recorded == "real"
     talks = [op for op in program.ops if op.name.startswith("c10d.")]
     assert [op.repeatable for op in talks] == ["communicates with other processes"] * 2
@@ -141,25 +141,25 @@ def test_not_supported_is_said_and_runs_plainly() -> None:
         return fully_shard(model, mesh=mesh["rows"])
 
     plain, ours = both(), both()
-    loss = recollect.checkpoint(lambda x: ours(x).sum(), budget=0.8)
+    loss = autoremat.checkpoint(lambda x: ours(x).sum(), budget=0.8)
     x = torch.randn(8, 16)
     plain(x).sum().backward()
     with pytest.warns(RuntimeWarning, match=r"DTensors already.*runs without checkpointing"):
         loss(x).backward()
-    assert recollect.stats(loss).unplanned == 1
+    assert autoremat.stats(loss).unplanned == 1
     assert all(
         torch.equal(p.grad.to_local(), q.grad.to_local())  # type: ignore[union-attr]
         for p, q in zip(plain.parameters(), ours.parameters(), strict=True)
     )
     with pytest.raises(NotSupported, match="DTensors already"):
-        recollect.plan(ours, x, budget=0.8)
+        autoremat.plan(ours, x, budget=0.8)
 
 
 def test_memory_that_was_taken_away_is_noticed() -> None:
     """As a graph that reaches into a unit of FSDP2 from outside its backward would find it."""
     frozen, scale = torch.randn(16, 16), torch.randn(16, requires_grad=True)
 
-    @recollect.checkpoint(budget=1.0, recompute="aten.mm.default")
+    @autoremat.checkpoint(budget=1.0, recompute="aten.mm.default")
     def step(x: Tensor) -> Tensor:
         return ((x @ frozen) * scale).sum()
 

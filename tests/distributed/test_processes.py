@@ -1,4 +1,4 @@
-"""Distributed jobs in real processes, started by torchrun: with recollect and without, bit by bit (see ``worker``)."""
+"""Distributed jobs in real processes, started by torchrun: with autoremat and without, bit by bit (see ``worker``)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def torchrun(n: int, script: Path, *arguments: str) -> subprocess.CompletedProce
 
 @pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
-def test_as_without_recollect(job: str) -> None:
+def test_as_without_autoremat(job: str) -> None:
     n, cases = JOBS[job]
     done = torchrun(n, WORKER, *cases)
     assert done.returncode == 0, done.stdout + done.stderr[-5000:]

@@ -1,4 +1,4 @@
-"""One process of a distributed job: the same job without and with recollect, compared bit by bit.
+"""One process of a distributed job: the same job without and with autoremat, compared bit by bit.
 
 Started by torchrun: ``python -m torch.distributed.run --standalone --nproc-per-node 2 worker.py CASE``. Ends with an
 error if gradients, loss or buffers differ, if a step takes more than its budget, or if nothing ran again.
@@ -25,8 +25,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
-import recollect
-from recollect.run.account import account
+import autoremat
+from autoremat.run.account import account
 
 WIDTH, DEPTH, ROWS = 32, 4, 256
 SMALL = 4096
@@ -341,7 +341,7 @@ def compare(
     reruns: bool = True, most: float = 1.0, beside: int = 0, in_flight: int = 0,
     warm: int = 2, of_plain: float = 0.0, forwards: int = 1,
 ) -> None:  # fmt: skip
-    """The job without and with recollect.
+    """The job without and with autoremat.
 
     Args:
         make: builds it.
@@ -355,26 +355,26 @@ def compare(
         forwards: how many may be waiting for their backward; a budget is for one.
         in_flight: bytes of messages that may stay in memory for some time; that depends on the machine.
         warm: steps before the first that is measured: DDP makes new buckets in the second (or third) one.
-        most: the largest share of the measured plain peak that may be measured with recollect.
+        most: the largest share of the measured plain peak that may be measured with autoremat.
     """
     plain, plain_peaks = train(make, lambda target: target, steps, accumulate, to_none, warm)
     wrapped: list[Any] = []
 
     def wrap(target: Any, budget: Any = 1.0) -> Any:
-        wrapped.append(recollect.checkpoint(target, budget=budget))
+        wrapped.append(autoremat.checkpoint(target, budget=budget))
         return wrapped[-1]
 
     train(make, wrap, 1, accumulate, to_none, warm)
-    plan = recollect.stats(wrapped[0]).plan
+    plan = autoremat.stats(wrapped[0]).plan
     assert plan is not None
     budget = int(plan.floor_bytes + share * (plan.plain_peak_bytes - plan.floor_bytes))
     if of_plain:  # that was a quick plan of a second backward
         budget = int(of_plain * plan.plain_peak_bytes)
     n = len(wrapped)
     ours, peaks = train(make, lambda target: wrap(target, budget), steps, accumulate, to_none, warm)
-    stats = [recollect.stats(w) for w in wrapped[n:]]
+    stats = [autoremat.stats(w) for w in wrapped[n:]]
     where = f"rank {dist.get_rank()}: budget {budget:,}, plain {max(plain_peaks):,} (said {plan.plain_peak_bytes:,}), "
-    print(f"{where}recollect {max(peaks):,}, {sum(s.reruns for s in stats)} reruns", flush=True)
+    print(f"{where}autoremat {max(peaks):,}, {sum(s.reruns for s in stats)} reruns", flush=True)
     for k, ((loss_a, state_a, random_a), (loss_b, state_b, random_b)) in enumerate(zip(plain, ours, strict=True)):
         assert torch.equal(loss_a, loss_b), f"loss of step {k}"
         assert torch.equal(random_a, random_b), f"generator after step {k}"
@@ -455,7 +455,7 @@ def deviation() -> None:
         wrapped: list[Any] = []
 
         def wrap(target: Any, wrapped: list[Any] = wrapped) -> Any:
-            wrapped.append(recollect.checkpoint(target, budget=0.8))
+            wrapped.append(autoremat.checkpoint(target, budget=0.8))
             return wrapped[-1]
 
         with warnings.catch_warnings():
@@ -464,15 +464,15 @@ def deviation() -> None:
         for (loss_a, state_a, _), (loss_b, state_b, _) in zip(plain, ours, strict=True):
             assert torch.equal(loss_a, loss_b)
             assert all(torch.equal(a, b) for (_, a), (_, b) in zip(state_a, state_b, strict=True))
-        stats = recollect.stats(wrapped[0])
+        stats = autoremat.stats(wrapped[0])
         assert (stats.deviations > 0) == (dist.get_rank() == 0), stats.deviations
         assert stats.reruns > 0
 
 
 def infeasible() -> None:
     """A budget that no plan fits is an error on every rank before the first collective of the step."""
-    model, loss = ddp()(lambda target: recollect.checkpoint(target, budget=1000))
-    with pytest.raises(recollect.InfeasibleBudget, match="1000 bytes"):
+    model, loss = ddp()(lambda target: autoremat.checkpoint(target, budget=1000))
+    with pytest.raises(autoremat.InfeasibleBudget, match="1000 bytes"):
         loss(torch.randn(ROWS, WIDTH))
     del model
 

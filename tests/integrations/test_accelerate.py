@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import recollect
-from recollect.record.optimizer import optimizer_bytes
-from recollect.run.account import measured_peak
+import autoremat
+from autoremat.record.optimizer import optimizer_bytes
+from autoremat.run.account import measured_peak
 from tests.integrations.meter import SCALARS
 
 pytestmark = pytest.mark.slow
@@ -35,15 +35,15 @@ def train(order: str, precision: str) -> tuple[list[Any], list[int], list[int], 
     optimizer: Any = torch.optim.AdamW(model.parameters(), lr=1e-3)
     options: Any = {"budget": 0.8, "time_limit_seconds": 1.0}
     if order == "checkpoint, prepare":
-        recollect.checkpoint(model, optimizer=optimizer, **options)
+        autoremat.checkpoint(model, optimizer=optimizer, **options)
     model, optimizer = accelerator.prepare(model, optimizer)
     if order == "prepare, checkpoint":
-        recollect.checkpoint(model, optimizer=optimizer, **options)
+        autoremat.checkpoint(model, optimizer=optimizer, **options)
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(model(x), y)
 
-    call = recollect.checkpoint(loss_of, optimizer=optimizer, **options) if order == "prepare, loss" else loss_of
+    call = autoremat.checkpoint(loss_of, optimizer=optimizer, **options) if order == "prepare, loss" else loss_of
     seen: list[Any] = []
     peaks: list[int] = []
     budgets: list[int] = []
@@ -66,9 +66,9 @@ def train(order: str, precision: str) -> tuple[list[Any], list[int], list[int], 
         else:
             peaks.append(measured_peak(step, model, optimizer.optimizer, x, y))
             if checkpointed is not None:
-                budgets.append(recollect.stats(checkpointed).plan.budget_bytes)
+                budgets.append(autoremat.stats(checkpointed).plan.budget_bytes)
     seen += [*model.state_dict().values(), torch.get_rng_state()]
-    return seen, peaks, budgets, None if checkpointed is None else recollect.stats(checkpointed)
+    return seen, peaks, budgets, None if checkpointed is None else autoremat.stats(checkpointed)
 
 
 @pytest.mark.parametrize("precision", ["no", "bf16"])

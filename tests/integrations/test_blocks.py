@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments
 
-import recollect
+import autoremat
 from tests.integrations.test_lightning import ROWS, WIDTH, Net
 from tests.integrations.test_lightning import pytestmark as lightnings
 from tests.integrations.test_transformers import examples, gpt2
@@ -38,7 +38,7 @@ def names(folder: Path) -> dict[str, Any]:
         lightning.Trainer, fast_dev_run=True, accelerator="cpu", logger=False, enable_progress_bar=False
     )
     return {
-        "Trainer": Trainer, "model": model, "data": data, "recollect": recollect,
+        "Trainer": Trainer, "model": model, "data": data, "autoremat": autoremat,
         "args": TrainingArguments(str(folder), max_steps=2, use_cpu=True, report_to=[], save_strategy="no"),
         "lightning": SimpleNamespace(Trainer=quick), "accelerator": Accelerator(cpu=True),
         "optimizer": torch.optim.Adam(model.parameters()), "loader": DataLoader(data, batch_size=4),
@@ -64,4 +64,4 @@ def test_block_trains(block: str, tmp_path: Path) -> None:
     else:
         loss = found["loss_fn"](next(iter(found["loader"])))
         found["accelerator"].backward(loss)
-        assert recollect.stats(found["loss_fn"]).plan is not None
+        assert autoremat.stats(found["loss_fn"]).plan is not None

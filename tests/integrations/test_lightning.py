@@ -1,4 +1,4 @@
-"""``lightning.Trainer`` with the real library: the same bits as without recollect, and within the budget."""
+"""``lightning.Trainer`` with the real library: the same bits as without autoremat, and within the budget."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import recollect
-from recollect.integrations.lightning import RecollectCallback
+import autoremat
+from autoremat.integrations.lightning import AutorematCallback
 from tests.integrations.meter import SCALARS, Meter
 
 pytestmark = [
@@ -77,7 +77,7 @@ class Metered(lightning.Callback):
 
 
 def fit(callbacks: list[Any], module: dict[str, Any], **options: Any) -> tuple[Any, list[Any], list[int], list[str]]:
-    """The module, every number that the training leaves behind, the peaks of its batches, and recollect's warnings."""
+    """The module, every number that the training leaves behind, the peaks of its batches, and autoremat's warnings."""
     torch.manual_seed(0)
     net, metered = Net(**module), Metered()
     data = torch.utils.data.TensorDataset(*torch.randn(2, BATCHES * ROWS, WIDTH))
@@ -87,7 +87,7 @@ def fit(callbacks: list[Any], module: dict[str, Any], **options: Any) -> tuple[A
         enable_model_summary=False, callbacks=[*callbacks, metered], val_check_interval=2, **options,
     )  # fmt: skip
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "recollect", RuntimeWarning)
+        warnings.filterwarnings("always", "autoremat", RuntimeWarning)
         trainer.fit(net, loader, loader)
     metrics = sorted((k, float(v)) for k, v in trainer.callback_metrics.items())
     numbers = [*net.losses, *net.state_dict().values(), metrics, torch.get_rng_state()]
@@ -119,7 +119,7 @@ def assert_same(got: list[Any], plain: list[Any]) -> None:
 )
 def test_trainer_is_exact_and_within_the_budget(module: dict[str, Any], options: dict[str, Any]) -> None:
     _, plain, plain_peaks, _ = fit([], module, **options)
-    callback = RecollectCallback(budget=0.8, target=module["by"], time_limit_seconds=1)
+    callback = AutorematCallback(budget=0.8, target=module["by"], time_limit_seconds=1)
     net, mine, peaks, messages = fit([callback], module, **options)
     assert_same(mine, plain)
     assert messages == []
@@ -131,14 +131,14 @@ def test_trainer_is_exact_and_within_the_budget(module: dict[str, Any], options:
     budget = stats.plan.budget_bytes
     if module["by"] == "loss":  # then nothing else is outside
         assert max(peaks[3:]) <= budget + SCALARS
-    assert recollect.api.session_of(net) is None
-    assert recollect.api.session_of(net.body) is None
+    assert autoremat.api.session_of(net) is None
+    assert autoremat.api.session_of(net.body) is None
     assert "loss" not in vars(net)
 
 
 def test_a_target_that_is_not_called_is_told() -> None:
     _, plain, _, _ = fit([], {"by": "body"})
-    _, mine, _, messages = fit([RecollectCallback(budget=0.8, time_limit_seconds=1)], {"by": "body"})
+    _, mine, _, messages = fit([AutorematCallback(budget=0.8, time_limit_seconds=1)], {"by": "body"})
     assert_same(mine, plain)
     assert len(messages) == 1
     assert "training_step of Net has not called 'forward', so nothing is checkpointed; name" in messages[0]
@@ -149,14 +149,14 @@ def test_everything_is_as_it_was_after_an_error() -> None:
         def on_train_batch_end(self, *args: Any) -> None:
             raise ZeroDivisionError
 
-    callback = RecollectCallback(budget=0.8, target="loss", time_limit_seconds=1)
+    callback = AutorematCallback(budget=0.8, target="loss", time_limit_seconds=1)
     net = None
 
     class Remembers(lightning.Callback):
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             nonlocal net
             net = pl_module
-            assert recollect.api.session_of(pl_module.loss) is not None
+            assert autoremat.api.session_of(pl_module.loss) is not None
 
     with pytest.raises(ZeroDivisionError):
         fit([callback, Remembers(), Breaks()], {"by": "loss"})
@@ -166,8 +166,8 @@ def test_everything_is_as_it_was_after_an_error() -> None:
 
 def test_what_cannot_be_a_target() -> None:
     with pytest.raises(ValueError, match="put the computation of the loss into a method of its own"):
-        RecollectCallback(budget=0.5, target="training_step")
+        AutorematCallback(budget=0.5, target="training_step")
     with pytest.raises(AttributeError, match="nowhere"):
-        fit([RecollectCallback(budget=0.5, target="nowhere")], {})
+        fit([AutorematCallback(budget=0.5, target="nowhere")], {})
     with pytest.raises(ValueError, match="budget"):
-        RecollectCallback(budget="10 potatoes")
+        AutorematCallback(budget="10 potatoes")

@@ -1,4 +1,4 @@
-"""Hugging Face ``Trainer`` with the real library: the same bits as without recollect, and within the budget."""
+"""Hugging Face ``Trainer`` with the real library: the same bits as without autoremat, and within the budget."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from transformers import (
     TrainingArguments,
 )
 
-import recollect
-from recollect.integrations.transformers import RecollectCallback
+import autoremat
+from autoremat.integrations.transformers import AutorematCallback
 from tests.integrations.meter import Meter
 
 pytestmark = [
@@ -29,7 +29,7 @@ pytestmark = [
     # The data loader of every machine without an accelerator says so.
     pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
     # transformers looks whether its tensors are fake, so the first step leaves the recorded path, and says so.
-    pytest.mark.filterwarnings("ignore:recollect. a step left the path:RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:autoremat. a step left the path:RuntimeWarning"),
 ]
 VOCABULARY, CONTEXT, BATCH = 64, 64, 4
 
@@ -101,7 +101,7 @@ def train(folder: Path, callbacks: list[Any], build: Any = gpt2, resume: Any = N
     )  # fmt: skip
     trainer = Trainer(model, arguments, train_dataset=data, eval_dataset=data[:8], callbacks=[*callbacks, metered])
     with warnings.catch_warnings(record=True) as caught:
-        warnings.filterwarnings("always", "recollect", RuntimeWarning)
+        warnings.filterwarnings("always", "autoremat", RuntimeWarning)
         trainer.train(resume_from_checkpoint=resume)
     return Trained(trainer, metered.meter.peaks, [str(w.message) for w in caught])
 
@@ -123,7 +123,7 @@ def assert_same(a: Trained, b: Trained) -> None:
 )
 def test_trainer_is_exact_and_within_the_budget(build: Any, options: dict[str, Any], tmp_path: Path) -> None:
     plain = train(tmp_path / "plain", [], build, **options)
-    callback = RecollectCallback(budget=0.7, time_limit_seconds=1)
+    callback = AutorematCallback(budget=0.7, time_limit_seconds=1)
     mine = train(tmp_path / "mine", [callback], build, **options)
     assert_same(mine, plain)
     stats = callback.stats()
@@ -132,13 +132,13 @@ def test_trainer_is_exact_and_within_the_budget(build: Any, options: dict[str, A
     assert stats.plan is not None
     # The first step is planned under way. The budget is of the last kind of step's plain peak, each kind has its own.
     assert 0 < max(mine.peaks[1:]) <= stats.plan.budget_bytes < max(plain.peaks[1:])
-    assert recollect.api.session_of(mine.trainer.model) is None  # as it was
+    assert autoremat.api.session_of(mine.trainer.model) is None  # as it was
 
 
 def test_saved_and_resumed(tmp_path: Path) -> None:
     plain = train(tmp_path / "plain", [], max_steps=4)
     options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
-    callback = RecollectCallback(budget=0.7, time_limit_seconds=1)
+    callback = AutorematCallback(budget=0.7, time_limit_seconds=1)
     whole = train(tmp_path / "mine", [callback], **options)
     assert_same(whole, plain)
     resumed = train(tmp_path / "mine", [callback], resume=str(tmp_path / "mine" / "checkpoint-2"), **options)
@@ -155,7 +155,7 @@ def test_a_training_that_ended_in_an_error_can_be_begun_again(tmp_path: Path) ->
                 raise KeyboardInterrupt
 
     plain = train(tmp_path / "plain", [])
-    callback = RecollectCallback(budget=0.7, time_limit_seconds=1)
+    callback = AutorematCallback(budget=0.7, time_limit_seconds=1)
     torch.manual_seed(0)
     model = gpt2()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -173,14 +173,14 @@ def test_a_training_that_ended_in_an_error_can_be_begun_again(tmp_path: Path) ->
     again = Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=data, callbacks=[callback])
     again.train()
     assert [e.get("loss") for e in again.state.log_history] == [e.get("loss") for e in plain.trainer.state.log_history]
-    assert recollect.api.session_of(model) is None
+    assert autoremat.api.session_of(model) is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_the_models_own_checkpointing_is_told_and_left_alone(reentrant: bool, tmp_path: Path) -> None:
     options = {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": reentrant}}
     plain = train(tmp_path / "plain", [], **options)
-    callback = RecollectCallback(budget=1.0, time_limit_seconds=1)
+    callback = AutorematCallback(budget=1.0, time_limit_seconds=1)
     mine = train(tmp_path / "mine", [callback], **options)
     assert_same(mine, plain)
     assert sum("own checkpointing is switched on" in m for m in mine.messages) == 1
@@ -191,18 +191,18 @@ def test_the_models_own_checkpointing_is_told_and_left_alone(reentrant: bool, tm
 
 
 def test_a_model_that_was_checkpointed_before(tmp_path: Path) -> None:
-    """Accelerate wraps the forward once more, for bf16; recollect still knows its own."""
+    """Accelerate wraps the forward once more, for bf16; autoremat still knows its own."""
     plain = train(tmp_path / "plain", [], bf16=True)
     mine = train(
-        tmp_path / "mine", [], lambda: recollect.checkpoint(gpt2(), budget=0.7, time_limit_seconds=1), bf16=True
+        tmp_path / "mine", [], lambda: autoremat.checkpoint(gpt2(), budget=0.7, time_limit_seconds=1), bf16=True
     )
     assert_same(mine, plain)
-    assert recollect.stats(mine.trainer.model).reruns > 0
+    assert autoremat.stats(mine.trainer.model).reruns > 0
     with pytest.raises(ValueError, match="wrapped once more since"):
-        recollect.restore(mine.trainer.model)
-    callback = RecollectCallback(budget=0.7, time_limit_seconds=1)
-    with pytest.raises(ValueError, match="checkpointed by recollect already"):
-        train(tmp_path / "twice", [callback], lambda: recollect.checkpoint(gpt2(), budget=0.7, time_limit_seconds=1))
+        autoremat.restore(mine.trainer.model)
+    callback = AutorematCallback(budget=0.7, time_limit_seconds=1)
+    with pytest.raises(ValueError, match="checkpointed by autoremat already"):
+        train(tmp_path / "twice", [callback], lambda: autoremat.checkpoint(gpt2(), budget=0.7, time_limit_seconds=1))
 
 
 # The compiler imports what torch calls deprecated, and looks at the gradient of every tensor.
@@ -212,7 +212,7 @@ def test_a_compiled_model_says_so(tmp_path: Path) -> None:
     options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}
     plain = train(tmp_path / "plain", [], **options)
     torch._dynamo.reset()
-    callback = RecollectCallback(budget=0.7, time_limit_seconds=1)
+    callback = AutorematCallback(budget=0.7, time_limit_seconds=1)
     mine = train(tmp_path / "mine", [callback], **options)
     torch._dynamo.reset()
     assert_same(mine, plain)
@@ -222,6 +222,6 @@ def test_a_compiled_model_says_so(tmp_path: Path) -> None:
 
 def test_a_malformed_budget_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="budget"):
-        RecollectCallback(budget="10 potatoes")
+        AutorematCallback(budget="10 potatoes")
     with pytest.raises(ValueError, match="no training has begun"):
-        RecollectCallback(budget=0.5).stats()
+        AutorematCallback(budget=0.5).stats()

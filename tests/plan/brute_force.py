@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 from collections.abc import Iterator
 
-from recollect.program import Op, Program
+from autoremat.program import Op, Program
 
 State = tuple[int, frozenset[int]]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from recollect.program import Op, Program, Value
+from autoremat.program import Op, Program, Value
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 
-from recollect.program import END, Op, Program, Value
+from autoremat.program import END, Op, Program, Value
 
 
 def graph(seed: int, n_ops: int) -> Program:

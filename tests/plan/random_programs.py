@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from recollect.program import Op, Program, Value
+from autoremat.program import Op, Program, Value
 from tests.plan.chains import Builder
 
 

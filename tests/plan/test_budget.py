@@ -1,7 +1,7 @@
 import pytest
 
-from recollect.plan import parse_budget
-from recollect.plan.budget import format_bytes
+from autoremat.plan import parse_budget
+from autoremat.plan.budget import format_bytes
 
 
 @pytest.mark.parametrize(

@@ -13,18 +13,18 @@ from checkpoint_schedules import optimal_steps_binomial
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recollect.plan import solve
-from recollect.plan.account import Accountant
-from recollect.plan.chain import Sweep, chain_of
-from recollect.plan.chen import chen, greedy_cuts, thresholds
-from recollect.plan.chen_recursive import chen_recursive, recursive_sweeps
-from recollect.plan.portfolio import _CLASSICS
-from recollect.plan.revolve import revolve, revolve_forwards, revolve_sweeps
-from recollect.plan.rotor import rotor
-from recollect.plan.tables import tables_of
-from recollect.plan.uniform import proven, uniform_of
-from recollect.program import InfeasibleBudget, Op, Program, Schedule, Value, simulate, verify
-from recollect.program.model import END
+from autoremat.plan import solve
+from autoremat.plan.account import Accountant
+from autoremat.plan.chain import Sweep, chain_of
+from autoremat.plan.chen import chen, greedy_cuts, thresholds
+from autoremat.plan.chen_recursive import chen_recursive, recursive_sweeps
+from autoremat.plan.portfolio import _CLASSICS
+from autoremat.plan.revolve import revolve, revolve_forwards, revolve_sweeps
+from autoremat.plan.rotor import rotor
+from autoremat.plan.tables import tables_of
+from autoremat.plan.uniform import proven, uniform_of
+from autoremat.program import InfeasibleBudget, Op, Program, Schedule, Value, simulate, verify
+from autoremat.program.model import END
 from tests.plan.brute_force import optimum
 from tests.plan.chains import bytes_of_slots, chain, gpt, steps, uniform_steps
 from tests.plan.random_programs import steps as random_steps

@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 
-from recollect.plan import solve
-from recollect.plan.every_block import every_block
-from recollect.plan.keep_everything import keep_everything
-from recollect.plan.segments import boundaries, crossing, segments
-from recollect.plan.tables import tables_of
-from recollect.plan.unroll import unroll
-from recollect.program import Program, Schedule, simulate, verify
+from autoremat.plan import solve
+from autoremat.plan.every_block import every_block
+from autoremat.plan.keep_everything import keep_everything
+from autoremat.plan.segments import boundaries, crossing, segments
+from autoremat.plan.tables import tables_of
+from autoremat.plan.unroll import unroll
+from autoremat.program import Program, Schedule, simulate, verify
 from tests.plan.chains import chain, gpt
 
 

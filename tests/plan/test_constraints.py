@@ -7,12 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import recollect
-from recollect.demo.models import GPT, GPTConfig
-from recollect.plan import SOLVERS, solve
-from recollect.plan.constraints import constrain, kept_anyway, passing_values
-from recollect.plan.tables import tables_of
-from recollect.program import InfeasibleBudget, Plan, Program, simulate, verify
+import autoremat
+from autoremat.demo.models import GPT, GPTConfig
+from autoremat.plan import SOLVERS, solve
+from autoremat.plan.constraints import constrain, kept_anyway, passing_values
+from autoremat.plan.tables import tables_of
+from autoremat.program import InfeasibleBudget, Plan, Program, simulate, verify
 from tests.plan.brute_force import optimum
 from tests.plan.chains import Builder, chain, gpt
 from tests.plan.random_programs import literature_steps, recorded_steps, steps
@@ -187,9 +187,9 @@ def test_a_real_model_under_constraints_trains_bit_for_bit(options, again: set[s
         return [p.grad.clone() for p in model.parameters()]
 
     plain = gradients(step_of(model))
-    checkpointed = recollect.checkpoint(step_of(model), **options)
+    checkpointed = autoremat.checkpoint(step_of(model), **options)
     assert all(same(a, b) for a, b in zip(gradients(checkpointed), plain, strict=True))
-    stats = recollect.stats(checkpointed)
+    stats = autoremat.stats(checkpointed)
     assert stats.reruns > 0
     plan = stats.plan
     ran = {plan.program.ops[i].module for i, n in plan.schedule.runs_of.items() if n > 1}

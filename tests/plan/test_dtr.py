@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from recollect.plan import solve
-from recollect.plan.dtr import _Online, dtr, dtr_runs
-from recollect.plan.evict import Rules, course_of
-from recollect.plan.tables import tables_of
-from recollect.program import InfeasibleBudget, Op, Program, Schedule, Value, simulate, verify
+from autoremat.plan import solve
+from autoremat.plan.dtr import _Online, dtr, dtr_runs
+from autoremat.plan.evict import Rules, course_of
+from autoremat.plan.tables import tables_of
+from autoremat.program import InfeasibleBudget, Op, Program, Schedule, Value, simulate, verify
 from tests.plan.chains import gpt, uniform_steps
 
 

@@ -6,13 +6,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recollect.plan import solve
-from recollect.plan.account import Accountant
-from recollect.plan.evict import Rules, course_of, evicting
-from recollect.plan.reuse import reuse
-from recollect.plan.tables import tables_of
-from recollect.plan.unroll import merge
-from recollect.program import InfeasibleBudget, Program, Schedule, simulate, verify
+from autoremat.plan import solve
+from autoremat.plan.account import Accountant
+from autoremat.plan.evict import Rules, course_of, evicting
+from autoremat.plan.reuse import reuse
+from autoremat.plan.tables import tables_of
+from autoremat.plan.unroll import merge
+from autoremat.program import InfeasibleBudget, Program, Schedule, simulate, verify
 from tests.plan.chains import Builder, chain
 from tests.plan.random_programs import steps
 

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recollect.plan import solve
-from recollect.plan.exact import exact
-from recollect.program import InfeasibleBudget, Op, Plan, Program, Value, simulate, verify
+from autoremat.plan import solve
+from autoremat.plan.exact import exact
+from autoremat.program import InfeasibleBudget, Op, Plan, Program, Value, simulate, verify
 from tests.plan.brute_force import optimum
 from tests.plan.random_graphs import checkmate_chain, graph, layered
 from tests.plan.random_programs import literature_steps, recorded_steps

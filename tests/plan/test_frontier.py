@@ -13,12 +13,12 @@ import torch
 from hypothesis import given, settings
 from matplotlib.image import imread
 
-import recollect
-from recollect.plan import frontier, solve
-from recollect.plan.frontier import beside
-from recollect.plan.pool import Pool
-from recollect.program import InfeasibleBudget, Plan, Program, simulate, verify
-from recollect.show.plots import frontier_plot
+import autoremat
+from autoremat.plan import frontier, solve
+from autoremat.plan.frontier import beside
+from autoremat.plan.pool import Pool
+from autoremat.program import InfeasibleBudget, Plan, Program, simulate, verify
+from autoremat.show.plots import frontier_plot
 from tests.plan.chains import chain, gpt
 from tests.plan.random_programs import steps
 
@@ -157,24 +157,24 @@ def test_the_picture(tmp_path: Path):
     assert imread(tmp_path / "new" / "frontier.png").std() > 0
     (axes,) = figure.axes
     lines = {str(line.get_label()): line for line in axes.get_lines()}
-    assert lines["recollect"].get_xdata() == pytest.approx([p.peak_bytes / 1e6 for p in found.points])
-    assert lines["recollect"].get_ydata() == pytest.approx([100 * p.overhead for p in found.points])
-    assert lines.keys() == {"recollect", "segments", "floor 400 B", "plain peak 1.3 KB"}
+    assert lines["autoremat"].get_xdata() == pytest.approx([p.peak_bytes / 1e6 for p in found.points])
+    assert lines["autoremat"].get_ydata() == pytest.approx([100 * p.overhead for p in found.points])
+    assert lines.keys() == {"autoremat", "segments", "floor 400 B", "plain peak 1.3 KB"}
     assert frontier_plot(found).axes
 
 
 def test_a_callable_is_recorded():
     model = torch.nn.Sequential(*[torch.nn.Linear(16, 16) for _ in range(4)])
-    found = recollect.frontier(model, torch.randn(64, 16), points=3, optimizer=torch.optim.Adam(model.parameters()))
+    found = autoremat.frontier(model, torch.randn(64, 16), points=3, optimizer=torch.optim.Adam(model.parameters()))
     assert_lawful(found.program, found.points)
-    without = recollect.frontier(model, torch.randn(64, 16), points=2)
+    without = autoremat.frontier(model, torch.randn(64, 16), points=2)
     assert found.plain_peak_bytes > without.plain_peak_bytes
 
 
 def test_a_program_takes_no_arguments():
-    assert recollect.frontier(chain(4), points=2).points
+    assert autoremat.frontier(chain(4), points=2).points
     with pytest.raises(TypeError, match="a program stands for itself"):
-        recollect.frontier(chain(4), torch.ones(1), points=2)
+        autoremat.frontier(chain(4), torch.ones(1), points=2)
 
 
 def test_the_first_budget_does_not_take_the_time_of_all(monkeypatch: pytest.MonkeyPatch):

@@ -7,13 +7,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from autoremat.plan import SOLVERS, solve
+from autoremat.plan.account import Accountant
+from autoremat.plan.bounds import bound_at, floor_bound, lower_bound
+from autoremat.plan.search import Search
+from autoremat.plan.unroll import unroll
+from autoremat.program import InfeasibleBudget, Op, Plan, Program, Schedule, Value, simulate, verify
 from examples.programs import uneven
-from recollect.plan import SOLVERS, solve
-from recollect.plan.account import Accountant
-from recollect.plan.bounds import bound_at, floor_bound, lower_bound
-from recollect.plan.search import Search
-from recollect.plan.unroll import unroll
-from recollect.program import InfeasibleBudget, Op, Plan, Program, Schedule, Value, simulate, verify
 from tests.plan.brute_force import optimum
 from tests.plan.random_graphs import layered
 from tests.plan.random_programs import literature_steps, recorded_steps, steps

@@ -6,11 +6,11 @@ from itertools import combinations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from recollect.plan.min_cut import Pricer
-from recollect.plan.segments import boundaries, crossing
-from recollect.plan.tables import tables_of
-from recollect.plan.unroll import reruns
-from recollect.program import Program
+from autoremat.plan.min_cut import Pricer
+from autoremat.plan.segments import boundaries, crossing
+from autoremat.plan.tables import tables_of
+from autoremat.plan.unroll import reruns
+from autoremat.program import Program
 from tests.plan.chains import gpt
 from tests.plan.random_programs import recorded_steps
 

@@ -8,9 +8,9 @@ from math import inf
 
 import pytest
 
-from recollect.plan import portfolio, solve
-from recollect.plan.pool import Pool
-from recollect.program import InfeasibleBudget, Op, Program, Value, simulate, verify
+from autoremat.plan import portfolio, solve
+from autoremat.plan.pool import Pool
+from autoremat.program import InfeasibleBudget, Op, Program, Value, simulate, verify
 from tests.plan.chains import chain, gpt
 
 
@@ -154,6 +154,6 @@ def test_nothing_is_kept_of_a_program_that_is_gone():
 
 
 def test_importing_the_planners_imports_neither_torch_nor_numpy():
-    code = "import sys, recollect.plan; print([m for m in ('torch', 'numpy', 'scipy') if m in sys.modules])"
+    code = "import sys, autoremat.plan; print([m for m in ('torch', 'numpy', 'scipy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=None)
     assert done.stdout.strip() == "[]"

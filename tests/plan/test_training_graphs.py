@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from autoremat import solve, verify
 from benchmarks.training_graphs import NETWORKS, training_graph
-from recollect import solve, verify
 
 SMALL = ("FCN-8", "layered 35")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from recollect.program import END, Op, Plan, Program, Schedule, Value
+from autoremat.program import END, Op, Plan, Program, Schedule, Value
 
 BACKWARD = {"phase": "backward", "repeatable": "backward"}
 

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.program import InvalidProgram, Op, Plan, Program, Schedule, Value, verify
-from recollect.program.json_format import plan_to_data, program_to_data
+from autoremat.program import InvalidProgram, Op, Plan, Program, Schedule, Value, verify
+from autoremat.program.json_format import plan_to_data, program_to_data
 from tests.program.hand import chain, chain_plan, in_place, split
 from tests.strategies import orders, programs
 
@@ -22,7 +22,7 @@ GOLDEN = Path(__file__).parent / "golden"
 DOCS = Path(__file__).parents[2] / "docs" / "program-file.md"
 
 DESIGN = """
-{"format": "recollect-program", "version": 1, "name": "vgg16-b256",
+{"format": "autoremat-program", "version": 1, "name": "vgg16-b256",
  "values": [{"id": "x", "bytes": 154140672, "fixed": true}, {"id": "a1", "bytes": 3288334336}, {"id": "y", "bytes": 4, "held": "end"}],
  "ops": [{"name": "conv1", "reads": ["x"], "writes": ["a1"], "seconds": 0.012, "scratch_bytes": 0, "phase": "forward"},
          {"name": "loss", "reads": ["a1"], "writes": ["y"], "seconds": 0.001, "repeatable": "no: random"}]}
@@ -221,13 +221,13 @@ def drop(*path: str | int) -> Change:
 
 REFUSED: dict[str, tuple[Change, str]] = {
     "no format": (drop("format"), "file: field 'format' is missing"),
-    "format": (put("format", value="onnx"), "file: field 'format' must be 'recollect-program', got 'onnx'"),
+    "format": (put("format", value="onnx"), "file: field 'format' must be 'autoremat-program', got 'onnx'"),
     "plan": (
-        put("format", value="recollect-plan"),
-        "; Plan.from_json and `recollect explain` read plans",
+        put("format", value="autoremat-plan"),
+        "; Plan.from_json and `autoremat explain` read plans",
     ),
     "no version": (drop("version"), "file: field 'version' is missing"),
-    "version": (put("version", value=2), "field 'version' is 2, but this recollect reads version 1 of recollect-progr"),
+    "version": (put("version", value=2), "field 'version' is 2, but this autoremat reads version 1 of autoremat-progr"),
     "version text": (put("version", value="1"), "file: field 'version' must be an integer, got '1'"),
     "no name": (drop("name"), "program: field 'name' is missing"),
     "timing": (put("timing", value=3), "program: field 'timing' must be a string, got 3"),
@@ -289,10 +289,10 @@ def test_refuses_programs(change: Change, message: str) -> None:
 
 REFUSED_PLANS: dict[str, tuple[Change, str]] = {
     "program": (
-        put("format", value="recollect-program"),
-        "; Program.from_json and `recollect solve` read programs",
+        put("format", value="autoremat-program"),
+        "; Program.from_json and `autoremat solve` read programs",
     ),
-    "version": (put("version", value=0), "field 'version' is 0, but this recollect reads version 1 of recollect-plan"),
+    "version": (put("version", value=0), "field 'version' is 0, but this autoremat reads version 1 of autoremat-plan"),
     "no program": (drop("program"), "plan: field 'program' is missing"),
     "its program": (drop("program", "ops", 1, "reads"), "op 1 (f1): field 'reads' is missing"),
     "no budget": (drop("budget_bytes"), "plan: field 'budget_bytes' is missing"),

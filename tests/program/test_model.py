@@ -8,7 +8,7 @@ import pickle
 
 import pytest
 
-from recollect.program import END, InfeasibleBudget, InvalidProgram, Op, Program, Value
+from autoremat.program import END, InfeasibleBudget, InvalidProgram, Op, Program, Value
 from tests.program.hand import chain, in_place
 
 X, A, Y = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)

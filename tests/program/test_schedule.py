@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from recollect.program import END, InvalidSchedule, Op, Program, Schedule, Value, simulate
+from autoremat.program import END, InvalidSchedule, Op, Program, Schedule, Value, simulate
 from tests.program.hand import CHAIN_AGAIN, chain, in_place, split
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.program import InvalidSchedule, Op, Program, Schedule, Value, simulate
+from autoremat.program import InvalidSchedule, Op, Program, Schedule, Value, simulate
 from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, in_place, split
 from tests.strategies import orders, programs
 

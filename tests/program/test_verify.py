@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.program import END, InvalidSchedule, Op, Plan, Program, Schedule, Value, Violation, simulate, verify
-from recollect.program import verify as _verify_function
-from recollect.program.verify import MOST_VIOLATIONS, RULES
+from autoremat.program import END, InvalidSchedule, Op, Plan, Program, Schedule, Value, Violation, simulate, verify
+from autoremat.program import verify as _verify_function
+from autoremat.program.verify import MOST_VIOLATIONS, RULES
 from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, in_place, split
 from tests.strategies import orders, programs
 
@@ -230,8 +230,8 @@ def test_the_judge_shares_no_code_with_the_accused() -> None:
     path = Path(_verify_function.__code__.co_filename)
     tree = ast.parse(path.read_text(encoding="utf-8"))
     imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
-    ours = {module for module in imported if module and module.startswith("recollect")}
-    assert ours == {"recollect.program.model", "recollect.program.plan", "recollect.program.schedule"}
+    ours = {module for module in imported if module and module.startswith("autoremat")}
+    assert ours == {"autoremat.program.model", "autoremat.program.plan", "autoremat.program.schedule"}
     computed = {"readers", "producer", "hold", "fixed_bytes", "runs_of", "extra_seconds", "from_order"}
     assert computed.isdisjoint(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute))
 

@@ -1,4 +1,4 @@
-"""What ``torch.utils.checkpoint`` and recollect make of steps that are more than arithmetic: cases and outcomes."""
+"""What ``torch.utils.checkpoint`` and autoremat make of steps that are more than arithmetic: cases and outcomes."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from tests.run.compare import World, at_the_floor, observe, same, seeded
 from tests.run.torch_checkpoint import FORMS
 
 ROWS, WIDTH, STEPS = 16, 4, 2
-RECOLLECT = "recollect"
-COLUMNS = (*FORMS, RECOLLECT)
+AUTOREMAT = "autoremat"
+COLUMNS = (*FORMS, AUTOREMAT)
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ def outcome(build: Callable[[], World], column: str) -> Outcome:
     plain = observe(world := seeded(build), world.target, STEPS)
     ran, messages = -1, list[str]()
     try:
-        if column == RECOLLECT:
+        if column == AUTOREMAT:
             got, stats, messages = at_the_floor(build, STEPS)
             ran = stats.reruns
         else:
@@ -340,7 +340,7 @@ def row(title: str, found: dict[str, Outcome]) -> str:
 
 
 def cell(column: str, found: Outcome) -> str:
-    """One outcome in a word; what recollect raises on purpose is a refusal."""
-    if column == RECOLLECT and found.kind == "error":
+    """One outcome in a word; what autoremat raises on purpose is a refusal."""
+    if column == AUTOREMAT and found.kind == "error":
         return "refused"
     return {"plainly": "right, run plainly", "silent": "**silent**", "twice": "**twice**"}.get(found.kind, found.kind)

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
-import recollect.api
-from recollect.plan.unroll import unroll
-from recollect.program import Plan, Program, Schedule, simulate
-from recollect.record.timing import Cost
-from recollect.run import Stats, Tape
-from recollect.run.entry import Entry
-from recollect.run.instructions import Instructions
+import autoremat
+import autoremat.api
+from autoremat.plan.unroll import unroll
+from autoremat.program import Plan, Program, Schedule, simulate
+from autoremat.record.timing import Cost
+from autoremat.run import Stats, Tape
+from autoremat.run.entry import Entry
+from autoremat.run.instructions import Instructions
 
 FRACTIONS: tuple[float, ...] = ()
 """The budgets of this test, beside the floor."""
@@ -37,14 +37,14 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     def solve(program: Program, budget: Any, **options: Any) -> Plan:
         known = programs.setdefault((program.values, program.ops), program)
-        return recollect.solve(known, budget, **options | {"time_limit_seconds": 0.02})
+        return autoremat.solve(known, budget, **options | {"time_limit_seconds": 0.02})
 
     def costs(signatures: Any, *rest: Any, **options: Any) -> list[Cost]:
         return [Cost(0.0 if s is None else 1e-6) for s in signatures]
 
     monkeypatch.setattr(sys.modules[__name__], "FRACTIONS", (0.9, 0.7, 0.5) if request.param else (0.6,))
-    monkeypatch.setattr(recollect.api, "solve", solve)
-    monkeypatch.setattr(sys.modules["recollect.record.record"], "measure_all", costs)
+    monkeypatch.setattr(autoremat.api, "solve", solve)
+    monkeypatch.setattr(sys.modules["autoremat.record.record"], "measure_all", costs)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -145,13 +145,13 @@ def assert_same(got: list[Any], plain: list[Any]) -> None:
 
 
 def attempt(build: Callable[[], World], budget: int | float, steps: int) -> tuple[list[Any], Stats, list[str]]:
-    """Observations, statistics and recollect's warnings of a training under a budget."""
+    """Observations, statistics and autoremat's warnings of a training under a budget."""
     world = seeded(build)
-    call = recollect.checkpoint(world.target, budget=budget, time_limit_seconds=1.0)
+    call = autoremat.checkpoint(world.target, budget=budget, time_limit_seconds=1.0)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         got = observe(world, call, steps)
-    return got, recollect.stats(call), [str(w.message) for w in caught if "recollect" in str(w.message)]
+    return got, autoremat.stats(call), [str(w.message) for w in caught if "autoremat" in str(w.message)]
 
 
 def at_the_floor(build: Callable[[], World], steps: int) -> tuple[list[Any], Stats, list[str]]:
@@ -160,7 +160,7 @@ def at_the_floor(build: Callable[[], World], steps: int) -> tuple[list[Any], Sta
     for _ in range(8):
         try:
             return attempt(build, budget, steps)
-        except recollect.InfeasibleBudget as error:  # of the first kind of call that needs more
+        except autoremat.InfeasibleBudget as error:  # of the first kind of call that needs more
             budget = max(budget + 1, error.floor_bytes)
     raise AssertionError("no floor")
 
@@ -190,7 +190,7 @@ def exact(
     for budget in (*FRACTIONS, None):
         try:
             got, stats, messages = attempt(build, budget, steps) if budget else at_the_floor(build, steps)
-        except recollect.InfeasibleBudget:
+        except autoremat.InfeasibleBudget:
             continue
         assert_same(got, plain)
         assert (stats.deviations > 0) <= deviates, messages

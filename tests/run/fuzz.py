@@ -1,7 +1,7 @@
-"""Random small torch programs, trained plainly and with recollect, compared to the last bit.
+"""Random small torch programs, trained plainly and with autoremat, compared to the last bit.
 
 A *script* is a program as data: what the forward does with a pool of tensors, what it returns, how several steps use
-it, and how recollect is to run it. Its ``repr`` is Python that makes it again: a failure that hypothesis has shrunk can
+it, and how autoremat is to run it. Its ``repr`` is Python that makes it again: a failure that hypothesis has shrunk can
 be pasted into a test as it is.
 """
 
@@ -26,17 +26,17 @@ from hypothesis.errors import Flaky
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-import recollect
-from recollect.plan.tables import tables_of
-from recollect.plan.unroll import unroll
-from recollect.program import InfeasibleBudget, Plan, Program, Schedule, simulate
-from recollect.record import record, timing
-from recollect.record.record import UnusableInput
-from recollect.record.timing import Cost
-from recollect.run import Tape
-from recollect.run.account import account, resident
-from recollect.run.instructions import Instructions
-from recollect.run.session import NotPlannable, Session
+import autoremat
+from autoremat.plan.tables import tables_of
+from autoremat.plan.unroll import unroll
+from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
+from autoremat.record import record, timing
+from autoremat.record.record import UnusableInput
+from autoremat.record.timing import Cost
+from autoremat.run import Tape
+from autoremat.run.account import account, resident
+from autoremat.run.instructions import Instructions
+from autoremat.run.session import NotPlannable, Session
 from tests.run.compare import frozen, plan_that_keeps_nothing, same
 
 WIDTH = 8
@@ -94,7 +94,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Way:
-    """How recollect runs it.
+    """How autoremat runs it.
 
     ``nothing``: whatever may be computed again is, again and again; ``random``: values drop at random, ``seed``;
     ``budget``: the best plan for a budget, a ``share`` of the way from the floor to the plain peak; ``online``: off the
@@ -639,7 +639,7 @@ USES: dict[str, Callable[[Call, Model, list[Tensor], int], Any]] = {
 
 def _kind_of(error: Exception) -> str:
     """The kind that plain torch knows: ours are kinds of those."""
-    return next(c.__name__ for c in type(error).__mro__ if not c.__module__.startswith("recollect"))
+    return next(c.__name__ for c in type(error).__mro__ if not c.__module__.startswith("autoremat"))
 
 
 def train(script: Script, wrap: Callable[[Model], Call]) -> Iterator[tuple[str, Any]]:
@@ -727,7 +727,7 @@ class Planner:
         while True:
             budget = max(1, min(plain_peak, floor + int(share * (plain_peak - floor))))
             try:
-                return recollect.solve(program, budget, solver=solver, time_limit_seconds=0.02)
+                return autoremat.solve(program, budget, solver=solver, time_limit_seconds=0.02)
             except InfeasibleBudget as error:  # once to know the floor; where the time did not suffice, again
                 floor, share = error.floor_bytes, share if not floor else share + 0.1
 
@@ -747,7 +747,7 @@ class Outcome:
     """What became of a script.
 
     Attributes:
-        wrong: what is not as in plain training, or what recollect should not have said.
+        wrong: what is not as in plain training, or what autoremat should not have said.
         error: what plain torch raised; "" if nothing.
         reruns: operators run again.
         deviations: steps that left the path.
@@ -764,7 +764,7 @@ class Outcome:
 
 
 def examine(script: Script) -> Outcome:
-    """Run a script plainly and with recollect."""
+    """Run a script plainly and with autoremat."""
     outcome, sessions = Outcome(), list[Session]()
 
     def wrap(model: Model) -> Call:
@@ -811,7 +811,7 @@ def compare(outcome: Outcome, got: dict[str, Any], plain: dict[str, Any]) -> Non
     for name in got | plain:
         if name not in got or name not in plain:
             error = (got | plain)[name] if name.endswith("error") else ""
-            outcome.wrong.append(f"{name} only in {'recollect' if name in got else 'plain'} {error}")
+            outcome.wrong.append(f"{name} only in {'autoremat' if name in got else 'plain'} {error}")
         elif name.endswith("error"):
             outcome.error = plain[name][0]
             if got[name][0] != plain[name][0]:
@@ -821,10 +821,10 @@ def compare(outcome: Outcome, got: dict[str, Any], plain: dict[str, Any]) -> Non
 
 
 def judge(outcome: Outcome, script: Script, session: Session, messages: list[str]) -> None:
-    """What recollect must not say of a valid script."""
+    """What autoremat must not say of a valid script."""
     stats, failed = session.stats(), bool(outcome.error)
     outcome.reruns, outcome.deviations = stats.reruns, stats.deviations
-    said = [m for m in messages if "recollect" in m]
+    said = [m for m in messages if "autoremat" in m]
     if stats.unplanned:
         outcome.unplanned = next((m for m in said if "without checkpointing" in m), "?")
     if stats.differing:
@@ -837,7 +837,7 @@ def judge(outcome: Outcome, script: Script, session: Session, messages: list[str
 
 
 NOT_PLANNED = "a leaf Variable that requires grad is being used in an in-place operation"
-"""Why recollect runs valid programs plainly: inputs from a graph outside are overwritten."""
+"""Why autoremat runs valid programs plainly: inputs from a graph outside are overwritten."""
 
 
 def may_vary(body: tuple[Instruction, ...]) -> bool:

@@ -18,10 +18,10 @@ from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.testing._utils import wrapper_set_seed
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from recollect.program import Plan
-from recollect.record import record
-from recollect.run import Tape, instructions_for
-from recollect.run.selfcheck import SelfCheck
+from autoremat.program import Plan
+from autoremat.record import record
+from autoremat.run import Tape, instructions_for
+from autoremat.run.selfcheck import SelfCheck
 from tests.run.compare import off_path, plan_that_keeps_nothing, same
 
 torch.backends.__allow_nonbracketed_mutation_flag = True  # torch's own test code forbids it to the whole process

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from recollect.run.account import _add_up, account, resident
+from autoremat.run.account import _add_up, account, resident
 
 
 def test_two_tensors_by_hand() -> None:

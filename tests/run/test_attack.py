@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
+import autoremat
 
 WIDTH = 32
 
-pytestmark = pytest.mark.filterwarnings("ignore:recollect")
+pytestmark = pytest.mark.filterwarnings("ignore:autoremat")
 
 
 class Net(nn.Module):
@@ -45,8 +45,8 @@ def step(model: Any, x: Tensor) -> list[Tensor]:
 
 def floor_of(model: nn.Module, x: Tensor) -> int:
     try:
-        recollect.plan(model, x, budget=1, timing="estimate", time_limit_seconds=0.1)
-    except recollect.InfeasibleBudget as error:
+        autoremat.plan(model, x, budget=1, timing="estimate", time_limit_seconds=0.1)
+    except autoremat.InfeasibleBudget as error:
         return error.floor_bytes
     raise AssertionError("must be infeasible")
 
@@ -62,12 +62,12 @@ def test_numpy_writes_into_what_is_made_off_the_path() -> None:
 
     torch.manual_seed(0)
     x, plain = torch.randn(256, WIDTH), Net(between)
-    model = recollect.checkpoint(copy.deepcopy(plain), budget=floor_of(plain, x) + 2000, time_limit_seconds=0.1)
+    model = autoremat.checkpoint(copy.deepcopy(plain), budget=floor_of(plain, x) + 2000, time_limit_seconds=0.1)
     step(model, x)
     step(model, x)
     plain.odd = model.odd = True
     assert all(map(torch.equal, step(model, x), step(plain, x)))
-    stats = recollect.stats(model)
+    stats = autoremat.stats(model)
     assert stats.deviations == 1
     assert stats.reruns > 0
 
@@ -89,7 +89,7 @@ def its_own_backward(model: nn.Module, k: int, h: Tensor) -> Tensor:
 class _Double(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        doubled: Tensor = torch.ops.recollect_attack.double(x)
+        doubled: Tensor = torch.ops.autoremat_attack.double(x)
         return doubled
 
     @staticmethod
@@ -97,7 +97,7 @@ class _Double(torch.autograd.Function):
         return grad * 2
 
 
-LIBRARY = torch.library.Library("recollect_attack", "DEF")
+LIBRARY = torch.library.Library("autoremat_attack", "DEF")
 LIBRARY.define("double(Tensor x) -> Tensor")
 LIBRARY.impl("double", lambda x: x * 2, "CPU")
 LIBRARY.impl("double", torch.empty_like, "Meta")
@@ -113,13 +113,13 @@ def an_unknown_operator(model: nn.Module, k: int, h: Tensor) -> Tensor:
 def test_a_forward_that_leaves_something_behind_is_not_tried_again(between: Any) -> None:
     torch.manual_seed(0)
     x, plain = torch.randn(256, WIDTH), Net(between)
-    model = recollect.checkpoint(copy.deepcopy(plain), budget=0.8, time_limit_seconds=0.1)
+    model = autoremat.checkpoint(copy.deepcopy(plain), budget=0.8, time_limit_seconds=0.1)
     assert all(map(torch.equal, step(model, x), step(plain, x)))
     model.zero_grad()
     model.failures = 1
     with pytest.raises(torch.OutOfMemoryError, match="Tried to"):
         model(x)
-    assert recollect.stats(model).retries == 0
+    assert autoremat.stats(model).retries == 0
 
 
 @pytest.mark.parametrize("in_module", [True, False])
@@ -149,6 +149,6 @@ def test_several_forwards_in_one_autocast_region(rows: tuple[int, ...], in_modul
     model = Net(lambda model, k, h: h.sin())
     call = model if in_module else of_closure(model)
     expected = train(model, call)
-    checkpointed = recollect.checkpoint(call, budget=0.9, time_limit_seconds=0.1)
+    checkpointed = autoremat.checkpoint(call, budget=0.9, time_limit_seconds=0.1)
     for _ in range(3):
         assert all(map(torch.equal, train(model, checkpointed), expected))

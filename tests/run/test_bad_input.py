@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-import recollect
+import autoremat
 
 
 def network() -> nn.Module:
@@ -41,19 +41,19 @@ def test_malformed_budgets(budget: Any) -> None:
     model = network()
     before = state_of(model)
     with pytest.raises((ValueError, TypeError), match="budget"):
-        recollect.checkpoint(model, budget=budget)
+        autoremat.checkpoint(model, budget=budget)
     assert_untouched(model, before)
     with pytest.raises((ValueError, TypeError), match="budget"):
-        recollect.plan(model, torch.randn(2, 32), budget=budget)
+        autoremat.plan(model, torch.randn(2, 32), budget=budget)
 
 
 def test_below_the_floor() -> None:
     model = network()
     before = state_of(model)
-    recollect.checkpoint(model, budget="1KB")
+    autoremat.checkpoint(model, budget="1KB")
     generator = torch.get_rng_state()
     x = torch.randn(64, 32, generator=torch.Generator())
-    with pytest.raises(recollect.InfeasibleBudget) as caught:
+    with pytest.raises(autoremat.InfeasibleBudget) as caught:
         model(x)
     error = caught.value
     assert error.floor_bytes > error.budget_bytes == 1000
@@ -61,53 +61,53 @@ def test_below_the_floor() -> None:
     assert error.largest
     assert str(error.floor_bytes) in str(error)
     assert torch.equal(generator, torch.get_rng_state())
-    assert_untouched(recollect.restore(model), before)
-    recollect.checkpoint(model, budget=error.floor_bytes)  # the floor that it names is enough
+    assert_untouched(autoremat.restore(model), before)
+    autoremat.checkpoint(model, budget=error.floor_bytes)  # the floor that it names is enough
     model(x).sum().backward()
 
 
 def test_a_model_without_parameters() -> None:
     with pytest.raises(ValueError, match="no parameters that require grad"):
-        recollect.checkpoint(nn.ReLU(), budget=0.5)
+        autoremat.checkpoint(nn.ReLU(), budget=0.5)
 
 
 def test_nothing_differentiable() -> None:
-    step = recollect.checkpoint(lambda x: x.detach() * 2, budget=0.5)
+    step = autoremat.checkpoint(lambda x: x.detach() * 2, budget=0.5)
     with pytest.raises(ValueError, match="nothing that requires grad"):
         step(torch.randn(3, requires_grad=True))
     with pytest.raises(ValueError, match="nothing that requires grad"):
-        recollect.plan(lambda: 3, budget=0.5)
+        autoremat.plan(lambda: 3, budget=0.5)
 
 
 def test_several_devices() -> None:
     model = network()
     before = state_of(model)
     with pytest.raises(ValueError, match="several devices"):
-        recollect.plan(model, torch.randn(2, 32, device="meta"), budget=0.5)
+        autoremat.plan(model, torch.randn(2, 32, device="meta"), budget=0.5)
     assert_untouched(model, before)
 
 
 def test_checkpointed_already() -> None:
-    model = recollect.checkpoint(network(), budget=0.9)
+    model = autoremat.checkpoint(network(), budget=0.9)
     with pytest.raises(ValueError, match="restore"):
-        recollect.checkpoint(model, budget=0.5)
-    step = recollect.checkpoint(lambda x: model(x).sum(), budget=0.9)
+        autoremat.checkpoint(model, budget=0.5)
+    step = autoremat.checkpoint(lambda x: model(x).sum(), budget=0.9)
     with pytest.raises(ValueError, match="restore"):
-        recollect.checkpoint(step, budget=0.5)
+        autoremat.checkpoint(step, budget=0.5)
 
 
 def test_not_callable_and_not_checkpointed() -> None:
     with pytest.raises(TypeError, match="module or a callable"):
-        recollect.checkpoint(3, budget=0.5)  # type: ignore[call-overload]
+        autoremat.checkpoint(3, budget=0.5)  # type: ignore[call-overload]
     with pytest.raises(ValueError, match="nothing to restore"):
-        recollect.restore(network())
+        autoremat.restore(network())
     with pytest.raises(ValueError, match="checkpoint on it first"):
-        recollect.stats(network())
+        autoremat.stats(network())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_torch_checkpoint_inside_is_left_alone(reentrant: bool) -> None:
-    """What runs inside torch.utils.checkpoint is recomputed by it; around it recollect plans."""
+    """What runs inside torch.utils.checkpoint is recomputed by it; around it autoremat plans."""
 
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -121,13 +121,13 @@ def test_torch_checkpoint_inside_is_left_alone(reentrant: bool) -> None:
 
     torch.manual_seed(0)
     plain, x = Mixed(), torch.randn(1024, 32)
-    mine = recollect.checkpoint(copy.deepcopy(plain), budget=0.9)
+    mine = autoremat.checkpoint(copy.deepcopy(plain), budget=0.9)
     for _ in range(3):
         a, b = plain(x), mine(x)
         a.backward()
         b.backward()
         assert torch.equal(a, b)
         assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), mine.parameters(), strict=True))
-    stats = recollect.stats(mine)
+    stats = autoremat.stats(mine)
     assert stats.deviations == 0
     assert stats.reruns > 0

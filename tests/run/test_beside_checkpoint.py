@@ -1,4 +1,4 @@
-"""What ``torch.utils.checkpoint`` gets wrong, twice or not at all, is right under recollect, or refused clearly."""
+"""What ``torch.utils.checkpoint`` gets wrong, twice or not at all, is right under autoremat, or refused clearly."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-import recollect
-from tests.run.behaviour import CASES, RECOLLECT, inputs, outcome, outcomes_of, row, shifted
+import autoremat
+from tests.run.behaviour import AUTOREMAT, CASES, inputs, outcome, outcomes_of, row, shifted
 from tests.run.compare import off_by_a_bit, quick
 
 __all__ = ["quick"]  # a fixture
@@ -20,11 +20,11 @@ PAGE = Path(__file__).parents[2] / "docs" / "beside-checkpoint.md"
 @pytest.mark.parametrize("title", CASES)
 def test_right_or_refused_and_as_the_page_says(title: str) -> None:
     found = outcomes_of(title)
-    mine = found[RECOLLECT]
+    mine = found[AUTOREMAT]
     assert mine.kind in ("right", "plainly", "error"), mine
     if mine.kind == "error":
         assert "modified by an inplace operation" in mine.message
-        assert "recollect needs it as it was to run aten.add.Tensor in the step" in mine.message
+        assert "autoremat needs it as it was to run aten.add.Tensor in the step" in mine.message
         assert "behaviour.py:" in mine.message
     if mine.kind == "plainly":
         assert "running without checkpointing" in mine.message
@@ -40,7 +40,7 @@ def test_the_page_has_no_other_rows() -> None:
 def test_a_wrong_gradient_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     off_by_a_bit(monkeypatch, when=lambda entry: torch._C._current_graph_task_id() >= 0)
     title = "numbers from NumPy"
-    assert outcome(CASES[title], RECOLLECT).kind in ("silent", "error")
+    assert outcome(CASES[title], AUTOREMAT).kind in ("silent", "error")
 
 
 def test_what_the_refusal_advises_helps() -> None:
@@ -57,18 +57,18 @@ def test_what_the_refusal_advises_helps() -> None:
 
     plain = step(shifted, lambda t: t)
     budget = lowest(step)
-    kept = recollect.checkpoint(shifted, budget=1.0, keep="aten.add.Tensor", recompute="aten.tanh.default")
+    kept = autoremat.checkpoint(shifted, budget=1.0, keep="aten.add.Tensor", recompute="aten.tanh.default")
     assert torch.equal(step(kept, lambda t: t), plain)
-    assert recollect.stats(kept).reruns > 0
-    cloned = recollect.checkpoint(shifted, budget=budget)
+    assert autoremat.stats(kept).reruns > 0
+    cloned = autoremat.checkpoint(shifted, budget=budget)
     assert torch.equal(step(cloned, torch.clone), plain)
-    assert recollect.stats(cloned).reruns > 0
-    with pytest.raises(RuntimeError, match="recollect needs it as it was"):
-        step(recollect.checkpoint(shifted, budget=budget), lambda t: t)
+    assert autoremat.stats(cloned).reruns > 0
+    with pytest.raises(RuntimeError, match="autoremat needs it as it was"):
+        step(autoremat.checkpoint(shifted, budget=budget), lambda t: t)
 
 
 def lowest(step: Any) -> int:
     """The floor of a step."""
-    with pytest.raises(recollect.InfeasibleBudget) as caught:
-        step(recollect.checkpoint(shifted, budget=1), torch.clone)
+    with pytest.raises(autoremat.InfeasibleBudget) as caught:
+        step(autoremat.checkpoint(shifted, budget=1), torch.clone)
     return caught.value.floor_bytes

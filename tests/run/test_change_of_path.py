@@ -12,14 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-import recollect
-from recollect.demo.models import GPT, GPTConfig
-from recollect.run.account import account, resident
-from recollect.run.session import MAX_DEVIATIONS, MAX_PLANS
+import autoremat
+from autoremat.demo.models import GPT, GPTConfig
+from autoremat.run.account import account, resident
+from autoremat.run.session import MAX_DEVIATIONS, MAX_PLANS
 
 WIDTH = 64
 
-pytestmark = pytest.mark.filterwarnings("ignore:recollect")
+pytestmark = pytest.mark.filterwarnings("ignore:autoremat")
 
 
 def gradients(model: nn.Module) -> list[Tensor]:
@@ -29,7 +29,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 def both(model: nn.Module, budget: Any, batches: list[Any], loss_of: Callable[[nn.Module, Any], Tensor]) -> list[int]:
     """Train plainly and under the budget on the same batches; the peaks measured, step by step, from the second on."""
     plain, peaks = copy.deepcopy(model), list[int]()
-    step = recollect.checkpoint(lambda batch: loss_of(model, batch), budget=budget, time_limit_seconds=1.0)
+    step = autoremat.checkpoint(lambda batch: loss_of(model, batch), budget=budget, time_limit_seconds=1.0)
     for batch in batches:
         for m in (plain, model):
             m.zero_grad()
@@ -38,7 +38,7 @@ def both(model: nn.Module, budget: Any, batches: list[Any], loss_of: Callable[[n
         expected.backward()
         after = torch.get_rng_state()
         torch.set_rng_state(state)
-        planned = recollect.stats(step).planned
+        planned = autoremat.stats(step).planned
         losses: list[Tensor] = []
         leaves = [t for t in torch.utils._pytree.tree_leaves(batch) if isinstance(t, Tensor)]
 
@@ -46,13 +46,13 @@ def both(model: nn.Module, budget: Any, batches: list[Any], loss_of: Callable[[n
             losses.append(_backward(step(batch)))
 
         seen = account(run, resident(model, *leaves))
-        if recollect.stats(step).planned == planned:  # else operators have been measured in between
+        if autoremat.stats(step).planned == planned:  # else operators have been measured in between
             peaks.append(seen.peak_bytes)
         assert torch.equal(losses[0], expected.detach())
         assert torch.equal(torch.get_rng_state(), after)
         assert all(map(torch.equal, gradients(model), gradients(plain)))
         assert len(gradients(model)) == len(gradients(plain))
-    both.stats = recollect.stats(step)  # type: ignore[attr-defined]
+    both.stats = autoremat.stats(step)  # type: ignore[attr-defined]
     return peaks
 
 
@@ -86,7 +86,7 @@ def test_branches_on_data_stay_within_the_budget() -> None:
     torch.manual_seed(0)
     x = torch.randn(512, WIDTH)
     model = Branches()
-    plain = recollect.plan(model, x, 1.0, budget=1.0, timing="measure").plain_peak_bytes
+    plain = autoremat.plan(model, x, 1.0, budget=1.0, timing="measure").plain_peak_bytes
     batches = [(x, 9.0)] + [(x, t) for t in (0.0, -9.0, 0.01, -0.01, 9.0, -9.0, 0.0, -9.0)]
     budget = int(0.6 * plain)
     peaks = both(model, budget, [(b, torch.tensor(t)) for b, t in batches], lambda m, b: m(b[0], b[1].item()))
@@ -116,7 +116,7 @@ def test_another_path_on_fake_tensors_is_recorded_on_real_ones() -> None:
     x = torch.randn(512, WIDTH)
     model = LooksAtItsTensors()
     mask = torch.ones(512, dtype=torch.bool)
-    budget = int(0.6 * recollect.plan(model, x, mask, budget=1.0, timing="measure").plain_peak_bytes)
+    budget = int(0.6 * autoremat.plan(model, x, mask, budget=1.0, timing="measure").plain_peak_bytes)
     peaks = both(model, budget, [(x, mask)] * 4, lambda m, b: m(*b))
     stats = both.stats  # type: ignore[attr-defined]
     assert (stats.planned, stats.deviations, stats.plan.program.recorded) == (1, 0, "real")
@@ -134,7 +134,7 @@ def test_a_recording_on_real_tensors_changes_nothing_in_a_closure(looks: bool) -
             x = x * float(x.sum() > 0)
         return model(x).square().mean()
 
-    call = recollect.checkpoint(step, budget=1.0)
+    call = autoremat.checkpoint(step, budget=1.0)
     call(torch.randn(8, WIDTH)).backward()
     assert calls.item() == 1
 
@@ -164,7 +164,7 @@ def test_mixture_of_experts_with_uneven_routing() -> None:
     torch.manual_seed(0)
     model = Experts()
     batches = [torch.randn(512, WIDTH) + 2 * torch.randn(WIDTH) * (k > 0) for k in range(10)]
-    budget = int(0.75 * recollect.plan(model, batches[0], budget=1.0, timing="measure").plain_peak_bytes)
+    budget = int(0.75 * autoremat.plan(model, batches[0], budget=1.0, timing="measure").plain_peak_bytes)
     peaks = both(model, budget, batches, lambda m, b: m(b))
     assert both.stats.reruns > 0  # type: ignore[attr-defined]
     assert max(peaks) <= budget
@@ -191,7 +191,7 @@ class EarlyExit(nn.Module):
 def test_early_exit() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(512, WIDTH), EarlyExit()
-    budget = int(0.6 * recollect.plan(model, x, torch.tensor(8), budget=1.0, timing="measure").plain_peak_bytes)
+    budget = int(0.6 * autoremat.plan(model, x, torch.tensor(8), budget=1.0, timing="measure").plain_peak_bytes)
     batches = [(x, torch.tensor(d)) for d in (8, 3, 8, 5, 8, 2, 1, 7, 8, 8)]
     peaks = both(model, budget, batches, lambda m, b: m(*b))
     assert both.stats.deviations > 0  # type: ignore[attr-defined]
@@ -202,20 +202,20 @@ def test_early_exit() -> None:
 def test_stochastic_depth() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(512, WIDTH), EarlyExit(drop=0.3)
-    budget = int(0.7 * recollect.plan(EarlyExit(), x, torch.tensor(8), budget=1.0, timing="measure").plain_peak_bytes)
+    budget = int(0.7 * autoremat.plan(EarlyExit(), x, torch.tensor(8), budget=1.0, timing="measure").plain_peak_bytes)
     peaks = both(model, budget, [(x, torch.tensor(8))] * 12, lambda m, b: m(*b))
     assert both.stats.deviations > 0  # type: ignore[attr-defined]
     assert max(peaks) <= budget
 
 
-def lengths(n_steps: int, n_lengths: int, model: GPT, budget: int) -> recollect.run.Stats:
+def lengths(n_steps: int, n_lengths: int, model: GPT, budget: int) -> autoremat.run.Stats:
     dice = torch.Generator().manual_seed(1)
     rows = [24 + 2 * int(torch.randint(n_lengths, (), generator=dice)) for _ in range(n_steps)]
     text = torch.randint(0, 256, (4, 24 + 2 * n_lengths + 1), generator=dice)
     batches = [(text[:, :n].contiguous(), text[:, 1 : n + 1].contiguous()) for n in rows]
     peaks = both(model, budget, batches, lambda m, b: F.cross_entropy(m(b[0]).flatten(0, 1), b[1].flatten()))
     assert max(peaks) <= budget
-    stats: recollect.run.Stats = both.stats  # type: ignore[attr-defined]
+    stats: autoremat.run.Stats = both.stats  # type: ignore[attr-defined]
     assert (stats.deviations, stats.unplanned) == (0, 0)
     assert stats.reruns > 0
     assert stats.plans <= MAX_PLANS
@@ -224,7 +224,7 @@ def lengths(n_steps: int, n_lengths: int, model: GPT, budget: int) -> recollect.
 
 def longest_plain_peak(model: GPT, n_lengths: int) -> int:
     x = torch.zeros(4, 24 + 2 * n_lengths, dtype=torch.int64)
-    return recollect.plan(lambda: F.cross_entropy(model(x).flatten(0, 1), x.flatten()), budget=1.0).plain_peak_bytes
+    return autoremat.plan(lambda: F.cross_entropy(model(x).flatten(0, 1), x.flatten()), budget=1.0).plain_peak_bytes
 
 
 @pytest.mark.slow
@@ -246,19 +246,19 @@ def test_variable_lengths_for_200_steps() -> None:
 
 @pytest.mark.slow
 def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("recollect.run.session.MAX_PLANS", 2)
+    monkeypatch.setattr("autoremat.run.session.MAX_PLANS", 2)
     model = nn.Sequential(*blocks(2))
-    step = recollect.checkpoint(lambda x: model(x).square().mean(), budget=0.9, time_limit_seconds=1.0)
+    step = autoremat.checkpoint(lambda x: model(x).square().mean(), budget=0.9, time_limit_seconds=1.0)
     for n in (256, 320, 384, 448):
         step(torch.randn(n, WIDTH)).backward()
-        assert recollect.stats(step).plans <= 2
+        assert autoremat.stats(step).plans <= 2
 
 
 def test_switches_between_training_and_evaluation() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*blocks(4), nn.Dropout(0.2), nn.BatchNorm1d(WIDTH))
     plain = copy.deepcopy(model)
-    recollect.checkpoint(model, budget=0.8, time_limit_seconds=1.0)
+    autoremat.checkpoint(model, budget=0.8, time_limit_seconds=1.0)
     for k in range(8):
         x = torch.randn(256, WIDTH)
         results = []
@@ -272,4 +272,4 @@ def test_switches_between_training_and_evaluation() -> None:
         (a, b, c), (d, e, f) = results
         assert torch.equal(a, d)
         assert all(map(torch.equal, b + c, e + f))
-    assert recollect.stats(model).deviations == 0
+    assert autoremat.stats(model).deviations == 0

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
-from recollect.checking import Check
-from recollect.cli import main
+import autoremat
+from autoremat.checking import Check
+from autoremat.cli import main
 from tests.run.compare import off_by_a_bit
 from tests.zoo import CASES
 
@@ -47,7 +47,7 @@ def test_all_is_the_same_and_afterwards_as_before() -> None:
     model, x = Net(), torch.randn(64, WIDTH)
     model.layers[0].weight.grad = torch.ones(WIDTH, WIDTH)
     before = state(model)
-    found = recollect.check(model, x, budget=0.6)
+    found = autoremat.check(model, x, budget=0.6)
     assert (found.is_exact, found.is_within_budget, found.kept, found.deviations) == (True, True, (), 0)
     assert found.plan is not None
     assert found.peak_bytes == found.plan.peak_bytes < found.plain_peak_bytes == found.plan.plain_peak_bytes
@@ -59,7 +59,7 @@ def test_all_is_the_same_and_afterwards_as_before() -> None:
 def test_a_module_without_a_loss_takes_what_the_plan_says() -> None:
     """The gradients that the backward begins with are not held longer than a loss would hold them."""
     model = nn.Sequential(*(layer for _ in range(3) for layer in (nn.Linear(64, 64), nn.GELU())))
-    found = recollect.check(model, torch.randn(512, 64), budget=0.8)
+    found = autoremat.check(model, torch.randn(512, 64), budget=0.8)
     assert found.plan is not None
     assert (found.is_exact, found.is_within_budget) == (True, True)
     assert (found.peak_bytes, found.plain_peak_bytes) == (found.plan.peak_bytes, found.plan.plain_peak_bytes)
@@ -75,7 +75,7 @@ def test_whatever_is_returned_can_be_checked(outputs: str) -> None:
         "complex": lambda y: torch.complex(y.sin(), y.cos()),
         "sparse": lambda y: (y.sin(), table * 2),
     }
-    found = recollect.check(lambda x: results[outputs](layer(x).tanh()), torch.randn(4, 8), budget=1.0)
+    found = autoremat.check(lambda x: results[outputs](layer(x).tanh()), torch.randn(4, 8), budget=1.0)
     assert found.is_exact
 
 
@@ -83,26 +83,26 @@ def test_whatever_is_returned_can_be_checked(outputs: str) -> None:
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("pre-activation ResNet", "U-Net")], ids=str)
 def test_networks(case: Any) -> None:
     torch.manual_seed(0)
-    found = recollect.check(case.loss(case.model()), *case.inputs(), budget=0.7)
+    found = autoremat.check(case.loss(case.model()), *case.inputs(), budget=0.7)
     assert found.is_exact
     assert found.is_within_budget
 
 
 def test_what_is_checkpointed_already_has_its_budget() -> None:
-    model, x = recollect.checkpoint(Net(), budget=0.7), torch.randn(64, WIDTH)
-    assert recollect.check(model, x).is_exact
+    model, x = autoremat.checkpoint(Net(), budget=0.7), torch.randn(64, WIDTH)
+    assert autoremat.check(model, x).is_exact
     with pytest.raises(ValueError, match="leave the budget out"):
-        recollect.check(model, x, budget=0.5)
+        autoremat.check(model, x, budget=0.5)
     with pytest.raises(ValueError, match="give a budget"):
-        recollect.check(Net(), x)
+        autoremat.check(Net(), x)
 
 
 @pytest.mark.slow
 def test_a_difference_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """A tape whose reruns are wrong in the backward, and a self-check that is blind."""
     off_by_a_bit(monkeypatch)
-    monkeypatch.setattr("recollect.run.session.SelfCheck", lambda *args: None)
-    found = recollect.check(Net(), torch.randn(64, WIDTH), budget=0.6)
+    monkeypatch.setattr("autoremat.run.session.SelfCheck", lambda *args: None)
+    found = autoremat.check(Net(), torch.randn(64, WIDTH), budget=0.6)
     assert not found.is_exact
     assert all(d.name.startswith("gradient of ") and 0 < d.largest < 1 for d in found.differences)
     assert "NOT the same" in str(found)
@@ -112,7 +112,7 @@ def test_a_difference_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_what_differs_when_it_runs_again_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     off_by_a_bit(monkeypatch)
     with pytest.warns(RuntimeWarning, match="must not run again"):
-        found = recollect.check(Net(), torch.randn(64, WIDTH), budget=0.8)
+        found = autoremat.check(Net(), torch.randn(64, WIDTH), budget=0.8)
     assert found.is_exact
     assert found.kept
     assert all("test_check.py:" in line and line in str(found) for line in found.kept)
@@ -122,7 +122,7 @@ def test_tensors_that_are_not_there() -> None:
     with torch.device("meta"):
         model, x = Net(), torch.randn(64, WIDTH)
     with pytest.raises(ValueError, match="give it real ones"):
-        recollect.check(model, x, budget=0.5)
+        autoremat.check(model, x, budget=0.5)
 
 
 def test_several_outputs_of_several_dtypes() -> None:
@@ -132,7 +132,7 @@ def test_several_outputs_of_several_dtypes() -> None:
         y = (x.to(torch.complex64) @ weight).sin().exp()
         return {"complex": y, "real": y.abs(), "chosen": y.abs() > 1}
 
-    assert recollect.check(step, torch.randn(256, WIDTH, requires_grad=True), budget=0.95).is_exact
+    assert autoremat.check(step, torch.randn(256, WIDTH, requires_grad=True), budget=0.95).is_exact
 
 
 def test_command_line() -> None:
@@ -154,7 +154,7 @@ def layers(n: int = 5) -> nn.Sequential:
 
 
 def quickly(target: Any, x: Tensor) -> Check:
-    return recollect.check(target, x, budget=0.8, time_limit_seconds=0.1)
+    return autoremat.check(target, x, budget=0.8, time_limit_seconds=0.1)
 
 
 def test_tensors_that_only_the_code_knows() -> None:
@@ -218,7 +218,7 @@ def test_hooks_that_step_an_optimizer_do_not_run(in_module: bool) -> None:
     assert (found.is_exact, found.compared["gradient"]) == (True, 10)
     assert not any(o.state for o in optimizers.values())
     assert all(map(torch.equal, before, model.parameters()))
-    recollect.plan(step, torch.randn(256, WIDTH), budget=0.8, time_limit_seconds=0.1)
+    autoremat.plan(step, torch.randn(256, WIDTH), budget=0.8, time_limit_seconds=0.1)
     assert not any(o.state for o in optimizers.values())
     model(torch.randn(256, WIDTH)).sum().backward()
     assert all(o.state for o in optimizers.values())

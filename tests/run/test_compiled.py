@@ -1,4 +1,4 @@
-"""``torch.compile`` beside recollect: compiled code inside what is checkpointed, around it, and next to it."""
+"""``torch.compile`` beside autoremat: compiled code inside what is checkpointed, around it, and next to it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
-from recollect.record.compiled import CompiledCode, eagerly, in_compiled_code
+import autoremat
+from autoremat.record.compiled import CompiledCode, eagerly, in_compiled_code
 from tests.run.compare import World, assert_same, attempt, exact, observe, quick, seeded
 
 __all__ = ["quick"]  # a fixture
@@ -122,7 +122,7 @@ def test_what_was_compiled_before_the_first_call_stays_compiled(backend: str) ->
 def test_planning_refuses_compiled_code() -> None:
     world = loss("eager")
     with pytest.raises(CompiledCode, match=r"test_compiled\.py:\d+\) is compiled by torch\.compile.*leave"):
-        recollect.plan(world.target, torch.randn(ROWS, WIDTH), budget=0.6)
+        autoremat.plan(world.target, torch.randn(ROWS, WIDTH), budget=0.6)
     assert stance() == "default"
 
 
@@ -138,11 +138,11 @@ def test_checkpointed_module_inside_compiled_code(backend: str, fullgraph: bool)
     world = seeded(lambda: build(lambda m: m))
     plain = observe(world, world.target, 2)
     torch._dynamo.reset()
-    world = seeded(lambda: build(lambda m: recollect.checkpoint(m, budget=0.6)))
+    world = seeded(lambda: build(lambda m: autoremat.checkpoint(m, budget=0.6)))
     with pytest.warns(RuntimeWarning, match=r"inside torch\.compile: running without.*from code that is not compiled"):
         got = observe(world, world.target, 2)
     assert_same(got, plain)
-    stats = recollect.stats(world.modules[0])
+    stats = autoremat.stats(world.modules[0])
     assert (stats.unplanned, stats.calls) == (2, 0)
 
 
@@ -164,7 +164,7 @@ def test_checkpointed_module_inside_code_that_the_compiler_gave_up() -> None:
     world = seeded(lambda: build(lambda m: m))
     plain = observe(world, world.target, 2)
     torch._dynamo.reset()
-    world = seeded(lambda: build(lambda m: recollect.checkpoint(m, budget=0.6)))
+    world = seeded(lambda: build(lambda m: autoremat.checkpoint(m, budget=0.6)))
     with pytest.warns(RuntimeWarning, match=r"inside torch\.compile"):
         assert_same(observe(world, world.target, 2), plain)
 
@@ -185,13 +185,13 @@ def test_compiled_loss_beside_the_checkpointed_module(backend: str) -> None:
 
 
 def test_a_module_compiled_after_the_first_step_is_noticed() -> None:
-    model = recollect.checkpoint(network(), budget=0.7)
+    model = autoremat.checkpoint(network(), budget=0.7)
     step(model)
-    assert recollect.stats(model).plans == 1
+    assert autoremat.stats(model).plans == 1
     model[1].compile(backend="eager")
     with pytest.warns(RuntimeWarning, match="leave torch.compile out there"):
         step(model)
-    assert recollect.stats(model).unplanned == 1
+    assert autoremat.stats(model).unplanned == 1
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
-"""Operators made of others that run others where a dispatch mode is active, as it is under recollect.
+"""Operators made of others that run others where a dispatch mode is active, as it is under autoremat.
 
 Torch's own code asks in places whether a mode is active. What it then does must give the same numbers to the last bit;
-this keeps watch over which operators those are. ``recollect.record.smoothing`` puts the one right that does not.
+this keeps watch over which operators those are. ``autoremat.record.smoothing`` puts the one right that does not.
 """
 
 from __future__ import annotations

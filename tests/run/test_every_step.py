@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-import recollect
-from recollect.record import timing
-from recollect.record.optimizer import optimizer_bytes
-from recollect.run.account import account, resident
+import autoremat
+from autoremat.record import timing
+from autoremat.record.optimizer import optimizer_bytes
+from autoremat.run.account import account, resident
 
 WIDTH, ROWS = 32, 128
 
@@ -45,7 +45,7 @@ def test_a_loss_keeps_the_memory_of_its_kernel(
         loss = step()
         loss.backward()
 
-    plan = recollect.plan(step, budget=1.0, timing="measure")
+    plan = autoremat.plan(step, budget=1.0, timing="measure")
     assert account(train, resident(model, x, y)).peak_bytes == plan.plain_peak_bytes
 
 
@@ -72,7 +72,7 @@ def test_every_micro_step_is_within_the_budget(
             assert recorded == "fake" or x.abs().sum() > 0  # needs the numbers
             return F.mse_loss(model(x), y)
 
-    call = recollect.checkpoint(loss_of, budget=budget, optimizer=optimizer, time_limit_seconds=0.1)
+    call = autoremat.checkpoint(loss_of, budget=budget, optimizer=optimizer, time_limit_seconds=0.1)
     for k in range(4):
         x, y = torch.randn(2, ROWS, WIDTH)
 
@@ -81,7 +81,7 @@ def test_every_micro_step_is_within_the_budget(
             loss.backward()
 
         peak = account(step, resident(model, x, y) + state_bytes).peak_bytes
-        plan = recollect.stats(call).plan
+        plan = autoremat.stats(call).plan
         assert plan is not None
         assert plan.program.recorded == recorded
         assert plan.peak_bytes <= peak <= budget, f"step {k}"
@@ -89,8 +89,8 @@ def test_every_micro_step_is_within_the_budget(
         if k % 2:
             optimizer.step()
             optimizer.zero_grad()
-    assert recollect.stats(call).reruns > 0
-    assert recollect.stats(call).deviations == 0
+    assert autoremat.stats(call).reruns > 0
+    assert autoremat.stats(call).deviations == 0
 
 
 def test_operators_are_measured_under_a_profiler_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,7 +100,7 @@ def test_operators_are_measured_under_a_profiler_too(monkeypatch: pytest.MonkeyP
 
     def memory() -> tuple[list[int], list[int]]:
         monkeypatch.setattr(timing, "_MEASURED", {})
-        program = recollect.plan(lambda: F.mse_loss(model(x), x), budget=1.0, timing="measure").program
+        program = autoremat.plan(lambda: F.mse_loss(model(x), x), budget=1.0, timing="measure").program
         return [op.scratch_bytes for op in program.ops], [v.nbytes for v in program.values]
 
     with profile(activities=[ProfilerActivity.CPU]):

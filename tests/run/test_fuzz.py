@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from recollect.run.selfcheck import SelfCheck
+from autoremat.run.selfcheck import SelfCheck
 from tests.run import fuzz
 from tests.run.compare import off_by_a_bit
 from tests.run.fuzz import (

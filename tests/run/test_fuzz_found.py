@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from recollect.record import record
-from recollect.run import Instructions, Tape, instructions_for, tape
+from autoremat.record import record
+from autoremat.run import Instructions, Tape, instructions_for, tape
 from tests.run.compare import plan_that_keeps_nothing
 from tests.run.fuzz import NOT_PLANNED, Do, If, In, Script, Step, Way, examine
 
@@ -63,7 +63,7 @@ def test_constants_made_in_inference_mode_are_put_back_after_a_recording_on_real
 
 
 def test_composite_operators_on_tensors_of_inference_mode_are_not_refused_inside_a_dispatch_mode() -> None:
-    """So torch does not refuse them under recollect, either; such a tensor has no gradient that could be wrong."""
+    """So torch does not refuse them under autoremat, either; such a tensor has no gradient that could be wrong."""
     outcome = examine(Script((In("inference", (Do("relu", 0, 0),)), Do("dropout_", 0, 0)), steps=(Step(),)))
     assert (outcome.error, outcome.wrong) == ("RuntimeError", [])
 

@@ -16,8 +16,8 @@ from torch.ao.quantization import FakeQuantize, FusedMovingAvgObsFakeQuantize, M
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint_sequential
 
-import recollect
-from recollect.record import record
+import autoremat
+from autoremat.record import record
 from tests.run.compare import World, exact, off_path, quick
 from tests.run.test_composites import Bystander
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, training
@@ -413,7 +413,7 @@ def test_gradients_in_the_forward_that_torch_computes_otherwise(name: str, direc
     plain = trained(partial(penalised, model), nullcontext())
     unplanned = trained(partial(penalised, model), off_path().forward())
     with pytest.warns(RuntimeWarning, match="a gradient is computed in the forward"):
-        planned = trained(recollect.checkpoint(partial(penalised, model), budget=0.9), nullcontext())
+        planned = trained(autoremat.checkpoint(partial(penalised, model), budget=0.9), nullcontext())
     assert all(map(torch.equal, plain, unplanned))
     assert all(map(torch.equal, plain, planned))
     with pytest.raises(RuntimeError, match="a gradient is computed in the forward"):
@@ -434,7 +434,7 @@ def test_nothing_is_left_in_the_thread() -> None:
     keys = (torch._C._dispatch_tls_local_include_set, torch._C._dispatch_tls_local_exclude_set)
     before = [str(key()) for key in keys]
     model = Net(lambda i, h: h.exp().sin())
-    checkpointed = recollect.checkpoint(model, budget=0.8)
+    checkpointed = autoremat.checkpoint(model, budget=0.8)
     checkpointed(torch.randn(ROWS, WIDTH)).sum().backward()
     tape = off_path()
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"), tape.forward():

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-import recollect
-from recollect.run.tape import Tape
+import autoremat
+from autoremat.run.tape import Tape
 from tests.run.compare import World, at_the_floor, exact, quick, seeded
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, data, training
 
@@ -365,11 +365,11 @@ def test_change_in_place_between_forward_and_backward(what: str, allowed: bool) 
     for budget in (0.7, 0.5):
         world = seeded(outcome(build))
         try:
-            got = world.step(recollect.checkpoint(world.target, budget=budget, time_limit_seconds=0.1))
-        except recollect.InfeasibleBudget:
+            got = world.step(autoremat.checkpoint(world.target, budget=budget, time_limit_seconds=0.1))
+        except autoremat.InfeasibleBudget:
             continue
         if got == "modified":
-            continue  # refused: recollect may need what autograd does not
+            continue  # refused: autoremat may need what autograd does not
         assert plain != "modified", "silent"
         assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
 
@@ -611,12 +611,12 @@ def test_two_models(turns: bool) -> None:
         maker, critic = net(2), net(2)
 
         def step(call: Any) -> Any:
-            judge = recollect.checkpoint(critic, budget=0.7) if call is not maker or is_checkpointed(maker) else critic
+            judge = autoremat.checkpoint(critic, budget=0.7) if call is not maker or is_checkpointed(maker) else critic
             try:
                 return losses(call, judge)
             finally:
                 if judge is critic and is_checkpointed(critic):
-                    recollect.restore(critic)
+                    autoremat.restore(critic)
 
         def losses(call: Any, judge: Any) -> Any:
             maker.zero_grad(), critic.zero_grad()
@@ -799,7 +799,7 @@ def test_anomaly_mode() -> None:
 def test_checkpointed_submodule_inside_a_checkpointed_module() -> None:
     def model() -> nn.Module:
         outer = nn.Sequential(net(3), net(3))
-        recollect.checkpoint(outer[1], budget=0.9)
+        autoremat.checkpoint(outer[1], budget=0.9)
         return outer
 
     check_step(lambda call, x: call(x).square().mean().backward(), model)
@@ -941,10 +941,10 @@ def tight(build: Callable[[], World]) -> tuple[World, Any]:
     budget = 1
     while True:
         world = seeded(build)
-        call = recollect.checkpoint(world.target, budget=budget, time_limit_seconds=0.1)
+        call = autoremat.checkpoint(world.target, budget=budget, time_limit_seconds=0.1)
         try:
             world.step(call)
-        except recollect.InfeasibleBudget as error:
+        except autoremat.InfeasibleBudget as error:
             budget = error.floor_bytes
         else:
             return world, call
@@ -996,10 +996,10 @@ def test_number_of_tensors_stays_level_over_300_steps() -> None:
 def test_planning_leaves_no_tensors_behind() -> None:
     world = seeded(lambda: training(net()))
     world.step(world.target)
-    recollect.plan(net(), data(), budget=0.9)
+    autoremat.plan(net(), data(), budget=0.9)
     gc.collect()
     before = tensors_alive()
-    recollect.plan(net(), data(), budget=0.9)
+    autoremat.plan(net(), data(), budget=0.9)
     gc.collect()
     assert tensors_alive() == before
 
@@ -1030,7 +1030,7 @@ def test_evaluation_in_one_thread_while_another_plans() -> None:
     model, x = net(), data()
     with torch.no_grad():
         expected = model(x)
-    recollect.checkpoint(model, budget=0.7, time_limit_seconds=0.1)
+    autoremat.checkpoint(model, budget=0.7, time_limit_seconds=0.1)
     stop, wrong = threading.Event(), []
 
     def evaluate() -> None:
@@ -1085,7 +1085,7 @@ def test_random_numbers_of_several_threads_at_once(outside: bool) -> None:
 
     world, call = tight(build)
     assert world.step(call)
-    assert recollect.stats(call).reruns > 0
+    assert autoremat.stats(call).reruns > 0
 
 
 # ---- modes -----------------------------------------------------------------------------------------------------------
@@ -1121,7 +1121,7 @@ def test_inference_tensors_inside() -> None:
 
 def test_evaluation_without_gradients_after_training_runs_plainly() -> None:
     model, x = net(), data()
-    step = recollect.checkpoint(lambda x, train: model(x).mean() if train else model(x).argmax(), budget=0.9)
+    step = autoremat.checkpoint(lambda x, train: model(x).mean() if train else model(x).argmax(), budget=0.9)
     step(x, True).backward()
     assert torch.equal(step(x, False), model(x).argmax())
 
@@ -1267,7 +1267,7 @@ def test_gradient_by_torch_func_inside() -> None:
 def test_the_module_stays_what_it_was() -> None:
     model = net()
     names, signature = list(model.state_dict()), inspect.signature(model.forward)
-    again = recollect.checkpoint(model, budget=0.7, time_limit_seconds=0.1)
+    again = autoremat.checkpoint(model, budget=0.7, time_limit_seconds=0.1)
     assert again is model
     assert type(model) is Net
     assert isinstance(model, nn.Module)
@@ -1277,11 +1277,11 @@ def test_the_module_stays_what_it_was() -> None:
     x = data()
     model(x).mean().backward()
     model.eval().train().to("cpu").half().float()
-    assert recollect.restore(model) is model
+    assert autoremat.restore(model) is model
     assert "forward" not in vars(model)
     assert inspect.signature(model.forward) == signature
     with pytest.raises(ValueError, match="nothing to restore"):
-        recollect.restore(model)
+        autoremat.restore(model)
 
 
 class Plain(nn.Module):
@@ -1306,34 +1306,34 @@ def pickled(model: nn.Module) -> nn.Module:
 def test_copies_are_checkpointed_on_their_own(how: Callable[[nn.Module], nn.Module]) -> None:
     torch.manual_seed(0)
     model, x = Plain(), data()
-    recollect.checkpoint(model, budget=0.7, time_limit_seconds=0.1)
+    autoremat.checkpoint(model, budget=0.7, time_limit_seconds=0.1)
     model(x).mean().backward()
     twin = how(model)
     twin.zero_grad()
-    assert recollect.stats(twin).calls == 0
+    assert autoremat.stats(twin).calls == 0
     torch.manual_seed(1)
     twin(x).mean().backward()
-    assert recollect.stats(twin).reruns > 0
-    before = recollect.stats(model).calls
+    assert autoremat.stats(twin).reruns > 0
+    before = autoremat.stats(model).calls
     model.zero_grad()
     torch.manual_seed(1)
     model(x).mean().backward()
-    assert recollect.stats(model).calls == before + 1
+    assert autoremat.stats(model).calls == before + 1
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert p is not q
         assert torch.equal(p.grad, q.grad)
-    recollect.restore(twin)
-    assert recollect.stats(model).plan is not None
+    autoremat.restore(twin)
+    assert autoremat.stats(model).plan is not None
 
 
 def test_forward_replaced_before_and_restored_after() -> None:
     model, x = Plain(), data()
     plain = model.forward
     model.forward = lambda x: plain(x) * 2
-    recollect.checkpoint(model, budget=0.9, time_limit_seconds=0.1)
+    autoremat.checkpoint(model, budget=0.9, time_limit_seconds=0.1)
     torch.manual_seed(0)
     y = model(x)
-    recollect.restore(model)
+    autoremat.restore(model)
     torch.manual_seed(0)
     assert torch.equal(model(x), y)
 
@@ -1342,7 +1342,7 @@ class Trainer:
     def __init__(self) -> None:
         self.model = Plain()
 
-    @recollect.checkpoint(budget=0.7, time_limit_seconds=0.1)
+    @autoremat.checkpoint(budget=0.7, time_limit_seconds=0.1)
     def loss(self, x: Tensor, *, power: int = 2) -> Tensor:
         """The loss."""
         return self.model(x).pow(power).mean()
@@ -1361,9 +1361,9 @@ def test_decorated_methods() -> None:
             got = [p.grad for p in trainer.model.parameters()]
             trainer.model.zero_grad()
             torch.manual_seed(1)
-            recollect.restore(Trainer.loss)(trainer, x, power=power).backward()
+            autoremat.restore(Trainer.loss)(trainer, x, power=power).backward()
             assert all(torch.equal(a, p.grad) for a, p in zip(got, trainer.model.parameters(), strict=True))
-    assert recollect.stats(Trainer.loss).reruns > 0
+    assert autoremat.stats(Trainer.loss).reruns > 0
 
 
 @dataclasses.dataclass
@@ -1420,5 +1420,5 @@ def test_an_input_with_a_history_is_recorded_on_fake_tensors(as_view: bool) -> N
     """A block in the middle of a model: where its input comes from is no part of it."""
     block = nn.Linear(8, 8)
     x = torch.randn(4, 8, requires_grad=True) * 2
-    program = recollect.plan(block, x.view(4, 8) if as_view else x, budget=1.0).program
+    program = autoremat.plan(block, x.view(4, 8) if as_view else x, budget=1.0).program
     assert program.recorded == "fake"

@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import recollect
-from recollect.record.world import undisturbed
+import autoremat
+from autoremat.record.world import undisturbed
 from tests.run.compare import World, exact, quick
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, data, training
 from tests.run.test_hostile_use import check_step, curly, net, nothing_active, tight
@@ -217,13 +217,13 @@ def test_written_through_data_ptr_where_the_recording_cannot_see_it() -> None:
 
 
 def test_custom_operator_that_hides_what_it_writes() -> None:
-    with torch.library._scoped_library("recollect_lies", "FRAGMENT") as library:
+    with torch.library._scoped_library("autoremat_lies", "FRAGMENT") as library:
         library.define("triple(Tensor x) -> Tensor")
         library.impl("triple", lambda x: x.mul_(3).sum(), "CompositeExplicitAutograd")
 
         def body(i: int, h: Tensor) -> Tensor:
             y = h.detach() * 2
-            torch.ops.recollect_lies.triple(y)
+            torch.ops.autoremat_lies.triple(y)
             return (h * y.exp().sin()).sin() * y.cos()
 
         check_body(body, differs=True)
@@ -240,7 +240,7 @@ def test_another_thread_writes_into_an_activation() -> None:
     check_body(body, differs=True)
 
 
-@pytest.mark.filterwarnings("ignore:recollect")
+@pytest.mark.filterwarnings("ignore:autoremat")
 def test_result_changed_by_numpy_after_the_forward() -> None:
     """Autograd has not saved it, so plain training does not mind; a rerun would read it.
 
@@ -268,7 +268,7 @@ def test_result_changed_by_numpy_after_the_forward() -> None:
 
     torch.manual_seed(0)
     plain, x = Features(), torch.randn(ROWS, WIDTH)
-    model = recollect.checkpoint(copy.deepcopy(plain), budget=1.0, recompute=("aten.exp*", "aten.add*"))
+    model = autoremat.checkpoint(copy.deepcopy(plain), budget=1.0, recompute=("aten.exp*", "aten.add*"))
     refusals = 0
     for m in (plain, model):
         while True:
@@ -278,7 +278,7 @@ def test_result_changed_by_numpy_after_the_forward() -> None:
                 break
             except RuntimeError as error:  # one operator is found at a time
                 refusals += "set the gradients to None and repeat the step" in str(error)
-                assert refusals == recollect.stats(model).differing
+                assert refusals == autoremat.stats(model).differing
     assert refusals > 0
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), model.parameters(), strict=True))
 
@@ -592,7 +592,7 @@ def run(script: str) -> str:
 
 
 PRELUDE = """
-    import os, torch, recollect
+    import os, torch, autoremat
     from torch import nn
     def make():
         torch.manual_seed(0)
@@ -610,10 +610,10 @@ PRELUDE = """
         return out
     plain, model = make(), make()
     batches = [torch.rand(8, 16, generator=torch.Generator().manual_seed(k)) for k in range(3)]
-    recollect.checkpoint(model, budget=0.75, time_limit_seconds=0.2)
+    autoremat.checkpoint(model, budget=0.75, time_limit_seconds=0.2)
     def same():
         a, b = train(plain, plain, batches), train(model, model, batches)
-        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and recollect.stats(model).reruns > 0
+        return all(torch.equal(x, y) for x, y in zip(a, b, strict=True)) and autoremat.stats(model).reruns > 0
 """
 
 
@@ -672,7 +672,7 @@ def test_ctrl_c(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(i: int, h: Tensor) -> Tensor:
         return curly(i, Interrupts.apply(h) if i == 2 else h)
 
-    solve = recollect.api.solve
+    solve = autoremat.api.solve
 
     def interrupted_solve(*args: Any, **kwargs: Any) -> Any:
         if due and due[0] == "planning":
@@ -680,7 +680,7 @@ def test_ctrl_c(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
             interrupt()
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(recollect.api, "solve", interrupted_solve)
+    monkeypatch.setattr(autoremat.api, "solve", interrupted_solve)
 
     def build() -> World:
         model, x = Net(body), data()

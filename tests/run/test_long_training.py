@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import recollect
-from recollect.run.tape import Handle, Tape
+import autoremat
+from autoremat.run.tape import Handle, Tape
 
 STEPS, EVERY = 2000, 250
 OTHER_PATHS = (50, 100, 150)
@@ -83,12 +83,12 @@ def pair() -> tuple[Model, Model]:
     torch.manual_seed(0)
     plain, mine = Model(), Model()
     mine.load_state_dict(plain.state_dict())
-    recollect.checkpoint(mine, budget=0.7, time_limit_seconds=0.2)
+    autoremat.checkpoint(mine, budget=0.7, time_limit_seconds=0.2)
     return plain, mine
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:recollect:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:autoremat:RuntimeWarning")
 def test_two_thousand_steps() -> None:
     plain, mine = pair()
     gc.collect()
@@ -100,7 +100,7 @@ def test_two_thousand_steps() -> None:
         got, counts = train(mine, EVERY)
     finally:
         torch.set_num_threads(threads)
-    stats = recollect.stats(mine)
+    stats = autoremat.stats(mine)
     assert stats.reruns > 5 * STEPS
     assert stats.deviations >= len(OTHER_PATHS)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))

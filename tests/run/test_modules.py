@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing._internal.common_modules import ModuleInfo
 
-from recollect.run.selfcheck import SelfCheck
+from autoremat.run.selfcheck import SelfCheck
 from tests.run.compare import off_by_a_bit
 from tests.run.module_sweep import DTYPES, MODULES, beside, cases, sweep, wrong_at
 from tests.run.sweep import PLACES, Outcome, quiet

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from torch.testing._internal.opinfo.core import OpInfo
 
-from recollect.record import record
-from recollect.run.selfcheck import SelfCheck
+from autoremat.record import record
+from autoremat.run.selfcheck import SelfCheck
 from tests.run.compare import off_by_a_bit
 from tests.run.sweep import DTYPES, EVERY, OPERATORS, PLACES, Outcome, Place, is_steady, name_of, sweep, wrong_at
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn, optim
 
-import recollect
-from recollect.record.optimizer import OptimizerBytes, optimizer_bytes
-from recollect.record.record import UnusableInput
-from recollect.run.account import account, resident
+import autoremat
+from autoremat.record.optimizer import OptimizerBytes, optimizer_bytes
+from autoremat.record.record import UnusableInput
+from autoremat.run.account import account, resident
 
 Make = Callable[..., optim.Optimizer]
 
@@ -78,7 +78,7 @@ def train(
     return peaks
 
 
-def halfway(plan: recollect.Plan) -> int:
+def halfway(plan: autoremat.Plan) -> int:
     """A budget between the floor and the plain peak."""
     return (plan.floor_bytes + plan.plain_peak_bytes) // 2
 
@@ -95,21 +95,21 @@ def test_whole_steps_stay_within_the_budget(name: str, to_none: bool) -> None:
     def loss(x: Tensor) -> Tensor:
         return model(x).square().mean()
 
-    budget = halfway(recollect.plan(loss, torch.randn(512, 256), budget=1.0, optimizer=optimizer))
-    step = recollect.checkpoint(loss, budget=budget, optimizer=optimizer)
+    budget = halfway(autoremat.plan(loss, torch.randn(512, 256), budget=1.0, optimizer=optimizer))
+    step = autoremat.checkpoint(loss, budget=budget, optimizer=optimizer)
     peaks = train(model, step, optimizer, to_none)
     assert max(peaks) <= budget + SMALL
-    assert recollect.stats(step).unplanned == 0
+    assert autoremat.stats(step).unplanned == 0
 
 
 def test_a_step_whose_peak_is_the_optimizer_step_says_so() -> None:
     model = network()
     optimizer = optim.Adam(model.parameters(), foreach=True)
-    plan = recollect.plan(lambda x: model(x).sum(), torch.randn(1, 256), budget=1.0, optimizer=optimizer)
+    plan = autoremat.plan(lambda x: model(x).sum(), torch.randn(1, 256), budget=1.0, optimizer=optimizer)
     parameters = sum(4 * p.numel() for p in model.parameters())
     assert plan.plain_peak_bytes >= 5 * parameters  # parameters, gradients, two moments and a temporary of that size
-    with pytest.raises(recollect.InfeasibleBudget, match="optimizer step"):
-        recollect.plan(lambda x: model(x).sum(), torch.randn(1, 256), budget=0.9, optimizer=optimizer)
+    with pytest.raises(autoremat.InfeasibleBudget, match="optimizer step"):
+        autoremat.plan(lambda x: model(x).sum(), torch.randn(1, 256), budget=0.9, optimizer=optimizer)
 
 
 def test_several_optimizers_take_turns() -> None:
@@ -131,8 +131,8 @@ def test_an_optimizer_in_the_backward_stays_within_the_budget() -> None:
     for p in model.parameters():
         p.register_post_accumulate_grad_hook(update)
     all_of_them = list(ones.values())
-    budget = halfway(recollect.plan(lambda x: model(x).sum(), torch.randn(512, 256), budget=1.0, optimizer=all_of_them))
-    step = recollect.checkpoint(lambda x: model(x).sum(), budget=budget, optimizer=all_of_them)
+    budget = halfway(autoremat.plan(lambda x: model(x).sum(), torch.randn(512, 256), budget=1.0, optimizer=all_of_them))
+    step = autoremat.checkpoint(lambda x: model(x).sum(), budget=budget, optimizer=all_of_them)
     for _ in range(3):
         x = torch.randn(512, 256)
         before = resident(model, *ones.values(), x)
@@ -172,11 +172,11 @@ def test_a_state_of_bytes_stays_within_the_budget(declared: bool) -> None:
     def loss(x: Tensor) -> Tensor:
         return model(x).square().mean()
 
-    plan = recollect.plan(loss, torch.randn(512, 256), budget=1.0, optimizer=given)
+    plan = autoremat.plan(loss, torch.randn(512, 256), budget=1.0, optimizer=given)
     assert state in {v.nbytes for v in plan.program.values if v.kind == "optimizer"}
-    step = recollect.checkpoint(loss, budget=halfway(plan), optimizer=given)
+    step = autoremat.checkpoint(loss, budget=halfway(plan), optimizer=given)
     assert max(train(model, step, optimizer, True)) <= halfway(plan) + SMALL
-    assert recollect.stats(step).unplanned == 0
+    assert autoremat.stats(step).unplanned == 0
 
 
 def test_declared_bytes_and_what_is_refused() -> None:

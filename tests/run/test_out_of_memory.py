@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
+import autoremat
 
 WIDTH = 64
 
@@ -48,13 +48,13 @@ def step(model: Any, x: Tensor) -> list[Tensor]:
 
 def test_a_forward_that_runs_out_is_tried_again_under_a_tighter_plan() -> None:
     x, plain = torch.randn(256, WIDTH), Capped()
-    model = recollect.checkpoint(copy.deepcopy(plain), budget=0.9)
+    model = autoremat.checkpoint(copy.deepcopy(plain), budget=0.9)
     model(x).backward()
-    before = recollect.stats(model).plan
+    before = autoremat.stats(model).plan
     model.failures = 2
     assert all(map(torch.equal, step(model, x), step(plain, x)))
     step(model, x)
-    stats = recollect.stats(model)
+    stats = autoremat.stats(model)
     assert stats.retries == 2
     assert before is not None
     assert stats.plan is not None
@@ -66,12 +66,12 @@ def test_a_forward_that_runs_out_is_tried_again_under_a_tighter_plan() -> None:
 def test_where_trying_again_does_not_help_the_error_tells(batch_norm: bool) -> None:
     """With batch norm the forward has updated running statistics, and cannot be run once more."""
     x, model = torch.randn(256, WIDTH), Capped(batch_norm)
-    recollect.checkpoint(model, budget=0.9)
+    autoremat.checkpoint(model, budget=0.9)
     model(x).backward()
     model.failures = 1 if batch_norm else 100
-    with pytest.raises(torch.OutOfMemoryError, match=r"recollect plan whose peak .*: .*parameter [\d,]+.*Tried to"):
+    with pytest.raises(torch.OutOfMemoryError, match=r"autoremat plan whose peak .*: .*parameter [\d,]+.*Tried to"):
         model(x)
-    assert bool(recollect.stats(model).retries) is not batch_norm
+    assert bool(autoremat.stats(model).retries) is not batch_norm
     model.failures = 0
     model(x).backward()  # nothing is left behind that would hinder the next step
 
@@ -80,7 +80,7 @@ def capped(code: str) -> str:
     """Run code in a process of its own, in which ``cap(nbytes)`` limits what may still be allocated."""
     begin = """
         import resource, sys, warnings
-        import torch, recollect
+        import torch, autoremat
         torch.set_num_threads(1)
 
         def cap(nbytes):
@@ -108,16 +108,16 @@ def test_a_real_allocator_that_refuses() -> None:
         torch.manual_seed(0)
         model = torch.nn.Sequential(*[m for _ in range(24) for m in (torch.nn.Linear(512, 512), torch.nn.GELU())])
         x = torch.randn(8192, 512)  # 16 MiB per activation
-        recollect.checkpoint(model, budget=0.95)
+        autoremat.checkpoint(model, budget=0.95)
         loss = model(x).square().mean()
         loss.backward()
         plain = [p.grad.clone() for p in model.parameters()]
         model.zero_grad()
         del loss
-        peak = recollect.stats(model).plan.peak_bytes
+        peak = autoremat.stats(model).plan.peak_bytes
         cap(int(0.75 * peak))
         model(x).square().mean().backward()
-        stats = recollect.stats(model)
+        stats = autoremat.stats(model)
         assert stats.retries > 0, (stats.retries, peak)
         assert all(map(torch.equal, plain, (p.grad for p in model.parameters())))
         print("retried", stats.retries, peak)
@@ -129,7 +129,7 @@ class RefusesAgain:
     """Lets the n-th op that runs again fail for want of memory, ``times`` times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, times: int) -> None:
-        from recollect.run import entry
+        from autoremat.run import entry
 
         plain: Callable[..., Any] = entry.Entry.run
         self.count, self.left = 0, times
@@ -147,7 +147,7 @@ class RefusesAgain:
 @pytest.mark.parametrize("n", [1, 2, 5])
 def test_running_again_in_the_backward_that_runs_out(monkeypatch: pytest.MonkeyPatch, n: int) -> None:
     x, plain = torch.randn(256, WIDTH), Capped()
-    model = recollect.checkpoint(copy.deepcopy(plain), budget=0.6)
+    model = autoremat.checkpoint(copy.deepcopy(plain), budget=0.6)
     step(model, x)
     refuses = RefusesAgain(monkeypatch, n, times=1)
     assert all(map(torch.equal, step(model, x), step(plain, x)))
@@ -156,10 +156,10 @@ def test_running_again_in_the_backward_that_runs_out(monkeypatch: pytest.MonkeyP
 
 def test_running_again_that_never_fits_tells(monkeypatch: pytest.MonkeyPatch) -> None:
     x, plain = torch.randn(256, WIDTH), Capped()
-    model = recollect.checkpoint(copy.deepcopy(plain), budget=0.6)
+    model = autoremat.checkpoint(copy.deepcopy(plain), budget=0.6)
     step(model, x)
     refuses = RefusesAgain(monkeypatch, 2, times=100)
-    with pytest.raises(torch.OutOfMemoryError, match="recollect plan whose peak"):
+    with pytest.raises(torch.OutOfMemoryError, match="autoremat plan whose peak"):
         step(model, x)
     refuses.left = 0
     assert all(map(torch.equal, step(model, x), step(plain, x)))

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
-from recollect.program import Program
-from recollect.run.account import account, resident
+import autoremat
+from autoremat.program import Program
+from autoremat.run.account import account, resident
 from tests.run.compare import off_by_a_bit
 from tests.zoo import CASES
 
@@ -48,16 +48,16 @@ def train(model: nn.Module, steps: int = 3) -> list[Tensor]:
 
 def at_its_floor(model: nn.Module) -> nn.Module:
     try:
-        recollect.plan(model, torch.randn(64, WIDTH), budget=1, timing="measure")
-    except recollect.InfeasibleBudget as error:
-        return recollect.checkpoint(model, budget=error.floor_bytes + 2000)
+        autoremat.plan(model, torch.randn(64, WIDTH), budget=1, timing="measure")
+    except autoremat.InfeasibleBudget as error:
+        return autoremat.checkpoint(model, budget=error.floor_bytes + 2000)
     raise AssertionError("must be infeasible")
 
 
 def tightly(model: nn.Module, share: float = 0.75) -> nn.Module:
     """Between the floor and the plain peak, with some room to keep more."""
-    plan = recollect.plan(model, torch.randn(64, WIDTH), budget=1.0, timing="measure")
-    return recollect.checkpoint(
+    plan = autoremat.plan(model, torch.randn(64, WIDTH), budget=1.0, timing="measure")
+    return autoremat.checkpoint(
         model, budget=plan.floor_bytes + int(share * (plan.plain_peak_bytes - plan.floor_bytes))
     )
 
@@ -72,13 +72,13 @@ def assert_exact_after_refusals(model: nn.Module, plain: nn.Module) -> None:
             if "set the gradients to None and repeat the step" not in str(error) or refusals > 9:
                 raise
             refusals += 1
-    assert 0 < refusals <= recollect.stats(model).differing
+    assert 0 < refusals <= autoremat.stats(model).differing
     assert all(map(torch.equal, seen, train(plain)))
 
 
 def fake_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if the recording had seen nothing: what fakes cannot do is left out while recording."""
-    plain = sys.modules["recollect.record.record"]._record_in
+    plain = sys.modules["autoremat.record.record"]._record_in
 
     def record(*args: Any) -> Any:
         global RECORDING
@@ -88,7 +88,7 @@ def fake_only(monkeypatch: pytest.MonkeyPatch) -> None:
         finally:
             RECORDING = False
 
-    monkeypatch.setattr(sys.modules["recollect.record.record"], "_record_in", record)
+    monkeypatch.setattr(sys.modules["autoremat.record.record"], "_record_in", record)
 
 
 RECORDING = False
@@ -113,11 +113,11 @@ def test_memory_written_past_torch_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.warns(RuntimeWarning, match=r"aten.sin.* must not run again: what it makes is changed"):
         seen = train(model)
     assert all(map(torch.equal, seen, train(plain)))
-    assert recollect.stats(model).differing == 1
-    assert recollect.stats(model).reruns > 0
+    assert autoremat.stats(model).differing == 1
+    assert autoremat.stats(model).reruns > 0
 
 
-@pytest.mark.filterwarnings("ignore:recollect")
+@pytest.mark.filterwarnings("ignore:autoremat")
 def test_memory_written_past_torch_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
     def between(k: int, h: Tensor) -> Tensor:
         h = (h + 1).sin()
@@ -141,23 +141,23 @@ def counting(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_operator_that_gives_something_else_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Blocks(lambda k, h: h.sin().cos())
-    model = recollect.checkpoint(copy.deepcopy(plain), budget=1.0, recompute="aten.sin*")
+    model = autoremat.checkpoint(copy.deepcopy(plain), budget=1.0, recompute="aten.sin*")
     counting(monkeypatch)
     with pytest.warns(RuntimeWarning, match=r"aten.*test_self_check.py.* gives something else when it runs again"):
         seen = train(model)
     assert all(map(torch.equal, seen, train(plain)))
-    plan = recollect.stats(model).plan
+    plan = autoremat.stats(model).plan
     assert plan is not None
     assert any("gives something else" in op.repeatable for op in plan.program.ops)
     again = {i for i in plan.schedule.order if plan.schedule.order.count(i) > 1}
     assert all(plan.program.ops[i].name != HIDDEN for i in again)
 
 
-@pytest.mark.filterwarnings("ignore:recollect")
+@pytest.mark.filterwarnings("ignore:autoremat")
 def test_where_there_was_no_room_to_compare_the_backward_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Blocks(lambda k, h: h.sin().cos())
-    model = recollect.checkpoint(copy.deepcopy(plain), budget=1.0, recompute="aten.sin*")
-    monkeypatch.setattr("recollect.run.instructions._Compiler._twice", lambda *args: frozenset())
+    model = autoremat.checkpoint(copy.deepcopy(plain), budget=1.0, recompute="aten.sin*")
+    monkeypatch.setattr("autoremat.run.instructions._Compiler._twice", lambda *args: frozenset())
     counting(monkeypatch)
     assert_exact_after_refusals(model, plain)
 
@@ -168,14 +168,14 @@ def test_the_first_step_stays_within_the_budget_too(case: Any) -> None:
     torch.manual_seed(0)
     model, inputs = case.model(), case.inputs()
     loss = case.loss(model)
-    budget = int(0.5 * recollect.plan(loss, *inputs, budget=1.0, timing="measure").plain_peak_bytes)
-    step = recollect.checkpoint(loss, budget=budget)
+    budget = int(0.5 * autoremat.plan(loss, *inputs, budget=1.0, timing="measure").plain_peak_bytes)
+    step = autoremat.checkpoint(loss, budget=budget)
     with torch.no_grad():
         before = resident(model, *inputs)
-    session = step.__recollect__
+    session = step.__autoremat__
     session._entry(inputs, {})  # plan, do not run yet
     peak = account(lambda: step(*inputs).backward(), before).peak_bytes
-    assert recollect.stats(step).reruns > 0
+    assert autoremat.stats(step).reruns > 0
     assert peak <= budget
 
 
@@ -184,7 +184,7 @@ def test_a_program_says_what_it_was_recorded_on() -> None:
         return (x * 2 if x.sum().item() > 0 else x * 3).sum()
 
     x = torch.ones(4, requires_grad=True)
-    real: Program = recollect.plan(branches, x, budget=1.0).program
-    fake: Program = recollect.plan(lambda x: (x * 2).sum(), x, budget=1.0).program
+    real: Program = autoremat.plan(branches, x, budget=1.0).program
+    fake: Program = autoremat.plan(lambda x: (x * 2).sum(), x, budget=1.0).program
     assert (real.recorded, fake.recorded) == ("real", "fake")
     assert Program.from_json(real.to_json()).recorded == "real"

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-import recollect
-from recollect.run import Session, measure
-from recollect.run.account import account, resident
-from recollect.run.measure import CudaMeter, Measurement
+import autoremat
+from autoremat.run import Session, measure
+from autoremat.run.account import account, resident
+from autoremat.run.measure import CudaMeter, Measurement
 
 HOOKS = _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -42,7 +42,7 @@ class Training:
         self.model = network()
         self.optimizer = torch.optim.Adam(self.model.parameters())
         self.x = torch.randn(512, 32)
-        self.loss: Callable[[Tensor], Tensor] = recollect.checkpoint(
+        self.loss: Callable[[Tensor], Tensor] = autoremat.checkpoint(
             lambda x: self.model(x).square().mean(), budget=budget, time_limit_seconds=1, measure=measured,
             optimizer=self.optimizer if with_optimizer else None,
         )  # fmt: skip
@@ -53,8 +53,8 @@ class Training:
         self.optimizer.zero_grad()
 
     @property
-    def stats(self) -> recollect.run.Stats:
-        return recollect.stats(self.loss)
+    def stats(self) -> autoremat.run.Stats:
+        return autoremat.stats(self.loss)
 
 
 def test_calls_that_found_their_plan_are_counted_and_seconds_grow() -> None:
@@ -78,7 +78,7 @@ def test_nothing_runs_again_in_no_time() -> None:
 
 def test_numbers_for_a_logger() -> None:
     t = Training(measured=False)
-    assert recollect.stats(t.loss).as_dict() == {
+    assert autoremat.stats(t.loss).as_dict() == {
         "plans": 0, "calls": 0, "hits": 0, "planned": 0, "deviations": 0, "unplanned": 0, "reruns": 0,
         "rerun_seconds": 0.0, "retries": 0, "differing": 0, "fallbacks": 0,
     }  # fmt: skip
@@ -193,7 +193,7 @@ def test_a_profiler_of_the_user_is_left_alone() -> None:
 
 
 def test_a_measured_peak_above_the_plans_is_said_once() -> None:
-    model = recollect.checkpoint(network(), budget="100%", measure=True, time_limit_seconds=1)
+    model = autoremat.checkpoint(network(), budget="100%", measure=True, time_limit_seconds=1)
     x = torch.randn(512, 32)
     seen: list[str] = []
     for rows in (512, 512, 512, 256, 256, 256):
@@ -201,7 +201,7 @@ def test_a_measured_peak_above_the_plans_is_said_once() -> None:
             warnings.simplefilter("always")
             y = model(x[:rows])
             torch.cat([y] * 20).sum().backward()  # outside, so not in the plan
-            stats = recollect.stats(model)
+            stats = autoremat.stats(model)
         seen += [str(w.message) for w in caught]
     assert stats.measured_peak_bytes > 1.01 * stats.plan.peak_bytes
     assert len(seen) == 1
@@ -212,8 +212,8 @@ def test_a_measured_peak_above_the_plans_is_said_once() -> None:
 @pytest.mark.slow  # another process imports torch
 def test_a_process_that_ends_in_the_middle_of_a_measured_step_ends_well() -> None:
     script = """
-import torch, recollect
-model = recollect.checkpoint(torch.nn.Linear(8, 8), budget="100%", measure=True)
+import torch, autoremat
+model = autoremat.checkpoint(torch.nn.Linear(8, 8), budget="100%", measure=True)
 for _ in range(2):
     model.zero_grad()
     model(torch.ones(4, 8)).sum().backward()

@@ -7,10 +7,10 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
-from recollect.program import simulate
-from recollect.record import record, timing
-from recollect.record.signature import CallSignature, signature_of
-from recollect.run.account import account, resident
+from autoremat.program import simulate
+from autoremat.record import record, timing
+from autoremat.record.signature import CallSignature, signature_of
+from autoremat.run.account import account, resident
 
 
 @pytest.mark.parametrize(

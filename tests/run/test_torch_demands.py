@@ -1,4 +1,4 @@
-"""What PyTorch's tests ask of ``torch.utils.checkpoint``, asked of ``recollect.checkpoint`` in our own words.
+"""What PyTorch's tests ask of ``torch.utils.checkpoint``, asked of ``autoremat.checkpoint`` in our own words.
 
 The lists are those of ``TestCheckpoint`` in PyTorch's ``test/test_utils.py`` and of the tests named ``*checkpoint*``,
 ``TestNestedCheckpoint`` and ``TestSelectiveActivationCheckpoint`` in its ``test/test_autograd.py``.
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import recollect
-from recollect.run.account import account
-from recollect.run.tape import Tape
+import autoremat
+from autoremat.run.account import account
+from autoremat.run.tape import Tape
 from tests.run.compare import World, exact, quick
 from tests.run.test_hostile import WIDTH, check_body, data
 from tests.run.test_hostile_use import Saves, check_step, net
@@ -40,19 +40,19 @@ class Floor:
         def fresh(*args: Any, **kwargs: Any) -> Any:
             return self.fn(*args, **kwargs)
 
-        return recollect.checkpoint(fresh, budget=self.budget, **self.options)
+        return autoremat.checkpoint(fresh, budget=self.budget, **self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         while True:
             try:
                 return self.call(*args, **kwargs)
-            except recollect.InfeasibleBudget as error:
+            except autoremat.InfeasibleBudget as error:
                 self.budget = max(self.budget + 1, error.floor_bytes)
                 self.call = self._wrapped()
 
     @property
     def reruns(self) -> int:
-        return recollect.stats(self.call).reruns
+        return autoremat.stats(self.call).reruns
 
 
 def chain(x: Tensor) -> Tensor:
@@ -127,9 +127,9 @@ def test_kept_operators_do_not_run_again() -> None:
 
 def test_custom_operator_runs_once() -> None:
     calls: list[int] = []
-    with torch.library._scoped_library("recollect_demands", "FRAGMENT"):
+    with torch.library._scoped_library("autoremat_demands", "FRAGMENT"):
 
-        @torch.library.custom_op("recollect_demands::sin_and_two", mutates_args=())
+        @torch.library.custom_op("autoremat_demands::sin_and_two", mutates_args=())
         def sin_and_two(x: Tensor) -> tuple[Tensor, int]:
             calls.append(0)
             return x.sin(), 2
@@ -141,11 +141,11 @@ def test_custom_operator_runs_once() -> None:
             (x,) = ctx.saved_tensors
             return grad * x.cos()
 
-        torch.library.register_autograd("recollect_demands::sin_and_two", backward, setup_context=setup_context)
+        torch.library.register_autograd("autoremat_demands::sin_and_two", backward, setup_context=setup_context)
 
         def step(x: Tensor) -> Tensor:
             for _ in range(3):
-                y, two = torch.ops.recollect_demands.sin_and_two(x)
+                y, two = torch.ops.autoremat_demands.sin_and_two(x)
                 x = (y * x.exp().sin() * two).sin()
             return x.sum()
 
@@ -243,13 +243,13 @@ def test_error_and_then_a_good_call() -> None:
 
 
 def test_wrong_arguments_are_the_callables_error() -> None:
-    model = recollect.checkpoint(Layers(), budget=0.9)
+    model = autoremat.checkpoint(Layers(), budget=0.9)
     with pytest.raises(TypeError, match="positional argument"), pytest.warns(RuntimeWarning, match="not be recorded"):
         model()
     with pytest.raises(TypeError, match="positional arguments"):
         model(data(), data())
     model(data()).sum().backward()
-    assert recollect.stats(model).plan is not None
+    assert autoremat.stats(model).plan is not None
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -374,7 +374,7 @@ def test_arguments_and_results_of_any_kind() -> None:
 def test_results_without_gradients() -> None:
     """One of two is fine. None at all: there is no step to plan, so it says so, or runs plainly if it has trained."""
     x, y = torch.rand(4, 4, requires_grad=True), torch.rand(4, 4)
-    both = recollect.checkpoint(lambda a, b: (a * 1, b), budget=1.0)
+    both = autoremat.checkpoint(lambda a, b: (a * 1, b), budget=1.0)
     first, second = both(x, y)
     assert second is y
     first.sum().backward()
@@ -389,7 +389,7 @@ def test_results_without_gradients() -> None:
             with torch.set_grad_enabled(not self.frozen):
                 return self.inner(x).sin()
 
-    model = recollect.checkpoint(NoGrad(), budget=1.0)
+    model = autoremat.checkpoint(NoGrad(), budget=1.0)
     model.frozen = True
     with pytest.raises(ValueError, match="nothing that requires grad"):
         model(x)
@@ -401,7 +401,7 @@ def test_results_without_gradients() -> None:
         assert not out.requires_grad
         (out + x).sum().backward()
     with pytest.raises(ValueError, match="nothing that requires grad"):
-        recollect.checkpoint(lambda a, b: a * b, budget=1.0)(0.5, 2)  # no tensors at all
+        autoremat.checkpoint(lambda a, b: a * b, budget=1.0)(0.5, 2)  # no tensors at all
 
 
 def test_view_of_an_integer_input_is_a_result() -> None:
@@ -442,7 +442,7 @@ def test_wrapper_subclass() -> None:
 
     inner = torch.randn(4, 3)
     found = []
-    for call in (step, recollect.checkpoint(step, budget=1.0), Floor(step)):
+    for call in (step, autoremat.checkpoint(step, budget=1.0), Floor(step)):
         with warnings.catch_warnings():  # such a tensor is not what was recorded
             warnings.simplefilter("ignore", RuntimeWarning)
             for _ in range(2):

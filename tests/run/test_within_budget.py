@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import recollect
-from recollect.record.optimizer import optimizer_bytes
-from recollect.run.account import account, resident
+import autoremat
+from autoremat.record.optimizer import optimizer_bytes
+from autoremat.run.account import account, resident
 from tests.zoo import CASES, Case
 
 
@@ -63,9 +63,9 @@ def measured_peak(model: nn.Module, step: Callable[..., Tensor], inputs: tuple[T
 
 def budgets(case: Case, model: nn.Module, inputs: tuple[Tensor, ...], state_bytes: int) -> list[int]:
     """Five, evenly from just above the floor up to near the plain peak."""
-    probe = recollect.checkpoint(case.loss(model), budget=1.0, optimizer=state_bytes)
+    probe = autoremat.checkpoint(case.loss(model), budget=1.0, optimizer=state_bytes)
     probe(*inputs).backward()
-    plan = recollect.stats(probe).plan
+    plan = autoremat.stats(probe).plan
     model.zero_grad()
     low, high = plan.floor_bytes, plan.plain_peak_bytes
     return [low + (high - low) * k // 5 + (high - low) // 50 for k in range(5)]
@@ -80,15 +80,15 @@ def check(case: Case, steps: int, which: slice) -> None:
     plain = train(reference, case.loss(reference), inputs, steps)
     for budget in asked:
         mine = copy.deepcopy(model)
-        step = recollect.checkpoint(case.loss(mine), budget=budget, optimizer=state_bytes)
+        step = autoremat.checkpoint(case.loss(mine), budget=budget, optimizer=state_bytes)
         assert_identical(train(mine, step, inputs, steps), plain)
-        stats = recollect.stats(step)
+        stats = autoremat.stats(step)
         assert stats.plan is not None
         assert (stats.planned, stats.deviations, stats.unplanned) == (1, 0, 0)
         peak = measured_peak(mine, step, inputs, state_bytes)
         assert peak <= budget
         assert abs(peak - stats.plan.peak_bytes) <= 0.005 * stats.plan.peak_bytes
-        assert recollect.verify(stats.plan.program, stats.plan) == ()
+        assert autoremat.verify(stats.plan.program, stats.plan) == ()
         assert stats.reruns > 0
 
 
@@ -118,7 +118,7 @@ def test_five_budgets_for_fifty_steps(case: Case) -> None:
 def test_the_plain_peak_is_predicted(case: Case) -> None:
     torch.manual_seed(0)
     model, inputs = case.model(), case.inputs()
-    plan = recollect.plan(case.loss(model), *inputs, budget=1.0, timing="measure")
+    plan = autoremat.plan(case.loss(model), *inputs, budget=1.0, timing="measure")
     case.loss(model)(*inputs).backward()
     assert measured_peak(model, case.loss(model), inputs, 0) == plan.plain_peak_bytes
 
@@ -132,8 +132,8 @@ def test_numbers_that_autograd_saves_are_in_the_account() -> None:
             x = (torch.tanh(layer(x)) * 0.5 + 1.0) / 3
         return x.square().mean()
 
-    floor = recollect.plan(step, x, budget=1.0, timing="measure").floor_bytes
-    call = recollect.checkpoint(step, budget=floor)
+    floor = autoremat.plan(step, x, budget=1.0, timing="measure").floor_bytes
+    call = autoremat.checkpoint(step, budget=floor)
     for _ in range(2):
         layers.zero_grad()
         assert account(lambda: call(x).backward(), resident(layers, x)).peak_bytes <= floor

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from recollect.plan.unroll import unroll
-from recollect.program import Plan, Program, Schedule, simulate, verify
-from recollect.record import record
-from recollect.run import Tape, instructions_for
-from recollect.run.instructions import Instructions
+from autoremat.plan.unroll import unroll
+from autoremat.program import Plan, Program, Schedule, simulate, verify
+from autoremat.record import record
+from autoremat.run import Tape, instructions_for
+from autoremat.run.instructions import Instructions
 
 
 def parameters() -> list[Tensor]:
@@ -58,7 +58,7 @@ def plan_keeping_a1(program: Program) -> Plan:
     )
 
 
-def test_gradients_by_hand_and_by_recollect_are_equal() -> None:
+def test_gradients_by_hand_and_by_autoremat_are_equal() -> None:
     x, w = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), parameters()
     plan = plan_keeping_a1(record(lambda x: forward(x, w), (x,), timing="estimate"))
     assert verify(plan.program, plan) == ()

@@ -1,4 +1,4 @@
-"""The three forms of ``torch.utils.checkpoint``, to be put beside recollect."""
+"""The three forms of ``torch.utils.checkpoint``, to be put beside autoremat."""
 
 from __future__ import annotations
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from recollect.plan import solve
-from recollect.program import Plan
+from autoremat.plan import solve
+from autoremat.program import Plan
 from tests.plan.chains import gpt
 
 

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.program import END, Op, Program, Schedule, Value, simulate
-from recollect.show.blocks import blocks_of, useless_blocks
-from recollect.show.explanation import Explanation, explanation_of
-from recollect.show.modules import Module
-from recollect.show.page import PLAIN_WIDTH, page_width
-from recollect.show.residents import CATEGORIES, Resident, residents_at
+from autoremat.program import END, Op, Program, Schedule, Value, simulate
+from autoremat.show.blocks import blocks_of, useless_blocks
+from autoremat.show.explanation import Explanation, explanation_of
+from autoremat.show.modules import Module
+from autoremat.show.page import PLAIN_WIDTH, page_width
+from autoremat.show.residents import CATEGORIES, Resident, residents_at
 from tests.program.hand import BACKWARD, chain, chain_plan, in_place
 from tests.strategies import SIZES, orders, programs
 

@@ -16,14 +16,14 @@ from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect import cli
-from recollect.plan import frontier
-from recollect.plan.portfolio import SOLVERS, classics_of, solve
-from recollect.program import Plan, Program, Schedule, Value, simulate
-from recollect.show.explanation import explanation_of
-from recollect.show.report.data import bounds_of, line_of
-from recollect.show.report.render import page_of
-from recollect.show.residents import CATEGORIES, name_of, op_text
+from autoremat import cli
+from autoremat.plan import frontier
+from autoremat.plan.portfolio import SOLVERS, classics_of, solve
+from autoremat.program import Plan, Program, Schedule, Value, simulate
+from autoremat.show.explanation import explanation_of
+from autoremat.show.report.data import bounds_of, line_of
+from autoremat.show.report.render import page_of
+from autoremat.show.residents import CATEGORIES, name_of, op_text
 from tests.plan.chains import gpt
 from tests.program.hand import chain, chain_plan
 from tests.show.large import large_plan
@@ -168,7 +168,7 @@ def test_the_page_is_written_where_folders_are_missing(tmp_path: Path) -> None:
 
 def test_without_jinja_the_error_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(ModuleNotFoundError, match=r"pip install 'recollect\[html\]'"):
+    with pytest.raises(ModuleNotFoundError, match=r"pip install 'autoremat\[html\]'"):
         page_of(chain_plan())
 
 
@@ -193,4 +193,4 @@ def test_the_command_needs_jinja_before_it_works(monkeypatch: pytest.MonkeyPatch
         cli.main, ["plan", "nothing:at_all", "--budget", "1", "--html", str(tmp_path / "p.html")]
     )
     assert result.exit_code == 1
-    assert result.output == "Error: this needs jinja2; run: pip install 'recollect[html]'\n"
+    assert result.output == "Error: this needs jinja2; run: pip install 'autoremat[html]'\n"

@@ -23,13 +23,13 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-import recollect
-from recollect.demo.models import GPT, GPTConfig
-from recollect.plan import classics_of, frontier, solve
-from recollect.program import END, Op, Plan, Program, Value, simulate
-from recollect.show.explanation import explanation_of
-from recollect.show.residents import name_of, residents_at
-from recollect.show.text import format_bytes
+import autoremat
+from autoremat.demo.models import GPT, GPTConfig
+from autoremat.plan import classics_of, frontier, solve
+from autoremat.program import END, Op, Plan, Program, Value, simulate
+from autoremat.show.explanation import explanation_of
+from autoremat.show.residents import name_of, residents_at
+from autoremat.show.text import format_bytes
 from tests.program.hand import chain_plan
 from tests.show.large import large_plan
 
@@ -126,7 +126,7 @@ def plan() -> Plan:
     torch.manual_seed(0)
     model = GPT(GPTConfig(blocks=4, width=32, heads=2, context=32))
     tokens = torch.zeros(16, 32, dtype=torch.int64)
-    return recollect.plan(
+    return autoremat.plan(
         lambda x: F.cross_entropy(model(x).flatten(0, 1), x.flatten()), tokens, budget=0.6, time_limit_seconds=2
     )
 

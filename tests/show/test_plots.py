@@ -7,8 +7,8 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.image import imread
 
-from recollect.program import Op, Program, Schedule, simulate
-from recollect.show.plots import draw_memory, memory_plot
+from autoremat.program import Op, Program, Schedule, simulate
+from autoremat.show.plots import draw_memory, memory_plot
 from tests.program.hand import chain_plan
 
 

@@ -7,9 +7,9 @@ from collections import Counter
 from hypothesis import given
 from hypothesis import strategies as st
 
-from recollect.program import Program, Schedule, simulate
-from recollect.show.residents import residents_at
-from recollect.show.spans import spans_of
+from autoremat.program import Program, Schedule, simulate
+from autoremat.show.residents import residents_at
+from autoremat.show.spans import spans_of
 from tests.program.hand import chain_plan, in_place
 from tests.show.test_explanation import placed, schedules
 

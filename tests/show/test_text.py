@@ -4,8 +4,8 @@ from dataclasses import replace
 
 import pytest
 
-from recollect.program import Op, Program, Schedule, Value
-from recollect.show.text import fold_indices, format_seconds, plan_text
+from autoremat.program import Op, Program, Schedule, Value
+from autoremat.show.text import fold_indices, format_seconds, plan_text
 from tests.program.hand import chain_plan
 
 GOLDEN = """\

@@ -1,0 +1,467 @@
+"""What users call: ``checkpoint``, ``restore``, ``plan``, ``explain``, ``frontier``, ``stats``."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar, overload
+
+import torch
+from torch import nn
+
+from autoremat.plan import Frontier, parse_budget, solve
+from autoremat.plan import frontier as frontier_of
+from autoremat.plan.constraints import Patterns, still_possible
+from autoremat.program import InfeasibleBudget, Plan, Program, simulate
+from autoremat.record import UnusableInput, record
+from autoremat.record.optimizer import optimizer_bytes
+from autoremat.record.timing import Progress
+from autoremat.run import Session, Stats
+from autoremat.run.selfcheck import CHANGED, DIFFERS
+from autoremat.run.session import NotPlannable
+from autoremat.show.explanation import Explanation, explanation_of
+from autoremat.show.progress import progress_bar
+
+F = TypeVar("F", bound=Callable[..., Any])
+Budget = int | float | str
+_MARK = "__autoremat__"
+QUICK: Final = 0.2
+"""The part of the time for a plan in which the quick one must be found; it is made again from scratch otherwise."""
+
+
+@overload
+def checkpoint(
+    target: F, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0, measure: bool = False,
+) -> F: ...  # fmt: skip
+@overload
+def checkpoint(
+    target: None = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0, measure: bool = False,
+) -> Callable[[F], F]: ...  # fmt: skip
+def checkpoint(
+    target: Any = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
+    time_limit_seconds: float = 10.0, measure: bool = False,
+) -> Any:  # fmt: skip
+    """Make a module or a callable train within a memory budget.
+
+    At the first call with a kind of input, the step (forward and backward) is recorded on fake tensors, its operators
+    are timed one by one, and a plan is made: which values stay in memory for the backward and which are computed
+    again. From then on every call follows it. Loss, gradients, buffers and random generators are bit for bit those of
+    plain training.
+
+    Args:
+        target: a module, which stays the same object, or any callable that returns the loss or outputs (then a
+            wrapped one is returned); left out, the result is a decorator.
+        budget: the peak of the whole step, parameters, gradients and inputs included: ``"10GiB"``, ``"512MB"``, a
+            number of bytes, a fraction of the plain peak (``0.5``, ``"50%"``), or ``"auto"`` (what the device has).
+            What runs outside the callable is not seen: wrap a function that returns the loss to have all of it.
+        optimizer: an optimizer, or a list of those that take turns: its state is resident, and its step, temporaries
+            included, has to fit, too. Or the bytes of the state alone.
+        keep: patterns (``fnmatch``) on module paths or operator names, such as ``"blocks.0.*"`` or
+            ``("aten.bernoulli*", "head")``; what these operators make is never computed again.
+        recompute: the same; what these operators make does not stay from the forward into the backward.
+        time_limit_seconds: the longest that making a plan may take, recording excluded.
+        measure: measure the peak of the second step of every plan, from the call to the optimizer's step or the next
+            call, for ``stats``. On CPU that step runs under torch's profiler, in the main thread, and takes longer; on
+            CUDA it resets the peak statistics of ``torch.cuda``. Without ``measure``, nothing is measured on CPU, and
+            on CUDA only a step that raises those statistics.
+
+    Returns:
+        The same module, or the wrapped callable.
+
+    Raises:
+        ValueError: a malformed budget, a module without trainable parameters or one that is checkpointed already; at
+            the first call, a pattern that matches nothing.
+        InfeasibleBudget: at the first call, when no plan fits; names the smallest budget that does.
+
+    Example:
+        >>> import torch, autoremat
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> model = autoremat.checkpoint(model, budget=0.9)
+        >>> model(torch.randn(512, 64)).sum().backward()
+        >>> autoremat.stats(model).plan.peak_bytes <= autoremat.stats(model).plan.budget_bytes
+        True
+    """
+    _check_budget(budget)
+    options = Options(budget, optimizer, keep, recompute, time_limit_seconds, measure)
+    if target is None:
+        return functools.partial(checkpoint, **vars(options))
+    if not callable(target):
+        raise TypeError(f"autoremat.checkpoint takes a module or a callable, got {type(target).__name__}")
+    if session_of(target) is not None:
+        raise ValueError("this is checkpointed by autoremat already; undo that first with autoremat.restore(...)")
+    if isinstance(target, nn.Module):
+        return _checkpoint_module(target, options)
+    return _checkpoint_callable(target, options)
+
+
+def restore(target: F) -> F:
+    """Undo ``checkpoint``: the module as it was, or the callable that was wrapped.
+
+    Raises:
+        ValueError: the target is not checkpointed by autoremat, or its forward has been wrapped since.
+    """
+    session = session_of(target)
+    if session is None:
+        raise ValueError("this is not checkpointed by autoremat, so there is nothing to restore")
+    if not isinstance(target, nn.Module):
+        return session.fn  # type: ignore[return-value]
+    forward = vars(target)["forward"]
+    if not isinstance(forward, _Forward):
+        raise ValueError(
+            f"the forward of this {type(target).__name__} has been wrapped once more since it was checkpointed (by "
+            "Accelerate, say); undo that first"
+        )
+    del target.forward
+    if forward.replaced is not None:
+        target.forward = forward.replaced
+    return target
+
+
+def stats(target: Any) -> Stats:
+    """What a checkpointed module or callable has done so far: plan, calls, fallbacks, reruns, the measured peak.
+
+    ``as_dict()`` of it has numbers only, for a logger.
+
+    Raises:
+        ValueError: the target is not checkpointed by autoremat.
+
+    Example:
+        >>> import torch, autoremat
+        >>> model = autoremat.checkpoint(torch.nn.Linear(64, 64), budget="100%")
+        >>> model(torch.randn(512, 64)).sum().backward()
+        >>> autoremat.stats(model).as_dict()["calls"]
+        1
+    """
+    session = session_of(target)
+    if session is None:
+        raise ValueError("this is not checkpointed by autoremat; call autoremat.checkpoint on it first")
+    return session.stats()
+
+
+def plan(
+    fn: Callable[..., Any],
+    *args: Any,
+    budget: Budget,
+    optimizer: Any = None,
+    solver: str = "auto",
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    timing: str = "estimate",
+    time_limit_seconds: float = 10.0,
+    **kwargs: Any,
+) -> Plan:
+    """Plan a training step without running it: nothing of the model's or the activations' size is allocated.
+
+    Args:
+        fn: a module or callable, as for ``checkpoint``; its tensors may be real, fake, or on the ``meta`` device.
+        *args: its positional arguments.
+        budget: as for ``checkpoint``.
+        optimizer: as for ``checkpoint``.
+        solver: name of a solver (``autoremat.plan.SOLVERS``); ``"auto"`` takes the best of several.
+        keep: as for ``checkpoint``.
+        recompute: as for ``checkpoint``.
+        timing: ``"estimate"`` operators from their FLOPs and bytes, or ``"measure"`` each distinct one, alone, on the
+            device (then kernel scratch is in the account too, as it is for ``checkpoint``, and what a kernel leaves of
+            it behind its result).
+        time_limit_seconds: the longest that planning may take, recording excluded.
+        **kwargs: keyword arguments of ``fn``.
+
+    Raises:
+        ValueError: malformed budget, inputs on several devices, nothing differentiable, a pattern that matches nothing.
+        InfeasibleBudget: no known plan fits.
+
+    Example:
+        >>> import torch, autoremat
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> plan = autoremat.plan(model, torch.randn(512, 64), budget="90%")
+        >>> plan.peak_bytes <= 0.9 * plan.plain_peak_bytes
+        True
+    """
+    _check_budget(budget)
+    with progress_bar() as progress:
+        program = record_step(fn, args, kwargs, optimizer, timing, progress)
+        return solve(
+            program, in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
+            time_limit_seconds=time_limit_seconds, progress=progress,
+        )  # fmt: skip
+
+
+def explain(
+    step: Plan | Program | Callable[..., Any],
+    *args: Any,
+    budget: Budget | None = None,
+    optimizer: Any = None,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    timing: str = "estimate",
+    time_limit_seconds: float = 10.0,
+    **kwargs: Any,
+) -> Explanation:
+    """Where the peak of a training step stands and what fills it, before anything is run.
+
+    Without a budget, that of plain training, with what it saves for the backward and which modules would not be worth
+    checkpointing by hand; with one, that of the plan, with what it keeps, what it computes again, how often, from what.
+
+    Args:
+        step: a module or callable, as for ``plan``; a program; or a plan.
+        *args: the callable's positional arguments.
+        budget: as for ``plan``; None explains plain training. Not beside a plan, which has one.
+        optimizer: as for ``plan``; of a callable only.
+        keep: as for ``plan``; together with a budget.
+        recompute: as for ``plan``; together with a budget.
+        timing: as for ``plan``; of a callable only.
+        time_limit_seconds: the longest that planning may take, recording excluded.
+        **kwargs: keyword arguments of the callable.
+
+    Returns:
+        ``categories``, ``modules``, ``residents``, ``savings``, ``blocks``; ``str()`` is a page of tables. Each
+        breakdown adds up to ``peak_bytes``, to the byte.
+
+    Raises:
+        TypeError: arguments beside a program or a plan, a budget beside a plan, constraints without a budget.
+        ValueError: as ``plan``.
+        InfeasibleBudget: no known plan fits.
+
+    Example:
+        >>> import torch, autoremat
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> why = autoremat.explain(model, torch.randn(512, 64))
+        >>> sum(why.categories.values()) == why.peak_bytes
+        True
+    """
+    if budget is None and (keep or recompute):
+        raise TypeError("keep= and recompute= are wishes for a plan: give a budget with them")
+    if isinstance(step, Plan):
+        if args or kwargs or optimizer is not None or budget is not None:
+            raise TypeError("a plan stands for itself: its program and its budget are in it")
+        return explanation_of(step.program, step)
+    if budget is not None:
+        _check_budget(budget)
+    with progress_bar() as progress:
+        program = _program_of(step, args, kwargs, optimizer, timing, progress)
+        if budget is None:
+            return explanation_of(program)
+        plan = solve(
+            program, in_bytes(budget, program.fixed_bytes), keep=keep, recompute=recompute,
+            time_limit_seconds=time_limit_seconds, progress=progress,
+        )  # fmt: skip
+        return explanation_of(program, plan)
+
+
+def frontier(
+    program_or_fn: Program | Callable[..., Any],
+    *args: Any,
+    points: int | Sequence[int | float | str] = 16,
+    optimizer: Any = None,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    timing: str = "estimate",
+    time_limit_seconds: float = 60.0,
+    **kwargs: Any,
+) -> Frontier:
+    """Overhead against peak over the whole range of budgets: what memory costs in time, before anything is run.
+
+    Args:
+        program_or_fn: a program, or a module or callable, as for ``plan``.
+        *args: the callable's positional arguments.
+        points: how many budgets, the floor and the plain peak included, closer together towards the floor; or the
+            budgets themselves.
+        optimizer: as for ``plan``; of a callable only.
+        keep: as for ``plan``.
+        recompute: as for ``plan``.
+        timing: as for ``plan``; of a callable only.
+        time_limit_seconds: the longest that planning may take, all budgets together, recording excluded.
+        **kwargs: keyword arguments of the callable.
+
+    Returns:
+        ``points``, one plan per budget; ``plan_at(budget)``; ``str()`` is a table; ``plot(path)`` draws it.
+
+    Raises:
+        TypeError: arguments beside a program.
+        ValueError: as ``plan``; fewer than two points.
+        InfeasibleBudget: one of the budgets named is below the floor.
+
+    Example:
+        >>> import torch, autoremat
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> frontier = autoremat.frontier(model, torch.randn(512, 64), points=4)
+        >>> [p.overhead for p in frontier.points] == sorted((p.overhead for p in frontier.points), reverse=True)
+        True
+    """
+    with progress_bar() as progress:
+        program = _program_of(program_or_fn, args, kwargs, optimizer, timing, progress)
+        return frontier_of(
+            program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
+            progress=progress,
+        )  # fmt: skip
+
+
+def _program_of(
+    step: Program | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
+    progress: Progress | None,
+) -> Program:  # fmt: skip
+    """The program itself, or that of the callable."""
+    if not isinstance(step, Program):
+        return record_step(step, args, kwargs, optimizer, timing, progress)
+    if args or kwargs or optimizer is not None:
+        raise TypeError("a program stands for itself: arguments and optimizer are for a module or a callable")
+    return step
+
+
+def record_step(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
+    progress: Progress | None = None, device: str | None = None, name: str = "",
+) -> Program:  # fmt: skip
+    """The program of a step that is not going to be run."""
+    if timing not in ("estimate", "measure"):
+        raise ValueError(f'timing is "estimate" or "measure", not {timing!r}')
+    session = session_of(fn)
+    plain = session.fn if session is not None else fn
+    state, scratch = optimizer_bytes(optimizer)
+    return record(
+        plain, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, timing=timing, device=device,
+        progress=progress, name=name,
+    )  # fmt: skip
+
+
+class Options:
+    """What a user asked of ``checkpoint``; makes the plans."""
+
+    def __init__(
+        self, budget: Budget, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float,
+        measure: bool = False,
+    ) -> None:  # fmt: skip
+        self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
+        self.keep, self.recompute, self.measure = keep, recompute, measure
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model needs the bytes of the optimizer, not the optimizer."""
+        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
+
+    def record(
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
+    ) -> Program:
+        """The program of a call, operators measured within the budget."""
+        with progress_bar() as progress:
+            try:
+                state, scratch = optimizer_bytes(self.optimizer)
+                return record(
+                    fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
+                    compare=compare, progress=progress, limit=self._in_bytes,
+                )  # fmt: skip
+            except UnusableInput:
+                raise
+            except Exception as error:
+                raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
+
+    def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
+        """A plan within the budget, and within what else is known of the device."""
+        budget = in_bytes(self.budget, program.fixed_bytes)
+        if at_most_bytes is not None:
+            budget = min(self._in_bytes(program), at_most_bytes)
+        if quick and not self.keep and not self.recompute:
+            with contextlib.suppress(InfeasibleBudget):
+                return solve(program, budget, solver="dtr", time_limit_seconds=QUICK * self.time_limit_seconds)
+        found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
+        recompute = still_possible(program, self.recompute) if found_out else self.recompute
+        with progress_bar() as progress:
+            return solve(
+                program, budget, keep=self.keep, recompute=recompute, time_limit_seconds=self.time_limit_seconds,
+                progress=progress,
+            )  # fmt: skip
+
+    def _in_bytes(self, program: Program) -> int:
+        return parse_budget(in_bytes(self.budget, program.fixed_bytes), simulate(program).peak_bytes)
+
+
+class _Forward:
+    """Stands in for ``forward`` on one module; goes along when the module is copied or pickled."""
+
+    def __init__(self, module: nn.Module, options: Options) -> None:
+        self.module, self.options = module, options
+        self.replaced = vars(module).get("forward")
+        self._wrap()
+
+    def _wrap(self) -> None:
+        plain = self.replaced or functools.partial(type(self.module).forward, self.module)
+        functools.update_wrapper(self, type(self.module).forward, updated=())
+        self.__wrapped__ = plain  # already bound: the signature is that of a call
+        self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.session.call(args, kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Plans stay behind: they are made anew where they are needed."""
+        return {"module": self.module, "options": self.options, "replaced": self.replaced}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._wrap()
+
+
+class _PlainForward:
+    """A module's own forward, with the module in sight of the recorder."""
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        self.module, self._forward = module, forward
+        self.__name__ = type(module).__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(*args, **kwargs)
+
+
+def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ValueError(
+            f"{type(module).__name__} has no parameters that require grad, so there is no backward pass to save memory "
+            "for; to checkpoint a computation on inputs that require grad, wrap a function instead of the module"
+        )
+    module.forward = _Forward(module, options)
+    return module
+
+
+def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
+    session = Session(fn, options, measure=options.measure)
+
+    @functools.wraps(fn)
+    def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        return session.call(args, kwargs)
+
+    setattr(checkpointed, _MARK, session)
+    return checkpointed
+
+
+def session_of(target: Any) -> Session | None:
+    """What a checkpointed module or callable runs under; None for all others."""
+    if isinstance(target, nn.Module):
+        forward = vars(target).get("forward")
+        while forward is not None and not isinstance(forward, _Forward):
+            forward = getattr(forward, "__wrapped__", None)  # a library may have wrapped it once more
+        return forward.session if isinstance(forward, _Forward) and forward.module is target else None
+    session = getattr(target, _MARK, None)
+    return session if isinstance(session, Session) else None
+
+
+def _check_budget(budget: Budget) -> None:
+    """Refuse a malformed budget at the door."""
+    if budget != "auto":
+        parse_budget(budget, 1 << 62)
+
+
+def in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
+    """``"auto"`` as bytes: what is free on the device now, plus what the step's fixed values take already."""
+    if budget != "auto":
+        return budget
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        return int(0.95 * (free + reserved)) + fixed_bytes
+    return int(0.95 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + fixed_bytes
+
+
+__all__ = ["InfeasibleBudget", "checkpoint", "explain", "frontier", "plan", "restore", "stats"]

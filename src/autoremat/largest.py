@@ -1,0 +1,216 @@
+"""``max_batch``: the largest batch, or sequence, whose training step has a plan within a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import inf
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from autoremat.api import record_step
+from autoremat.plan import parse_budget, solve
+from autoremat.plan.budget import format_bytes
+from autoremat.plan.constraints import Patterns
+from autoremat.plan.infeasible import with_message
+from autoremat.program import InfeasibleBudget, Plan, Program
+from autoremat.record import UnusableInput
+from autoremat.record.world import undisturbed
+from autoremat.show.progress import progress_bar
+
+
+@dataclass(frozen=True)
+class Try:
+    """One size that was looked at.
+
+    Attributes:
+        n: the size.
+        fits: whether there is a plan within the budget and the overhead allowed.
+        peak_bytes: the peak of the plan; where no plan is within the budget, of the smallest schedule known.
+        overhead: of the plan; infinite where no plan is within the budget.
+    """
+
+    n: int
+    fits: bool
+    peak_bytes: int
+    overhead: float
+
+
+@dataclass(frozen=True)
+class MaxBatch:
+    """The largest size that fits.
+
+    Attributes:
+        batch: the size; the next one, ``batch + 1``, does not fit or is beyond ``most``.
+        plan: its plan.
+        tries: every size that was looked at, in that order.
+    """
+
+    batch: int
+    plan: Plan
+    tries: tuple[Try, ...]
+
+
+def max_batch(
+    fn: Callable[..., Any],
+    make_inputs: Callable[[int], Any],
+    *,
+    budget: int | str,
+    overhead: float = 0.5,
+    start: int = 1,
+    most: int = 1 << 24,
+    optimizer: Any = None,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    time_limit_seconds: float = 5.0,
+) -> MaxBatch:
+    """The largest ``n`` for which the step ``fn(*make_inputs(n))`` has a plan within the budget.
+
+    Every size is planned on fake tensors, from estimated seconds: nothing of the size of the inputs or activations is
+    allocated. ``start`` is doubled until it does not fit, then the gap is halved. What ``n`` means is up to
+    ``make_inputs``: the batch, the length of the sequences, the height of the images.
+
+    Args:
+        fn: a module or callable, as for ``autoremat.plan``.
+        make_inputs: called with ``n`` under ``FakeTensorMode``; returns the arguments of ``fn`` as a tuple, as a
+            mapping of keyword arguments, or as one tensor. A slice counts with the whole tensor that it is part of.
+        budget: bytes, as an int or as ``"10GiB"``, for the peak of the whole step.
+        overhead: the largest overhead allowed, as a fraction of the plain step's seconds.
+        start: the size to begin with; a good guess saves time.
+        most: the largest size of interest.
+        optimizer: as for ``autoremat.plan``.
+        keep: as for ``autoremat.plan``.
+        recompute: as for ``autoremat.plan``.
+        time_limit_seconds: the longest that planning one size may take, recording excluded.
+
+    Raises:
+        InfeasibleBudget: not even ``n = 1`` fits.
+        ValueError: a budget that is malformed or a share, ``make_inputs`` returns no tensor or cannot be run on fake
+            tensors, the step cannot be recorded with some ``n``, its memory does not depend on ``n``.
+
+    Example:
+        >>> import torch, autoremat
+        >>> model = torch.nn.Sequential(*[torch.nn.Linear(64, 64) for _ in range(8)])
+        >>> found = autoremat.max_batch(model, lambda n: torch.randn(n, 64), budget="10MB", overhead=0.1)
+        >>> found.plan.peak_bytes <= 10_000_000, found.plan.overhead <= 0.1, found.batch > 1
+        (True, True, True)
+    """
+    _check(budget, overhead, start, most)
+    results: dict[int, Plan | InfeasibleBudget] = {}
+    with progress_bar() as progress:
+
+        def fits(n: int) -> bool:
+            report = None if progress is None else lambda what, share: progress(f"n = {n}, {what}", share)
+            program = _recorded(fn, make_inputs, n, optimizer)
+            try:
+                results[n] = solve(
+                    program, budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
+                    progress=report,
+                )  # fmt: skip
+            except InfeasibleBudget as error:
+                results[n] = error
+            return _tried(n, results[n], overhead).fits
+
+        best = _search(fits, start, most)
+    plan = results.get(best)
+    if not isinstance(plan, Plan):
+        raise _nothing_fits(results[1], overhead)
+    _refuse_constant(results, best, most)
+    return MaxBatch(best, plan, tuple(_tried(n, result, overhead) for n, result in results.items()))
+
+
+def _search(fits: Callable[[int], bool], start: int, most: int) -> int:
+    """The largest ``n`` up to ``most`` that fits, 0 when not even 1 does; O(log n) tries by doubling, then halving."""
+    low, high = 0, start
+    while high <= most and fits(high):
+        low, high = high, 2 * high
+    high = min(high, most + 1)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
+
+
+def _tried(n: int, result: Plan | InfeasibleBudget, overhead: float) -> Try:
+    if isinstance(result, InfeasibleBudget):
+        return Try(n, False, result.floor_bytes, inf)
+    return Try(n, result.overhead <= overhead, result.peak_bytes, result.overhead)
+
+
+def _nothing_fits(result: Plan | InfeasibleBudget, overhead: float) -> InfeasibleBudget:
+    """The error, from what came of ``n = 1``."""
+    if isinstance(result, InfeasibleBudget):
+        return with_message(result, f"not even n = 1 fits: {result}")
+    return InfeasibleBudget(
+        f"not even n = 1 fits: within {format_bytes(result.budget_bytes)} it takes {result.overhead:+.1%} time (no "
+        f"plan can be below {result.lower_bound:+.1%}), and overhead={overhead} allows {overhead:+.1%}; give a larger "
+        "budget or allow more overhead",
+        budget_bytes=result.budget_bytes,
+        floor_bytes=result.floor_bytes,
+    )
+
+
+def _refuse_constant(results: Mapping[int, Plan | InfeasibleBudget], best: int, most: int) -> None:
+    peaks = {r.plain_peak_bytes for r in results.values() if isinstance(r, Plan)}
+    if best == most and len(results) > 1 and len(peaks) == 1:
+        raise ValueError(
+            f"everything from n = {min(results)} to {most} fits and needs the same {format_bytes(*peaks)}: does "
+            "make_inputs(n) make use of n?"
+        )
+
+
+def _check(budget: int | str, overhead: float, start: int, most: int) -> None:
+    if isinstance(budget, float) or (isinstance(budget, str) and budget.strip().endswith("%")):
+        raise ValueError(f"max_batch needs a budget in bytes, not {budget!r}: the plain peak grows with the batch")
+    parse_budget(budget, 1 << 62)
+    if not overhead >= 0:
+        raise ValueError(f"overhead is the largest share of extra time allowed, 0 or more; got {overhead!r}")
+    if not 1 <= start <= most:
+        raise ValueError(f"start must be at least 1 and at most most={most}; got {start}")
+
+
+def _recorded(fn: Callable[..., Any], make_inputs: Callable[[int], Any], n: int, optimizer: Any) -> Program:
+    """The step of size ``n``."""
+    args, kwargs = _fake_inputs(make_inputs, n)
+    try:
+        return record_step(fn, args, kwargs, optimizer, "estimate")
+    except UnusableInput:
+        raise
+    except Exception as error:
+        raise ValueError(
+            f"the step with n = {n} could not be recorded on fake tensors ({type(error).__name__}: {error}); if n is "
+            "too large for the model, name the largest one with most="
+        ) from error
+
+
+def _fake_inputs(make_inputs: Callable[[int], Any], n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of size ``n``."""
+    try:
+        with undisturbed((), make_inputs), FakeTensorMode(allow_non_fake_inputs=True):
+            inputs = make_inputs(n)
+    except Exception as error:
+        raise ValueError(
+            f"make_inputs({n}) failed under FakeTensorMode ({type(error).__name__}: {error}); it should only make "
+            "tensors of the right shape and dtype, such as torch.randint(0, 256, (n, 128))"
+        ) from error
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
+        raise ValueError(
+            f"make_inputs({n}) returned no tensors but {type(inputs).__name__}; it should return the arguments of the "
+            "step as a tuple, as a mapping of keyword arguments, or as one tensor"
+        )
+    inputs = tree_map(_on_meta, inputs)
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def _on_meta(leaf: Any) -> Any:
+    """What was made on the meta device as a tensor of that device, which goes where the model goes."""
+    if not isinstance(leaf, FakeTensor) or leaf.device.type != "meta":
+        return leaf
+    blank = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")
+    return blank.requires_grad_(leaf.requires_grad)

@@ -1,0 +1,340 @@
+"""The candidates of one program that do not depend on a budget, and the search from them for one that does."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from math import exp, inf
+
+from autoremat.plan.bounds import closer_bound, cut_bound
+from autoremat.plan.classics import Classics
+from autoremat.plan.every_block import block_of
+from autoremat.plan.greedy import greedy
+from autoremat.plan.min_cut import Pricer
+from autoremat.plan.search import Candidate, Entry, Search, no_noise
+from autoremat.plan.segments import boundaries, crossing
+from autoremat.plan.tables import open_tables_of
+from autoremat.plan.walks import Walks
+from autoremat.program import Program, Schedule, simulate
+
+_SMALL_PROGRAM = 200
+_LARGE_PROGRAM = 6000
+_WALKS_FIRST = 500
+"""Programs with more ops are walked before what is much above the budget is shaved: that takes longer by then."""
+_NEAR_ENOUGH = 0.0005
+_CLOSE = 0.0025
+"""The gap beyond which a closer look at the bound is worth its time."""
+_RUNGS = 16
+_SEED = 20160421
+_MISSES = 8
+"""After how many walks without success the rest of the disturbances is left to shave and fill."""
+
+
+Job = Callable[[float], None]
+"""Finds candidates; is told a deadline."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """The outcome of a search: ``schedule`` is None when nothing fits, ``lowest`` has the smallest known peak."""
+
+    name: str
+    schedule: Schedule | None
+    lowest: Schedule
+    floor_bytes: int
+    lower_bound: float
+    candidates: tuple[tuple[str, int, float], ...]
+
+
+class Pool:
+    """Candidates of one program, made once; ``solve`` then starts from them for each budget.
+
+    The program itself is handed to the methods, because the pool must not keep it alive.
+    """
+
+    def __init__(self, program: Program) -> None:
+        self._search = Search(program)
+        open_tables = open_tables_of(program)
+        self._walks = [Walks(self._search, t) for t in (self._search.tables, open_tables) if t is not None]
+        self._classics = Classics(self._search)
+        self._first, self._for_the_floor = list(self._first_work()), list(self._floor_work())
+        self._cuts, self._rest = list(self._cut_work()), list(self._rest_of_the_work())
+        self._found: dict[Job, list[Entry]] = {}
+        """What each job has found, as far as they have run."""
+        self._base: tuple[Entry, ...] = ()
+        self._floor: list[Entry] = []
+        """The candidate with the lowest peak that the jobs for the floor know."""
+
+    # -- the pool ------------------------------------------------------------------------------------------------------
+
+    def grow(self, deadline: float, progress: Callable[[str, float], None], enough: Callable[[], bool]) -> None:
+        """Make candidates until there are enough, or until the deadline.
+
+        Starts from nothing each time and takes what a job found before from its record; so the pool is the same
+        whichever budgets have been asked for before.
+        """
+        self._search.frontier, self._search.leveled = [], []
+        for job in self._first:
+            self._run(job, deadline)
+        frontier, leveled = list(self._search.frontier), list(self._search.leveled)
+        self._run_until(self._cuts, deadline, progress, enough)
+        known = self._search.frontier, self._search.leveled
+        # The floor is looked for, whatever the time, from what the first jobs know: so it depends on nothing else.
+        self._search.frontier, self._search.leveled = frontier, leveled
+        progress("floor", 0.4)
+        for job in self._for_the_floor:
+            self._run(job, deadline)
+        self._floor = self._search.frontier[:1]
+        self._search.frontier, self._search.leveled = known
+        for job in self._for_the_floor:
+            self._run(job, deadline)
+        self._run_until(self._rest, deadline, progress, enough)
+        self._base = tuple(self._search.frontier)
+
+    def _run_until(
+        self, jobs: list[Job], deadline: float, progress: Callable[[str, float], None], enough: Callable[[], bool]
+    ) -> None:
+        """The jobs in order, until there are enough candidates or until the deadline."""
+        for k, job in enumerate(jobs):
+            if enough() or (job not in self._found and time.monotonic() > deadline):
+                return
+            share = k / len(jobs)
+            progress("pool of candidates", 0.4 * share if jobs is self._cuts else 0.4 + 0.2 * share)
+            self._run(job, deadline)
+
+    def _run(self, job: Job, deadline: float) -> None:
+        """Run a job, or take what it has found before from its record."""
+        if job in self._found:
+            for entry in self._found[job]:
+                self._search.remember(entry)
+            return
+        self._search.found = []
+        job(deadline)
+        self._found[job] = self._search.found
+        self._search.found = []  # what is found for one budget is not the pool's
+
+    def floor_bytes(self, progress: Callable[[str, float], None]) -> int:
+        """The smallest budget that ``solve`` takes."""
+        self.grow(0.0, progress, lambda: True)
+        return self._floor[0].peak_bytes
+
+    def _first_work(self) -> Iterator[Job]:
+        """The extremes, and segments within segments; done in any case."""
+        search = self._search
+        yield lambda deadline: _ignore(search.keeping("keep-everything", frozenset(search.tables.droppable)))
+        yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
+        yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
+
+    def _cut_work(self) -> Iterator[Job]:
+        """Minimum cuts for a grid of prices and segmentations."""
+        pricer, cuts = Pricer(self._search.tables), self._segmentations()
+        prices = pricer.prices(3 if len(self._search.tables.ops) > _LARGE_PROGRAM else 6)
+        for price in prices:
+            for cut in cuts:
+                yield self._priced(pricer, price, cut)
+
+    def _floor_work(self) -> Iterator[Job]:
+        """The jobs that find the floor; they are done whatever the time, so that a floor is always known."""
+        yield lambda deadline: self._classics.find_floor()
+        yield lambda deadline: self._find_floor()
+        for walks in self._walks:
+            yield self._floor_of(walks)
+
+    def _rest_of_the_work(self) -> Iterator[Job]:
+        """Walks between floor and plain peak, and for small programs a ladder of budgets."""
+        for walks in self._walks:
+            yield from walks.ladder()
+        if len(self._search.tables.ops) <= _SMALL_PROGRAM:
+            yield from (self._rung(k) for k in range(_RUNGS))
+
+    def _segmentations(self) -> list[tuple[int, ...]]:
+        """Cuts from one segment to one per op, about twelve counts, with equal and with shrinking segments."""
+        tables = self._search.tables
+        found: dict[tuple[int, ...], None] = {(): None, self._block_cuts(): None}
+        count = 2.0
+        ratio = max(1.3, (len(tables.early) / 2) ** (1 / 11)) if len(tables.early) > 2 else 2.0
+        while count <= len(tables.early):
+            for tapered in (False, True):
+                found[boundaries(tables, round(count), tapered=tapered)] = None
+            count *= ratio
+        return list(found)
+
+    def _block_cuts(self) -> tuple[int, ...]:
+        blocks = block_of(self._search.tables)
+        early = self._search.tables.early
+        return tuple(b for a, b in pairwise(early) if blocks[a] != blocks[b])
+
+    def _priced(self, pricer: Pricer, price: float, cuts: tuple[int, ...]) -> Job:
+        return lambda deadline: _ignore(self._search.keeping("min-cut", pricer.keep(price, cuts)))
+
+    def _nested(self, *counts: int) -> Job:
+        """Segments within segments, for small budgets."""
+
+        def make(deadline: float) -> None:
+            tables, keeps, count = self._search.tables, list[frozenset[int]](), 1
+            for factor in counts:
+                count *= factor
+                if factor > 1 and count <= len(tables.early):
+                    keeps.append(crossing(tables, boundaries(tables, count, tapered=not keeps)))
+            if keeps:
+                self._search.keeping("nested segments", *keeps)
+
+        return make
+
+    def _floor_of(self, walks: Walks) -> Job:
+        return lambda deadline: walks.find_floor()
+
+    def _find_floor(self) -> None:
+        """Shave the lowest peaks as far down as it goes."""
+        for entry in self._search.leveled[:3]:
+            self._search.shave(self._search.recall(entry), 0, rounds=40)
+
+    def _rung(self, k: int) -> Job:
+        """A fixed smaller budget: small programs solve a ladder of them, so that more budget does not cost more."""
+
+        def climb(deadline: float) -> None:
+            low, high = self._search.frontier[0].peak_bytes, self._search.frontier[-1].peak_bytes
+            self._improve(low + (high - low) * k // _RUNGS, deadline, disturbances=4)
+
+        return climb
+
+    # -- one budget ----------------------------------------------------------------------------------------------------
+
+    def solve(
+        self, program: Program, budget_bytes: int, solver: str, limit: float, progress: Callable[[str, float], None]
+    ) -> Found:
+        """The best candidate for the budget."""
+        begin, bound, moments = time.monotonic(), 0.0, list[int]()
+        if budget_bytes < simulate(program).peak_bytes:
+            progress("lower bound", 0.0)
+            bound, moments = cut_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
+        bound = max(bound, self._search.tables.asked_seconds / (program.seconds or 1.0))
+        enough = (bound + self._near_enough) * program.seconds
+        self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
+        floor = self._floor[0]
+        late = time.monotonic() + 0.1 * limit  # looking for the floor may have taken all the time there was
+        greedy_one = greedy(self._search, budget_bytes, deadline=max(begin + 0.7 * limit, late))
+        if solver == "auto":
+            progress("search", 0.7)
+            below = budget_bytes < floor.peak_bytes  # then what fits at all is good enough
+            last = max(begin + 0.9 * limit, late)
+            self._improve(budget_bytes, last, 0 if below else self._disturbances(), inf if below else enough)
+        best = self._choose(budget_bytes, solver, greedy_one)
+        if best and best.extra_seconds > (bound + _CLOSE) * program.seconds:
+            progress("closer bound", 0.95)
+            bound = max(bound, closer_bound(program, budget_bytes, moments, deadline=begin + limit))
+        progress("done", 1.0)
+        return Found(
+            best.name if best else "",
+            self._schedule(program, best) if best else None,
+            self._schedule(program, floor),
+            floor.peak_bytes,
+            bound if best and best.extra_seconds > 0 else 0.0,
+            self._report(program, budget_bytes, greedy_one),
+        )
+
+    def _choose(self, budget_bytes: int, solver: str, greedy_one: Candidate) -> Entry | None:
+        if solver == "greedy":
+            return greedy_one.entry if greedy_one.peak_bytes <= budget_bytes else None
+        return self._search.best_within(budget_bytes)
+
+    def _report(self, program: Program, budget_bytes: int, greedy_one: Candidate) -> tuple[tuple[str, int, float], ...]:
+        """The greedy and the best of every algorithm of the pool that fits."""
+        rows: dict[str, tuple[int, float]] = {}
+        for entry in (greedy_one.entry, *self._base):
+            counts = entry.peak_bytes <= budget_bytes or entry.name == "greedy"
+            if counts and entry.extra_seconds < rows.get(entry.name, (0, inf))[1]:
+                rows[entry.name] = (entry.peak_bytes, entry.extra_seconds)
+        total = program.seconds or 1.0
+        return tuple((name, peak, seconds / total) for name, (peak, seconds) in rows.items())
+
+    def _schedule(self, program: Program, entry: Entry) -> Schedule:
+        return Schedule.from_order(program, self._search.recall(entry).account.order.tolist())
+
+    def _is_down_to(self, seconds: float, budget_bytes: int) -> bool:
+        best = self._search.best_within(budget_bytes)
+        return best is not None and best.extra_seconds <= seconds
+
+    @property
+    def _near_enough(self) -> float:
+        """The gap to the lower bound at which to stop; small programs go on, so that the laws hold exactly."""
+        return 0.0 if len(self._search.tables.ops) <= _SMALL_PROGRAM else _NEAR_ENOUGH
+
+    def _improve(self, budget_bytes: int, deadline: float, disturbances: int, enough: float = 0.0) -> None:
+        """Fill the best that fits, shave and fill what is above, walk; then disturb the best again and again.
+
+        What is much above the budget takes long on a large program: there it comes after the walks. Stops early where
+        the extra seconds are down to ``enough``.
+        """
+        search = self._search
+
+        def done() -> bool:
+            return time.monotonic() > deadline or self._is_down_to(enough, budget_bytes)
+
+        near, far = (self._fitting(starts, done) for starts in self._starts(budget_bytes))
+        around = [walks.around for walks in self._walks]
+        late = [*around, far] if len(search.tables.ops) > _WALKS_FIRST else [far, *around]
+        for attempt in (near, *late, self._classics.around):
+            if done():
+                return
+            attempt(budget_bytes, deadline)
+        dice, misses = random.Random(_SEED), 0
+        for k in range(disturbances):
+            best = search.best_within(budget_bytes)
+            if best is None or done():
+                return
+            if k % 2 and misses < _MISSES:
+                self._walks[k // 2 % len(self._walks)].disturb(best, budget_bytes, dice)
+                misses = misses + 1 if search.best_within(budget_bytes) is best else 0
+            self._disturb(best, budget_bytes, dice, deadline)
+
+    def _disturbances(self) -> int:
+        """How often to disturb: about as much work for large programs as for small ones."""
+        return max(6, min(60, len(self._search.tables.droppable), 60_000 // max(1, len(self._search.tables.ops))))
+
+    def _disturb(self, best: Entry, budget_bytes: int, dice: random.Random, deadline: float) -> None:
+        """Large-neighbourhood search, one step: shave below the budget with noisy scores, then fill."""
+        levels = self._search.leveled
+        above = [e for e in levels if e.peak_bytes > budget_bytes][:12]
+        below = best if best.runs is None else next((e for e in reversed(levels) if e.peak_bytes <= budget_bytes), best)
+        start = dice.choice(above) if above and dice.random() < 0.3 else below
+        spread, share = dice.choice((0.0, 0.1, 0.3, 0.6, 1.0)), dice.choice((0.99, 0.97, 0.94, 0.9, 0.8))
+        self._search.noise = lambda: exp(dice.gauss(0, spread))
+        try:
+            self._fit(self._search.recall(start), int(share * budget_bytes), budget_bytes, deadline)
+        finally:
+            self._search.noise = no_noise
+
+    def _fitting(self, starts: list[Entry], done: Callable[[], bool]) -> Callable[[int, float], None]:
+        """Fit one after the other into a budget, until it is done."""
+
+        def fit(budget_bytes: int, deadline: float) -> None:
+            for entry in starts:
+                if done():
+                    return
+                self._fit(self._search.recall(entry), budget_bytes, budget_bytes, deadline)
+
+        return fit
+
+    def _starts(self, budget_bytes: int) -> tuple[list[Entry], list[Entry]]:
+        """The best that fit and some that do not, a little above the budget; and others that are much above."""
+        leveled = self._search.leveled
+        fit = [e for e in leveled if e.peak_bytes <= budget_bytes]
+        above = [e for e in leveled if e.peak_bytes > budget_bytes]
+        ranks = dict.fromkeys((*(len(above) * k // 8 for k in range(1, 8)), len(above) - 1))
+        return fit[-2:] + above[:4], [above[k] for k in ranks if 3 < k < len(above)]
+
+    def _fit(self, candidate: Candidate, target_bytes: int, budget_bytes: int, deadline: float) -> None:
+        shaved = self._search.shave(candidate, target_bytes, deadline=deadline)
+        if shaved.peak_bytes <= budget_bytes:
+            self._search.fill(shaved, budget_bytes, deadline=deadline)
+
+
+_NESTED = (2, 3, 4, 6, 8, 12, 20, 32)
+
+
+def _ignore(_: Candidate) -> None:
+    """The search has remembered it."""

@@ -1,0 +1,403 @@
+"""Programs and plans as JSON: formats ``autoremat-program`` and ``autoremat-plan``, version 1.
+
+``docs/program-file.md`` describes the files. Fields that have their default are left out; unknown fields are ignored,
+so that a file with later extensions can still be read. Everything that is known is checked, and what is wrong is
+named by op or value and field.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Final, TypeVar
+
+from autoremat.program.errors import InvalidProgram, InvalidSchedule
+from autoremat.program.files import write_text
+from autoremat.program.model import END, Op, Program, Value
+from autoremat.program.plan import Plan
+from autoremat.program.schedule import Schedule
+
+PROGRAM_FORMAT: Final = "autoremat-program"
+PLAN_FORMAT: Final = "autoremat-plan"
+VERSION: Final = 1
+
+_LARGEST: Final = 2**63 - 1
+
+_T = TypeVar("_T")
+_REQUIRED: Final = object()
+_CANDIDATE: Final = ("solver", "peak_bytes", "overhead")
+_KINDS: Final[dict[type, str]] = {
+    str: "a string",
+    int: "an integer",
+    bool: "true or false",
+    list: "a list",
+    dict: "an object",
+}
+
+_OP_DEFAULTS: Final[dict[str, object]] = {
+    "seconds": 0.0,
+    "scratch_bytes": 0,
+    "phase": "forward",
+    "repeatable": "yes",
+    "in_place": {},
+    "module": "",
+    "source": "",
+}
+
+_VALUE_DEFAULTS: Final[dict[str, object]] = {
+    "fixed": False,
+    "held": None,
+    "label": "",
+    "kind": "",
+    "dtype": "",
+    "shape": None,
+    "module": "",
+}
+
+# --- Writing ----------------------------------------------------------------------------------------------------------
+
+
+def program_to_data(program: Program) -> dict[str, Any]:
+    """The program as plain JSON data; fields that have their default are left out."""
+    ids = [v.id for v in program.values]
+    return {
+        "format": PROGRAM_FORMAT,
+        "version": VERSION,
+        "name": program.name,
+        **_unless({"timing": program.timing, "recorded": program.recorded}, timing="given", recorded=""),
+        "values": [_value_to_data(v) for v in program.values],
+        "ops": [_op_to_data(op, ids) for op in program.ops],
+    }
+
+
+def plan_to_data(plan: Plan) -> dict[str, Any]:
+    """The plan with its program as plain JSON data; frees name values by id."""
+    ids = [v.id for v in plan.program.values]
+    candidates = [[name, int(peak), float(overhead)] for name, peak, overhead in plan.candidates]
+    return {
+        "format": PLAN_FORMAT,
+        "version": VERSION,
+        "budget_bytes": int(plan.budget_bytes),
+        "peak_bytes": int(plan.peak_bytes),
+        "plain_peak_bytes": int(plan.plain_peak_bytes),
+        "floor_bytes": int(plan.floor_bytes),
+        **_unless({"floor_lower_bound_bytes": int(plan.floor_lower_bound_bytes)}, floor_lower_bound_bytes=0),
+        "overhead": float(plan.overhead),
+        "lower_bound": float(plan.lower_bound),
+        "solver": plan.solver,
+        **_unless({"candidates": candidates}, candidates=[]),
+        "order": [int(i) for i in plan.schedule.order],
+        "frees": [[ids[v] for v in frees] for frees in plan.schedule.frees],
+        "program": program_to_data(plan.program),
+    }
+
+
+def _value_to_data(value: Value) -> dict[str, Any]:
+    optional: dict[str, Any] = {"fixed": value.fixed, "held": "end" if value.held == END else value.held}
+    optional |= {"label": value.label, "kind": value.kind, "dtype": value.dtype}
+    optional |= {"shape": None if value.shape is None else list(value.shape), "module": value.module}
+    return {"id": value.id, "bytes": int(value.nbytes), **_unless(optional, **_VALUE_DEFAULTS)}
+
+
+def _op_to_data(op: Op, ids: list[str]) -> dict[str, Any]:
+    optional = {
+        "seconds": float(op.seconds),
+        "scratch_bytes": int(op.scratch_bytes),
+        "phase": op.phase,
+        "repeatable": f"no: {op.repeatable}" if op.repeatable else "yes",
+        "in_place": {ids[new]: ids[old] for new, old in op.in_place},
+        "module": op.module,
+        "source": op.source,
+    }
+    return {
+        "name": op.name,
+        "reads": [ids[v] for v in op.reads],
+        "writes": [ids[v] for v in op.writes],
+        **_unless(optional, **_OP_DEFAULTS),
+    }
+
+
+def _unless(fields: dict[str, Any], **defaults: object) -> dict[str, Any]:
+    """The fields that differ from their default."""
+    return {name: value for name, value in fields.items() if value != defaults[name]}
+
+
+def write_json(data: Mapping[str, Any], path: str | Path | None = None) -> str:
+    """The data as JSON text with one value, op or run per line, so that differences are readable; also to ``path``.
+
+    The same data gives the same text on every machine.
+
+    Raises:
+        InvalidProgram: a number that JSON cannot hold (infinite or not a number).
+    """
+    text = _object_text(data, "") + "\n"
+    if path is not None:
+        write_text(path, text)
+    return text
+
+
+def _object_text(data: Mapping[str, Any], indent: str) -> str:
+    inner = indent + " "
+    lines = [f"{inner}{json.dumps(name)}: {_field_text(name, item, inner)}" for name, item in data.items()]
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
+def _field_text(name: str, item: Any, indent: str) -> str:
+    """A nested file as an object of its own, a list of lists or objects one element per line, the rest compact."""
+    if isinstance(item, dict):
+        return _object_text(item, indent)
+    if isinstance(item, list) and item and isinstance(item[0], (dict, list)):
+        return "[\n" + ",\n".join(f"{indent} {_compact(name, element)}" for element in item) + f"\n{indent}]"
+    return _compact(name, item)
+
+
+def _compact(name: str, item: Any) -> str:
+    try:
+        return json.dumps(item, allow_nan=False)
+    except ValueError as error:
+        raise InvalidProgram(f"field {name!r}: JSON holds finite numbers only, got {item!r}") from error
+
+
+# --- Reading ----------------------------------------------------------------------------------------------------------
+
+
+def read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
+    """JSON data from text (which starts with ``{``), from the file of that name, or from data already parsed.
+
+    Raises:
+        InvalidProgram: the text is not a JSON object.
+        FileNotFoundError: the text does not start with ``{`` and no file has that name.
+    """
+    if isinstance(source, Mapping):
+        return source
+    if isinstance(source, str) and source.lstrip().startswith("{"):
+        return _parse(source, "the text")
+    what = f"file {str(source)!r}"
+    try:
+        text = Path(source).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise InvalidProgram(f"{what} is not text in UTF-8, so it is no JSON; name the file of a program") from None
+    return _parse(text, what)
+
+
+def _parse(text: str, what: str) -> Mapping[str, Any]:
+    try:
+        data = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InvalidProgram(f"{what} is not valid JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise InvalidProgram(f"{what} is not a JSON object; a program file starts with {{")
+    return data
+
+
+def program_from_data(data: Mapping[str, Any]) -> Program:
+    """A program from JSON data.
+
+    Raises:
+        InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id, or whatever ``Program``
+            itself refuses.
+    """
+    _check_header(data, PROGRAM_FORMAT)
+    values = tuple(_value_from_data(i, item) for i, item in enumerate(_get(data, "program", "values", list)))
+    index = {v.id: i for i, v in enumerate(values)}
+    ops = tuple(_op_from_data(i, item, index) for i, item in enumerate(_get(data, "program", "ops", list)))
+    name = _get(data, "program", "name", str)
+    return Program(
+        name,
+        values,
+        ops,
+        timing=_get(data, "program", "timing", str, "given"),
+        recorded=_get(data, "program", "recorded", str, ""),
+    )
+
+
+def plan_from_data(data: Mapping[str, Any]) -> Plan:
+    """A plan with its program from JSON data; without ``frees`` every value is freed as early as the order allows.
+
+    Its figures are taken as they are: ``verify(plan.program, plan)`` checks them.
+
+    Raises:
+        InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id or op.
+    """
+    _check_header(data, PLAN_FORMAT)
+    program = program_from_data(_get(data, "plan", "program", dict))
+    return Plan(
+        program=program,
+        schedule=_schedule_from_data(data, program),
+        budget_bytes=_get(data, "plan", "budget_bytes", int),
+        peak_bytes=_get(data, "plan", "peak_bytes", int),
+        plain_peak_bytes=_get(data, "plan", "plain_peak_bytes", int),
+        floor_bytes=_get(data, "plan", "floor_bytes", int),
+        overhead=_number(data, "plan", "overhead"),
+        lower_bound=_number(data, "plan", "lower_bound"),
+        solver=_get(data, "plan", "solver", str),
+        candidates=tuple(_candidate(i, item) for i, item in enumerate(_get(data, "plan", "candidates", list, ()))),
+        floor_lower_bound_bytes=_get(data, "plan", "floor_lower_bound_bytes", int, 0),
+    )
+
+
+def _check_header(data: Mapping[str, Any], expected: str) -> None:
+    """Refuse another format or a version that is not known."""
+    found = _get(data, "file", "format", str)
+    if found != expected:
+        hint = {
+            PLAN_FORMAT: "; Plan.from_json and `autoremat explain` read plans",
+            PROGRAM_FORMAT: "; Program.from_json and `autoremat solve` read programs",
+        }
+        raise InvalidProgram(f"file: field 'format' must be {expected!r}, got {found!r}{hint.get(found, '')}")
+    version = _get(data, "file", "version", int)
+    if version != VERSION:
+        raise InvalidProgram(
+            f"file: field 'version' is {version}, but this autoremat reads version {VERSION} of {expected}; "
+            "update autoremat, or write the file as that version"
+        )
+
+
+def _value_from_data(i: int, item: Any) -> Value:
+    where = _where("value", i, item, "id")
+    return Value(
+        id=_get(item, where, "id", str),
+        nbytes=_get(item, where, "bytes", int),
+        fixed=_get(item, where, "fixed", bool, False),
+        held=_held(item, where),
+        label=_get(item, where, "label", str, ""),
+        kind=_get(item, where, "kind", str, ""),
+        dtype=_get(item, where, "dtype", str, ""),
+        shape=_shape(item, where),
+        module=_get(item, where, "module", str, ""),
+    )
+
+
+def _shape(item: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
+    sizes = _get(item, where, "shape", list, None)
+    if sizes is None:
+        return None
+    if any(type(n) is not int or n < 0 for n in sizes):
+        raise InvalidProgram(f"{where}: field 'shape' must be a list of sizes, got {sizes!r}")
+    return tuple(sizes)
+
+
+def _held(item: Mapping[str, Any], where: str) -> int | None:
+    """``"end"`` is ``END``; an index below 0 is no op, although ``END`` itself is one in memory."""
+    held = item.get("held")
+    if held is None:
+        return None
+    if held == "end":
+        return END
+    if type(held) is not int or held < 0:
+        raise InvalidProgram(f"{where}: field 'held' must be the index of an op or 'end', got {held!r}")
+    return held
+
+
+def _op_from_data(i: int, item: Any, index: Mapping[str, int]) -> Op:
+    where = _where("op", i, item, "name")
+    return Op(
+        name=_get(item, where, "name", str),
+        reads=_ids(item, where, "reads", index),
+        writes=_ids(item, where, "writes", index),
+        seconds=_number(item, where, "seconds", 0.0),
+        scratch_bytes=_get(item, where, "scratch_bytes", int, 0),
+        phase=_get(item, where, "phase", str, "forward"),
+        repeatable=_repeatable(item, where),
+        in_place=_in_place(item, where, index),
+        module=_get(item, where, "module", str, ""),
+        source=_get(item, where, "source", str, ""),
+    )
+
+
+def _ids(item: Mapping[str, Any], where: str, name: str, index: Mapping[str, int]) -> tuple[int, ...]:
+    return tuple(_lookup(where, name, v, index) for v in _get(item, where, name, list))
+
+
+def _in_place(item: Mapping[str, Any], where: str, index: Mapping[str, int]) -> tuple[tuple[int, int], ...]:
+    pairs = _get(item, where, "in_place", dict, {})
+    return tuple(
+        (_lookup(where, "in_place", new, index), _lookup(where, "in_place", old, index)) for new, old in pairs.items()
+    )
+
+
+def _repeatable(item: Mapping[str, Any], where: str) -> str:
+    """The reason behind ``"no: "``, or "" where the op may run again."""
+    text = _get(item, where, "repeatable", str, "yes")
+    if text == "yes":
+        return ""
+    if not text.startswith("no: ") or text == "no: ":
+        raise InvalidProgram(f"{where}: field 'repeatable' must be 'yes' or 'no: <reason>', got {text!r}")
+    return text.removeprefix("no: ")
+
+
+def _schedule_from_data(data: Mapping[str, Any], program: Program) -> Schedule:
+    order = _order(data, len(program.ops))
+    if "frees" not in data:
+        return Schedule.from_order(program, order)
+    index = {v.id: i for i, v in enumerate(program.values)}
+    frees = [_frees(p, item, index) for p, item in enumerate(_get(data, "plan", "frees", list))]
+    try:
+        return Schedule(order, tuple(frees))
+    except InvalidSchedule as error:
+        raise InvalidProgram(f"plan: field 'frees': {error}") from error
+
+
+def _order(data: Mapping[str, Any], n_ops: int) -> tuple[int, ...]:
+    order = _get(data, "plan", "order", list)
+    for p, i in enumerate(order):
+        if type(i) is not int or not 0 <= i < n_ops:
+            raise InvalidProgram(f"plan: field 'order' must hold op indices below {n_ops}, got {i!r} for run {p}")
+    return tuple(order)
+
+
+def _frees(run: int, item: Any, index: Mapping[str, int]) -> tuple[int, ...]:
+    """What leaves after one run; values by id, or by their index in the program's ``values``."""
+    where = f"plan, run {run}"
+    if not isinstance(item, list):
+        raise InvalidProgram(f"{where}: field 'frees' must be a list of values, got {item!r}")
+    n = len(index)
+    return tuple(v if type(v) is int and 0 <= v < n else _lookup(where, "frees", v, index) for v in item)
+
+
+def _candidate(i: int, item: Any) -> tuple[str, int, float]:
+    where = f"plan, candidate {i}"
+    if not isinstance(item, list) or len(item) != len(_CANDIDATE):
+        raise InvalidProgram(f"{where}: must be [solver, peak_bytes, overhead], got {item!r}")
+    named = dict(zip(_CANDIDATE, item, strict=True))
+    return _get(named, where, "solver", str), _get(named, where, "peak_bytes", int), _number(named, where, "overhead")
+
+
+# --- Fields -----------------------------------------------------------------------------------------------------------
+
+
+def _where(what: str, i: int, item: Any, name: str) -> str:
+    """What messages call an element: its index and, if it has one, its name."""
+    if not isinstance(item, dict):
+        raise InvalidProgram(f"{what} {i} must be an object, got {item!r}")
+    return f"{what} {i} ({item[name]})" if isinstance(item.get(name), str) else f"{what} {i}"
+
+
+def _get(item: Mapping[str, Any], where: str, name: str, kind: type[_T], default: Any = _REQUIRED) -> _T:
+    """The field, which must be of exactly that JSON type (``true`` is no integer)."""
+    found = item.get(name, default)
+    if found is _REQUIRED:
+        raise InvalidProgram(f"{where}: field {name!r} is missing")
+    if found is not default and type(found) is not kind:
+        raise InvalidProgram(f"{where}: field {name!r} must be {_KINDS[kind]}, got {found!r}")
+    if type(found) is int and abs(found) > _LARGEST:
+        raise InvalidProgram(f"{where}: field {name!r} has {len(str(found))} digits; the largest integer is {_LARGEST}")
+    return found  # type: ignore[no-any-return]  # its type has just been compared
+
+
+def _number(item: Mapping[str, Any], where: str, name: str, default: Any = _REQUIRED) -> float:
+    """The field as a finite float; JSON writes whole ones as integers."""
+    found = item.get(name, default)
+    if found is _REQUIRED:
+        raise InvalidProgram(f"{where}: field {name!r} is missing")
+    if type(found) not in (int, float) or not abs(found) <= sys.float_info.max:
+        raise InvalidProgram(f"{where}: field {name!r} must be a finite number, got {found!r}")
+    return float(found)
+
+
+def _lookup(where: str, name: str, v: Any, index: Mapping[str, int]) -> int:
+    if not isinstance(v, str) or v not in index:
+        raise InvalidProgram(f"{where}: field {name!r} names value {v!r}, which is not among the values of the program")
+    return index[v]

@@ -1,0 +1,261 @@
+"""``Value``, ``Op`` and ``Program``: one training step, in the order it ran."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Final
+
+from autoremat.program.errors import InvalidProgram
+
+END: Final = -1
+"""``Value.held`` of a value that something outside our reach keeps to the end of the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """One version of one storage.
+
+    Attributes:
+        id: unique name within the program.
+        nbytes: bytes of the storage.
+        fixed: resident during the whole step (parameter, buffer, input, optimizer state).
+        held: index of the op until which (inclusive) the value cannot leave, because a Python variable, a module
+            attribute or the autograd engine holds it; ``END`` for the whole step; ``None`` when nothing holds it.
+        label: what a person calls it, such as ``blocks.3.mlp.0 float32[8, 64, 256]``.
+        kind: ``parameter``, ``buffer``, ``input``, ``optimizer``, ``gradient``, ``activation``, ``temporary`` or "".
+        dtype: of the tensor as which the value was made, such as ``float32``; "" where that is not known.
+        shape: of the same tensor; None where that is not known.
+        module: path of the module that owns the value (a parameter, a buffer, their gradients); where it is "", the
+            value belongs to the module of the op that writes it.
+    """
+
+    id: str
+    nbytes: int
+    fixed: bool = False
+    held: int | None = None
+    label: str = ""
+    kind: str = ""
+    dtype: str = ""
+    shape: tuple[int, ...] | None = None
+    module: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Op:
+    """One executed operator. Values are given by their index in ``Program.values``.
+
+    While the op runs, what it reads, what it writes and its scratch are all resident. An op writes a value only once
+    in a program; a further run of the op (in a schedule) writes the same values again.
+
+    Attributes:
+        name: operator name, such as ``aten.mm.default``.
+        reads: values that must be resident while the op runs; a value given twice is kept once.
+        writes: values that the op produces.
+        seconds: duration.
+        scratch_bytes: temporary bytes inside the kernel, beyond reads and writes.
+        phase: ``forward`` or ``backward``.
+        repeatable: "" when the op may run again, otherwise the reason why it must not.
+        in_place: pairs ``(written, read)``: the written value takes over the storage of the read one, which is gone
+            after the first run; so no later op of the program may read it, and it is neither fixed nor held longer.
+            Where the read value is needed after a further run, that run works on a copy and both are resident.
+        module: path of the module that ran the op.
+        source: ``file:line`` of the user's code that ran the op; of an op of the backward, where the value that it
+            asked for last was saved.
+    """
+
+    name: str
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+    seconds: float = 0.0
+    scratch_bytes: int = 0
+    phase: str = "forward"
+    repeatable: str = ""
+    in_place: tuple[tuple[int, int], ...] = ()
+    module: str = ""
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reads", tuple(dict.fromkeys(self.reads)))
+        object.__setattr__(self, "writes", tuple(self.writes))
+
+
+@dataclass(frozen=True)
+class Program:
+    """The ops of one training step in the order they ran, forward and backward.
+
+    Raises:
+        InvalidProgram: an id used twice, an index out of range, a value written twice, read before it is written or
+            after it was overwritten in place, a negative size or duration.
+
+    Example:
+        >>> from autoremat.program import Op, Program, Value
+        >>> x, a, y = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)
+        >>> program = Program("tiny", (x, a, y), (Op("f", (0,), (1,), 1.0), Op("g", (1,), (2,), 2.0)))
+        >>> program.seconds
+        3.0
+    """
+
+    name: str
+    values: tuple[Value, ...]
+    ops: tuple[Op, ...]
+    recorded: str = field(default="", kw_only=True)
+    """On what the step was recorded: ``fake`` or ``real`` tensors; "" if it was not recorded."""
+    timing: str = field(default="given", kw_only=True)
+    """Where the seconds come from: ``measured``, ``estimated`` or ``given``."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.values))
+        object.__setattr__(self, "ops", tuple(self.ops))
+        _check(self)
+
+    @cached_property
+    def seconds(self) -> float:
+        """Seconds of the plain program: the sum over its ops."""
+        return sum(op.seconds for op in self.ops)
+
+    @cached_property
+    def fixed_bytes(self) -> int:
+        """Bytes of the values that are resident during the whole step."""
+        return sum(v.nbytes for v in self.values if v.fixed)
+
+    @cached_property
+    def forward(self) -> tuple[int, ...]:
+        """Indices of the ops of the forward, in program order."""
+        return tuple(i for i, op in enumerate(self.ops) if op.phase == "forward")
+
+    @cached_property
+    def producer(self) -> tuple[int, ...]:
+        """For every value the index of the op that writes it, -1 for values that no op writes."""
+        table = [-1] * len(self.values)
+        for i, op in enumerate(self.ops):
+            for v in op.writes:
+                table[v] = i
+        return tuple(table)
+
+    @cached_property
+    def readers(self) -> tuple[tuple[int, ...], ...]:
+        """For every value the indices of the ops that read it, in program order."""
+        table: list[list[int]] = [[] for _ in self.values]
+        for i, op in enumerate(self.ops):
+            for v in op.reads:
+                table[v].append(i)
+        return tuple(tuple(r) for r in table)
+
+    @cached_property
+    def hold(self) -> tuple[int, ...]:
+        """For every value the index of the last op up to which it is held; -1 when nothing holds it."""
+        last = len(self.ops) - 1
+        return tuple(-1 if v.held is None else last if v.held == END else v.held for v in self.values)
+
+    def label(self, value: int) -> str:
+        """What a person calls the value."""
+        return self.values[value].label or self.values[value].id
+
+    def module(self, value: int) -> str:
+        """Path of the module that the value belongs to; "" where no module is known."""
+        made_by = self.producer[value]
+        return self.values[value].module or (self.ops[made_by].module if made_by >= 0 else "")
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The program as JSON text (format ``autoremat-program``, version 1), also written to ``path`` if given."""
+        from autoremat.program.json_format import program_to_data, write_json
+
+        return write_json(program_to_data(self), path)
+
+    @staticmethod
+    def from_json(source: str | Path | Mapping[str, Any]) -> Program:
+        """A program from JSON text, from a file, or from parsed JSON data.
+
+        Raises:
+            InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id.
+        """
+        from autoremat.program.json_format import program_from_data, read_json
+
+        return program_from_data(read_json(source))
+
+
+def _check(program: Program) -> None:
+    """Refuse what breaks the rules, naming the op or value."""
+    values = program.values
+    _check_values(values, len(program.ops))
+    written = {i for i, v in enumerate(values) if v.fixed}
+    overwritten: dict[int, str] = {}
+    for i, op in enumerate(program.ops):
+        where = f"op {i} ({op.name})"
+        _check_costs(where, op)
+        _check_indices(where, (*op.reads, *op.writes), len(values))
+        _check_reads(where, op, values, written, overwritten)
+        _check_writes(where, op, values, written)
+        _check_in_place(where, i, op, program)
+        overwritten.update((old, where) for _, old in op.in_place)
+
+
+def _check_values(values: tuple[Value, ...], n_ops: int) -> None:
+    seen: set[str] = set()
+    for v in values:
+        if v.id in seen:
+            raise InvalidProgram(f"value id {v.id!r} is used twice")
+        seen.add(v.id)
+        if v.nbytes < 0:
+            raise InvalidProgram(f"value {v.id!r}: bytes must not be negative, got {v.nbytes}")
+        if v.held is not None and v.held != END and not 0 <= v.held < n_ops:
+            raise InvalidProgram(f"value {v.id!r}: held names op {v.held}, but the program has {n_ops} ops")
+
+
+def _check_costs(where: str, op: Op) -> None:
+    if not 0 <= op.seconds < math.inf:
+        raise InvalidProgram(f"{where}: seconds must be finite and not negative, got {op.seconds}")
+    if op.scratch_bytes < 0:
+        raise InvalidProgram(f"{where}: scratch_bytes must not be negative, got {op.scratch_bytes}")
+
+
+def _check_indices(where: str, indices: Iterable[int], n_values: int) -> None:
+    for v in indices:
+        if not 0 <= v < n_values:
+            raise InvalidProgram(f"{where} names value number {v}, but the program has {n_values} values")
+
+
+def _check_reads(
+    where: str, op: Op, values: tuple[Value, ...], written: set[int], overwritten: Mapping[int, str]
+) -> None:
+    for v in op.reads:
+        if v not in written:
+            raise InvalidProgram(f"{where} reads value {values[v].id!r} before any op writes it; mark inputs as fixed")
+        if v in overwritten:
+            raise InvalidProgram(
+                f"{where} reads value {values[v].id!r}, which {overwritten[v]} has overwritten in place; "
+                "read the version written there, or leave that pair out of in_place"
+            )
+
+
+def _check_writes(where: str, op: Op, values: tuple[Value, ...], written: set[int]) -> None:
+    """Refuse a second write of a value; adds what the op writes to ``written``."""
+    for v in op.writes:
+        if v in written:
+            what = "is fixed" if values[v].fixed else "is already written"
+            raise InvalidProgram(f"{where} writes value {values[v].id!r}, which {what}; give each version its own id")
+        written.add(v)
+
+
+def _check_in_place(where: str, i: int, op: Op, program: Program) -> None:
+    """Refuse pairs that no storage can follow: a taken-over value is gone once the op has run for the first time."""
+    if any(new not in op.writes or old not in op.reads for new, old in op.in_place):
+        raise InvalidProgram(f"{where}: in_place pairs must name a written and a read value")
+    if any(len(set(side)) < len(op.in_place) for side in zip(*op.in_place, strict=True)):
+        raise InvalidProgram(f"{where}: in_place names a value twice; one storage is taken over by one value")
+    for _, old in op.in_place:
+        value = program.values[old]
+        if value.fixed:
+            raise InvalidProgram(
+                f"{where}: in_place takes over fixed value {value.id!r}, which never leaves; for an update of a fixed "
+                "value let the op read it and write no new version"
+            )
+        if program.hold[old] > i:
+            raise InvalidProgram(
+                f"{where}: in_place takes over value {value.id!r}, which is held until op {program.hold[old]}; "
+                f"held must end at op {i} at the latest"
+            )

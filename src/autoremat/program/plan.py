@@ -1,0 +1,110 @@
+"""``Plan``: the schedule chosen for one program and one budget, and what it promises."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from autoremat.program.model import Program
+from autoremat.program.schedule import Schedule
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from autoremat.plan.frontier import Frontier
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to keep and what to compute again, so that the peak of one step stays within the budget.
+
+    Attributes:
+        program: the step that was planned.
+        schedule: runs and frees; ``schedule.order`` lists op indices in the order they run.
+        budget_bytes: the budget asked for.
+        peak_bytes: the peak of the schedule.
+        plain_peak_bytes: the peak without any recomputation.
+        floor_bytes: the smallest budget for which a schedule is known.
+        overhead: extra seconds as a fraction of the plain program's seconds.
+        lower_bound: an overhead below which no schedule within this budget can go.
+        solver: name of the solver whose schedule this is.
+        candidates: ``(solver, peak_bytes, overhead)`` of the other schedules that were looked at.
+        floor_lower_bound_bytes: no schedule at all has a smaller peak than this; 0 when nothing is known.
+    """
+
+    program: Program
+    schedule: Schedule
+    budget_bytes: int
+    peak_bytes: int
+    plain_peak_bytes: int
+    floor_bytes: int
+    overhead: float
+    lower_bound: float
+    solver: str
+    candidates: tuple[tuple[str, int, float], ...] = ()
+    floor_lower_bound_bytes: int = 0
+
+    def __str__(self) -> str:
+        """The plan in a few lines that a person can read."""
+        from autoremat.show.text import plan_text
+
+        return plan_text(self)
+
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from autoremat.show.page import as_html
+
+        return as_html(str(self))
+
+    def save_html(
+        self, path: str | Path, *, frontier: Frontier | None = None, beside: Sequence[tuple[str, int, float]] = ()
+    ) -> Path:
+        """Write one HTML page with all of the plan: it opens from disk, in any browser, without a network.
+
+        Memory over the step, plain and planned; extra time against peak; the tree of modules; all values; what was
+        measured and what was estimated. About a megabyte for 10,000 ops. Folders on the way are made.
+
+        Args:
+            path: of the page.
+            frontier: what other budgets cost, to be drawn around the plan.
+            beside: ``(solver, peak_bytes, overhead)`` of schedules to mark beside ``candidates``, such as
+                ``autoremat.plan.classics_of`` returns.
+
+        Raises:
+            ModuleNotFoundError: jinja2 is not installed (``pip install 'autoremat[html]'``).
+        """
+        from autoremat.show.report.render import write_page
+
+        return write_page(self, path, frontier=frontier, beside=beside)
+
+    def plot(self, path: str | Path | None = None) -> Figure:
+        """Draw memory over the step, plain against planned, and save it where a path is given.
+
+        Args:
+            path: of the picture; its suffix decides the format, and folders on the way are made.
+
+        Raises:
+            ModuleNotFoundError: matplotlib is not installed (``pip install 'autoremat[plots]'``).
+        """
+        from autoremat.show.plots import memory_plot
+
+        return memory_plot(self, path)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The plan with its program as JSON text (format ``autoremat-plan``, version 1), also to ``path`` if given."""
+        from autoremat.program.json_format import plan_to_data, write_json
+
+        return write_json(plan_to_data(self), path)
+
+    @staticmethod
+    def from_json(source: str | Path | Mapping[str, Any]) -> Plan:
+        """A plan from JSON text, from a file, or from parsed JSON data.
+
+        Raises:
+            InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id.
+        """
+        from autoremat.program.json_format import plan_from_data, read_json
+
+        return plan_from_data(read_json(source))

@@ -1,0 +1,92 @@
+"""``Schedule``: what really happens, runs of ops with the frees after each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from autoremat.program.errors import InvalidSchedule
+from autoremat.program.model import Program
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The runs of a step and, after each run, the values that leave memory.
+
+    Attributes:
+        order: op indices in the order they run, repeats included.
+        frees: for every run, the values that are freed right after it (same length as ``order``).
+    """
+
+    order: tuple[int, ...]
+    frees: tuple[tuple[int, ...], ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "order", tuple(self.order))
+        object.__setattr__(self, "frees", tuple(tuple(f) for f in self.frees))
+        if len(self.order) != len(self.frees):
+            raise InvalidSchedule(
+                f"a schedule needs one entry of frees per run: {len(self.frees)} for {len(self.order)}"
+            )
+
+    @staticmethod
+    def plain(program: Program) -> Schedule:
+        """The program as it is: every op once, every value kept until its last reader has run."""
+        return Schedule.from_order(program, range(len(program.ops)))
+
+    @staticmethod
+    def from_order(program: Program, order: Sequence[int]) -> Schedule:
+        """The schedule that frees every value as early as the order of the runs allows.
+
+        A value stays from the run that writes it until the last run that reads it before it is written again, and
+        the first copy at least as long as the value is held. A value that an op takes over in place leaves with the
+        first run of that op, even where a later run reads it: such an order cannot be carried out, and ``simulate``
+        and ``verify`` say so. O(runs + reads).
+
+        Raises:
+            InvalidSchedule: the order names an op that does not exist.
+        """
+        order = tuple(order)
+        first_run = _first_runs(program, order)
+        held_until = [first_run.get(h, -1) for h in program.hold]
+        last_use: dict[int, int] = {}
+        frees: list[list[int]] = [[] for _ in order]
+        for p, i in enumerate(order):
+            op = program.ops[i]
+            for v in op.reads:
+                last_use[v] = p
+            for v in op.writes:
+                end = max(last_use.get(v, p), held_until[v])
+                if end < p:
+                    frees[end].append(v)
+                last_use[v] = p
+            if first_run[i] == p:
+                for _, old in op.in_place:
+                    frees[last_use.pop(old)].append(old)
+        for v, p in last_use.items():
+            if not program.values[v].fixed:
+                frees[max(p, held_until[v])].append(v)
+        return Schedule(order, tuple(tuple(sorted(f)) for f in frees))
+
+    @cached_property
+    def runs_of(self) -> dict[int, int]:
+        """How often each op runs."""
+        counts: dict[int, int] = {}
+        for i in self.order:
+            counts[i] = counts.get(i, 0) + 1
+        return counts
+
+    def extra_seconds(self, program: Program) -> float:
+        """Seconds of the further runs alone."""
+        return sum((n - 1) * program.ops[i].seconds for i, n in self.runs_of.items())
+
+
+def _first_runs(program: Program, order: Sequence[int]) -> dict[int, int]:
+    """For every op of the order the run at which it runs first."""
+    first: dict[int, int] = {}
+    for p, i in enumerate(order):
+        if not 0 <= i < len(program.ops):
+            raise InvalidSchedule(f"run {p} names op {i}, but the program has {len(program.ops)} ops")
+        first.setdefault(i, p)
+    return first

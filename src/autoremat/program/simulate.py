@@ -1,0 +1,118 @@
+"""``simulate``: the byte-exact account of a schedule."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from autoremat.program.errors import InvalidSchedule
+from autoremat.program.model import Op, Program
+from autoremat.program.plan import Plan
+from autoremat.program.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """Bytes and seconds of a schedule, run by run.
+
+    Attributes:
+        resident_bytes: for every run, the bytes in memory while it runs (reads, writes, scratch and all that stays).
+        peak_bytes: the largest of them.
+        peak_run: the run at which the peak stands (the first one).
+        peak_op: index of the op of that run.
+        resident_at_peak: indices of the values in memory at the peak, largest first; of a storage that is being taken
+            over only the value that is written.
+        seconds: duration of all runs.
+        extra_seconds: duration of the further runs alone.
+        repeats: ``(op, further runs)`` of every op that runs more than once.
+    """
+
+    resident_bytes: tuple[int, ...]
+    peak_bytes: int
+    peak_run: int
+    peak_op: int
+    resident_at_peak: tuple[int, ...]
+    seconds: float
+    extra_seconds: float
+    repeats: tuple[tuple[int, int], ...]
+
+
+def simulate(program: Program, plan: Plan | Schedule | None = None) -> Timeline:
+    """The byte-exact timeline of a plan or schedule; of the plain program when none is given.
+
+    Bytes while an op runs: everything resident before it, plus what it writes (an in-place op whose input leaves with
+    this run takes over its storage instead; only what it grows by is added), plus its scratch. A value that is written
+    while it is still resident is there twice during that run. O(runs + reads).
+
+    Raises:
+        InvalidSchedule: a run names an op that does not exist, an op reads a value that is not resident, or a value
+            that is not resident is freed.
+
+    Example:
+        >>> from autoremat.program import Op, Program, Value, simulate
+        >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)
+        >>> simulate(Program("tiny", values, (Op("f", (0,), (1,)), Op("g", (1,), (2,))))).peak_bytes
+        16
+    """
+    schedule = plan.schedule if isinstance(plan, Plan) else plan or Schedule.plain(program)
+    resident = {i for i, v in enumerate(program.values) if v.fixed}
+    nbytes = [v.nbytes for v in program.values]
+    current = program.fixed_bytes
+    during: list[int] = []
+    for p, (i, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
+        op = _op(program, p, i)
+        _require_resident(program, resident, op.reads, f"run {p}: op {i} ({op.name}) reads")
+        grown = sum(nbytes[v] for v in op.writes)
+        for new, old in _taken_over(op, frees):
+            grown -= min(nbytes[new], nbytes[old])
+        during.append(current + grown + op.scratch_bytes)
+        for v in op.writes:
+            if v not in resident:
+                resident.add(v)
+                current += nbytes[v]
+        for v in frees:
+            _require_resident(program, resident, (v,), f"run {p}: op {i} ({op.name}) is followed by a free of")
+            resident.remove(v)
+            current -= nbytes[v]
+    peak_run = max(range(len(during)), key=during.__getitem__, default=-1)
+    at_peak = _resident_at(program, schedule, peak_run)
+    extra = schedule.extra_seconds(program)
+    return Timeline(
+        resident_bytes=tuple(during),
+        peak_bytes=during[peak_run] if during else current,
+        peak_run=peak_run,
+        peak_op=schedule.order[peak_run] if during else -1,
+        resident_at_peak=tuple(sorted(at_peak, key=lambda v: (-nbytes[v], v))),
+        seconds=program.seconds + extra,
+        extra_seconds=extra,
+        repeats=tuple((i, n - 1) for i, n in sorted(schedule.runs_of.items()) if n > 1),
+    )
+
+
+def _op(program: Program, run: int, i: int) -> Op:
+    if not 0 <= i < len(program.ops):
+        raise InvalidSchedule(f"run {run} names op {i}, but the program has {len(program.ops)} ops")
+    return program.ops[i]
+
+
+def _require_resident(program: Program, resident: set[int], values: tuple[int, ...], what: str) -> None:
+    for v in values:
+        if v not in resident:
+            known = repr(program.label(v)) if 0 <= v < len(program.values) else f"value number {v}"
+            raise InvalidSchedule(f"{what} {known}, which is not resident; verify() lists all mistakes")
+
+
+def _taken_over(op: Op, frees: tuple[int, ...]) -> list[tuple[int, int]]:
+    """The in-place pairs whose read value leaves with the run, so that its storage is taken over."""
+    return [(new, old) for new, old in op.in_place if old in frees]
+
+
+def _resident_at(program: Program, schedule: Schedule, run: int) -> set[int]:
+    """The values in memory while the given run happens."""
+    resident = {i for i, v in enumerate(program.values) if v.fixed}
+    if run < 0:
+        return resident
+    for i, frees in zip(schedule.order[:run], schedule.frees[:run], strict=True):
+        resident.update(program.ops[i].writes)
+        resident.difference_update(frees)
+    op = program.ops[schedule.order[run]]
+    return resident.union(op.writes).difference(old for _, old in _taken_over(op, schedule.frees[run]))

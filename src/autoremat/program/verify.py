@@ -1,0 +1,394 @@
+"""``verify``: the judge of schedules, an abstract machine that trusts nobody.
+
+The machine carries out a schedule run by run on a memory of its own, and asks every rule before and after each run.
+It shares no code with ``simulate``, with ``Schedule.from_order`` or with any solver, and it uses nothing of the program
+but the plain fields of its values and ops. Each rule is one function below, with the sentence it is read as; ``RULES``
+lists them. A violation does not stop the machine: it goes on as the schedule claims, so that one call shows all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Final, NamedTuple
+
+from autoremat.program.model import END, Op, Program
+from autoremat.program.plan import Plan
+from autoremat.program.schedule import Schedule
+
+MOST_VIOLATIONS: Final = 20
+"""``verify`` stops looking after this many violations: a schedule this broken has one cause, near the first."""
+
+RULES: Final[dict[str, str]] = {}
+"""Every rule by name, with the sentence it is read as."""
+
+
+@dataclass(frozen=True)
+class Violation:
+    """One broken rule.
+
+    Attributes:
+        rule: name of the rule, a key of ``RULES``.
+        run: position in ``schedule.order``, -1 when the whole schedule or plan is meant.
+        op: the op that runs there, as ``index (name)``; "" when none is concerned.
+        value: id of the value concerned, "" when none is.
+        message: what happened.
+    """
+
+    rule: str
+    run: int
+    op: str
+    value: str
+    message: str
+
+    def __str__(self) -> str:
+        """All of it in one line."""
+        where = [f"run {self.run}"] if self.run >= 0 else []
+        where += [f"op {self.op}"] if self.op else []
+        where += [f"value {self.value!r}"] if self.value else []
+        return f"[{self.rule}] {', '.join(where)}{': ' if where else ''}{self.message}"
+
+
+def verify(program: Program, schedule: Schedule | Plan, *, budget_bytes: int | None = None) -> tuple[Violation, ...]:
+    """Every rule that the schedule breaks; nothing when it can be carried out and does what it promises.
+
+    Args:
+        program: the step that was planned.
+        schedule: a schedule, or a plan, whose figures are then checked as well.
+        budget_bytes: the most bytes that may be in memory at any time; of a plan its own budget unless given. A bare
+            schedule without it is not held to any budget.
+
+    Returns:
+        At most ``MOST_VIOLATIONS`` violations, in the order in which they happen. O(runs + reads).
+
+    Example:
+        >>> from autoremat.program import Op, Program, Schedule, Value, verify
+        >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)
+        >>> program = Program("tiny", values, (Op("f", (0,), (1,)), Op("g", (1,), (2,))))
+        >>> verify(program, Schedule.plain(program))
+        ()
+        >>> print(*verify(program, Schedule((0, 1), ((1,), (1, 2)))))
+        [reads are resident] run 1, op 1 (g), value 'a': the op reads it, but it is not in memory
+    """
+    if isinstance(schedule, Plan):
+        budget = schedule.budget_bytes if budget_bytes is None else budget_bytes
+        found = _violations(program, schedule.schedule, budget, schedule)
+    else:
+        found = _violations(program, schedule, budget_bytes, None)
+    return tuple(islice(found, MOST_VIOLATIONS))
+
+
+def _violations(program: Program, schedule: Schedule, budget: int | None, plan: Plan | None) -> Iterator[Violation]:
+    """Carry out the schedule and yield what is wrong with its runs, then with the whole, then with the plan."""
+    machine = _Machine(program)
+    for position, (op, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
+        run = _Run(position, op, frees)
+        for rule, check in _RUN_CHECKS.items():
+            for found in check(machine, run):
+                yield machine.violation(rule, found, run)
+        machine.carry_out(run)
+    promises = _Promises(budget, plan)
+    for rule, whole in _WHOLE_CHECKS.items():
+        for found in whole(machine, promises):
+            yield machine.violation(rule, found)
+
+
+# --- The machine ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Run:
+    """One step of a schedule: the op may not exist, and anything may stand in its frees."""
+
+    position: int
+    op: int
+    frees: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Promises:
+    """What the schedule is held to beyond being possible."""
+
+    budget_bytes: int | None
+    plan: Plan | None
+
+
+class _Found(NamedTuple):
+    """What a check found; the rule and, where it is about one run, the run are added by the machine."""
+
+    message: str
+    value: int | None = None
+    op: int = -1
+    run: int = -1
+
+
+@dataclass
+class _Machine:
+    """Memory and clock of the abstract machine.
+
+    Attributes:
+        program: the step that is carried out.
+        memory: for every value in memory the bytes of its storage.
+        in_use: bytes of all storages together.
+        high: for every run the most bytes that were in use while it ran, scratch included.
+        op_at: for every run the op that ran.
+        first_run: for every op that has run the position of its first run.
+        latest: the largest index of an op that has run, -1 before the first.
+        extra: seconds of every further run.
+    """
+
+    program: Program
+    memory: dict[int, int] = field(default_factory=dict)
+    in_use: int = 0
+    high: list[int] = field(default_factory=list)
+    op_at: list[int] = field(default_factory=list)
+    first_run: dict[int, int] = field(default_factory=dict)
+    latest: int = -1
+    extra: list[float] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for v, value in enumerate(self.program.values):
+            if value.fixed:
+                self._allocate(v)
+
+    def carry_out(self, run: _Run) -> None:
+        """Run the op and free what the schedule frees, believing what it claims."""
+        op = self.op(run.op)
+        self.op_at.append(run.op)
+        taken = self._execute(op, run.frees) if op else set()
+        if op is None:
+            self.high.append(self.in_use)
+        elif run.op in self.first_run:
+            self.extra.append(op.seconds)
+        else:
+            self.first_run[run.op] = run.position
+            self.latest = max(self.latest, run.op)
+        for v in set(run.frees) - taken:
+            if v in self.memory and not self.program.values[v].fixed:
+                self.in_use -= self.memory.pop(v)
+
+    def _execute(self, op: Op, frees: tuple[int, ...]) -> set[int]:
+        """Run the kernel: storages for what it writes, scratch while it works. Returns the values it took over."""
+        for v in op.reads:
+            if v not in self.memory:  # `reads are resident` has said so; go on as if it were there
+                self._allocate(v)
+        replaced = sum(self.memory.pop(v, 0) for v in op.writes)
+        taken = {new: old for new, old in op.in_place if old in frees and not self.program.values[old].fixed}
+        shrunk = 0
+        for v in op.writes:
+            self._allocate(v)
+            if v in taken:
+                storage = self.memory.pop(taken[v])
+                self.in_use -= storage
+                shrunk += max(0, storage - self.memory[v])
+        self.high.append(self.in_use + shrunk + op.scratch_bytes)
+        self.in_use -= replaced
+        return set(taken.values())
+
+    def _allocate(self, v: int) -> None:
+        self.memory[v] = self.program.values[v].nbytes
+        self.in_use += self.memory[v]
+
+    def peak(self) -> int:
+        """The most bytes that were ever in use."""
+        return max(self.high, default=self.in_use)
+
+    def op(self, i: int) -> Op | None:
+        """The op, if the program has one of that index."""
+        return self.program.ops[i] if 0 <= i < len(self.program.ops) else None
+
+    def held_until(self, v: int) -> int | None:
+        """The op until which the value is held; ``END`` means the last op of the program."""
+        held = self.program.values[v].held
+        return len(self.program.ops) - 1 if held == END else held
+
+    def violation(self, rule: str, found: _Found, run: _Run | None = None) -> Violation:
+        """What was found, with the names of the op and the value."""
+        position, i = (run.position, run.op) if run else (found.run, found.op)
+        op, values = self.op(i), self.program.values
+        value = "" if found.value is None else f"number {found.value}"
+        if found.value is not None and 0 <= found.value < len(values):
+            value = values[found.value].id
+        return Violation(rule, position, f"{i} ({op.name})" if op else "", value, found.message)
+
+
+# --- The rules --------------------------------------------------------------------------------------------------------
+
+_RunCheck = Callable[[_Machine, _Run], Iterator[_Found]]
+_WholeCheck = Callable[[_Machine, _Promises], Iterator[_Found]]
+_RUN_CHECKS: dict[str, _RunCheck] = {}
+_WHOLE_CHECKS: dict[str, _WholeCheck] = {}
+
+
+def _of_each_run(rule: str, reads_as: str) -> Callable[[_RunCheck], _RunCheck]:
+    """Make the function the check of that rule, asked before each run; ``reads_as``: "is read as: ..."."""
+
+    def register(check: _RunCheck) -> _RunCheck:
+        RULES[rule] = f"is read as: {reads_as}"
+        _RUN_CHECKS[rule] = check
+        return check
+
+    return register
+
+
+def _of_the_whole(rule: str, reads_as: str) -> Callable[[_WholeCheck], _WholeCheck]:
+    """Make the function the check of that rule, asked once everything has run."""
+
+    def register(check: _WholeCheck) -> _WholeCheck:
+        RULES[rule] = f"is read as: {reads_as}"
+        _WHOLE_CHECKS[rule] = check
+        return check
+
+    return register
+
+
+@_of_each_run("ops exist", "every run is of an op of the program")
+def _ops_exist(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    if machine.op(run.op) is None:
+        yield _Found(f"there is no op {run.op}; the program has {len(machine.program.ops)} ops")
+
+
+@_of_each_run("order kept", "the first runs of the ops are in program order")
+def _order_kept(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    if machine.op(run.op) and run.op not in machine.first_run and run.op < machine.latest:
+        later = machine.program.ops[machine.latest].name
+        yield _Found(f"the op runs for the first time, but op {machine.latest} ({later}) already has")
+
+
+@_of_each_run("repeatable", "only an op that may run again runs a second time")
+def _repeatable(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    if op and op.repeatable and run.op in machine.first_run:
+        yield _Found(f"the op must not run again ({op.repeatable}), but it ran in run {machine.first_run[run.op]}")
+
+
+@_of_each_run("reads are resident", "while an op runs, every value that it reads is in memory")
+def _reads_are_resident(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    for v in op.reads if op else ():
+        if v not in machine.memory:
+            yield _Found("the op reads it, but it is not in memory", v)
+
+
+@_of_each_run(
+    "storage taken over",
+    "the first run of an in-place op overwrites the value that it reads, so that value leaves with that run; "
+    "a further run may work on a copy instead",
+)
+def _storage_taken_over(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    if op is None or run.op in machine.first_run:
+        return
+    for new, old in op.in_place:
+        if old not in run.frees:
+            by = machine.program.values[new].id
+            yield _Found(f"its storage is taken over by {by!r} in this run, but it is not among the frees", old)
+
+
+@_of_each_run("frees are of resident values", "what is freed after a run is in memory then, and is freed once")
+def _frees_are_of_resident_values(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    there = set(op.reads + op.writes) if op else set()
+    freed: set[int] = set()
+    for v in run.frees:
+        if v in freed:
+            yield _Found("it is freed twice after the same run", v)
+        elif v not in machine.memory and v not in there:
+            yield _Found("it is freed, but it is not in memory", v)
+        freed.add(v)
+
+
+@_of_each_run("fixed values stay", "a fixed value is in memory from the beginning to the end")
+def _fixed_values_stay(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    values = machine.program.values
+    for v in run.frees:
+        if 0 <= v < len(values) and values[v].fixed:
+            yield _Found("it is fixed, but it is freed", v)
+
+
+@_of_each_run("held values stay", "a value is not freed before the op until which it is held has run")
+def _held_values_stay(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    for v in run.frees:
+        held = machine.held_until(v) if 0 <= v < len(machine.program.values) else None
+        if held is not None and held != run.op and held not in machine.first_run:
+            name = machine.program.ops[held].name
+            yield _Found(f"it is held until op {held} ({name}) has run, but it is freed before", v)
+
+
+@_of_the_whole("every op runs", "every op of the program runs at least once")
+def _every_op_runs(machine: _Machine, _: _Promises) -> Iterator[_Found]:
+    for i in range(len(machine.program.ops)):
+        if i not in machine.first_run:
+            yield _Found("the op never runs", op=i)
+
+
+@_of_the_whole("nothing left", "at the end only fixed values and those held to the end are in memory")
+def _nothing_left(machine: _Machine, _: _Promises) -> Iterator[_Found]:
+    last = len(machine.program.ops) - 1
+    for v in sorted(machine.memory):
+        if not machine.program.values[v].fixed and machine.held_until(v) != last:
+            yield _Found("it is never freed, though nothing holds it to the end", v)
+
+
+@_of_the_whole("budget kept", "while any op runs, the bytes in memory and its scratch are within the budget")
+def _budget_kept(machine: _Machine, promises: _Promises) -> Iterator[_Found]:
+    budget, peak = promises.budget_bytes, machine.peak()
+    if budget is None or peak <= budget:
+        return
+    above = sum(high > budget for high in machine.high)
+    run = machine.high.index(peak) if machine.high else -1
+    message = f"{peak} bytes are in memory, {peak - budget} over the budget of {budget} bytes; runs over it: {above}"
+    yield _Found(message, op=machine.op_at[run] if machine.op_at else -1, run=run)
+
+
+@_of_the_whole("plan's program", "a plan is judged against the program that it was made for")
+def _plans_program(machine: _Machine, promises: _Promises) -> Iterator[_Found]:
+    if promises.plan and promises.plan.program != machine.program:
+        yield _Found(f"the plan is for program {promises.plan.program.name!r}, which is not the one given")
+
+
+@_of_the_whole("plan's figures", "what a plan says of peaks, overhead and bounds is what the machine counted")
+def _plans_figures(machine: _Machine, promises: _Promises) -> Iterator[_Found]:
+    plan = promises.plan
+    if plan is None:
+        return
+    overhead = _overhead(machine)
+    for name, said, counted in (
+        ("peak_bytes", plan.peak_bytes, machine.peak()),
+        ("plain_peak_bytes", plan.plain_peak_bytes, _plain_peak(machine.program)),
+    ):
+        if said != counted:
+            yield _Found(f"{name} is {said}, but the machine counted {counted}")
+    if not abs(plan.overhead - overhead) <= _FRACTION_SLACK:
+        yield _Found(f"overhead is {plan.overhead}, but the machine counted {overhead}")
+    if not plan.lower_bound <= overhead + _FRACTION_SLACK:
+        yield _Found(f"lower_bound is {plan.lower_bound}, but this very schedule has an overhead of {overhead}")
+    if plan.floor_bytes > machine.peak():
+        yield _Found(f"floor_bytes is {plan.floor_bytes}, but this very schedule has a peak of {machine.peak()} bytes")
+    if (least := plan.floor_lower_bound_bytes) > machine.peak():
+        yield _Found(f"floor_lower_bound_bytes is {least}, but this very schedule has a peak of {machine.peak()} bytes")
+
+
+_FRACTION_SLACK: Final = 1e-6
+"""Sums of seconds depend on their order in the last digits; fractions closer than this are the same."""
+
+
+def _overhead(machine: _Machine) -> float:
+    """Seconds of the further runs over the seconds of the plain program; 0 where nothing takes any time."""
+    plain = math.fsum(op.seconds for op in machine.program.ops)
+    return math.fsum(machine.extra) / plain if plain else 0.0
+
+
+def _plain_peak(program: Program) -> int:
+    """The peak of the program as it is, on a fresh machine: each value leaves after its last reader or its hold."""
+    machine = _Machine(program)
+    last = {v: i for i, op in enumerate(program.ops) for v in (*op.writes, *op.reads)}
+    leaving: dict[int, list[int]] = {}
+    for v, i in last.items():
+        if not program.values[v].fixed:
+            leaving.setdefault(max(i, machine.held_until(v) or 0), []).append(v)
+    for i in range(len(program.ops)):
+        machine.carry_out(_Run(i, i, tuple(leaving.get(i, ()))))
+    return machine.peak()

@@ -1,0 +1,301 @@
+"""Seconds and scratch bytes of operators: measured on the device, or estimated from FLOPs and bytes."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C._profiler import _ExperimentalConfig
+from torch.autograd import ProfilerConfig, ProfilerState
+
+from autoremat.record.facts import tensors_in
+from autoremat.record.signature import CallSignature, TensorSpec, thaw
+
+
+class Cost(NamedTuple):
+    """What one operator call takes.
+
+    Attributes:
+        seconds: of one run.
+        scratch_bytes: what the kernel allocates beside its results.
+        made_bytes: of every storage that it makes, in the order of the results; empty where nothing has been run. Some
+            kernels leave their result in memory that was meant for more: the one number that ``mse_loss``,
+            ``smooth_l1_loss``, ``binary_cross_entropy`` or ``soft_margin_loss`` returns lies in as many bytes as the
+            prediction takes. Fake tensors do not tell.
+    """
+
+    seconds: float
+    scratch_bytes: int = 0
+    made_bytes: tuple[int, ...] = ()
+
+
+Progress = Callable[[str, float], None]
+FREE: Final = Cost(0.0)
+
+_MIN_SECONDS: Final = 0.02
+"""A call is repeated until it has run for this long in all ..."""
+_MAX_REPEATS: Final = 5
+"""... but not more often than this, ..."""
+_MIN_REPEATS: Final = 3
+"""... nor, where it takes less than ``_LONG_SECONDS``, less often: once alone may be far too slow."""
+_LONG_SECONDS: Final = 0.5
+
+_CACHE_BYTES: Final = 1 << 26
+"""Memory that is written before each timed call, so that caches hold nothing of its arguments; where there is room."""
+
+_DRAWN: Final = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
+"""Types of which random numbers can be had without those of another type beside them."""
+
+_NEEDS_ITS_WORKSPACE: Final = frozenset({"aten._cudnn_rnn_backward", "aten.miopen_rnn_backward"})
+"""Read pointers or sizes out of a byte tensor that their forward wrote: on any other bytes they crash."""
+
+_LSTM_BACKWARD: Final = "aten.mkldnn_rnn_layer_backward"
+"""So does this one, but its forward can be run for them."""
+
+_GROUPED: Final = frozenset({"aten._grouped_mm", "aten._scaled_grouped_mm"})
+"""Products with a tensor of offsets that says where each group ends: with zeros they would have nothing to do."""
+
+_MEASURED: dict[tuple[CallSignature, str, int], Cost] = {}
+
+
+class Rates(NamedTuple):
+    """What a device does in a second, roughly; only the ratio of operators to each other matters for a plan."""
+
+    flops: float
+    bytes: float
+    launch_seconds: float
+
+
+_RATES: Final = {"cpu": Rates(1e11, 2e10, 3e-6), "cuda": Rates(1e14, 1.5e12, 5e-6)}
+
+
+def measure_all(
+    signatures: Sequence[CallSignature | None], progress: Progress | None = None, *, room_bytes: int | None = None
+) -> list[Cost]:
+    """The cost of every call, each distinct one measured once per process, alone, on random numbers.
+
+    A call that cannot run on random numbers is estimated. Random generators are left as they were. Memory: the
+    arguments (copies, of weights too), results and scratch of one call at a time, and what is written in between to
+    empty the caches.
+
+    Args:
+        signatures: the calls; None costs nothing.
+        progress: told how far it is.
+        room_bytes: what all that should take at most: caches are emptied as far as there is room; None: no matter.
+    """
+    distinct = [s for s in dict.fromkeys(signatures) if s is not None and _key(s) not in _MEASURED]
+    if room_bytes is not None:
+        room_bytes -= torch.get_rng_state().nbytes  # the generator's, put aside for as long as this takes
+    with _undisturbing():
+        for i, signature in enumerate(distinct):
+            _MEASURED[_key(signature)] = _measure(signature, room_bytes)
+            if progress is not None:
+                progress("measuring operators", (i + 1) / len(distinct))
+    return [FREE if s is None else _MEASURED[_key(s)] for s in signatures]
+
+
+def estimate_all(
+    signatures: Sequence[CallSignature | None], outputs: Sequence[int], backend: str | None = None
+) -> list[Cost]:
+    """Roofline estimates: the larger of FLOPs and bytes over the device's rates, plus a launch.
+
+    Args:
+        signatures: the calls; None costs nothing.
+        outputs: bytes that each call writes.
+        backend: "cpu" or "cuda"; taken from the arguments when None.
+    """
+    return [FREE if s is None else estimate(s, n, backend) for s, n in zip(signatures, outputs, strict=True)]
+
+
+def estimate(signature: CallSignature, output_bytes: int, backend: str | None = None) -> Cost:
+    """The roofline estimate of one call."""
+    specs = list(_specs(signature))
+    device = backend or (specs[0].device.type if specs else "cpu")
+    rates = _RATES.get(device, _RATES["cuda"])
+    moved = output_bytes + sum(math.prod(s.size) * s.dtype.itemsize for s in specs)
+    return Cost(rates.launch_seconds + max(_flops(signature) / rates.flops, moved / rates.bytes))
+
+
+def _flops(signature: CallSignature) -> float:
+    """FLOPs by torch's own counter, on meta tensors; 0 for operators that it does not count."""
+    from torch.utils.flop_counter import flop_registry
+
+    count = flop_registry.get(signature.func.overloadpacket)
+    if count is None:
+        return 0.0
+    try:
+        args, kwargs = thaw(signature.args, _meta), thaw(signature.kwargs, _meta)
+        out = signature.func(*args, **kwargs)
+        return float(count(*args, **kwargs, out_val=out))
+    except Exception:  # noqa: BLE001 - a formula that does not know these arguments is no reason to fail
+        return 0.0
+
+
+def _meta(spec: TensorSpec) -> Tensor:
+    return torch.empty_strided(spec.size, spec.stride, dtype=spec.dtype, device="meta")
+
+
+def _specs(signature: CallSignature) -> Iterable[TensorSpec]:
+    found: list[TensorSpec] = []
+    thaw((signature.args, signature.kwargs), found.append)
+    return found
+
+
+def _key(signature: CallSignature) -> tuple[CallSignature, str, int]:
+    """Calls with this key cost the same."""
+    devices = {s.device for s in _specs(signature)}
+    accelerator = next((d for d in devices if d.type == "cuda"), None)
+    name = torch.cuda.get_device_name(accelerator) if accelerator is not None else "cpu"
+    return signature, name, torch.get_num_threads()
+
+
+def _measure(signature: CallSignature, room_bytes: int | None) -> Cost:
+    if str(signature.func.overloadpacket) in _NEEDS_ITS_WORKSPACE:
+        return estimate(signature, 0)
+    try:
+        return _measure_for_real(signature, room_bytes)
+    except Exception:  # noqa: BLE001 - random numbers do not suit every operator: then an estimate has to do
+        return estimate(signature, 0)
+
+
+def _measure_for_real(signature: CallSignature, room_bytes: int | None) -> Cost:
+    args, kwargs = thaw(signature.args, _random), thaw(signature.kwargs, _random)
+    func = signature.func
+    if str(func.overloadpacket) in _GROUPED:
+        _fill_groups(args, kwargs)
+    elif str(func.overloadpacket) == _LSTM_BACKWARD:
+        args = _with_workspace(args)
+    cuda = any(s.device.type == "cuda" for s in _specs(signature))
+    scratch, made = (_memory_cuda if cuda else _memory_cpu)(func, args, kwargs)
+    cache_bytes = _CACHE_BYTES
+    if room_bytes is not None:
+        taken = sum(_extent(s) * s.dtype.itemsize for s in _specs(signature)) + scratch + sum(made)
+        cache_bytes = max(0, min(cache_bytes, room_bytes - taken))
+    flush = torch.empty(cache_bytes, dtype=torch.uint8, device="cuda" if cuda else "cpu")
+    durations: list[float] = []
+    while _asks_for_another(durations):
+        flush.zero_()  # in a step, what an operator reads was written long ago
+        durations.append(_time_once(func, args, kwargs, cuda))
+    return Cost(min(durations), scratch, made)  # whatever else the machine does can only add to the seconds
+
+
+def _asks_for_another(durations: Sequence[float]) -> bool:
+    if len(durations) < _MIN_REPEATS:
+        return sum(durations) < _LONG_SECONDS
+    return len(durations) < _MAX_REPEATS and sum(durations) < _MIN_SECONDS
+
+
+def _fill_groups(args: Any, kwargs: Any) -> None:
+    """Ends of groups of equal size, along the rows of a matrix, the columns of the other, or what both sum over."""
+    offsets = next((t for t in tensors_in((args, kwargs)) if t.dtype is torch.int32), None)
+    if offsets is None:
+        return
+    a, b = args[:2]
+    total = b.size(-1) if a.dim() == 3 else a.size(0) if b.dim() == 3 else a.size(1)
+    offsets.copy_(torch.arange(1, offsets.numel() + 1, device=offsets.device) * total // offsets.numel())
+
+
+def _with_workspace(args: Any) -> Any:
+    """The arguments of the backward of an LSTM layer, with the workspace of a forward."""
+    numbers = args[:7]
+    reverse, mode, hidden, layers, biases, train, bidirectional, batch_sizes, batch_first = args[13:22]
+    with torch.enable_grad():  # else it leaves none
+        out = torch.ops.aten.mkldnn_rnn_layer.default(
+            *numbers, reverse, batch_sizes, mode, hidden, layers, biases, bidirectional, batch_first, train
+        )
+    return *args[:-1], out[-1]
+
+
+def _time_once(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
+    if cuda:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        func(*args, **kwargs)
+        end.record()
+        end.synchronize()
+        return float(start.elapsed_time(end)) / 1e3
+    begin = time.perf_counter()
+    out = func(*args, **kwargs)
+    seconds = time.perf_counter() - begin
+    del out
+    return seconds
+
+
+def _memory_cpu(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
+    """Bytes that the kernel allocates at its peak beyond what it makes, by the allocator's own account; and of that."""
+    changes, out = allocations_of(func, args, kwargs)
+    current = peak = 0
+    for change in changes:
+        current += change
+        peak = max(peak, current)
+    made = _made_bytes(out, args, kwargs)
+    return max(0, peak - sum(made)), made
+
+
+def allocations_of(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
+    """What a call allocates on the CPU, and, as negative numbers, frees, in order; and its result."""
+    if torch.autograd._profiler_enabled():  # the user's: a thread has one at a time, another thread its own
+        with ThreadPoolExecutor(1) as thread:
+            return thread.submit(_watched, func, args, kwargs).result()
+    return _watched(func, args, kwargs)
+
+
+def _watched(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
+    config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
+    torch.autograd._enable_profiler_legacy(config)  # the new profiler takes longer and writes to the terminal
+    try:
+        out = func(*args, **kwargs)
+    finally:
+        threads = torch.autograd._disable_profiler_legacy()
+    return [e.cpu_memory_usage() for events in threads for e in events if e.kind() == "memory_alloc"], out
+
+
+def _memory_cuda(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = func(*args, **kwargs)
+    torch.cuda.synchronize()
+    made = _made_bytes(out, args, kwargs)
+    return max(0, torch.cuda.max_memory_allocated() - before - sum(made)), made
+
+
+def _made_bytes(out: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
+    """Bytes of every storage that the call made, in the order of its results."""
+    old = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
+    new = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(out)}
+    return tuple(n for address, n in new.items() if address not in old)
+
+
+def _extent(spec: TensorSpec) -> int:
+    """Elements from the first one of a tensor to its last one."""
+    return 1 + sum((n - 1) * s for n, s in zip(spec.size, spec.stride, strict=True)) if 0 not in spec.size else 0
+
+
+def _random(spec: TensorSpec) -> Tensor:
+    """A tensor of this spec: random where numbers matter for speed, zero where they index something.
+
+    Between 0 and 1, as some operators ask of probabilities.
+    """
+    if spec.dtype in _DRAWN:
+        base = torch.rand(_extent(spec), device=spec.device, dtype=spec.dtype)
+    elif spec.dtype.is_floating_point or spec.dtype.is_complex:
+        base = torch.rand(_extent(spec), device=spec.device, dtype=torch.float32).to(spec.dtype)
+    else:
+        base = torch.zeros(_extent(spec), dtype=spec.dtype, device=spec.device)
+    return base.as_strided(spec.size, spec.stride)
+
+
+@contextmanager
+def _undisturbing() -> Iterator[None]:
+    """Leaves the random generators as they were; no autograd and no autocast inside."""
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
+    below_autograd, no_autocast = torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast()
+    with torch.random.fork_rng(devices=list(devices)), below_autograd, no_autocast:
+        yield

@@ -1,0 +1,159 @@
+"""What decides, beside its arguments, what an operator computes: torch's global switches and random generators."""
+
+from __future__ import annotations
+
+import functools
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from autoremat.record.as_plain import Autocast
+
+_TINY = 5e-324
+"""A denormal number."""
+
+_Pair = tuple[Callable[[], Any], Callable[[Any], object]]
+
+
+def _pairs(*names: str) -> list[_Pair]:
+    """Getter and setter of torch's switches, as far as this version of torch has them."""
+    known = [n for n in names if hasattr(torch._C, f"_get_{n}")]
+    return [(getattr(torch._C, f"_get_{n}"), getattr(torch._C, f"_set_{n}")) for n in known]
+
+
+def _older(read: Callable[[], Any], write: Callable[[Any], object]) -> _Pair:
+    """A switch of before ``fp32_precision``: torch refuses to read it while it contradicts the newer ones."""
+
+    def read_if_possible() -> Any:
+        try:
+            return read()
+        except RuntimeError:
+            return None
+
+    return read_if_possible, lambda value: None if value is None else write(value)
+
+
+def _precision(backend: str, op: str) -> _Pair:
+    get, put = torch._C._get_fp32_precision_getter, torch._C._set_fp32_precision_setter
+    return functools.partial(get, backend, op), functools.partial(put, backend, op)
+
+
+def _determinism() -> tuple[bool, bool]:
+    return torch._C._get_deterministic_algorithms(), torch._C._get_deterministic_algorithms_warn_only()
+
+
+_ON_GPU = torch.version.cuda is not None or torch.version.hip is not None
+"""Without these, torch has the switches of their libraries, but nothing that looks at them."""
+_GPU_SWITCHES: tuple[_Pair, ...] = (
+    *_pairs(
+        "cudnn_enabled",
+        "cudnn_benchmark",
+        "cudnn_deterministic",
+        "cudnn_depthwise_kernel",
+        "cublas_allow_fp16_accumulation",
+    ),
+    *(
+        (get, lambda value, put=put: put(*value))
+        for get, put in _pairs(
+            "cublas_allow_fp16_reduced_precision_reduction", "cublas_allow_bf16_reduced_precision_reduction"
+        )
+    ),
+)
+_SWITCHES: tuple[_Pair, ...] = (
+    (torch.get_default_dtype, torch.set_default_dtype),
+    (torch.get_num_threads, torch.set_num_threads),  # a sum is split by threads
+    (lambda: _TINY * 1.0 == 0.0, torch.set_flush_denormal),
+    (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
+    *_pairs("mkldnn_enabled", "mkldnn_deterministic", "nnpack_enabled"),
+    *(_GPU_SWITCHES if _ON_GPU else ()),
+    # The older switches first: setting them sets newer ones, too.
+    _older(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    *(_older(get, put) for get, put in _pairs(*(("cudnn_allow_tf32",) if _ON_GPU else ()), "onednn_allow_tf32")),
+    _precision("generic", "all"),
+    *(
+        _precision(backend, op)
+        for backend in (*(("cuda",) if _ON_GPU else ()), "mkldnn")
+        for op in ("all", "matmul", "conv", "rnn")
+    ),
+)
+
+
+_READERS = [read for read, _ in _SWITCHES]
+
+
+class NumericSettings(NamedTuple):
+    """The switches at one moment, whether gradients were enabled (mkldnn_rnn_layer asks for a workspace), and autocast.
+
+    Whoever runs an operator again switches autocast on for the kernel alone.
+    """
+
+    values: tuple[Any, ...]
+    grad_enabled: bool
+    autocast: Autocast
+
+    @staticmethod
+    def now(autocast: Autocast = ()) -> NumericSettings:
+        """The switches as they are; the same object as last time where nothing has changed."""
+        values, grad_enabled = tuple([read() for read in _READERS]), torch.is_grad_enabled()
+        last = _LAST[grad_enabled]
+        if last is None or last.values != values or last.autocast != autocast:
+            last = _LAST[grad_enabled] = NumericSettings(values, grad_enabled, autocast)
+        return last
+
+    def switch_to(self, other: NumericSettings) -> None:
+        """Change the switches from these to those of another moment."""
+        if other is self:
+            return
+        torch._C._set_grad_enabled(other.grad_enabled)
+        if other.values is not self.values and other.values != self.values:  # as good as never
+            for (read, write), value in zip(_SWITCHES, other.values, strict=True):
+                if read() != value:  # some of the setters are slow
+                    write(value)
+
+
+_LAST: list[NumericSettings | None] = [None, None]
+"""What was read last without and with gradients."""
+
+
+class RandomStates(NamedTuple):
+    """The states of torch's, Python's and NumPy's global random generators."""
+
+    torch: tuple[tuple[torch.Generator, bytearray], ...]
+    python: Any
+    numpy: Any
+
+    @staticmethod
+    def now() -> RandomStates:
+        """The states at this moment; takes some ten microseconds."""
+        numpy_random = getattr(sys.modules.get("numpy"), "random", None)
+        return RandomStates(
+            tuple((g, state_of(g)) for g in _default_generators()),
+            random.getstate(),
+            numpy_random.get_state() if numpy_random is not None else None,
+        )
+
+    def restore(self) -> None:
+        """Put all of them back."""
+        for generator, state in self.torch:
+            set_state(generator, state)
+        random.setstate(self.python)
+        if self.numpy is not None:
+            sys.modules["numpy"].random.set_state(self.numpy)
+
+
+def _default_generators() -> Sequence[torch.Generator]:
+    used = torch.cuda.is_available() and torch.cuda.is_initialized()
+    return [torch.default_generator, *(torch.cuda.default_generators if used else ())]
+
+
+def state_of(generator: torch.Generator) -> bytearray:
+    """The state of a generator; not as a tensor, which would take part in the account of memory."""
+    return bytearray(generator.get_state().numpy())
+
+
+def set_state(generator: torch.Generator, state: bytearray) -> None:
+    """Put a generator into an earlier state."""
+    generator.set_state(torch.frombuffer(state, dtype=torch.uint8))

@@ -1,0 +1,68 @@
+"""What a checkpointed callable has done so far, for people and for loggers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from autoremat.program import Plan
+
+_OF_THE_PLAN = ("peak_bytes", "budget_bytes", "plain_peak_bytes", "floor_bytes", "overhead", "lower_bound")
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a checkpointed callable has done so far.
+
+    Attributes:
+        plan: the plan used last; None before the first call.
+        measured_peak_bytes: of a step under that plan, by the allocator's own account; None if none was measured. On
+            CPU that takes ``checkpoint(..., measure=True)``.
+        plans: number of plans in the cache.
+        calls: calls with gradients.
+        hits: calls that found their plan in the cache.
+        planned: how often a plan was made.
+        deviations: calls that left the recorded path and went on under the online policy.
+        unplanned: calls that ran without checkpointing.
+        reruns: operators run again in all backward passes so far.
+        rerun_seconds: how long that took; on CUDA only what the host did, because kernels run on their own.
+        retries: forwards that ran out of memory and were tried again under a tighter plan.
+        differing: operators found to give something else when they run again; what they make is kept.
+    """
+
+    plan: Plan | None
+    measured_peak_bytes: int | None
+    plans: int
+    calls: int
+    hits: int
+    planned: int
+    deviations: int
+    unplanned: int
+    reruns: int
+    rerun_seconds: float
+    retries: int
+    differing: int
+
+    @property
+    def fallbacks(self) -> int:
+        """Calls that did not go by their plan: off the recorded path, or without checkpointing."""
+        return self.deviations + self.unplanned
+
+    def as_dict(self) -> dict[str, int | float]:
+        """Numbers only, for a logger: every field, ``fallbacks``, and of the plan the bytes, overhead and lower bound.
+
+        What is not known (yet) is left out.
+        """
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
+        numbers["fallbacks"] = self.fallbacks
+        if self.plan is not None:
+            numbers |= {name: getattr(self.plan, name) for name in _OF_THE_PLAN}
+        return {name: n for name, n in numbers.items() if n is not None}
+
+    def __str__(self) -> str:
+        """A line for each number."""
+        numbers = self.as_dict()
+        width = max(map(len, numbers))
+        return "\n".join(
+            f"{name:<{width}}  {n:>15,}" if isinstance(n, int) else f"{name:<{width}}  {n:>15.4f}"
+            for name, n in numbers.items()
+        )
