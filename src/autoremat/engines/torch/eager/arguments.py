@@ -1,0 +1,224 @@
+"""Arguments of a call without the memory of its tensors, and the arguments again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from autoremat.record.local import Description, is_distributed, local_of
+from autoremat.record.values import View, storage_of
+
+_CONTAINERS = (tuple, list, dict, set, frozenset)
+
+
+class Seen(NamedTuple):
+    """How a tensor looks at a value: which part of the memory, and what is around it (a DTensor)."""
+
+    view: View
+    description: Description | None = None
+
+    @staticmethod
+    def of(tensor: Tensor) -> Seen:
+        """How this tensor looks at its memory."""
+        if is_distributed(tensor):
+            return Seen(View.of(local_of(tensor)), Description.of(tensor))
+        return Seen(View.of(tensor))
+
+    def on(self, memory: Tensor) -> Tensor:
+        """A tensor that looks in this way at the memory of another one; no history, a version counter of its own."""
+        if self.view == View.of(memory):
+            tensor = memory.detach()
+        else:
+            tensor = self.view.on(memory.untyped_storage())
+        return tensor if self.description is None else self.description.around(tensor)
+
+
+class Made(NamedTuple):
+    """An argument that looks at a value of the step."""
+
+    value: int
+    seen: Seen
+    requires_grad: bool
+    written: bool = False
+
+    def tensor(self, memory: Mapping[int, Tensor]) -> Tensor:
+        """The argument on the memory that holds its value now; one that is overwritten is no leaf."""
+        tensor = self.seen.on(memory[self.value])
+        if not self.requires_grad:
+            return tensor
+        return _inner(tensor) if self.written else tensor.requires_grad_()
+
+
+class Outside:
+    """An argument or saved tensor that the step did not make (a parameter, an input): itself or an alias of it."""
+
+    __slots__ = ("requires_grad", "tensor", "version")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.requires_grad = tensor.requires_grad
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.version = version_of(self.tensor)
+
+    def get(self) -> Tensor:
+        """The tensor; raises what autograd would raise if it has been modified in place since."""
+        if version_of(self.tensor) != self.version:
+            raise modified(self.tensor, self.version)
+        return self.tensor
+
+    def argument(self) -> Tensor:
+        """The tensor as an argument: it requires grad if it did."""
+        tensor = self.get()
+        if is_freed(tensor):
+            raise freed(tensor)
+        return tensor if tensor.requires_grad or not self.requires_grad else tensor.detach().requires_grad_()
+
+    def rescue(self) -> None:
+        """Take a copy, because the step is about to overwrite the tensor."""
+        if version_of(self.tensor) == self.version:
+            with torch.no_grad():
+                self.tensor = self.tensor.detach().clone(memory_format=torch.preserve_format)
+            self.version = version_of(self.tensor)
+
+
+class Statistics(Outside):
+    """Running statistics: a call that is made again updates a copy of them."""
+
+    __slots__ = ()
+
+    def argument(self) -> Tensor:
+        """A copy, for what is in it decides nothing."""
+        return self.tensor.detach().clone()
+
+
+class _Inner(torch.autograd.Function):
+    """Gives a tensor a history, so that it may be overwritten with something differentiable."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, holder: list[Tensor]) -> Tensor:
+        """The tensor in the holder."""
+        return holder.pop()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Nobody goes backward here."""
+        return None, None
+
+
+def _inner(tensor: Tensor) -> Tensor:
+    anchor = torch.empty(0, dtype=tensor.dtype, device=tensor.device, requires_grad=True)
+    made: Tensor = _Inner.apply(anchor, [tensor])
+    return made
+
+
+class Nest(NamedTuple):
+    """A list, tuple or dict among the arguments that has tensors in it: what makes it, and its content."""
+
+    make: Callable[[list[Any]], Any]
+    content: list[Any]
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among arguments or results, in order; sets have no order, so what is in them is not looked for."""
+    if isinstance(tree, Tensor):
+        return [tree]
+    return list(_tensors(tree)) if isinstance(tree, _CONTAINERS) else []
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    for item in tree.values() if isinstance(tree, dict) else tree:
+        if isinstance(item, Tensor):
+            yield item
+        elif isinstance(item, (tuple, list, dict)):
+            yield from _tensors(item)
+
+
+def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among the arguments of a call, in order."""
+    return [*_tensors(args), *_tensors(kwargs)] if kwargs else list(_tensors(args))
+
+
+def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """The same arguments with every tensor changed; the same object where there is no tensor inside."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        return {key: mapped(item, change) for key, item in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return _like(tree)([mapped(item, change) for item in tree])
+    return tree
+
+
+def template(tree: Any, change: Callable[[Tensor], Any]) -> Any:
+    """Arguments with ``change(tensor)`` in place of every tensor, and containers of such as ``Nest``."""
+    if isinstance(tree, Tensor):
+        return change(tree)
+    if isinstance(tree, dict):
+        if not any(isinstance(v, (Tensor, list, tuple, dict)) for v in tree.values()):
+            return tree
+        keys = list(tree)
+        return Nest(lambda content: dict(zip(keys, content, strict=True)), [template(v, change) for v in tree.values()])
+    if isinstance(tree, (list, tuple)):
+        if not any(isinstance(v, (Tensor, list, tuple, dict)) for v in tree):
+            return tree
+        return Nest(_like(tree), [template(v, change) for v in tree])
+    return tree
+
+
+def resolved(tree: Any, memory: Mapping[int, Tensor]) -> Any:
+    """The argument that a template stands for."""
+    kind = type(tree)
+    if kind is Made:
+        return tree.tensor(memory)
+    if kind is Outside or kind is Statistics:
+        return tree.argument()
+    if kind is Nest:
+        return tree.make([resolved(item, memory) for item in tree.content])
+    return tree
+
+
+def _like(sequence: Any) -> Callable[[list[Any]], Any]:
+    """What makes a list or tuple of the same type from its items."""
+    kind = type(sequence)
+    if hasattr(kind, "_fields"):
+        return lambda items: kind(*items)
+    if kind in (list, tuple, torch.Size):
+        return kind
+    return list if isinstance(sequence, list) else tuple
+
+
+def version_of(tensor: Tensor) -> int:
+    """The version counter; inference tensors, which have none, never change under autograd."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+class ModifiedInPlace(RuntimeError):
+    """What autograd raises for a saved tensor that has been modified in place."""
+
+
+def modified(tensor: Tensor, expected: int) -> ModifiedInPlace:
+    """The error for a tensor, in autograd's words."""
+    return ModifiedInPlace(
+        "one of the variables needed for gradient computation has been modified by an inplace operation: "
+        f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {expected} instead. "
+        "Hint: enable anomaly detection to find the operation that failed to compute its gradient, with "
+        "torch.autograd.set_detect_anomaly(True)."
+    )
+
+
+def is_freed(tensor: Tensor) -> bool:
+    """Whether somebody (FSDP2) has taken the memory away from a tensor that still has elements."""
+    storage = storage_of(tensor)
+    return storage is not None and tensor.numel() > 0 and storage.nbytes() == 0
+
+
+def freed(tensor: Tensor) -> RuntimeError:
+    """The error for a tensor whose memory has been taken away."""
+    return RuntimeError(
+        f"a call that autoremat makes again reads a tensor of size {list(tensor.shape)} whose memory has been freed "
+        "(fully_shard frees parameters after the forward, and gathers them for the backward of the module): this part "
+        "of the graph is reached outside the backward of the module; call fully_shard with "
+        "reshard_after_forward=False, or undo autoremat.checkpoint with autoremat.restore"
+    )

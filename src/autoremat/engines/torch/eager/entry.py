@@ -1,0 +1,149 @@
+"""A call of the forward, ready to be made again: its arguments without tensors, its state, its random numbers."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoremat.engines.torch.eager.arguments import Nest, resolved, tensors_in
+from autoremat.engines.torch.eager.state import Replay, State, generator_at
+from autoremat.run.entry import checksum
+
+Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Any]]
+_push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
+_pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
+
+
+class Enough(Exception):  # noqa: N818 - nothing is wrong: the call has made what was wanted
+    """Ends a call that is made again as soon as what is wanted has been saved inside it."""
+
+
+@dataclass(slots=True)
+class Entry:
+    """A call, ready to be made again. Not frozen: one is made for every such call of every forward.
+
+    Attributes:
+        func: what was called.
+        args: templates of its arguments.
+        kwargs: templates of its keyword arguments.
+        state: in which it was made.
+        generator: that it draws from.
+        generator_state: of that before the call.
+        reads: values among its arguments.
+        results: pairs (position among the tensors of the result, value).
+        saved: pairs (position among what autograd saves inside the call, value), for values made and saved inside.
+        in_place: pairs (made, overwritten).
+        draws: a checksum of what it drew, where other threads might have drawn in between.
+    """
+
+    func: Callable[..., Any]
+    args: Any
+    kwargs: Any
+    state: State
+    generator: torch.Generator | None
+    generator_state: bytearray | None
+    reads: tuple[int, ...]
+    results: tuple[tuple[int, int], ...] = ()
+    saved: tuple[tuple[int, int], ...] = ()
+    in_place: tuple[tuple[int, int], ...] = ()
+    draws: int | None = None
+
+    @property
+    def makes(self) -> tuple[int, ...]:
+        """The values that another run can make."""
+        return (*(v for _, v in self.results), *(v for _, v in self.saved), *(new for new, _ in self.in_place))
+
+    def run(self, memory: dict[int, Tensor], replay: Replay, wanted: Collection[int]) -> dict[int, Tensor]:
+        """Make the call again, or as much of it as makes what is wanted.
+
+        Args:
+            memory: of the values that it reads; what it overwrites is its own copy.
+            replay: the block in which this happens.
+            wanted: values that it makes.
+
+        Returns:
+            The memory of every wanted value.
+        """
+        found: dict[int, Tensor] = {}
+        inner = {i: v for i, v in self.saved if v in wanted}
+        whole = len(inner) < len(wanted)
+        if self.generator is None or self.generator_state is None:
+            with replay.use(self.state):
+                self._call(memory, inner, whole, found, wanted)
+        else:
+            with generator_at(self.generator, self.generator_state), replay.use(self.state):
+                self._call(memory, inner, whole, found, wanted)
+        if self.draws is not None and whole and self.draws != _sum(found, self.results):
+            raise _disturbed(self.func)
+        return found
+
+    def _call(
+        self, memory: dict[int, Tensor], inner: dict[int, int], whole: bool, found: dict[int, Tensor],
+        wanted: Collection[int],
+    ) -> None:  # fmt: skip
+        args = [resolved(a, memory) for a in _items(self.args)]
+        kwargs = dict(zip(self.kwargs, [resolved(a, memory) for a in self.kwargs.values()])) if self.kwargs else {}
+        if not self.state.settings.grad_enabled:
+            self._take(self.func(*args, **kwargs), memory, found, wanted)
+            return
+        _push_hooks(_catcher(inner, None if whole else len(inner), found), _never)
+        try:
+            self._take(self.func(*args, **kwargs), memory, found, wanted)
+        except Enough:
+            return
+        finally:
+            _pop_hooks()
+
+    def _take(self, out: Any, memory: Mapping[int, Tensor], found: dict[int, Tensor], wanted: Collection[int]) -> None:
+        if self.results:
+            tensors = tensors_in(out)
+            for i, value in self.results:
+                if value in wanted:
+                    found[value] = tensors[i].detach()
+        for new, old in self.in_place:
+            found[new] = memory[old]
+
+
+def _items(args: Any) -> list[Any]:
+    return args.content if type(args) is Nest else list(args)
+
+
+def _catcher(inner: dict[int, int], enough: int | None, found: dict[int, Tensor]) -> Callable[[Tensor], None]:
+    """A pack hook that keeps what is wanted and lets go of everything else; raises ``Enough`` after the last one."""
+    n = 0
+
+    def catch(tensor: Tensor) -> None:
+        nonlocal n
+        value = inner.get(n)
+        n += 1
+        if value is not None:
+            found[value] = tensor.detach()
+            if enough is not None and len(found) >= enough:
+                raise Enough
+
+    return catch
+
+
+def _never(packed: Any) -> Tensor:
+    raise RuntimeError("autoremat: nobody goes backward through a call that is made again; this is a bug in autoremat")
+
+
+def _sum(found: Mapping[int, Tensor], results: tuple[tuple[int, int], ...]) -> int:
+    return checksum(found[v].untyped_storage() for _, v in results if v in found)
+
+
+def may_be_disturbed(generator: torch.Generator | None) -> bool:
+    """Whether a thread that knows no tape may draw between our look at the generator and the call."""
+    return generator is not None and generator.device.type == "cpu" and threading.active_count() > 1
+
+
+def _disturbed(func: Any) -> RuntimeError:
+    return RuntimeError(
+        f"autoremat cannot draw the numbers of {func} again: another thread drew from the same generator at the same "
+        "moment. Give that thread a torch.Generator of its own, or let the step use one"
+    )

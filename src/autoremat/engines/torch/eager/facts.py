@@ -1,0 +1,233 @@
+"""What a call does, found out by making it once on fake tensors: what it writes, whether it draws, what it takes.
+
+Nothing of the user's runs for that: of operators that are not torch's own, the schema is all that is read.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
+from autoremat.engines.torch.eager.state import State
+from autoremat.record.facts import RUNNING_STATISTICS, TRAINING, facts_of
+from autoremat.record.local import is_distributed
+from autoremat.record.signature import freeze, signature_of
+from autoremat.record.timing import estimate
+from autoremat.record.values import storage_of
+
+OPAQUE = "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
+UNKNOWN = "what it does is not known: it cannot be made on fake tensors"
+FOREIGN = "custom operator, not known to be free of side effects"
+CALLBACK = "calls a function of the user's"
+_OWN_NAMESPACES = ("aten", "prims", "prim")
+
+
+@dataclass(frozen=True, slots=True)
+class CallFacts:
+    """What one call does.
+
+    Attributes:
+        written: positions, among the tensors given, of those that are overwritten.
+        statistics: positions of running statistics, which a further run must not change.
+        random: it draws from a generator, or may.
+        once: "" or why it must not be made again.
+        foreign: not torch's own: it may run again once it has been seen to give the same.
+        seconds: an estimate.
+        nbytes: what it makes and takes beside, an estimate.
+    """
+
+    written: tuple[int, ...] = ()
+    statistics: tuple[int, ...] = ()
+    random: bool = False
+    once: str = ""
+    foreign: bool = False
+    seconds: float = 0.0
+    nbytes: int = 0
+
+
+_KNOWN: dict[Any, CallFacts] = {}
+
+
+def facts_of_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: State) -> CallFacts:
+    """The facts of a call; calls of the same function on tensors of the same kind are looked at once per process."""
+    given = tensors_given(args, kwargs)
+    if any(storage_of(t) is None and not is_distributed(t) for t in given) or _of_functorch():
+        return CallFacts(written=_written_by_name(func, kwargs, given), once=OPAQUE)
+    if not is_torchs(func):
+        return _of_schema(func, args, kwargs, given)
+    if any(isinstance(a, (types.FunctionType, types.MethodType)) for a in (*args, *kwargs.values())):
+        return CallFacts(written=_written_by_name(func, kwargs, given), once=CALLBACK)
+    if any(map(is_distributed, given)):
+        return _distributed(func, kwargs, given)
+    try:
+        key = (
+            func, freeze(args), freeze(kwargs), tuple([t.requires_grad for t in given]), state.settings.grad_enabled,
+            state.inference, state.autocast,
+        )  # fmt: skip
+        known = _KNOWN.get(key)
+    except TypeError:  # something among the arguments cannot be hashed
+        return _probed(func, args, kwargs, given)
+    if known is None:
+        known = _KNOWN[key] = _probed(func, args, kwargs, given)
+    return known
+
+
+def is_torchs(func: Any) -> bool:
+    """Whether a function is torch's own."""
+    if isinstance(func, (OpOverload, OpOverloadPacket)):
+        name = func.namespace if isinstance(func, OpOverload) else func._qualified_op_name.partition("::")[0]
+        return name in _OWN_NAMESPACES
+    module = getattr(func, "__module__", None)
+    if module is None:  # methods of tensors and their getters
+        return isinstance(
+            func, (types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.BuiltinFunctionType)
+        )  # fmt: skip
+    return module == "torch" or module.startswith("torch.")
+
+
+def _of_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def _distributed(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
+    """Of DTensors nothing is made on fakes: what is written is told by the name, and a collective by the recording."""
+    return CallFacts(written=_written_by_name(func, kwargs, given), seconds=1e-5, once="runs on distributed tensors")
+
+
+def _written_by_name(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> tuple[int, ...]:
+    """What a call overwrites, by the way torch names things; where nothing better is known."""
+    name = getattr(func, "__name__", "")
+    in_place = name.endswith("_") and not name.endswith("__")
+    found = {0} if given and (in_place or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))) else set()
+    if name == "__setitem__" and given:
+        found.add(0)
+    out = tensors_in(kwargs.get("out")) if kwargs else []
+    found |= {i for i, t in enumerate(given) if any(t is o for o in out)}
+    return tuple(sorted(found))
+
+
+def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
+    """The facts of an operator that is not torch's, or of a function that is nobody's."""
+    overload = func if isinstance(func, OpOverload) else None
+    if isinstance(func, OpOverloadPacket) and len(func.overloads()) == 1:
+        overload = getattr(func, func.overloads()[0])
+    if overload is None:
+        return CallFacts(written=_written_by_name(func, kwargs, given), random=True, once=FOREIGN)
+    facts = facts_of(overload)
+    written = facts.written(args, kwargs)
+    positions = tuple(i for i, t in enumerate(given) if any(t is w for w in written))
+    nbytes = sum(t.nbytes for t in given)
+    once = facts.never_again if facts.communicates else ""
+    return CallFacts(positions, random=True, once=once, foreign=True, seconds=1e-5 + nbytes / 1e10, nbytes=nbytes)
+
+
+@dataclass
+class _Probe(TorchDispatchMode):
+    """Looks at the operators of one call, on fake tensors."""
+
+    inputs: dict[int, int]
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __post_init__(self) -> None:
+        super().__init__()
+        self.written: set[int] = set()
+        self.statistics: set[int] = set()
+        self.random = False
+        self.once = ""
+        self.seconds = 0.0
+        self.nbytes = 0
+
+    def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run one operator of the call."""
+        kwargs = kwargs or {}
+        if func.namespace == "prim":  # a fake tensor is asked for its device
+            return func(*args, **kwargs)
+        facts = facts_of(func)
+        self.random |= facts.random
+        self.once = self.once or facts.never_again or ("returns uninitialised memory" if facts.uninitialised else "")
+        if facts.batch_norm and args[TRAINING]:
+            self.statistics |= set(self._positions([args[i] for i in RUNNING_STATISTICS]))
+        else:
+            self.written |= set(self._positions(facts.written(args, kwargs)))
+        out = func(*args, **kwargs)
+        if not facts.is_view:
+            made = sum(t.nbytes for t in tensors_in(out) if t.layout is torch.strided)
+            self.nbytes += made
+            self.seconds += estimate(signature_of(func, args, kwargs), made).seconds
+        return out
+
+    def _positions(self, tensors: Sequence[Any]) -> Iterator[int]:
+        for tensor in tensors:
+            if isinstance(tensor, Tensor):
+                position = self.inputs.get(tensor.untyped_storage()._cdata)
+                if position is not None:
+                    yield position
+
+
+def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
+    """Make the call on fake tensors of the same kind, and look on."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes: dict[int, Tensor] = {}
+
+    def fake(tensor: Tensor) -> Tensor:
+        if id(tensor) not in fakes:
+            made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+            if tensor.requires_grad and tensor.is_leaf:
+                made.requires_grad_()
+            elif tensor.requires_grad:
+                made = made.requires_grad_().clone()
+            fakes[id(tensor)] = made
+        return fakes[id(tensor)]
+
+    unseen = torch._C.DisableTorchFunction()
+    with unseen, mode, torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda p: p):
+        fake_args, fake_kwargs = mapped(args, fake), mapped(kwargs, fake)
+        probe = _Probe({fakes[id(t)].untyped_storage()._cdata: i for i, t in reversed(list(enumerate(given)))})
+        cache, _ = torch.is_autocast_cache_enabled(), torch.set_autocast_cache_enabled(False)
+        try:
+            with probe:
+                func(*fake_args, **fake_kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass  # what it made up to here tells what it does
+        except Exception:  # noqa: BLE001 - whatever a fake kernel does not know
+            probe.once = probe.once or UNKNOWN
+            probe.written |= set(_written_by_name(func, kwargs, given))
+        finally:
+            torch.set_autocast_cache_enabled(cache)
+    once = probe.once
+    if once == "returns uninitialised memory" and not _is_all_uninitialised(func):
+        once = ""
+    return CallFacts(
+        tuple(sorted(probe.written)), tuple(sorted(probe.statistics)), probe.random, once, False,
+        probe.seconds, probe.nbytes,
+    )  # fmt: skip
+
+
+def _is_all_uninitialised(func: Any) -> bool:
+    """Whether what a call returns is uninitialised: ``empty`` and its like; others fill what they have."""
+    return "empty" in getattr(func, "__name__", "")
+
+
+def without(facts: CallFacts, once: str) -> CallFacts:
+    """The facts, with a reason why the call must not be made again."""
+    return replace(facts, once=once)
+
+
+__all__ = ["CallFacts", "FakeTensor", "facts_of_call", "is_torchs", "without"]

@@ -1,0 +1,83 @@
+"""What autograd saves in place of a tensor."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from autoremat.engines.torch.eager.arguments import Seen, modified, version_of
+from autoremat.record.local import local_of
+
+if TYPE_CHECKING:
+    from autoremat.engines.torch.eager.tape import Tape
+
+
+class Kept:
+    """A saved tensor itself; with the number of its pack where the plan does something when it is asked for."""
+
+    __slots__ = ("pack", "tape", "tensor", "version")
+
+    def __init__(self, tensor: Tensor, tape: Tape | None = None, pack: int = -1) -> None:
+        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.version = version_of(self.tensor)
+        self.tape, self.pack = tape, pack
+
+    def get(self) -> Tensor:
+        """The tensor; raises what autograd would raise if it has been modified in place since."""
+        if version_of(self.tensor) != self.version:
+            raise modified(self.tensor, self.version)
+        return self.tensor
+
+
+class Handle:
+    """Stands for a saved tensor whose memory may go: which value, seen how.
+
+    Its probe shares the version counter with the tensor, and no memory, so it is noticed when somebody overwrites that.
+    """
+
+    __slots__ = ("pack", "probe", "seen", "served", "tape", "value", "version")
+
+    def __init__(self, tape: Tape, pack: int, tensor: Tensor) -> None:
+        self.tape, self.pack, self.value = tape, pack, _NOT_KNOWN
+        self.seen = Seen.of(tensor)
+        local = local_of(tensor)
+        self.version = version_of(local)
+        self.probe = _without_memory(local)
+        self.served = 0
+        """The backward pass, counted by the tape, in which it was served last."""
+
+    def check_unchanged(self) -> None:
+        """Raise what autograd would raise if the saved tensor has been modified in place."""
+        if self.probe is not None and self.probe._version != self.version:
+            view = self.seen.view
+            raise modified(torch.empty_strided(view.size, view.stride, dtype=view.dtype, device="meta"), self.version)
+
+    def __del__(self) -> None:
+        if self.value != _NOT_KNOWN:
+            self.tape.released(self)
+
+
+_NOT_KNOWN = -(1 << 62)
+_EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+
+def _without_memory(tensor: Tensor) -> Tensor | None:
+    """An alias that has the version counter, and no memory."""
+    if tensor.is_inference():
+        return None
+    alias = tensor.detach()
+    key = alias.dtype, alias.device
+    if key not in _EMPTY:
+        _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
+    alias.data = _EMPTY[key]
+    return alias
+
+
+def known(handle: Handle) -> bool:
+    """Whether it is known which value a handle stands for."""
+    return handle.value != _NOT_KNOWN
+
+
+Packed = Any

@@ -1,0 +1,186 @@
+"""The ledger: what is in memory, and how the rest can be made again. It decides nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable
+from time import perf_counter
+
+import torch
+from torch import Tensor
+
+from autoremat.engines.torch.eager.arguments import ModifiedInPlace, modified, version_of
+from autoremat.engines.torch.eager.entry import Entry
+from autoremat.engines.torch.eager.state import Replay
+from autoremat.record.values import View
+
+Loss = Callable[[int], RuntimeError]
+
+
+class Ledger:
+    """Values by number, calls by position.
+
+    Args:
+        on_rerun: called with the seconds of every call made again.
+        on_made: called with a call and the memory of what it made again.
+    """
+
+    def __init__(
+        self,
+        on_rerun: Callable[[float], None] = lambda seconds: None,
+        on_made: Callable[[int, Entry, dict[int, Tensor]], None] = lambda call, entry, made: None,
+    ) -> None:
+        self.held: dict[int, Tensor] = {}
+        self.entries: dict[int, Entry] = {}
+        self.maker: dict[int, int] = {}
+        """For every value that can be made again the call that makes it."""
+        self.remade: set[int] = set()
+        """Values in memory that are not those of the forward, but made again."""
+        self.reruns = 0
+        self._versions: dict[int, int] = {}
+        self._on_rerun, self._on_made = on_rerun, on_made
+
+    def enter(self, call: int, entry: Entry) -> None:
+        """Be ready to make a call again."""
+        self.entries[call] = entry
+        for value in entry.makes:
+            self.maker[value] = call
+
+    def withdraw(self, call: int) -> None:
+        """A call cannot be made again after all."""
+        entry = self.entries.pop(call)
+        for value in entry.makes:
+            self.maker.pop(value, None)
+
+    def hold(self, value: int, tensor: Tensor) -> None:
+        """Keep a value of the forward in memory."""
+        self.held[value] = tensor
+
+    def let_go(self, value: int) -> None:
+        """Keep it no longer."""
+        self.held.pop(value, None)
+        self.remade.discard(value)
+        self._versions.pop(value, None)
+
+    def finish_forward(self) -> None:
+        """From now on whoever overwrites a value of the forward does so behind our back."""
+        self._versions = {v: version_of(t) for v, t in self.held.items() if v not in self.remade}
+
+    def memory(self, value: int) -> Tensor:
+        """The memory of a value that is held; raises if somebody has overwritten it since the forward."""
+        tensor = self.held[value]
+        version = self._versions.get(value)
+        if version is not None and version_of(tensor) != version:
+            raise modified(tensor, version)
+        return tensor
+
+    def can_make(self, value: int) -> bool:
+        """Whether a value that is not held could be made again from what is."""
+        try:
+            self.missing(value)
+        except LookupError:
+            return False
+        return True
+
+    def missing(self, value: int) -> dict[int, set[int]]:
+        """The calls to make again for a value, in order, and what is wanted of each.
+
+        Raises:
+            LookupError: one of the values on the way is lost.
+        """
+        wanted: dict[int, set[int]] = {}
+        pending = [value]
+        while pending:
+            v = pending.pop()
+            if v in self.held:
+                continue
+            call = self.maker.get(v)
+            if call is None:
+                raise LookupError(v)
+            if call not in wanted:
+                wanted[call] = set()
+                pending += self.entries[call].reads
+            wanted[call].add(v)
+        return {k: wanted[k] for k in sorted(wanted)}
+
+    def fetch(self, value: int, stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]) -> Tensor:
+        """A value, made again if it is gone, from whatever is there.
+
+        Args:
+            value: which.
+            stays: whether a value that was made on the way stays in memory.
+            after_each: called after every call with the values that are still needed on the way.
+        """
+        if value in self.held:
+            return self.memory(value)
+        try:
+            missing = self.missing(value)
+        except LookupError as lost:
+            raise _lost(lost.args[0]) from None
+        uses = Counter(v for k in missing for v in self.entries[k].reads)
+        made: list[int] = []
+        with Replay() as replay:
+            for k, wanted in missing.items():
+                self.run(k, wanted, replay)
+                made += wanted
+                uses.subtract(self.entries[k].reads)
+                for v in [v for v in made if not uses[v] and v != value and not stays(v)]:
+                    self.let_go(v)
+                made = [v for v in made if v in self.held]
+                after_each({value, *(v for v, n in uses.items() if n > 0)})
+        return self.memory(value)
+
+    def run(self, call: int, wanted: Collection[int], replay: Replay, ends: Collection[int] = ()) -> None:
+        """Make a call again; what is wanted of it is held from now on.
+
+        Args:
+            call: which; what it reads is held.
+            wanted: values that it makes.
+            replay: the block in which this happens.
+            ends: values that nobody needs afterwards, so that the call may overwrite them.
+        """
+        entry = self.entries[call]
+        begin = perf_counter()
+        memory = {v: self.memory(v) for v in entry.reads}
+        for _, old in entry.in_place:
+            if old in ends and old in self.remade:
+                self.let_go(old)
+            else:
+                memory[old] = _copy(memory[old])
+        try:
+            made = entry.run(memory, replay, wanted)
+        except ModifiedInPlace as error:
+            raise ModifiedInPlace(f"{error} {_needed_for(entry)}") from None
+        self._on_made(call, entry, made)
+        for value, tensor in made.items():
+            if value in wanted and value not in self.held:
+                self.held[value] = tensor
+                self.remade.add(value)
+        self.reruns += 1
+        self._on_rerun(perf_counter() - begin)
+
+    def bytes_of(self, values: Iterable[int]) -> int:
+        """Bytes of the memory of some values that are held, each storage once."""
+        storages = (self.held[v].untyped_storage() for v in values)
+        return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    """The same tensor on a copy of all of its memory."""
+    with torch.no_grad():
+        return View.of(tensor).on(tensor.untyped_storage().clone())
+
+
+def _needed_for(entry: Entry) -> str:
+    name = getattr(entry.func, "__name__", str(entry.func))
+    return (
+        f"autoremat needs it as it was to make the call of {name} again. Change it after the backward, hand over a clone "
+        f'of it, or have what this call makes kept (keep="*{name}*").'
+    )
+
+
+def _lost(value: int) -> RuntimeError:
+    return RuntimeError(
+        f"autoremat let go of value {value} and cannot make it again on this path of the backward; this is a bug in "
+        "autoremat: run this step without it (autoremat.restore) and report it"
+    )

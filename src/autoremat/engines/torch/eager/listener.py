@@ -1,0 +1,89 @@
+"""The listener: a function mode that hands on every call of torch's Python API, and decides nothing.
+
+Below Python nothing is switched on: autograd, autocast, composites and kernels are those of plain training.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any, Final
+
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
+
+_ONE_KERNEL: Final = frozenset(
+    f
+    for name in (
+        "layer_norm", "dropout", "rms_norm", "group_norm", "batch_norm", "embedding", "softmax", "log_softmax", "relu",
+        "silu", "mish", "gelu", "linear", "pad", "one_hot", "hardtanh", "leaky_relu", "elu", "selu", "celu", "glu",
+    )
+    if isinstance(f := getattr(F, name, None), types.FunctionType)
+)  # fmt: skip
+"""Functions of ``torch.nn.functional`` that are one kernel with a check before it: looking into them shows nothing."""
+
+
+class Listener(TorchFunctionMode):
+    """Hands on every call.
+
+    Functions of ``torch.nn.functional`` that are written in Python are looked into: what they call are the calls.
+
+    Args:
+        heard: called with function, arguments and keyword arguments; makes the call and returns its result.
+    """
+
+    def __init__(self, heard: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
+        super().__init__()
+        self._heard = heard
+        self._inside: list[Any] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Hand on one call, or what it is made of."""
+        return self._heard(func, args, kwargs or {})
+
+    def is_made_of_others(self, func: Any) -> bool:
+        """Whether a function is looked into: torch wrote it in Python, and its calls come one by one."""
+        return (
+            type(func) is types.FunctionType
+            and func.__module__ == "torch.nn.functional"
+            and func not in _ONE_KERNEL
+            and func not in self._inside
+        )
+
+    def look_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call a function of torch's so that the calls in it are heard."""
+        self._inside.append(func)
+        try:
+            with self:
+                return _open(func)(*args, **kwargs)
+        finally:
+            self._inside.pop()
+
+
+_OPEN: dict[Any, Any] = {}
+
+
+class _Names(dict[str, Any]):
+    """The global names of a function's module, as they are now, but for those given here."""
+
+    def __init__(self, module: dict[str, Any]) -> None:
+        super().__init__({n: _nobody for n in module if n.startswith("has_torch_function")})
+        self["__builtins__"] = module["__builtins__"]
+        self._module = module
+
+    def __missing__(self, name: str) -> Any:
+        return self._module[name]
+
+
+def _open(func: types.FunctionType) -> Any:
+    """A copy of the function that does not ask whether somebody listens, and so goes on to its calls."""
+    if func not in _OPEN:
+        names = _Names(func.__globals__)
+        copy = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
+        copy.__kwdefaults__ = func.__kwdefaults__
+        _OPEN[func] = copy
+    return _OPEN[func]
+
+
+def _nobody(*args: Any) -> bool:
+    return False

@@ -1,0 +1,52 @@
+"""The path of a forward: its calls in order, as the first step of a kind made them, and what autograd saved."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Pair = tuple[int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One call of the path; values carry the numbers of the recording, positions count tensors.
+
+    Attributes:
+        func: what is called.
+        reads: pairs (position among the tensors given, value) of values made in the step.
+        results: pairs (position among the tensors of the result, value) of what it makes.
+        saved: pairs (position among what it saves, value) of what is made and saved inside it.
+        written: triples (position among the tensors given, value before, value after) of what it overwrites.
+        effects: positions of what it overwrites that the step did not make.
+        statistics: positions of running statistics.
+        random: it draws from a generator.
+        packs: number of the first thing that autograd saves in it, and of the first after it.
+    """
+
+    func: Callable[..., Any]
+    reads: tuple[Pair, ...]
+    results: tuple[Pair, ...]
+    saved: tuple[Pair, ...]
+    written: tuple[tuple[int, int, int], ...]
+    effects: tuple[int, ...]
+    statistics: tuple[int, ...]
+    random: bool
+    packs: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Path:
+    """All calls of a forward.
+
+    Attributes:
+        calls: in order.
+        packed: for everything that autograd saved, in order, the value; None for what is from outside or cannot go.
+        asks: what the passes asked for, in the order of the program's ``unpack`` ops: numbers of packs, -1 where the
+            real step has no such pack.
+    """
+
+    calls: tuple[Call, ...]
+    packed: tuple[int | None, ...]
+    asks: tuple[int, ...]

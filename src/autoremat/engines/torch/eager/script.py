@@ -1,0 +1,319 @@
+"""From a plan to what the tape does: a script of what to prepare, keep and drop, and of what to make again when.
+
+Pure data but for the functions that are called.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import Any
+
+from autoremat.engines.torch.eager.path import Call, Path
+from autoremat.program import Plan, Program, Timeline, simulate
+
+
+@dataclass(frozen=True, slots=True)
+class Rerun:
+    """Make a call again, then let go of some values.
+
+    Attributes:
+        call: which.
+        install: values that it makes and that stay for a while.
+        drops: values to let go of afterwards.
+    """
+
+    call: int
+    install: frozenset[int]
+    drops: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Act:
+    """What to do when the backward asks for what a pack stands for: first the reruns, then the answer, then the drop.
+
+    Attributes:
+        pack: number of the pack.
+        value: that it stands for.
+        reruns: calls to make again before.
+        drop: whether the value leaves afterwards.
+    """
+
+    pack: int
+    value: int
+    reruns: tuple[Rerun, ...]
+    drop: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What there is to do at a call that the plan has something to do with.
+
+    Attributes:
+        call: of the path.
+        ready: be ready to make it again.
+        hold: values that it makes and the tape itself holds on to.
+    """
+
+    call: Call
+    ready: bool
+    hold: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Script:
+    """What the tape follows.
+
+    Attributes:
+        funcs: what is called, in order.
+        works: for every call what there is to do, if anything.
+        packs: for everything that autograd saves: None to keep it as it is, or the value whose memory may go.
+        asked: packs that are kept, and at which something is to be done when they are asked for.
+        acts: what to do at requests of the backward, in order.
+        hold: values that the tape itself holds on to.
+        hold_at: of those the ones made and saved inside a call, by the number of a pack that is kept.
+        twice: calls for whose second run, right after the first, the budget has room.
+        sizes: bytes of every value of the forward.
+        spare_bytes: by how much the budget exceeds the plan's peak.
+        budget_bytes: the budget; None: a step off the path may take what it likes.
+        beside_bytes: what anything but the values that the tape holds takes at most: in the forward, then from each
+            request of the backward to the next.
+        fixed_bytes: what is always there.
+        watch: the forward is known to write memory in ways that torch does not see.
+        where: for every call its operator, module and line, for messages.
+    """
+
+    funcs: tuple[Callable[..., Any], ...]
+    works: tuple[Work | None, ...]
+    packs: tuple[int | None, ...]
+    asked: frozenset[int]
+    acts: tuple[Act, ...]
+    hold: frozenset[int]
+    hold_at: dict[int, int] = field(default_factory=dict)
+    twice: frozenset[int] = frozenset()
+    sizes: dict[int, int] = field(default_factory=dict)
+    spare_bytes: int = 0
+    budget_bytes: int | None = None
+    beside_bytes: tuple[int, ...] = (0,)
+    fixed_bytes: int = 0
+    n_asks: int = 0
+    where: tuple[str, ...] = ()
+
+    @property
+    def reruns_calls(self) -> bool:
+        """Whether anything is made again."""
+        return any(act.reruns for act in self.acts)
+
+
+@dataclass
+class _Stay:
+    """One stay of a value in memory."""
+
+    made_at: int
+    last_read: int | None = None
+    """The last position at which the tape itself reads the value: to make a call again, or to answer a handle."""
+    asks: list[int] = field(default_factory=list)
+
+
+def script_of(plan: Plan, path: Path) -> Script:
+    """The script that carries out the plan of a recorded program. O(runs + reads)."""
+    return _Compiler(plan.program, plan, path).script()
+
+
+class _Compiler:
+    def __init__(self, program: Program, plan: Plan, path: Path) -> None:
+        self.program, self.plan, self.path = program, plan, path
+        made = [i for i, v in enumerate(program.values) if not v.fixed]
+        self.number = {v: n for n, v in enumerate(made)}
+        order = plan.schedule.order
+        self.again = self._reruns(order)
+        self.stays = self._stays(order)
+        self.pack_at = self._packs_at(order)
+
+    def script(self) -> Script:
+        program, path, plan = self.program, self.path, self.plan
+        order = plan.schedule.order
+        kept_packs = self._kept_packs()
+        packs = tuple(None if j in kept_packs or v is None else v for j, v in enumerate(path.packed))
+        self._find_last_reads(order, packs)
+        timeline = simulate(program, plan.schedule)
+        acts = self._acts(order, packs)
+        reruns = [r for act in acts for r in act.reruns]
+        ready = frozenset(r.call for r in reruns)
+        hold = frozenset(self.number[v] for v, ss in self.stays.items() if ss[0].last_read is not None)
+        matter = self._matter(ready, packs) | hold
+        return Script(
+            funcs=tuple(c.func for c in path.calls),
+            works=tuple(self._work(k, c, ready, hold, matter) for k, c in enumerate(path.calls)),
+            packs=packs,
+            asked=frozenset(a.pack for a in acts if a.pack >= 0 and packs[a.pack] is None),
+            acts=acts,
+            hold=hold,
+            hold_at={
+                c.packs[0] + i: v for c in path.calls for i, v in c.saved if v in hold and packs[c.packs[0] + i] is None
+            },
+            twice=self._twice(ready, timeline),
+            sizes={self.number[v]: program.values[v].nbytes for i in program.forward for v in program.ops[i].writes},
+            spare_bytes=plan.budget_bytes - timeline.peak_bytes,
+            budget_bytes=plan.budget_bytes,
+            beside_bytes=self._beside(timeline),
+            fixed_bytes=program.fixed_bytes,
+            n_asks=len(path.asks),
+            where=self._where(),
+        )
+
+    # ---- stays ---------------------------------------------------------------------------------------------------
+
+    @staticmethod
+    def _reruns(order: tuple[int, ...]) -> set[int]:
+        seen: set[int] = set()
+        positions = set()
+        for p, i in enumerate(order):
+            if i in seen:
+                positions.add(p)
+            seen.add(i)
+        return positions
+
+    def _packs_at(self, order: tuple[int, ...]) -> dict[int, int]:
+        """For every position at which the backward asks the number of the pack."""
+        asks = iter(self.path.asks)
+        return {p: next(asks) for p, i in enumerate(order) if self.program.ops[i].name == "unpack"}
+
+    def _stays(self, order: tuple[int, ...]) -> dict[int, list[_Stay]]:
+        stays: dict[int, list[_Stay]] = {}
+        for p, i in enumerate(order):
+            op = self.program.ops[i]
+            if op.name == "unpack" and op.reads[0] in stays:
+                stays[op.reads[0]][-1].asks.append(p)
+            for v in op.writes:
+                stays.setdefault(v, []).append(_Stay(p))
+        return stays
+
+    def _kept_packs(self) -> set[int]:
+        """Packs that are asked for, if at all, while what the forward made is still there."""
+        later = set()
+        for ss in self.stays.values():
+            later |= {self.pack_at[p] for s in ss[1:] for p in s.asks}
+        return set(range(len(self.path.packed))) - later
+
+    def _find_last_reads(self, order: tuple[int, ...], packs: tuple[int | None, ...]) -> None:
+        """Note, for every stay, where the tape itself needs the value last."""
+        current: dict[int, int] = {}
+        for p, i in enumerate(order):
+            op = self.program.ops[i]
+            if p in self.again:
+                block = self._block_begin(p, order)
+                for v in op.reads:
+                    if v in current and self.stays[v][current[v]].made_at < block:
+                        self.stays[v][current[v]].last_read = p
+            elif op.name == "unpack":
+                v, j = op.reads[0], self.pack_at[p]
+                if v in current and j >= 0 and packs[j] is not None:
+                    self.stays[v][current[v]].last_read = p
+            for v in op.writes:
+                current[v] = current.get(v, -1) + 1
+
+    def _block_begin(self, p: int, order: tuple[int, ...]) -> int:
+        """The position of the first run of the call's block that the further run at p belongs to."""
+        call = self.program.ops[order[p]].call
+        while p - 1 in self.again and self.program.ops[order[p - 1]].call == call and order[p - 1] < order[p]:
+            p -= 1
+        return p
+
+    # ---- acts ----------------------------------------------------------------------------------------------------
+
+    def _acts(self, order: tuple[int, ...], packs: tuple[int | None, ...]) -> tuple[Act, ...]:
+        drops: dict[int, list[int]] = {}
+        for v, ss in self.stays.items():
+            for s in ss:
+                if s.last_read is not None:
+                    drops.setdefault(s.last_read, []).append(self.number[v])
+        installed = {(s.made_at, v) for v, ss in self.stays.items() for s in ss if s.last_read is not None}
+        acts: list[Act] = []
+        pending: list[Rerun] = []
+        block: list[int] = []
+        for p, i in enumerate(order):
+            op = self.program.ops[i]
+            if p in self.again:
+                block.append(p)
+                after = p + 1
+                if not (after in self.again and self.program.ops[order[after]].call == op.call and order[after] > i):
+                    pending.append(self._rerun(block, order, installed, drops))
+                    block = []
+            elif op.name == "unpack":
+                v, j = op.reads[0], self.pack_at[p]
+                is_handle = j >= 0 and packs[j] is not None
+                if pending or is_handle:
+                    value = self.number.get(v, -1)
+                    acts.append(Act(j, value, tuple(pending), is_handle and value in drops.get(p, ())))
+                    pending = []
+        return tuple(acts)
+
+    def _rerun(
+        self, block: list[int], order: tuple[int, ...], installed: set[tuple[int, int]], drops: dict[int, list[int]]
+    ) -> Rerun:
+        ops = self.program.ops
+        install = frozenset(self.number[v] for p in block for v in ops[order[p]].writes if (p, v) in installed)
+        gone = frozenset(n for p in block for n in drops.get(p, ()))
+        return Rerun(ops[order[block[0]]].call, install, gone)
+
+    # ---- works ---------------------------------------------------------------------------------------------------
+
+    def _matter(self, ready: frozenset[int], packs: tuple[int | None, ...]) -> frozenset[int]:
+        """Values that the tape must know when it sees them."""
+        read = {v for k in ready for _, v in self.path.calls[k].reads}
+        return frozenset(read | {v for v in packs if v is not None})
+
+    def _work(
+        self, k: int, call: Call, ready: frozenset[int], hold: frozenset[int], matter: frozenset[int]
+    ) -> Work | None:
+        makes = {v for _, v in call.results} | {new for _, _, new in call.written}
+        touched = {old for _, old, _ in call.written}
+        if k not in ready and not (makes | touched) & matter and not call.written and not call.effects:
+            return None
+        if k not in ready and not call.written and not call.effects and not makes & matter:
+            return None
+        return Work(call, k in ready, frozenset(makes & hold))
+
+    def _twice(self, ready: frozenset[int], timeline: Timeline) -> frozenset[int]:
+        """Calls whose results, and copies of what they overwrite, fit in once more at their first run."""
+        resident: dict[int, int] = {}
+        written: Counter[int] = Counter()
+        for i, nbytes in zip(self.plan.schedule.order, timeline.resident_bytes, strict=True):
+            call = self.program.ops[i].call
+            if call in ready and i not in resident:
+                resident[i] = nbytes
+        worst: dict[int, int] = {}
+        for i, nbytes in resident.items():
+            op = self.program.ops[i]
+            worst[op.call] = max(worst.get(op.call, 0), nbytes)
+            written[op.call] += sum(self.program.values[v].nbytes for v in op.writes)
+            written[op.call] += sum(self.program.values[old].nbytes for _, old in op.in_place)
+        return frozenset(k for k, nbytes in worst.items() if nbytes + written[k] <= self.plan.budget_bytes)
+
+    def _beside(self, timeline: Timeline) -> tuple[int, ...]:
+        """The most bytes that are not values held by the tape: in the forward, and from each request to the next."""
+        order = self.plan.schedule.order
+        change = [0] * (len(order) + 1)
+        for v, ss in self.stays.items():
+            for s in ss:
+                ends = [p for p in (s.last_read, *s.asks) if p is not None]
+                if ends:
+                    change[s.made_at] += self.program.values[v].nbytes
+                    change[max(ends) + 1] -= self.program.values[v].nbytes
+        found = [0]
+        for i, resident, held in zip(order, timeline.resident_bytes, accumulate(change), strict=False):
+            if self.program.ops[i].name == "unpack":
+                found.append(0)
+            found[-1] = max(found[-1], resident - held)
+        return tuple(found)
+
+    def _where(self) -> tuple[str, ...]:
+        found = [""] * len(self.path.calls)
+        for i in self.program.forward:
+            op = self.program.ops[i]
+            if 0 <= op.call < len(found):
+                found[op.call] = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'})"
+        return tuple(found)

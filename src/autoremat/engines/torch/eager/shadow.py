@@ -1,0 +1,265 @@
+"""The shadow of a step: every call of its forward made once more, on fake tensors, under the recorder.
+
+While the first real step runs, each call is made again on the *twins* of its arguments, with gradients, so that a graph
+of fake tensors grows beside the real one; at the end the backward runs on that. No code of the user's runs, and nothing
+of the user's is touched: twins are known to nobody else. A twin lives as long as its tensor does, so the recorder sees
+when memory is let go of.
+"""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from autoremat.engines.torch.eager.arguments import mapped, tensors_in
+from autoremat.engines.torch.eager.facts import is_torchs
+from autoremat.record.local import Description, PackedLocal, is_distributed, local_of
+from autoremat.record.recorder import Recorder, _Packed
+from autoremat.record.values import storage_of
+
+
+class Unlike(Exception):
+    """A call does on fake tensors something else than on real ones, so that the step cannot be recorded."""
+
+
+class Shadow:
+    """Twins of a step's tensors, and the recorder that looks on.
+
+    Args:
+        module_path: the path of the module that runs now.
+    """
+
+    def __init__(self, module_path: Callable[[], str]) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.recorder = Recorder(_blank, self._as_fake, lambda tensor: None, module_path)
+        self.pack_of: dict[int, int] = {}
+        """For every tensor that the recorder packs, counted from 0, the pack of the real step."""
+        self.saved: dict[int, int] = {}
+        """For every pack of the real step the number of its value, if it was made in the step."""
+        self._twins: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
+        self._nodes: dict[tuple[int, int], tuple[Tensor, torch.Size, torch.dtype, torch.device]] = {}
+        """Twins by the node of the real graph that made them; one whose tensor is gone has no memory any more."""
+        self._gone: deque[int] = deque()
+        self._packs: list[Any] = []
+        self._loose: list[tuple[int, Tensor]] = []
+        self._empty: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+
+    # ---- twins ---------------------------------------------------------------------------------------------------
+
+    def know(self, tensor: Tensor, label: str, kind: str, module: str = "") -> None:
+        """Register a tensor that exists before the step."""
+        with self._here():
+            self.recorder.know(self.twin(tensor), label, kind, module)
+
+    def twin(self, tensor: Tensor) -> Tensor:
+        """The twin of a tensor, made where there is none, put right where the tensor has changed unseen."""
+        known = self._twins.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            twin = known[1]
+            if _is_like(twin, tensor) and twin.requires_grad == tensor.requires_grad:
+                return twin
+            return self._put_right(tensor, twin)
+        return self._bind(tensor, self._met(tensor))
+
+    def number(self, tensor: Tensor) -> int:
+        """The number of the value that a tensor looks at."""
+        storage = storage_of(local_of(self.twin(tensor)))
+        return -1 if storage is None else self.recorder.map.number(storage)
+
+    def _bind(self, tensor: Tensor, twin: Tensor) -> Tensor:
+        key, gone = id(tensor), self._gone
+        self._twins[key] = weakref.ref(tensor, lambda _: gone.append(key)), twin
+        if tensor.grad_fn is not None:
+            where = tensor.grad_fn._sequence_nr(), tensor.output_nr
+            self._nodes[where] = twin, tensor.size(), tensor.dtype, tensor.device
+        return twin
+
+    def settle(self) -> None:
+        """Let twins go whose tensors are gone: their memory, not the graph that they are part of."""
+        while self._gone:
+            known = self._twins.get(key := self._gone.popleft())
+            if known is not None and known[0]() is None:
+                del self._twins[key]
+                if known[1].requires_grad and not known[1].is_leaf and not is_distributed(known[1]):
+                    with self._here():
+                        known[1].data = self._nothing(known[1])
+
+    def _nothing(self, twin: Tensor) -> Tensor:
+        key = twin.dtype, twin.device
+        if key not in self._empty:
+            self._empty[key] = torch.empty(0, dtype=twin.dtype, device=twin.device)
+        return self._empty[key]
+
+    def _met(self, tensor: Tensor) -> Tensor:
+        """The twin of a tensor that no call was seen to make: from outside, or made out of sight from what is known."""
+        with self._here():
+            if tensor.grad_fn is not None and (found := self._of_node(tensor)) is not None:
+                return found
+            if is_distributed(tensor):
+                return _around(tensor, self._as_fake(local_of(tensor).detach()))
+            detached = tensor if tensor.is_leaf else tensor.detach()
+            twin = self.mode.from_tensor(detached)
+            if tensor.requires_grad and not twin.requires_grad:
+                twin = twin.requires_grad_()
+            return twin
+
+    def _of_node(self, tensor: Tensor) -> Tensor | None:
+        """The twin of a tensor with a history: a node of a custom function, with the twins of its inputs before it."""
+        node: Any = tensor.grad_fn
+        inputs = [self._input(n, nr) for n, nr in node.next_functions]
+        found = [i for i in inputs if i is not None]
+        if not found:
+            return None
+        return self._stand_in(tensor, found)
+
+    def _input(self, node: Any, nr: int) -> tuple[Tensor, Any] | None:
+        if node is None:
+            return None
+        if hasattr(node, "variable"):
+            twin = self.twin(node.variable)
+            return twin, (twin.size(), twin.dtype, twin.device)
+        known = self._nodes.get((node._sequence_nr(), nr))
+        return None if known is None else (known[0], known[1:])
+
+    def _stand_in(self, tensor: Tensor, inputs: Sequence[tuple[Tensor, Any]], saved: Sequence[Any] = ()) -> Tensor:
+        return _StandIn.apply(self, [tensor], [meta for _, meta in inputs], *[t for t, _ in inputs])[0]
+
+    def _put_right(self, tensor: Tensor, twin: Tensor) -> Tensor:
+        """The twin of a tensor that has got another shape, or another history, out of sight."""
+        with self._here():
+            if not _is_like(twin, tensor):
+                return self._bind(tensor, self._met(tensor))
+            if tensor.is_leaf:
+                if not twin.is_leaf:
+                    twin = twin.detach()
+                return self._bind(tensor, twin.requires_grad_(tensor.requires_grad))
+            if not tensor.requires_grad:
+                return self._bind(tensor, twin.detach())
+            stand_in = self._of_node(tensor)
+            if stand_in is None:
+                raise Unlike("a tensor got a history that nobody has seen")
+            storage, old = storage_of(stand_in), storage_of(twin)
+            if storage is not None and old is not None:  # the same memory, now with a history
+                with self.recorder.paused(), torch.no_grad():
+                    stand_in.data = twin.detach()
+            return self._bind(tensor, stand_in)
+
+    def _as_fake(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
+
+    # ---- calls ---------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _here(self) -> Iterator[None]:
+        """Among fake tensors, unseen by function modes, nothing recorded."""
+        with torch._C.DisableTorchFunction(), self.mode, warnings.catch_warnings(), self.recorder.paused():
+            warnings.simplefilter("ignore")
+            yield
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
+        with torch._C.DisableTorchFunction(), self.mode, warnings.catch_warnings(), self.recorder, hooks:
+            warnings.simplefilter("ignore")
+            yield
+
+    def _pack(self, tensor: Tensor) -> Any:
+        packed = self.recorder.pack(tensor)
+        self._packs.append(packed)
+        return packed
+
+    def make(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, packs: Sequence[int], call: int
+    ) -> None:  # fmt: skip
+        """Make a call on twins that has just been made on real tensors.
+
+        Args:
+            func: what was called.
+            args: its arguments.
+            kwargs: its keyword arguments.
+            out: its result.
+            packs: the numbers of what autograd has saved inside it.
+
+        Raises:
+            Unlike: on fake tensors it saves something else, or gives something of another kind.
+        """
+        self.settle()
+        fake_args, fake_kwargs = mapped(args, self.twin), mapped(kwargs, self.twin)
+        self._packs, self.recorder.call, self._told = [], call, tensors_in(out)
+        made, real = [], self._told
+        if is_torchs(func):
+            with self._recording():
+                made = tensors_in(func(*fake_args, **fake_kwargs))
+        if len(made) != len(real):
+            raise Unlike(f"{_name(func)} gives {len(made)} tensors on fake ones and {len(real)} on real ones")
+        self._match_packs(func, packs)
+        for tensor, twin in zip(real, made, strict=True):
+            if not _is_like(twin, tensor) or twin.requires_grad != tensor.requires_grad:
+                raise Unlike(f"{_name(func)} gives something of another shape, or history, on fake tensors")
+            self._bind(tensor, twin)
+            self._take_size(tensor, twin)
+
+    def _match_packs(self, func: Any, packs: Sequence[int]) -> None:
+        if len(self._packs) != len(packs):
+            raise Unlike(f"{_name(func)} saves {len(self._packs)} tensors on fake ones and {len(packs)} on real ones")
+        for packed, j in zip(self._packs, packs, strict=True):
+            if isinstance(packed, PackedLocal):
+                packed = packed.packed
+            if isinstance(packed, _Packed):
+                self.pack_of[packed.n] = j
+                self.saved[j] = packed.number
+
+    def _take_size(self, tensor: Tensor, twin: Tensor) -> None:
+        """Some kernels leave their result in memory that was meant for more."""
+        storage, own = storage_of(local_of(tensor)), storage_of(local_of(twin))
+        if storage is not None and own is not None:
+            number = self.recorder.map.number(own)
+            if number >= 0:
+                self.recorder.values[number].nbytes = storage.nbytes()
+
+
+class _StandIn(torch.autograd.Function):
+    """One node for all that happens out of sight between some tensors and a result."""
+
+    @staticmethod
+    def forward(ctx: Any, shadow: Shadow, results: list[Tensor], metas: list[Any], *inputs: Tensor) -> Any:
+        ctx.shadow, ctx.metas = shadow, metas
+        return tuple(torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in results)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        with ctx.shadow.mode:
+            made = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in ctx.metas]
+        return None, None, None, *made
+
+
+def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty(n, dtype=dtype, device=device)
+
+
+def _is_like(twin: Tensor, tensor: Tensor) -> bool:
+    """Whether two tensors differ in nothing but their numbers."""
+    if twin.size() != tensor.size() or twin.dtype is not tensor.dtype or twin.layout is not tensor.layout:
+        return False
+    if tensor.layout is not torch.strided or is_distributed(tensor):
+        return True
+    return twin.stride() == tensor.stride() and twin.storage_offset() == tensor.storage_offset()
+
+
+def _around(tensor: Tensor, local: Tensor) -> Tensor:
+    made = Description.of(tensor).around(local)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+def _name(func: Any) -> str:
+    return str(getattr(func, "__qualname__", None) or getattr(func, "__name__", func))

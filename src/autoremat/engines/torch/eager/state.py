@@ -1,0 +1,107 @@
+"""The state in which a call is made: what decides, beside its arguments, what it computes.
+
+Gradients on or off, inference mode, autocast (without its cache of weights), torch's numeric switches, the device that
+factories use. A call is made again in the state in which it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from autoremat.run.settings import NumericSettings, set_state, state_of
+
+DRAWING = threading.RLock()
+"""Held while a generator's state is taken and used, or changed for a while: other threads may draw from it too."""
+_DEVICES = ("cpu", "cuda")
+_autocast_is_on, _set_autocast = torch.is_autocast_enabled, torch.set_autocast_enabled
+
+
+class State(NamedTuple):
+    """The state of one moment; the same object as last time where nothing has changed."""
+
+    settings: NumericSettings
+    inference: bool
+    autocast: tuple[tuple[str, torch.dtype], ...]
+
+    @staticmethod
+    def now() -> State:
+        """The state of this moment; some microseconds."""
+        settings, inference = NumericSettings.now(), torch.is_inference_mode_enabled()
+        autocast = tuple([(d, torch.get_autocast_dtype(d)) for d in _DEVICES if _autocast_is_on(d)])
+        last = _LAST.state
+        if last is None or last.settings is not settings or last.inference != inference or last.autocast != autocast:
+            last = _LAST.state = State(settings, inference, autocast)
+        return last
+
+
+class _Last(threading.local):
+    state: State | None = None
+
+
+_LAST = _Last()
+
+
+class Replay:
+    """The block in which calls are made again, each in its state; unseen by function modes. Puts everything back."""
+
+    __slots__ = ("_before", "_cache", "_now", "_unseen")
+
+    def __enter__(self) -> Replay:
+        self._unseen = torch._C.DisableTorchFunction()
+        self._unseen.__enter__()
+        self._before = self._now = State.now()
+        self._cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)  # it is for the forward's casts
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._switch(self._before)
+        torch.set_autocast_cache_enabled(self._cache)
+        self._unseen.__exit__(*error)
+
+    @contextlib.contextmanager
+    def _inference(self, wanted: bool) -> Iterator[None]:
+        with torch.inference_mode(wanted):
+            yield
+
+    def use(self, state: State) -> contextlib.AbstractContextManager[Any]:
+        """Switch to the state of a call; the call is to be made inside what this returns."""
+        if state is not self._now:
+            self._switch(state)
+        return _NOTHING if state.inference == self._before.inference else torch.inference_mode(state.inference)
+
+    def _switch(self, state: State) -> None:
+        now, self._now = self._now, state
+        now.settings.switch_to(state.settings)
+        if now.autocast != state.autocast:
+            for device, _ in now.autocast:
+                _set_autocast(device, False)
+            for device, dtype in state.autocast:
+                _set_autocast(device, True)
+                torch.set_autocast_dtype(device, dtype)
+            if state is self._before or not state.autocast:
+                self._put_dtypes_back()
+
+    def _put_dtypes_back(self) -> None:
+        for device, dtype in self._before.autocast:
+            torch.set_autocast_dtype(device, dtype)
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def generator_at(generator: torch.Generator, state: bytearray) -> Iterator[None]:
+    """The generator in an earlier state for the length of the block."""
+    with DRAWING:
+        now = state_of(generator)
+        set_state(generator, state)
+        try:
+            yield
+        finally:
+            set_state(generator, now)
