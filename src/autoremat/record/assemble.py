@@ -58,6 +58,7 @@ def assemble(
             in_place=tuple((index[a], index[b]) for a, b in op.in_place),
             module=op.module,
             source=op.source,
+            call=op.call,
         )
         for op, cost, reason in zip(recorder.ops, costs, reasons, strict=True)
     ]
@@ -81,7 +82,7 @@ def _value(number: int, value: RecordedValue, recorder: Recorder, device: torch.
     held: int | None = END if value.forever else None
     if held is None and value.died is not None:
         held = max(value.died - 1, 0)
-    return Value(f"v{number}", nbytes, held=held, **about)
+    return Value(f"v{number}", nbytes, held=held, available=value.available, **about)
 
 
 def _reasons(recorder: Recorder) -> list[str]:

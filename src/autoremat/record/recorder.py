@@ -34,7 +34,7 @@ from autoremat.record.smoothing import Smoothing
 from autoremat.record.values import ValueMap, View, is_parameter, storage_of
 
 _OURS = Path(__file__).parent.parent
-_LIBRARY = (str(Path(torch.__file__).parent), *(str(_OURS / n) for n in ("record", "run", "api.py", "largest.py")))
+_LIBRARY = (str(Path(torch.__file__).parent), *(str(_OURS / n) for n in ("engines", "record", "run", "api.py", "largest.py")))
 _TYPED_IN = ("<stdin>", "<ipython-input")
 
 
@@ -54,6 +54,9 @@ class RecordedOp:
     signature: CallSignature | None = None
     module: str = ""
     source: str = ""
+    call: int = -1
+    packed: int = -1
+    """Of an ``unpack``: which of the tensors that were saved is asked for."""
 
 
 @dataclass(slots=True)
@@ -69,6 +72,8 @@ class RecordedValue:
     module: str = ""
     died: int | None = None
     forever: bool = False
+    available: int | None = None
+    """The op after which its call can hand it out, where calls are recorded."""
 
     @staticmethod
     def of(tensor: Tensor, label: str, kind: str, module: str = "") -> RecordedValue:
@@ -135,6 +140,8 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         _buffered_use_counts()
         self.backward = False
+        self.call = -1
+        """The number of the call that runs now, where calls are recorded."""
         self._paused = False
         self._n_packed = 0
         self._storages: dict[int, _Storage] = {}
@@ -279,6 +286,7 @@ class Recorder(TorchDispatchMode):
             signature,
             self._backward_module if self.backward else self.module_path(),
             self._backward_source if self.backward else _user_line(),
+            -1 if self.backward else self.call,
         )
         if self.compiled is None and in_compiled_code():
             self.compiled = f"{op.module or 'the step'} ({op.source or 'unknown line'})"
@@ -484,7 +492,8 @@ class Recorder(TorchDispatchMode):
             tensor = torch._neg_view(tensor) if view.negated else tensor
         packed.unpacked = True
         self._open.add(id(packed))
-        phase_op = RecordedOp("unpack", [packed.number], (), (), True, None, module=packed.module, source=packed.source)
+        phase_op = RecordedOp("unpack", [packed.number], (), (), True, None, module=packed.module, source=packed.source,
+                              packed=packed.n)  # fmt: skip
         self._append(phase_op)
         storage = base.untyped_storage()
         self.map.rebind(storage, packed.number)

@@ -99,6 +99,9 @@ class Follow:
             if i >= len(made):
                 tape.leave_path(f"call {k} ({_name(func)}) gives fewer tensors than in the recorded forward")
                 break
+            if tape.values.known_tensor(made[i]) not in (None, value):
+                tape.leave_path(f"call {k} ({_name(func)}) gives another tensor than in the recorded forward")
+                break
             tape.values.rebind_tensor(made[i], value)
             if value in work.hold:
                 tape.ledger.hold(value, local_of(made[i]).detach())
@@ -190,7 +193,9 @@ class Follow:
         """Whether the call that runs now saves this value, made inside it, at this place."""
         k = self._tape.n_calls - 1
         work = self._works[k] if 0 <= k < self._n_funcs else None
-        return work is not None and work.ready and (j - work.call.packs[0], value) in work.call.saved
+        if work is None or not work.ready:
+            return False
+        return (j - work.call.packs[0], value) in work.call.saved or any(v == value for _, v in work.call.results)
 
     def finish(self) -> None:
         """The forward is over."""

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from autoremat.engines.torch.eager.arguments import mapped, tensors_in
 from autoremat.engines.torch.eager.facts import is_torchs
 from autoremat.record.local import Description, PackedLocal, is_distributed, local_of
+from autoremat.program.model import INSIDE
 from autoremat.record.recorder import Recorder, _Packed
 from autoremat.record.values import storage_of
 
@@ -47,8 +48,11 @@ class Shadow:
         self._twins: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._nodes: dict[tuple[int, int], tuple[Tensor, torch.Size, torch.dtype, torch.device]] = {}
         """Twins by the node of the real graph that made them; one whose tensor is gone has no memory any more."""
+        self._node_of: dict[int, tuple[int, int]] = {}
         self._gone: deque[int] = deque()
         self._packs: list[Any] = []
+        self._saved_after: dict[int, int] = {}
+        """For every value that is saved the op after which that happened first."""
         self._loose: list[tuple[int, Tensor]] = []
         self._empty: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
@@ -58,6 +62,18 @@ class Shadow:
         """Register a tensor that exists before the step."""
         with self._here():
             self.recorder.know(self.twin(tensor), label, kind, module)
+
+    def know_gradient(self, leaf: Tensor, label: str, module: str) -> None:
+        """Register the gradient that a leaf has already: the backward adds to it."""
+        gradient = self.twin(leaf).grad
+        if gradient is not None:
+            with self._here():
+                self.recorder.know(gradient, label, "gradient", module)
+
+    def leaves(self) -> list[Tensor]:
+        """The twins that gradients are accumulated into."""
+        found = {id(twin): twin for _, twin in self._twins.values() if twin.is_leaf and twin.requires_grad}
+        return list(found.values())
 
     def twin(self, tensor: Tensor) -> Tensor:
         """The twin of a tensor, made where there is none, put right where the tensor has changed unseen."""
@@ -80,6 +96,7 @@ class Shadow:
         if tensor.grad_fn is not None:
             where = tensor.grad_fn._sequence_nr(), tensor.output_nr
             self._nodes[where] = twin, tensor.size(), tensor.dtype, tensor.device
+            self._node_of[id(twin)] = where
         return twin
 
     def settle(self) -> None:
@@ -88,9 +105,19 @@ class Shadow:
             known = self._twins.get(key := self._gone.popleft())
             if known is not None and known[0]() is None:
                 del self._twins[key]
-                if known[1].requires_grad and not known[1].is_leaf and not is_distributed(known[1]):
-                    with self._here():
-                        known[1].data = self._nothing(known[1])
+                self._cut(known[1])
+
+    def _cut(self, twin: Tensor) -> None:
+        """Take the memory away from a twin whose tensor is gone; what has been computed from it needs its history."""
+        where = self._node_of.pop(id(twin), None)
+        if where is None or where not in self._nodes:
+            return
+        with self._here():
+            if twin._is_view() or is_distributed(twin):  # its base would live on with it
+                meta = self._nodes[where][1:]
+                self._nodes[where] = _Tail.apply(self, meta, twin), torch.Size([0]), twin.dtype, twin.device
+            else:
+                twin.data = self._nothing(twin)
 
     def _nothing(self, twin: Tensor) -> Tensor:
         key = twin.dtype, twin.device
@@ -174,6 +201,9 @@ class Shadow:
     def _pack(self, tensor: Tensor) -> Any:
         packed = self.recorder.pack(tensor)
         self._packs.append(packed)
+        inner = packed.packed if isinstance(packed, PackedLocal) else packed
+        if isinstance(inner, _Packed):
+            self._saved_after.setdefault(inner.number, len(self.recorder.ops) - 1)
         return packed
 
     def make(
@@ -195,6 +225,7 @@ class Shadow:
         fake_args, fake_kwargs = mapped(args, self.twin), mapped(kwargs, self.twin)
         self._packs, self.recorder.call, self._told = [], call, tensors_in(out)
         made, real = [], self._told
+        begin = len(self.recorder.ops)
         if is_torchs(func):
             with self._recording():
                 made = tensors_in(func(*fake_args, **fake_kwargs))
@@ -206,6 +237,28 @@ class Shadow:
                 raise Unlike(f"{_name(func)} gives something of another shape, or history, on fake tensors")
             self._bind(tensor, twin)
             self._take_size(tensor, twin)
+        self._note_what_leaves(begin, made)
+
+    def _note_what_leaves(self, begin: int, made: Sequence[Tensor]) -> None:
+        """Note when another run of the call could hand out what it has made, where it is made up of several ops."""
+        recorder = self.recorder
+        ops = recorder.ops[begin:]
+        if len(ops) < 2 or any(op.backward for op in ops):
+            for op in ops:
+                op.call = -1 if len(ops) > 1 else op.call
+            return
+        outputs = {recorder.map.number(s) for t in made if (s := storage_of(local_of(t))) is not None}
+        last, born = begin + len(ops) - 1, {n for op in ops for n in op.writes}
+        inner = {old for op in ops for _, old in op.in_place if old in born}
+        for i, op in enumerate(ops, begin):
+            for n in op.writes:
+                overwrites = any(new == n and old not in born for new, old in op.in_place)
+                if n in self._saved_after and n not in inner:
+                    recorder.values[n].available = max(i, self._saved_after[n])
+                elif (n in outputs or overwrites) and n not in inner:
+                    recorder.values[n].available = last
+                else:
+                    recorder.values[n].available = INSIDE
 
     def _match_packs(self, func: Any, packs: Sequence[int]) -> None:
         if len(self._packs) != len(packs):
@@ -239,6 +292,23 @@ class _StandIn(torch.autograd.Function):
         with ctx.shadow.mode:
             made = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in ctx.metas]
         return None, None, None, *made
+
+
+class _Tail(torch.autograd.Function):
+    """The history of a tensor without its memory."""
+
+    @staticmethod
+    def forward(ctx: Any, shadow: Shadow, meta: Any, twin: Tensor) -> Any:
+        """A tensor without elements."""
+        ctx.shadow, ctx.meta = shadow, meta
+        return torch.empty(0, dtype=twin.dtype, device=twin.device)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """A gradient of the tensor's size."""
+        size, dtype, device = ctx.meta
+        with ctx.shadow.mode:
+            return None, None, torch.empty(size, dtype=dtype, device=device)
 
 
 def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -102,6 +102,8 @@ class Tape:
         self.policy.finish()
         self.ledger.finish_forward()
         self._is_forward = False
+        if not self.is_planned:
+            self.passes.needs.count()
 
     def _heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return self.policy.heard(func, args, kwargs)
@@ -116,7 +118,6 @@ class Tape:
         """Go on without the plan: from now on note every call, and hold what the budget has room for."""
         if self.is_planned or isinstance(self.policy, Follow):
             self.policy, self.is_planned = Noting(self, None), False
-            self.passes.needs.recount()
             self.reports.deviated(reason)
 
     # ---- values --------------------------------------------------------------------------------------------------
@@ -199,10 +200,8 @@ class Tape:
                     if made not in self.ledger.held and made in self.passes.needs.handles:
                         self._fetched(made)
                 self.ledger.withdraw(k)
-        if values:
-            self.passes.needs.recount()
-            if self.shadow is not None:
-                self.shadow.recorder.changed_unseen.update(values)
+        if self.shadow is not None:
+            self.shadow.recorder.changed_unseen.update(values)
 
     def shadowed(self, func: Any, args: Any, kwargs: Any, out: Any, packs: range) -> None:
         """Make the call on fake tensors, too."""
@@ -356,7 +355,8 @@ class Tape:
     def _improvise(self) -> None:
         """From here on make values on demand, and hold what the budget has room for."""
         self.is_planned = False
-        self.passes.needs.recount()
+        if not self._is_forward:
+            self.passes.needs.count()
 
     def _fetched(self, value: int) -> Tensor:
         needs = self.passes.needs

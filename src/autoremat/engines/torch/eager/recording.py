@@ -1,0 +1,106 @@
+"""From the shadow of a forward to the program of the step: the backward on fake tensors, the costs, the path."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from autoremat.engines.torch.eager.path import Call, Path
+from autoremat.engines.torch.eager.shadow import Shadow
+from autoremat.program import Program
+from autoremat.record.assemble import assemble
+from autoremat.record.parallel import Parallel, resident_bytes
+from autoremat.record.record import NothingDifferentiable, differentiable_outputs
+from autoremat.record.timing import FREE, Cost, Progress, measure_all
+from autoremat.record.world import named_tensors
+
+
+def know_the_world(shadow: Shadow, modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
+    """Tell the shadow what there is before the step: parameters, buffers, their gradients, inputs."""
+    for name, kind, tensor in named_tensors(modules):
+        if nn.parameter.is_lazy(tensor):
+            continue
+        module = name.rpartition(".")[0]
+        shadow.know(tensor, name, kind, module)
+        if tensor.is_leaf and tensor.grad is not None:
+            shadow.know_gradient(tensor, f"{name}.grad", module)
+    leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    for i, tensor in enumerate(leaves):
+        shadow.know(tensor, f"input {i}", "input")
+
+
+def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], moving: Sequence[Tensor] = ()) -> None:
+    """Run the backward of the forward that the shadow has seen, on fake tensors.
+
+    Raises:
+        NothingDifferentiable: nothing returned requires grad.
+    """
+    outputs = differentiable_outputs(result)
+    if not outputs:
+        raise NothingDifferentiable(
+            "the callable returned nothing that requires grad, so there is no backward pass to plan for; return the "
+            "loss (or the model's output), and check that some parameter has requires_grad=True"
+        )
+    recorder = shadow.recorder
+    shadow.settle()
+    twins = [shadow.twin(t) for t in outputs]
+    names = {id(shadow.twin(t)): n for n, _, t in named_tensors(modules) if not nn.parameter.is_lazy(t)}
+    del result, outputs
+    with ExitStack() as stack:
+        stack.enter_context(torch._C.DisableTorchFunction())
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(shadow.mode)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        stack.enter_context(recorder)
+        leaves = shadow.leaves()
+        with recorder.seeded(twins) as start:
+            recorder.backward = True
+            start()
+            for leaf in leaves:
+                if leaf.grad is not None:
+                    name = names.get(id(leaf), "")
+                    recorder.call_gradient(leaf.grad, name and f"{name}.grad", name.rpartition(".")[0])
+            recorder.finish()
+            gone = {id(shadow.twin(t)) for t in moving}
+            recorder.leave_gradients([leaf.grad for leaf in leaves if leaf.grad is not None and id(leaf) in gone])
+
+
+def program_of(
+    shadow: Shadow, name: str, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int, parallel: Parallel,
+    progress: Progress | None, limit: Callable[[Program], int] | None,
+) -> Program:  # fmt: skip
+    """The program of a recorded step, with measured costs where there is room to measure."""
+    recorder = shadow.recorder
+    signatures = [op.signature for op in recorder.ops]
+
+    def assembled(costs: Sequence[Cost], source: str) -> Program:
+        return assemble(
+            recorder, name, costs, optimizer_state_bytes=optimizer_state_bytes,
+            optimizer_scratch_bytes=optimizer_scratch_bytes, beside=resident_bytes(parallel), timing=source,
+            recorded="fake",
+        )  # fmt: skip
+
+    room = None
+    if limit is not None:
+        without_costs = assembled([FREE] * len(signatures), "estimated")
+        room = limit(without_costs) - without_costs.fixed_bytes
+    costs = measure_all(signatures, progress, room_bytes=room)
+    recorder.take_sizes([cost.made_bytes for cost in costs])
+    return assembled(costs, "measured")
+
+
+def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int) -> Path:
+    """The path of the forward, with what autograd saved and what the passes asked for."""
+    recorder = shadow.recorder
+    asks = tuple(shadow.pack_of.get(op.packed, -1) for op in recorder.ops if op.name == "unpack")
+    last = {shadow.pack_of[op.packed]: op.reads[0] for op in recorder.ops if op.packed in shadow.pack_of}
+    packed = tuple(
+        v if (v := shadow.saved.get(j)) is not None and last.get(j, v) == v else None for j in range(n_packs)
+    )
+    return Path(tuple(calls), packed, asks)
