@@ -18,9 +18,10 @@ from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record import UnusableInput, record
 from autoremat.record.optimizer import optimizer_bytes
 from autoremat.record.timing import Progress
-from autoremat.run import Session, Stats
+from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
+from autoremat.engines.torch.eager.session import NotPlannable, Session
+from autoremat.run.stats import Stats
 from autoremat.run.selfcheck import CHANGED, DIFFERS
-from autoremat.run.session import NotPlannable
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.progress import progress_bar
 
@@ -342,21 +343,26 @@ class Options:
         """A copy of a model needs the bytes of the optimizer, not the optimizer."""
         return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
 
-    def record(
-        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
-    ) -> Program:
-        """The program of a call, operators measured within the budget."""
+    def first(self, fixed_bytes: int) -> Callable[[int], float]:
+        """What the values held in a first step may take, given what plain training would hold by then.
+
+        A share of the plain peak is not known before the step has been recorded; by then what is held is at most that
+        share of what plain training would hold.
+        """
+        fixed_bytes += optimizer_bytes(self.optimizer)[0]
+        budget = in_bytes(self.budget, fixed_bytes)
+        whole = parse_budget(budget, 1 << 60)
+        if whole == parse_budget(budget, 1 << 59):
+            return lambda plain_bytes: whole - fixed_bytes
+        return lambda plain_bytes: parse_budget(budget, fixed_bytes + plain_bytes) - fixed_bytes
+
+    def assembled(self, first: FirstStep) -> Program:
+        """The program of a first step, operators measured within the budget."""
         with progress_bar() as progress:
-            try:
-                state, scratch = optimizer_bytes(self.optimizer)
-                return record(
-                    fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
-                    compare=compare, progress=progress, limit=self._in_bytes,
-                )  # fmt: skip
-            except UnusableInput:
-                raise
-            except Exception as error:
-                raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
+            state, scratch = optimizer_bytes(self.optimizer)
+            return first.program(
+                optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, progress=progress, limit=self._in_bytes
+            )
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
         """A plan within the budget, and within what else is known of the device."""

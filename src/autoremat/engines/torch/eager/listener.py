@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any, Final
 
 import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
 _ONE_KERNEL: Final = frozenset(
     f
@@ -87,3 +87,9 @@ def _open(func: types.FunctionType) -> Any:
 
 def _nobody(*args: Any) -> bool:
     return False
+
+
+def is_listening() -> bool:
+    """Whether a listener is active in this thread."""
+    stack = _get_current_function_mode_stack()
+    return any(isinstance(mode, Listener) for mode in stack)

@@ -23,7 +23,7 @@ from autoremat.engines.torch.eager.entry import Entry, may_be_disturbed
 from autoremat.engines.torch.eager.facts import CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call
-from autoremat.engines.torch.eager.state import DRAWING, State
+from autoremat.engines.torch.eager.state import DRAWING, Replay, State
 from autoremat.record.local import local_of
 from autoremat.record.values import is_parameter, storage_of
 from autoremat.run.entry import _generator_of, checksum
@@ -46,6 +46,7 @@ ESCAPES: Final = frozenset(
      "to_dlpack", "__array_wrap__", "__cuda_array_interface__"}
 )  # fmt: skip
 """Calls after which something else than torch may know, and change, the memory of a tensor."""
+_UNREPEATABLE: Final = "reads what is not there any more, or makes nothing that can be told apart"
 _PASSES: Final = frozenset({"backward", "grad"})
 
 
@@ -166,8 +167,10 @@ class Noting:
             if may_be_disturbed(entry.generator):
                 tensors = tensors_in(out)
                 entry.draws = checksum(tensors[i].untyped_storage() for i, _ in results)
-            if entry.makes and (not facts.foreign or tape.gives_the_same(call, entry, given, numbers, out)):
+            if entry.makes and (not facts.foreign or self._gives_the_same(entry, given, numbers, out)):
                 tape.ledger.enter(call, entry)
+        if call not in tape.ledger.entries:
+            tape.once(call, facts.once or ("overwrites what the step did not make" if effects else _UNREPEATABLE))
         for position, old, new in overwritten:
             tape.overwritten(old, new, given[position])
         for _, handle, tensor in self._fresh:
@@ -183,6 +186,21 @@ class Noting:
                      facts.random, (first, tape.n_packs))
             )  # fmt: skip
         tape.shrink()
+
+    def _gives_the_same(
+        self, entry: Entry, given: Sequence[Tensor], numbers: Sequence[int | None], out: Any
+    ) -> bool:
+        """Whether a call that is not torch's gives the same when it is made again."""
+        memory = {n: local_of(t).detach() for n, t in zip(numbers, given, strict=True) if n is not None and n >= 0}
+        first = tensors_in(out)
+        try:
+            with Replay() as replay:
+                again = entry.run(memory, replay, [v for _, v in entry.results])
+        except Exception:  # noqa: BLE001 - whatever somebody else's kernel does not like
+            return False
+        return all(
+            checksum([again[v].untyped_storage()]) == checksum([first[i].untyped_storage()]) for i, v in entry.results
+        )
 
     def _overwritten(
         self, given: Sequence[Tensor], numbers: Sequence[int | None], written: Sequence[int], facts: CallFacts
@@ -220,6 +238,8 @@ class Noting:
         tape = self._tape
         storage = storage_of(local_of(tensor))
         number = None if storage is None else tape.values.known(storage)
+        if tape.shadow is not None:
+            tape.saved(j, tensor, self._busy)
         if storage is None or is_parameter(tensor) or (number is not None and number < 0):
             return Kept(tensor)
         if number is None and not self._busy:
@@ -239,8 +259,7 @@ class Noting:
         assert number is not None
         handle.value = number
         tape.passes.made(handle)
-        if number not in tape.ledger.held:
-            tape.ledger.hold(number, local_of(tensor).detach())
+        tape.hold_saved(number, tensor)
         tape.online.used([number])
 
     def finish(self) -> None:

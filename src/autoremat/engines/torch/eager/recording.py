@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -86,6 +87,9 @@ def program_of(
             recorded="fake",
         )  # fmt: skip
 
+    for k, op in enumerate(recorder.ops):
+        if op.call in shadow.once and op.facts is not None and not op.backward:
+            recorder.ops[k].facts = replace(op.facts, never_again=op.facts.never_again or shadow.once[op.call])
     room = None
     if limit is not None:
         without_costs = assembled([FREE] * len(signatures), "estimated")

@@ -72,6 +72,7 @@ class Script:
         packs: for everything that autograd saves: None to keep it as it is, or the value whose memory may go.
         asked: packs that are kept, and at which something is to be done when they are asked for.
         acts: what to do at requests of the backward, in order.
+        kept: values of packs that are kept.
         hold: values that the tape itself holds on to.
         hold_at: of those the ones made and saved inside a call, by the number of a pack that is kept.
         twice: calls for whose second run, right after the first, the budget has room.
@@ -91,6 +92,7 @@ class Script:
     asked: frozenset[int]
     acts: tuple[Act, ...]
     hold: frozenset[int]
+    kept: frozenset[int] = frozenset()
     hold_at: dict[int, int] = field(default_factory=dict)
     twice: frozenset[int] = frozenset()
     sizes: dict[int, int] = field(default_factory=dict)
@@ -151,6 +153,7 @@ class _Compiler:
             asked=frozenset(a.pack for a in acts if a.pack >= 0 and packs[a.pack] is None),
             acts=acts,
             hold=hold,
+            kept=frozenset(v for j, v in enumerate(path.packed) if v is not None and packs[j] is None),
             hold_at={
                 c.packs[0] + i: v for c in path.calls for i, v in c.saved if v in hold and packs[c.packs[0] + i] is None
             },

@@ -13,17 +13,24 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 
 from autoremat.engines.torch.eager.arguments import mapped, tensors_in
 from autoremat.engines.torch.eager.facts import is_torchs
 from autoremat.record.local import Description, PackedLocal, is_distributed, local_of
 from autoremat.program.model import INSIDE
-from autoremat.record.recorder import Recorder, _Packed
+from autoremat.record.facts import OpFacts, facts_of
+from autoremat.record.recorder import RecordedOp, Recorder, _Packed, _user_line
 from autoremat.record.values import storage_of
 
 
@@ -40,7 +47,11 @@ class Shadow:
 
     def __init__(self, module_path: Callable[[], str]) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.recorder = Recorder(_blank, self._as_fake, lambda tensor: None, module_path)
+        self.recorder = _Told(_blank, self._as_fake, lambda tensor: None, module_path)
+        self.once: dict[int, str] = {}
+        """For calls that must not be made again, why."""
+        self.seconds: dict[int, float] = {}
+        """For recorded ops that no kernel of torch's stands for, how long they took."""
         self.pack_of: dict[int, int] = {}
         """For every tensor that the recorder packs, counted from 0, the pack of the real step."""
         self.saved: dict[int, int] = {}
@@ -54,6 +65,8 @@ class Shadow:
         self._saved_after: dict[int, int] = {}
         """For every value that is saved the op after which that happened first."""
         self._loose: list[tuple[int, Tensor]] = []
+        self.packed_here: dict[int, Tensor] = {}
+        """What the call that runs now has saved, by pack."""
         self._empty: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     # ---- twins ---------------------------------------------------------------------------------------------------
@@ -145,7 +158,12 @@ class Shadow:
         found = [i for i in inputs if i is not None]
         if not found:
             return None
-        return self._stand_in(tensor, found)
+        blank = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+        return self._stand_in([blank], found)[0]
+
+    def loose(self, j: int, tensor: Tensor) -> None:
+        """Note what a custom function saves, outside of all calls."""
+        self._loose.append((j, self.twin(tensor)))
 
     def _input(self, node: Any, nr: int) -> tuple[Tensor, Any] | None:
         if node is None:
@@ -156,8 +174,17 @@ class Shadow:
         known = self._nodes.get((node._sequence_nr(), nr))
         return None if known is None else (known[0], known[1:])
 
-    def _stand_in(self, tensor: Tensor, inputs: Sequence[tuple[Tensor, Any]], saved: Sequence[Any] = ()) -> Tensor:
-        return _StandIn.apply(self, [tensor], [meta for _, meta in inputs], *[t for t, _ in inputs])[0]
+    def _stand_in(self, results: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
+        """Give fake results a history: one node behind these inputs, which has saved what is loose."""
+        saved = [twin for _, twin in self._loose]
+        self._packs = []
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
+        with torch.enable_grad(), hooks:
+            made = _StandIn.apply(self, list(results), saved, [meta for _, meta in inputs], *[t for t, _ in inputs])
+        for packed, (j, _) in zip(self._packs, self._loose, strict=True):
+            self._match(packed, j)
+        self._loose = []
+        return list(made)
 
     def _put_right(self, tensor: Tensor, twin: Tensor) -> Tensor:
         """The twin of a tensor that has got another shape, or another history, out of sight."""
@@ -223,12 +250,14 @@ class Shadow:
         """
         self.settle()
         fake_args, fake_kwargs = mapped(args, self.twin), mapped(kwargs, self.twin)
-        self._packs, self.recorder.call, self._told = [], call, tensors_in(out)
-        made, real = [], self._told
+        self._packs, self.recorder.call, self.recorder.real = [], call, tensors_in(out)
+        made, real = [], self.recorder.real
         begin = len(self.recorder.ops)
         if is_torchs(func):
             with self._recording():
                 made = tensors_in(func(*fake_args, **fake_kwargs))
+        else:
+            made = self._foreign(func, fake_args, fake_kwargs, real, packs)
         if len(made) != len(real):
             raise Unlike(f"{_name(func)} gives {len(made)} tensors on fake ones and {len(real)} on real ones")
         self._match_packs(func, packs)
@@ -237,6 +266,7 @@ class Shadow:
                 raise Unlike(f"{_name(func)} gives something of another shape, or history, on fake tensors")
             self._bind(tensor, twin)
             self._take_size(tensor, twin)
+        self.recorder.real = []
         self._note_what_leaves(begin, made)
 
     def _note_what_leaves(self, begin: int, made: Sequence[Tensor]) -> None:
@@ -264,11 +294,46 @@ class Shadow:
         if len(self._packs) != len(packs):
             raise Unlike(f"{_name(func)} saves {len(self._packs)} tensors on fake ones and {len(packs)} on real ones")
         for packed, j in zip(self._packs, packs, strict=True):
-            if isinstance(packed, PackedLocal):
-                packed = packed.packed
-            if isinstance(packed, _Packed):
-                self.pack_of[packed.n] = j
-                self.saved[j] = packed.number
+            self._match(packed, j)
+
+    def _match(self, packed: Any, j: int) -> None:
+        if isinstance(packed, PackedLocal):
+            packed = packed.packed
+        if isinstance(packed, _Packed):
+            self.pack_of[packed.n] = j
+            self.saved[j] = packed.number
+
+    def _foreign(self, func: Any, args: Any, kwargs: Any, real: Sequence[Tensor], packs: Sequence[int]) -> list[Tensor]:
+        """What an operator that is not torch's gives: one op of the program, and one node; nobody's code runs."""
+        inputs = tensors_in((args, kwargs))
+        recorder = self.recorder
+        with self._here():
+            made = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in real]
+            numbers, _ = recorder.map.reads(inputs)
+            facts = replace(facts_of(torch.ops.aten.mul.Tensor), name=str(func))
+            op = RecordedOp(str(func), list(numbers), (), (), False, facts, call=recorder.call,
+                            module=recorder.module_path(), source=_user_line())  # fmt: skip
+            writes = []
+            for tensor in made:
+                storage = storage_of(tensor)
+                if storage is not None:
+                    writes.append(recorder.map.bind_made(storage))
+            op.writes = tuple(writes)
+            recorder._append(op)
+            for number, tensor in zip(writes, made, strict=True):
+                recorder._born(number, tensor, op)
+            self._packs = []
+            if not any(t.requires_grad for t in real):
+                return made
+            behind = [(t, (t.size(), t.dtype, t.device)) for t in inputs if t.requires_grad]
+            loose, self._loose = self._loose, [(j, self._twin_of_pack(j)) for j in packs]
+            made = self._stand_in(made, behind)
+            self._loose = loose
+            return made
+
+    def _twin_of_pack(self, j: int) -> Tensor:
+        tensor = self.packed_here[j]
+        return self.twin(tensor)
 
     def _take_size(self, tensor: Tensor, twin: Tensor) -> None:
         """Some kernels leave their result in memory that was meant for more."""
@@ -283,15 +348,51 @@ class _StandIn(torch.autograd.Function):
     """One node for all that happens out of sight between some tensors and a result."""
 
     @staticmethod
-    def forward(ctx: Any, shadow: Shadow, results: list[Tensor], metas: list[Any], *inputs: Tensor) -> Any:
+    def forward(ctx: Any, shadow: Shadow, results: list[Tensor], saved: Any, metas: Any, *inputs: Tensor) -> Any:
+        """The results; they have a history now."""
         ctx.shadow, ctx.metas = shadow, metas
-        return tuple(torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in results)
+        ctx.save_for_backward(*saved)
+        return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
+        """Ask for what was saved, and give each input a gradient of its size."""
+        saved = ctx.saved_tensors
         with ctx.shadow.mode:
             made = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in ctx.metas]
-        return None, None, None, *made
+        del saved
+        return None, None, None, None, *made
+
+
+@dataclass
+class _Told(Recorder):
+    """A recorder that is told the size of what depends on numbers: the real call has just shown it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.real: list[Tensor] = []
+
+    def _run(self, func: Any, facts: OpFacts, args: Any, kwargs: Any) -> Any:
+        try:
+            return super()._run(func, facts, args, kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            made = _sized(func, args, self.real)
+            if made is None:
+                raise
+            return made
+
+
+def _sized(func: Any, args: Any, real: Sequence[Tensor]) -> Any:
+    """Results of an operator whose size depends on numbers, by those of the call that it is in."""
+    if not real:
+        return None
+    if func is torch.ops.aten.nonzero.default:
+        return torch.empty_strided((real[0].size(0), args[0].dim()), (1, real[0].size(0)), dtype=torch.int64,
+                                   device=args[0].device)  # fmt: skip
+    if len(func._schema.returns) != len(real):
+        return None
+    made = tuple(torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in real)
+    return made[0] if len(made) == 1 else made
 
 
 class _Tail(torch.autograd.Function):

@@ -79,6 +79,7 @@ class Tape:
         self._room, self._outside = room, outside
         self._largest_bytes = 0
         self._plain_bytes = 0
+        self._plainly: set[int] = set()
         self._is_forward = True
         self._cursor = 0
         self._late: set[int] = set()
@@ -120,6 +121,14 @@ class Tape:
             self.policy, self.is_planned = Noting(self, None), False
             self.reports.deviated(reason)
 
+    def take_plan(self, script: Script) -> None:
+        """Go on by a plan that was made of this very forward: let go of what it does not keep."""
+        self.script, self._acts, self.is_planned = script, script.acts, True
+        kept = script.kept | script.hold
+        for value in list(self.ledger.held):
+            if value not in kept and value in self.ledger.maker:
+                self.ledger.let_go(value)
+
     # ---- values --------------------------------------------------------------------------------------------------
 
     def number(self, tensor: Tensor) -> int | None:
@@ -155,8 +164,16 @@ class Tape:
             number = self.values.bind_made(storage)
         else:
             self.values.rebind(storage, number)
-        self._plain_bytes += storage.nbytes()
         return number
+
+    def hold_saved(self, value: int, tensor: Tensor) -> None:
+        """Hold a value that autograd saves."""
+        if value not in self.ledger.held:
+            local = local_of(tensor)
+            self.ledger.hold(value, local.detach())
+            if value not in self._plainly:
+                self._plainly.add(value)
+                self._plain_bytes += local.untyped_storage().nbytes()
 
     def renumber(self, tensor: Tensor, old: int) -> int:
         """The number of the value that a memory holds after a call has overwritten it."""
@@ -208,6 +225,7 @@ class Tape:
         if self.shadow is not None:
             try:
                 self.shadow.make(func, args, kwargs, out, packs, self.n_calls - 1)
+                self.shadow.packed_here.clear()
             except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot do
                 self._give_up(error)
 
@@ -216,9 +234,22 @@ class Tape:
         self.shadow = None
         self.reports.unlike(error)
 
-    def gives_the_same(self, call: int, entry: Entry, given: Any, numbers: Any, out: Any) -> bool:
-        """Whether a call that is not torch's gives the same when it is made again."""
-        return self.check.gives_the_same(self.ledger, call, entry, given, numbers, out)
+    def once(self, call: int, reason: str) -> None:
+        """A call must not be made again."""
+        if self.shadow is not None:
+            self.shadow.once[call] = reason
+
+    def saved(self, pack: int, tensor: Tensor, inside: bool) -> None:
+        """Autograd saves a tensor, inside a call or, for a custom function, outside of all."""
+        if self.shadow is None:
+            return
+        if inside:
+            self.shadow.packed_here[pack] = tensor
+        else:
+            try:
+                self.shadow.loose(pack, tensor)
+            except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot do
+                self._give_up(error)
 
     # ---- room ----------------------------------------------------------------------------------------------------
 
@@ -314,6 +345,9 @@ class Tape:
                 if act.drop:
                     self._drop(value)
                 return tensor
+            assert self.script is not None
+            if handle.pack < len(self.script.packs) and self.script.packs[handle.pack] is None:
+                return handle.seen.on(self._fetched(value))  # in a first step what is kept has a handle, too
             self._improvise()  # another order than the plan's: make on demand from here on
         tensor = handle.seen.on(self._fetched(value))
         self.online.used([value])
@@ -360,7 +394,11 @@ class Tape:
 
     def _fetched(self, value: int) -> Tensor:
         needs = self.passes.needs
-        return self.ledger.fetch(value, lambda v: v in needs.handles, self._after_each)
+        if not self.is_planned:
+            return self.ledger.fetch(value, lambda v: v in needs.handles, self._after_each)
+        tensor = self.ledger.fetch(value, lambda v: False, lambda locked: None)
+        self.ledger.remade.discard(value)  # it takes the place of the forward's own
+        return tensor
 
     def _after_each(self, locked: Collection[int]) -> None:
         self.shrink(locked)
@@ -383,7 +421,12 @@ class Tape:
 
     def _settle(self) -> None:
         for value in self.passes.settle():
-            if not self.is_planned and not self._is_forward and not self.passes.needs.is_needed(value):
+            if self._is_forward:
+                continue
+            if self.is_planned:
+                if value not in self.ledger.remade and self.script is not None and value not in self.script.hold:
+                    self.ledger.let_go(value)
+            elif not self.passes.needs.is_needed(value):
                 self.ledger.let_go(value)
 
     # ---- out of memory -------------------------------------------------------------------------------------------
