@@ -1,22 +1,138 @@
-"""The self-check of a plan's first step: what is made again must be what was made the first time."""
+"""The self-check of a first step: what is made again must be what was made the first time.
+
+Right after a call that the plan makes again, it is made a second time, where the budget has room for that, and both
+results are compared. What differs is kept, in this step and from then on. Checksums of the results tell at every later
+look whether something that torch does not see has changed them: then they are kept as they are now. In the backward,
+what was made again is compared with the checksum; by then nothing can be mended, so a difference is an error there.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Collection, Sequence
+from typing import Final
+
+from torch import Tensor
+
+from autoremat.engines.torch.eager.entry import Entry
+from autoremat.engines.torch.eager.ledger import copy_of
+from autoremat.engines.torch.eager.path import Pair
+from autoremat.engines.torch.eager.state import Replay
+from autoremat.record.local import local_of
+from autoremat.record.values import fingerprint, storage_of
+
+DIFFERS: Final = "gives something else when it runs again"
+CHANGED: Final = "what it makes is changed by something that torch does not see"
 
 
 class NoCheck:
     """Compares nothing."""
 
-    def before(self, k: int, entry: Any, given: Any, call: Any) -> None:
-        """Before a call that the plan has something to do with."""
+    is_looking = False
 
-    def after(self, k: int, entry: Any, made: Any) -> None:
-        """After it."""
+    def before(self, k: int, given: Sequence[Tensor], reads: Sequence[Pair], written: Collection[int]) -> None:
+        """Before a call that may be made again."""
 
-    def remade(self, k: int, entry: Any, made: Any) -> None:
+    def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
+        """After it: whether it gives something else when it is made again."""
+        return False
+
+    def noted(self, k: int, results: Sequence[Pair], made: Sequence[Tensor]) -> None:
+        """After a call that has made these values."""
+
+    def has_changed(self, value: int, tensor: Tensor) -> bool:
+        """Whether a value is not what its call made, although no call has changed it since."""
+        return False
+
+    def remade(self, k: int, entry: Entry, made: dict[int, Tensor]) -> None:
         """After it has been made again."""
 
-    def gives_the_same(self, ledger: Any, call: int, entry: Any, given: Any, numbers: Any, out: Any) -> bool:
-        """Nothing is known of calls that are not torch's."""
-        return False
+    def forget(self, value: int) -> None:
+        """A value has been overwritten."""
+
+
+class SelfCheck(NoCheck):
+    """Checksums of what one forward made, and the comparisons.
+
+    Args:
+        twice: calls for whose second run, right after the first, there is room.
+        on_difference: called with the call and the reason why it must not be made again.
+    """
+
+    is_looking = True
+
+    def __init__(self, twice: Collection[int], on_difference: Callable[[int, str], None]) -> None:
+        self._twice, self._report = twice, on_difference
+        self._sums: dict[int, int] = {}
+        self._parts: dict[int, slice] = {}
+        """Where in its memory a value is: some kernels leave bytes beside it that mean nothing."""
+        self._maker: dict[int, int] = {}
+        self._memory: dict[int, Tensor] = {}
+
+    def before(self, k: int, given: Sequence[Tensor], reads: Sequence[Pair], written: Collection[int]) -> None:
+        """Before a call: the memory that a second run will read; copies of what the first overwrites."""
+        self._memory = {}
+        if k in self._twice:
+            for i, value in reads:
+                local = local_of(given[i]).detach()
+                self._memory[value] = copy_of(local) if i in written else local
+
+    def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
+        """After the first run: remember what it made, and run again where there is room; whether that differs."""
+        self.noted(k, entry.results, made)
+        memory, self._memory = self._memory, {}
+        if k not in self._twice:
+            return False
+        wanted = {v for v in entry.makes if v in self._sums}
+        with Replay() as replay:
+            again = entry.run(memory, replay, wanted)
+        if all(self._sum(v, t) == self._sums[v] for v, t in again.items() if v in self._sums):
+            return False
+        self._report(k, DIFFERS)
+        return True
+
+    def noted(self, k: int, results: Sequence[Pair], made: Sequence[Tensor]) -> None:
+        """Remember what a call has made."""
+        for i, value in results:
+            tensor = local_of(made[i])
+            if storage_of(tensor) is not None:
+                self._parts[value] = _part(tensor)
+                self._sums[value] = self._sum(value, tensor)
+                self._maker[value] = k
+
+    def has_changed(self, value: int, tensor: Tensor) -> bool:
+        """Whether a value is not what its call made, although no call has changed it since."""
+        if value not in self._sums or self._sums[value] == self._sum(value, local_of(tensor)):
+            return False
+        self._report(self._maker[value], CHANGED)
+        del self._sums[value]
+        return True
+
+    def forget(self, value: int) -> None:
+        """A value has been overwritten."""
+        self._sums.pop(value, None)
+
+    def remade(self, k: int, entry: Entry, made: dict[int, Tensor]) -> None:
+        """In the backward: what was made again, beside what the forward made.
+
+        Raises:
+            RuntimeError: they differ; the call is reported first, so that the next step keeps what it makes.
+        """
+        for value, tensor in made.items():
+            if value in self._sums and self._sums[value] != self._sum(value, tensor):
+                self._report(k, DIFFERS)
+                name = getattr(entry.func, "__name__", str(entry.func))
+                raise RuntimeError(
+                    f"autoremat's check of this first step with a plan: {name} gave something else when it ran again "
+                    "than in the forward, so this backward cannot go on. Its result is kept from now on: set the "
+                    "gradients to None and repeat the step"
+                )
+
+    def _sum(self, value: int, tensor: Tensor) -> int:
+        return fingerprint(tensor.untyped_storage(), self._parts.get(value, slice(None)))
+
+
+def _part(tensor: Tensor) -> slice:
+    """The bytes of its memory from the tensor's first element to its last one."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    begin = int(tensor.storage_offset()) * tensor.itemsize
+    return slice(begin, begin + extent * tensor.itemsize)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager.check import NoCheck
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.recording import know_the_world, path_of, program_of, record_backward
 from autoremat.engines.torch.eager.shadow import Shadow
@@ -34,11 +35,12 @@ class FirstStep:
         parallel: what torch.distributed does around the modules.
         room: given the bytes that are there for good, what the values held may take, given what plain training holds.
         reports: whom the tape tells what.
+        check: of what is made again.
     """
 
     def __init__(
         self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], parallel: Parallel,
-        room: Callable[[int], Callable[[int], float]], reports: Reports,
+        room: Callable[[int], Callable[[int], float]], reports: Reports, check: NoCheck,
     ) -> None:  # fmt: skip
         self.fn, self.args, self.kwargs, self.parallel = fn, args, kwargs, parallel
         self.modules = reachable_modules(fn, args, kwargs)
@@ -49,7 +51,7 @@ class FirstStep:
         storages = self._storages()
         fixed_bytes = sum(s.nbytes() for s in storages.values())
         self.tape = Tape(
-            None, room=room(fixed_bytes), shadow=self._shadow, outside=frozenset(storages), reports=reports
+            None, room=room(fixed_bytes), shadow=self._shadow, outside=frozenset(storages), reports=reports, check=check,
         )  # fmt: skip
 
     def _failed(self, error: BaseException) -> None:

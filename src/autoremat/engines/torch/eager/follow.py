@@ -47,6 +47,11 @@ class Follow:
         self._funcs, self._works, self._packs = script.funcs, script.works, script.packs
         self._n_funcs, self._n_packs = len(script.funcs), len(script.packs)
 
+    def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As ``heard``, in a step that is checked: look at all that a call is given before it is made."""
+        self._tape.look_at(tensors_given(args, kwargs))
+        return self.heard(func, args, kwargs)
+
     def heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the next call of the path; leave it where this is another one."""
         tape = self._tape
@@ -86,8 +91,10 @@ class Follow:
         k, first = tape.n_calls, tape.n_packs
         tape.n_calls = k + 1
         with DRAWING if call.random and work.ready else contextlib.nullcontext():
-            entry = self._prepared(call, func, args, kwargs, given) if work.ready else None
-            tape.check.before(k, entry, given, call)
+            entry = None
+            if work.ready:
+                entry = self._prepared(call, func, args, kwargs, given)
+                tape.check.before(k, given, call.reads, {i for i, _, _ in call.written})
             out = func(*args, **kwargs)
         made = tensors_in(out)
         if entry is not None:
@@ -110,7 +117,8 @@ class Follow:
                 tape.ledger.hold(new, local_of(given[position]).detach())
         if tape.n_packs - first != call.packs[1] - call.packs[0]:
             tape.leave_path(f"call {k} ({_name(func)}) saves other tensors than in the recorded forward")
-        tape.check.after(k, entry, made)
+        if entry is not None and tape.check.is_looking and tape.check.differs(k, entry, made):
+            tape.pin(k, entry, made, given, call)
         return out
 
     def _is_as_recorded(self, call: Call, given: Sequence[Tensor], ready: bool) -> bool:

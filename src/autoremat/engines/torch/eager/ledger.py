@@ -146,7 +146,7 @@ class Ledger:
             if old in ends and old in self.remade:
                 self.let_go(old)
             else:
-                memory[old] = _copy(memory[old])
+                memory[old] = copy_of(memory[old])
         try:
             made = entry.run(memory, replay, wanted)
         except ModifiedInPlace as error:
@@ -165,7 +165,7 @@ class Ledger:
         return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
-def _copy(tensor: Tensor) -> Tensor:
+def copy_of(tensor: Tensor) -> Tensor:
     """The same tensor on a copy of all of its memory."""
     with torch.no_grad():
         return View.of(tensor).on(tensor.untyped_storage().clone())

@@ -86,6 +86,8 @@ class Noting:
         given = tensors_given(args, kwargs)
         state = State.now()
         numbers = [tape.number(t) for t in given]
+        if tape.check.is_looking:
+            tape.look_at(given)
         facts = CallFacts(once="a pass of its own") if _is_pass(func) else facts_of_call(func, args, kwargs, state)
         if name in ESCAPES:
             tape.escape([n for n in numbers if n is not None])
@@ -173,6 +175,8 @@ class Noting:
             tape.once(call, facts.once or ("overwrites what the step did not make" if effects else _UNREPEATABLE))
         for position, old, new in overwritten:
             tape.overwritten(old, new, given[position])
+        if tape.check.is_looking:
+            tape.check.noted(call, results, tensors_in(out))
         for _, handle, tensor in self._fresh:
             self._hold(handle, tensor)
         self._fresh.clear()

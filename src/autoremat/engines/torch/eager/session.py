@@ -20,6 +20,7 @@ from autoremat.record.assemble import OPTIMIZER_STEP
 from autoremat.record.compiled import eagerly, is_compiled, is_compiling
 from autoremat.record.parallel import Parallel, check_supported, hidden, parallel_of
 from autoremat.record.parallel import signature as parallel_signature
+from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
@@ -185,7 +186,8 @@ class Session:
         """The first step of a kind: noted, within the budget; planned at the end of its forward."""
         entry.is_new = entry.stale = False
         is_first = self._last is None
-        step = FirstStep(self.fn, args, kwargs, entry.parallel, self.planner.first, self._reports(entry))
+        check = SelfCheck((), lambda k, why: self._differs(entry, k, why))
+        step = FirstStep(self.fn, args, kwargs, entry.parallel, self.planner.first, self._reports(entry), check)
         try:
             with eagerly(), hidden(entry.parallel):
                 result = step.forward()
@@ -246,7 +248,10 @@ class Session:
 
     def _tape(self, entry: _Entry) -> Tape:
         assert entry.script is not None
-        return Tape(entry.script, reports=self._reports(entry))
+        check = None
+        if not entry.checked:
+            check = SelfCheck(entry.script.twice, lambda k, why: self._differs(entry, k, why))
+        return Tape(entry.script, reports=self._reports(entry), check=check)
 
     def _checked(self, entry: _Entry, tape: Tape) -> None:
         entry.checked = True
@@ -374,21 +379,25 @@ class Session:
         """Plan a program, less what has turned out not to be repeatable."""
         if entry.differing:
             ops = list(program.ops)
-            for k, reason in entry.differing.items():
-                i = program.forward[k]
-                ops[i] = replace(ops[i], repeatable=reason)
+            for i, op in enumerate(ops):
+                if op.call in entry.differing and not op.repeatable:
+                    ops[i] = replace(op, repeatable=entry.differing[op.call])
             program, entry.differing = replace(program, ops=tuple(ops)), {}
         entry.follow(self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick), quick=quick)
         self._counts.planned += 1
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
-        assert entry.plan is not None
         entry.differing[k] = reason
-        program = entry.plan.program
-        op = program.ops[program.forward[k]]
-        what = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}"
+        what = f"{self._where(entry, k)} must not run again: {reason}"
         self._counts.kept.append(what)
         self._warn(f"{what}. What it makes is kept from now on")
+
+    def _where(self, entry: _Entry, k: int) -> str:
+        if entry.plan is None:
+            return f"call {k}"
+        ops = [op for op in entry.plan.program.ops if op.call == k]
+        op = ops[-1]
+        return f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'})"
 
     def _deviated(self, entry: _Entry, reason: str) -> None:
         entry.deviations += 1

@@ -69,10 +69,12 @@ class Tape:
         self.reports = reports or Reports()
         self.ledger = Ledger(self.reports.rerun, lambda k, entry, made: self.check.remade(k, entry, made))
         self.passes, self.online, self.values = Passes(self.ledger), Online(self.ledger), Values()
-        self.listener = Listener(self._heard)
         self.check = check or NoCheck()
+        self.listener = Listener(self._looked if self.check.is_looking else self._heard)
         self.script, self.shadow = script, shadow
         self.escaped: set[int] = set()
+        self.pinned: set[int] = set()
+        """Values that the plan would drop and that turned out to be kept."""
         self.path: list[Call] | None = None
         self.has_effects = False
         self.n_calls = self.n_packs = 0
@@ -101,12 +103,20 @@ class Tape:
         with self.listener, hooks:
             yield
         self.policy.finish()
+        if self.check.is_looking:
+            with torch._C.DisableTorchFunction():
+                self._look_at_all()
         self.ledger.finish_forward()
         self._is_forward = False
         if not self.is_planned:
             self.passes.needs.count()
 
     def _heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.policy.heard(func, args, kwargs)
+
+    def _looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(self.policy, Follow):
+            return self.policy.looked(func, args, kwargs)
         return self.policy.heard(func, args, kwargs)
 
     def _packed(self, tensor: Tensor) -> Any:
@@ -198,6 +208,7 @@ class Tape:
         if held is not None and _same_memory(held, tensor):
             self.ledger.let_go(old)
         self.passes.move(old, new)
+        self.check.forget(old)
         if new in self.passes.needs.handles and new not in self.ledger.held:
             self.ledger.hold(new, local_of(tensor).detach())
 
@@ -207,6 +218,24 @@ class Tape:
             held = self.ledger.held[value]
             with torch.no_grad():
                 self.ledger.hold(value, View.of(held).on(held.untyped_storage().clone()))
+
+    def look_at(self, tensors: Sequence[Tensor]) -> None:
+        """Keep, as it is now, what something that torch does not see has changed: nothing can make it again."""
+        for tensor in tensors:
+            value = self.values.known_tensor(tensor)
+            if value is not None and value >= 0 and self.check.has_changed(value, tensor):
+                self.pinned.add(value)
+                self.ledger.hold(value, local_of(tensor).detach())
+
+    def pin(self, k: int, entry: Entry, made: Sequence[Tensor], given: Sequence[Tensor], call: Call) -> None:
+        """Keep what a call has made: made again, it would be something else."""
+        for i, value in entry.results:
+            self.pinned.add(value)
+            self.ledger.hold(value, local_of(made[i]).detach())
+        for i, _, new in call.written:
+            self.pinned.add(new)
+            self.ledger.hold(new, local_of(given[i]).detach())
+        self.pinned.update(v for _, v in entry.saved)
 
     def escape(self, values: Sequence[int]) -> None:
         """Something else than torch gets to know the memory of these values: they stay as they are."""
@@ -250,6 +279,13 @@ class Tape:
                 self.shadow.loose(pack, tensor)
             except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot do
                 self._give_up(error)
+
+    def _look_at_all(self) -> None:
+        """Look at every value that is still in memory."""
+        for storage in self.values.living():
+            value = self.values.known(storage)
+            if value is not None and value >= 0:
+                self.look_at([torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)])
 
     # ---- room ----------------------------------------------------------------------------------------------------
 
@@ -383,6 +419,8 @@ class Tape:
 
     def _drop(self, value: int) -> None:
         """Let go of a value, unless the graph is to be gone through once more and it is the forward's own."""
+        if value in self.pinned:
+            return
         if value in self.ledger.held and not (self.passes.retained and value not in self.ledger.remade):
             self.ledger.let_go(value)
 
@@ -421,7 +459,7 @@ class Tape:
 
     def _settle(self) -> None:
         for value in self.passes.settle():
-            if self._is_forward:
+            if self._is_forward or value in self.pinned:
                 continue
             if self.is_planned:
                 if value not in self.ledger.remade and self.script is not None and value not in self.script.hold:
