@@ -18,10 +18,11 @@ from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record import UnusableInput, record
 from autoremat.record.optimizer import optimizer_bytes
 from autoremat.record.timing import Progress
-from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
-from autoremat.engines.torch.eager.session import NotPlannable, Session
-from autoremat.run.stats import Stats
+from autoremat.engines.torch.eager.first import FirstStep
+from autoremat.engines.torch.eager.session import Session as SessionOfCalls
+from autoremat.run import Session, Stats
 from autoremat.run.selfcheck import CHANGED, DIFFERS
+from autoremat.run.session import NotPlannable
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.progress import progress_bar
 
@@ -343,6 +344,22 @@ class Options:
         """A copy of a model needs the bytes of the optimizer, not the optimizer."""
         return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
 
+    def record(
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
+    ) -> Program:
+        """The program of a call, operators measured within the budget."""
+        with progress_bar() as progress:
+            try:
+                state, scratch = optimizer_bytes(self.optimizer)
+                return record(
+                    fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
+                    compare=compare, progress=progress, limit=self._in_bytes,
+                )  # fmt: skip
+            except UnusableInput:
+                raise
+            except Exception as error:
+                raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
+
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """What the values held in a first step may take, given what plain training would hold by then.
 
@@ -396,7 +413,7 @@ class _Forward:
         plain = self.replaced or functools.partial(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
         self.__wrapped__ = plain  # already bound: the signature is that of a call
-        self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
+        self.session = _session(_PlainForward(self.module, plain), self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.session.call(args, kwargs)
@@ -421,6 +438,17 @@ class _PlainForward:
         return self._forward(*args, **kwargs)
 
 
+ENGINE: Final = "AUTOREMAT_ENGINE"
+"""Environment variable: ``calls`` for the engine that is to take over, the tape of calls."""
+
+
+def _session(fn: Callable[..., Any], options: Options) -> Session | SessionOfCalls:
+    """What runs a callable under plans."""
+    if os.environ.get(ENGINE) == "calls":
+        return SessionOfCalls(fn, options, measure=options.measure)
+    return Session(fn, options, measure=options.measure)
+
+
 def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
@@ -432,7 +460,7 @@ def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
 
 
 def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    session = Session(fn, options, measure=options.measure)
+    session = _session(fn, options)
 
     @functools.wraps(fn)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
@@ -442,7 +470,7 @@ def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[.
     return checkpointed
 
 
-def session_of(target: Any) -> Session | None:
+def session_of(target: Any) -> Session | SessionOfCalls | None:
     """What a checkpointed module or callable runs under; None for all others."""
     if isinstance(target, nn.Module):
         forward = vars(target).get("forward")
@@ -450,7 +478,7 @@ def session_of(target: Any) -> Session | None:
             forward = getattr(forward, "__wrapped__", None)  # a library may have wrapped it once more
         return forward.session if isinstance(forward, _Forward) and forward.module is target else None
     session = getattr(target, _MARK, None)
-    return session if isinstance(session, Session) else None
+    return session if isinstance(session, (Session, SessionOfCalls)) else None
 
 
 def _check_budget(budget: Budget) -> None:

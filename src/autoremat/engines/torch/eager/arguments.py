@@ -75,13 +75,6 @@ class Outside:
             raise freed(tensor)
         return tensor if tensor.requires_grad or not self.requires_grad else tensor.detach().requires_grad_()
 
-    def rescue(self) -> None:
-        """Take a copy, because the step is about to overwrite the tensor."""
-        if version_of(self.tensor) == self.version:
-            with torch.no_grad():
-                self.tensor = self.tensor.detach().clone(memory_format=torch.preserve_format)
-            self.version = version_of(self.tensor)
-
 
 class Statistics(Outside):
     """Running statistics: a call that is made again updates a copy of them."""

@@ -72,9 +72,11 @@ class SelfCheck(NoCheck):
         """Before a call: the memory that a second run will read; copies of what the first overwrites."""
         self._memory = {}
         if k in self._twice:
+            overwritten = {value for i, value in reads if i in written}
             for i, value in reads:
-                local = local_of(given[i]).detach()
-                self._memory[value] = copy_of(local) if i in written else local
+                if value not in self._memory:
+                    local = local_of(given[i]).detach()
+                    self._memory[value] = copy_of(local) if value in overwritten else local
 
     def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
         """After the first run: remember what it made, and run again where there is room; whether that differs."""

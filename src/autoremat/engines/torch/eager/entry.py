@@ -52,6 +52,8 @@ class Entry:
     saved: tuple[tuple[int, int], ...] = ()
     in_place: tuple[tuple[int, int], ...] = ()
     draws: int | None = None
+    stops: frozenset[int] = frozenset()
+    """Values after which a run may end as soon as they have been saved: nothing overwrites them later in the call."""
 
     @property
     def makes(self) -> tuple[int, ...]:
@@ -71,7 +73,7 @@ class Entry:
         """
         found: dict[int, Tensor] = {}
         inner = {i: v for i, v in self.saved if v in wanted}
-        whole = len(inner) < len(wanted)
+        whole = not self.stops.issuperset(wanted)
         if self.generator is None or self.generator_state is None:
             with replay.use(self.state):
                 self._call(memory, inner, whole, found, wanted)

@@ -25,6 +25,7 @@ from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tenso
 from autoremat.engines.torch.eager.state import State
 from autoremat.record.facts import RUNNING_STATISTICS, TRAINING, facts_of
 from autoremat.record.local import is_distributed
+from autoremat.record.recorder import _covers_storage
 from autoremat.record.signature import freeze, signature_of
 from autoremat.record.timing import estimate
 from autoremat.record.values import storage_of
@@ -43,6 +44,8 @@ class CallFacts:
     Attributes:
         written: positions, among the tensors given, of those that are overwritten.
         statistics: positions of running statistics, which a further run must not change.
+        covered: of what is written, what is written as a whole, without a look at what was there.
+        uninitialised: the result is whatever the memory held before.
         random: it draws from a generator, or may.
         once: "" or why it must not be made again.
         foreign: not torch's own: it may run again once it has been seen to give the same.
@@ -52,6 +55,8 @@ class CallFacts:
 
     written: tuple[int, ...] = ()
     statistics: tuple[int, ...] = ()
+    covered: tuple[int, ...] = ()
+    uninitialised: bool = False
     random: bool = False
     once: str = ""
     foreign: bool = False
@@ -132,7 +137,7 @@ def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: 
     positions = tuple(i for i, t in enumerate(given) if any(t is w for w in written))
     nbytes = sum(t.nbytes for t in given)
     once = facts.never_again if facts.communicates else ""
-    return CallFacts(positions, random=True, once=once, foreign=True, seconds=1e-5 + nbytes / 1e10, nbytes=nbytes)
+    return CallFacts(written=positions, random=True, once=once, foreign=True, seconds=1e-5 + nbytes / 1e10, nbytes=nbytes)
 
 
 @dataclass
@@ -149,6 +154,8 @@ class _Probe(TorchDispatchMode):
         super().__init__()
         self.written: set[int] = set()
         self.statistics: set[int] = set()
+        self.covered: set[int] = set()
+        self.uninitialised = False
         self.random = False
         self.once = ""
         self.seconds = 0.0
@@ -161,11 +168,15 @@ class _Probe(TorchDispatchMode):
             return func(*args, **kwargs)
         facts = facts_of(func)
         self.random |= facts.random
-        self.once = self.once or facts.never_again or ("returns uninitialised memory" if facts.uninitialised else "")
+        self.once = self.once or facts.never_again
+        self.uninitialised = facts.uninitialised
         if facts.batch_norm and args[TRAINING]:
             self.statistics |= set(self._positions([args[i] for i in RUNNING_STATISTICS]))
         else:
-            self.written |= set(self._positions(facts.written(args, kwargs)))
+            written = facts.written(args, kwargs)
+            if facts.overwriting and _covers_storage(args[0]):
+                self.covered |= set(self._positions(written)) - self.written
+            self.written |= set(self._positions(written))
         out = func(*args, **kwargs)
         if not facts.is_view:
             made = sum(t.nbytes for t in tensors_in(out) if t.layout is torch.strided)
@@ -211,18 +222,10 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
             probe.written |= set(_written_by_name(func, kwargs, given))
         finally:
             torch.set_autocast_cache_enabled(cache)
-    once = probe.once
-    if once == "returns uninitialised memory" and not _is_all_uninitialised(func):
-        once = ""
     return CallFacts(
-        tuple(sorted(probe.written)), tuple(sorted(probe.statistics)), probe.random, once, False,
-        probe.seconds, probe.nbytes,
+        tuple(sorted(probe.written)), tuple(sorted(probe.statistics)), tuple(sorted(probe.covered)),
+        probe.uninitialised, probe.random, probe.once, False, probe.seconds, probe.nbytes,
     )  # fmt: skip
-
-
-def _is_all_uninitialised(func: Any) -> bool:
-    """Whether what a call returns is uninitialised: ``empty`` and its like; others fill what they have."""
-    return "empty" in getattr(func, "__name__", "")
 
 
 def without(facts: CallFacts, once: str) -> CallFacts:

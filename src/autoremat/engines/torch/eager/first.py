@@ -59,10 +59,10 @@ class FirstStep:
 
     def _storages(self) -> dict[int, torch.UntypedStorage]:
         """The memory that is there before the step."""
-        tensors = [t for _, _, t in named_tensors(self.modules)]
+        tensors = [t for _, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
         tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
         tensors += [t for t in torch.utils._pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        storages = (storage_of(t) for t in tensors if not torch.nn.parameter.is_lazy(t))
+        storages = map(storage_of, tensors)
         return {s._cdata: s for s in storages if s is not None}
 
     def forward(self) -> Any:

@@ -98,7 +98,7 @@ class Follow:
             out = func(*args, **kwargs)
         made = tensors_in(out)
         if entry is not None:
-            self._enter(k, entry, call, made)
+            self._enter(k, entry, work, made)
         for position, old, new in call.written:
             tape.values.rebind_tensor(given[position], new)
             tape.overwritten(old, new, given[position])
@@ -117,7 +117,7 @@ class Follow:
                 tape.ledger.hold(new, local_of(given[position]).detach())
         if tape.n_packs - first != call.packs[1] - call.packs[0]:
             tape.leave_path(f"call {k} ({_name(func)}) saves other tensors than in the recorded forward")
-        if entry is not None and tape.check.is_looking and tape.check.differs(k, entry, made):
+        if entry is not None and not call.uninitialised and tape.check.differs(k, entry, made):
             tape.pin(k, entry, made, given, call)
         return out
 
@@ -156,8 +156,9 @@ class Follow:
             None if generator is None else state_of(generator), tuple(dict.fromkeys(values.values())),
         )  # fmt: skip
 
-    def _enter(self, k: int, entry: Entry, call: Call, made: Sequence[Tensor]) -> None:
-        entry.results, entry.saved = call.results, call.saved
+    def _enter(self, k: int, entry: Entry, work: Work, made: Sequence[Tensor]) -> None:
+        call = work.call
+        entry.results, entry.saved, entry.stops = call.results, call.saved, work.stops
         entry.in_place = tuple((new, old) for _, old, new in call.written)
         if may_be_disturbed(entry.generator):
             entry.draws = checksum(made[i].untyped_storage() for i, _ in call.results if i < len(made))
@@ -177,7 +178,7 @@ class Follow:
             return Kept(tensor, tape, j) if j in self._script.asked else Kept(tensor)
         storage = storage_of(local_of(tensor))
         number = None if storage is None else tape.values.known(storage)
-        if number is None and storage is not None and self._is_saved_inside(j, value):
+        if storage is not None and number != value and self._is_saved_inside(j, value, number):
             tape.values.rebind(storage, value)
             number = value
         if number != value:
@@ -197,12 +198,14 @@ class Follow:
             self._tape.values.rebind(storage, value)
             self._tape.ledger.hold(value, local_of(tensor).detach())
 
-    def _is_saved_inside(self, j: int, value: int) -> bool:
-        """Whether the call that runs now saves this value, made inside it, at this place."""
+    def _is_saved_inside(self, j: int, value: int, number: int | None) -> bool:
+        """Whether the call that runs now makes this value, and saves it at this place; ``number`` is what it was."""
         k = self._tape.n_calls - 1
         work = self._works[k] if 0 <= k < self._n_funcs else None
         if work is None or not work.ready:
             return False
+        if number is not None:
+            return any((old, new) == (number, value) for _, old, new in work.call.written)
         return (j - work.call.packs[0], value) in work.call.saved or any(v == value for _, v in work.call.results)
 
     def finish(self) -> None:

@@ -62,7 +62,9 @@ class Noting:
 
     def __init__(self, tape: Tape, path: list[Call] | None) -> None:
         self._tape, self._path = tape, path
-        self._outside: dict[int, list[Outside]] = {}
+        self._readers: dict[int, list[int]] = {}
+        """For values from outside the calls that read them and can be made again."""
+        self._overwritten_outside: set[int] = set()
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy = False
 
@@ -91,8 +93,8 @@ class Noting:
         facts = CallFacts(once="a pass of its own") if _is_pass(func) else facts_of_call(func, args, kwargs, state)
         if name in ESCAPES:
             tape.escape([n for n in numbers if n is not None])
-        if facts.written:
-            self._rescue([numbers[i] for i in facts.written])
+        if facts.written or facts.statistics:
+            self._rescue([numbers[i] for i in facts.written], [numbers[i] for i in facts.statistics])
         tape.make_room(facts.nbytes)
         call, first = tape.n_calls, tape.n_packs
         tape.n_calls += 1
@@ -121,8 +123,12 @@ class Noting:
         tape = self._tape
         if facts.once or None in numbers or any(n is not None and n < 0 for n in (numbers[i] for i in facts.written)):
             return None
-        for tensor, n in zip(given, numbers, strict=True):
-            if n is None or n in tape.escaped or (n < 0 and not tape.is_outside(tensor)):
+        for i, (tensor, n) in enumerate(zip(given, numbers, strict=True)):
+            if n is None or n in tape.escaped or n in self._overwritten_outside or (n < 0 and not tape.is_outside(tensor)):
+                return None
+            if i in facts.written and n not in tape.ledger.maker:
+                return None  # what it overwrites will not be there any more
+            if n in tape.uninitialised and i not in facts.covered:
                 return None
             if n >= 0 and n not in tape.ledger.held and n not in tape.ledger.maker:
                 tape.ledger.hold(n, local_of(tensor).detach())
@@ -134,10 +140,10 @@ class Noting:
             assert n is not None
             if n >= 0:
                 return Made(n, Seen.of(tensor), tensor.requires_grad, i in facts.written)
-            outside = Statistics(tensor) if i in facts.statistics else Outside(tensor)
-            if i not in facts.statistics:
-                self._outside.setdefault(n, []).append(outside)
-            return outside
+            if i in facts.statistics:
+                return Statistics(tensor)
+            self._readers.setdefault(n, []).append(tape.n_calls - 1)
+            return Outside(tensor)
 
         generator = _generator_of(args, kwargs) if facts.random else None
         return Entry(
@@ -171,11 +177,13 @@ class Noting:
                 entry.draws = checksum(tensors[i].untyped_storage() for i, _ in results)
             if entry.makes and (not facts.foreign or self._gives_the_same(entry, given, numbers, out)):
                 tape.ledger.enter(call, entry)
+        if facts.uninitialised:
+            tape.uninitialised.update(n for _, n in results)
         if call not in tape.ledger.entries:
             tape.once(call, facts.once or ("overwrites what the step did not make" if effects else _UNREPEATABLE))
         for position, old, new in overwritten:
             tape.overwritten(old, new, given[position])
-        if tape.check.is_looking:
+        if tape.check.is_looking and not facts.uninitialised:
             tape.check.noted(call, results, tensors_in(out))
         for _, handle, tensor in self._fresh:
             self._hold(handle, tensor)
@@ -187,7 +195,7 @@ class Noting:
             reads = tuple((i, n) for i, n in enumerate(numbers) if n is not None and n >= 0)
             self._path.append(
                 Call(func, reads, tuple(results), tuple(saved), tuple(overwritten), tuple(effects), facts.statistics,
-                     facts.random, (first, tape.n_packs))
+                     facts.random, facts.uninitialised, (first, tape.n_packs))
             )  # fmt: skip
         tape.shrink()
 
@@ -226,14 +234,20 @@ class Noting:
                     found.append((i, old, new))
         return found, effects
 
-    def _rescue(self, numbers: Sequence[int | None]) -> None:
-        """Copy what calls made again will read and the next call is about to overwrite."""
-        for n in {n for n in numbers if n is not None}:
+    def _rescue(self, numbers: Sequence[int | None], statistics: Sequence[int | None]) -> None:
+        """See to what calls made again would read, and the next call is about to overwrite.
+
+        What is from outside is overwritten again by the next forward, perhaps before this one's backward: so nothing
+        that has read it can be made again.
+        """
+        tape = self._tape
+        for n in {n for n in (*numbers, *statistics) if n is not None}:
             if n < 0:
-                for outside in self._outside.pop(n, ()):
-                    outside.rescue()
-            elif n in self._tape.ledger.held and n not in self._tape.ledger.maker:
-                self._tape.rescue(n)
+                if n not in statistics:
+                    self._overwritten_outside.add(n)
+                tape.freeze([k for k in self._readers.pop(n, ()) if k in tape.ledger.entries])
+            elif n in tape.ledger.held and n not in tape.ledger.maker:
+                tape.rescue(n)
 
     # ---- saved tensors -------------------------------------------------------------------------------------------
 
@@ -268,7 +282,7 @@ class Noting:
 
     def finish(self) -> None:
         """The forward is over."""
-        self._outside.clear()
+        self._readers.clear()
 
 
 def template_of(kwargs: dict[str, Any], change: Callable[[Tensor], Any]) -> dict[str, Any]:

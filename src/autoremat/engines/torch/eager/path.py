@@ -22,6 +22,7 @@ class Call:
         effects: positions of what it overwrites that the step did not make.
         statistics: positions of running statistics.
         random: it draws from a generator.
+        uninitialised: its result is whatever the memory held before.
         packs: number of the first thing that autograd saves in it, and of the first after it.
     """
 
@@ -33,6 +34,7 @@ class Call:
     effects: tuple[int, ...]
     statistics: tuple[int, ...]
     random: bool
+    uninitialised: bool
     packs: tuple[int, int]
 
 

@@ -55,11 +55,13 @@ class Work:
         call: of the path.
         ready: be ready to make it again.
         hold: values that it makes and the tape itself holds on to.
+        stops: values after which a run of it may end, once they have been saved inside it.
     """
 
     call: Call
     ready: bool
     hold: frozenset[int]
+    stops: frozenset[int]
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class _Compiler:
         self.program, self.plan, self.path = program, plan, path
         made = [i for i, v in enumerate(program.values) if not v.fixed]
         self.number = {v: n for n, v in enumerate(made)}
+        self.stops = self._stops(program)
         order = plan.schedule.order
         self.again = self._reruns(order)
         self.stays = self._stays(order)
@@ -168,6 +171,16 @@ class _Compiler:
         )
 
     # ---- stays ---------------------------------------------------------------------------------------------------
+
+    def _stops(self, program: Program) -> frozenset[int]:
+        """Values that a run of their call can hand out before its end."""
+        end = {op.call: i for i, op in enumerate(program.ops) if op.call >= 0}
+        found = set()
+        for v, n in self.number.items():
+            available, maker = program.values[v].available, program.producer[v]
+            if available is not None and 0 <= available < end.get(program.ops[maker].call, -1):
+                found.add(n)
+        return frozenset(found)
 
     @staticmethod
     def _reruns(order: tuple[int, ...]) -> set[int]:
@@ -278,7 +291,8 @@ class _Compiler:
             return None
         if k not in ready and not call.written and not call.effects and not makes & matter:
             return None
-        return Work(call, k in ready, frozenset(makes & hold))
+        stops = frozenset(v for _, v in call.saved if v in self.stops)
+        return Work(call, k in ready, frozenset(makes & hold), stops)
 
     def _twice(self, ready: frozenset[int], timeline: Timeline) -> frozenset[int]:
         """Calls whose results, and copies of what they overwrite, fit in once more at their first run."""

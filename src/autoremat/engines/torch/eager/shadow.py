@@ -25,13 +25,17 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from autoremat.engines.torch.eager.arguments import mapped, tensors_in
+from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
 from autoremat.engines.torch.eager.facts import is_torchs
 from autoremat.record.local import Description, PackedLocal, is_distributed, local_of
 from autoremat.program.model import INSIDE
 from autoremat.record.facts import OpFacts, facts_of
 from autoremat.record.recorder import RecordedOp, Recorder, _Packed, _user_line
 from autoremat.record.values import storage_of
+
+
+_SMALL = 4096
+"""So many numbers at most decide about sizes."""
 
 
 class Unlike(Exception):
@@ -67,7 +71,6 @@ class Shadow:
         self._loose: list[tuple[int, Tensor]] = []
         self.packed_here: dict[int, Tensor] = {}
         """What the call that runs now has saved, by pack."""
-        self._empty: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
     # ---- twins ---------------------------------------------------------------------------------------------------
 
@@ -123,20 +126,11 @@ class Shadow:
     def _cut(self, twin: Tensor) -> None:
         """Take the memory away from a twin whose tensor is gone; what has been computed from it needs its history."""
         where = self._node_of.pop(id(twin), None)
-        if where is None or where not in self._nodes:
+        if where is None or where not in self._nodes or twin.layout is not torch.strided:
             return
         with self._here():
-            if twin._is_view() or is_distributed(twin):  # its base would live on with it
-                meta = self._nodes[where][1:]
-                self._nodes[where] = _Tail.apply(self, meta, twin), torch.Size([0]), twin.dtype, twin.device
-            else:
-                twin.data = self._nothing(twin)
-
-    def _nothing(self, twin: Tensor) -> Tensor:
-        key = twin.dtype, twin.device
-        if key not in self._empty:
-            self._empty[key] = torch.empty(0, dtype=twin.dtype, device=twin.device)
-        return self._empty[key]
+            meta = self._nodes[where][1:]
+            self._nodes[where] = _Tail.apply(self, meta, twin), torch.Size([0]), twin.dtype, twin.device
 
     def _met(self, tensor: Tensor) -> Tensor:
         """The twin of a tensor that no call was seen to make: from outside, or made out of sight from what is known."""
@@ -252,10 +246,20 @@ class Shadow:
         fake_args, fake_kwargs = mapped(args, self.twin), mapped(kwargs, self.twin)
         self._packs, self.recorder.call, self.recorder.real = [], call, tensors_in(out)
         made, real = [], self.recorder.real
+        self.recorder.given = [(self.twin(t), t) for t in tensors_given(args, kwargs)]
+        numbers, _ = self.recorder.map.reads(local_of(twin) for twin, _ in self.recorder.given)
         begin = len(self.recorder.ops)
-        if is_torchs(func):
-            with self._recording():
-                made = tensors_in(func(*fake_args, **fake_kwargs))
+        if is_torchs(func) and not any(map(_is_opaque, (*tensors_given(args, kwargs), *real))):
+            try:
+                with self._recording():
+                    made = tensors_in(func(*fake_args, **fake_kwargs))
+            except Exception:
+                if not any(map(_is_small_index, tensors_given(args, kwargs))):
+                    raise
+                del self.recorder.ops[begin:]  # it needs the numbers in some of its arguments
+                self._packs = []
+                with self._recording():
+                    made = tensors_in(func(*mapped(args, self._with_numbers), **mapped(kwargs, self._with_numbers)))
         else:
             made = self._foreign(func, fake_args, fake_kwargs, real, packs)
         if len(made) != len(real):
@@ -266,8 +270,18 @@ class Shadow:
                 raise Unlike(f"{_name(func)} gives something of another shape, or history, on fake tensors")
             self._bind(tensor, twin)
             self._take_size(tensor, twin)
-        self.recorder.real = []
+        self.recorder.real, self.recorder.given = [], []
+        self._read_all(begin, numbers)
         self._note_what_leaves(begin, made)
+
+    def _with_numbers(self, tensor: Tensor) -> Tensor:
+        return tensor if _is_small_index(tensor) else self.twin(tensor)
+
+    def _read_all(self, begin: int, numbers: Sequence[int]) -> None:
+        """Let the first op of a call read all that the call is given: another run needs all of its arguments."""
+        if begin < len(self.recorder.ops) and not self.recorder.ops[begin].backward:
+            first = self.recorder.ops[begin]
+            first.reads += [n for n in numbers if n >= 0 and n not in first.reads]
 
     def _note_what_leaves(self, begin: int, made: Sequence[Tensor]) -> None:
         """Note when another run of the call could hand out what it has made, where it is made up of several ops."""
@@ -285,7 +299,7 @@ class Shadow:
                 overwrites = any(new == n and old not in born for new, old in op.in_place)
                 if n in self._saved_after and n not in inner:
                     recorder.values[n].available = max(i, self._saved_after[n])
-                elif (n in outputs or overwrites) and n not in inner:
+                elif recorder._packs_of.get(n) or ((n in outputs or overwrites) and n not in inner):
                     recorder.values[n].available = last
                 else:
                     recorder.values[n].available = INSIDE
@@ -308,19 +322,17 @@ class Shadow:
         inputs = tensors_in((args, kwargs))
         recorder = self.recorder
         with self._here():
-            made = [torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in real]
+            made = [self._blank_like(t) for t in real]
             numbers, _ = recorder.map.reads(inputs)
+            recorder._know_outside(inputs)
             facts = replace(facts_of(torch.ops.aten.mul.Tensor), name=str(func))
             op = RecordedOp(str(func), list(numbers), (), (), False, facts, call=recorder.call,
                             module=recorder.module_path(), source=_user_line())  # fmt: skip
-            writes = []
-            for tensor in made:
-                storage = storage_of(tensor)
-                if storage is not None:
-                    writes.append(recorder.map.bind_made(storage))
-            op.writes = tuple(writes)
+            seen = [(s, t) for t in made if (s := storage_of(t)) is not None]
+            writes = [(recorder.map.bind_made(s), t) for s, t in seen]
+            op.writes, op.opaque = tuple(n for n, _ in writes), len(seen) < len(made)
             recorder._append(op)
-            for number, tensor in zip(writes, made, strict=True):
+            for number, tensor in writes:
                 recorder._born(number, tensor, op)
             self._packs = []
             if not any(t.requires_grad for t in real):
@@ -330,6 +342,12 @@ class Shadow:
             made = self._stand_in(made, behind)
             self._loose = loose
             return made
+
+    def _blank_like(self, tensor: Tensor) -> Tensor:
+        """Another fake tensor of the same kind."""
+        if _is_opaque(tensor) or is_distributed(tensor):
+            return self.mode.from_tensor(tensor.detach())
+        return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
 
     def _twin_of_pack(self, j: int) -> Tensor:
         tensor = self.packed_here[j]
@@ -371,24 +389,27 @@ class _Told(Recorder):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.real: list[Tensor] = []
+        self.given: list[tuple[Tensor, Tensor]] = []
 
     def _run(self, func: Any, facts: OpFacts, args: Any, kwargs: Any) -> Any:
         try:
             return super()._run(func, facts, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            made = _sized(func, args, self.real)
+            made = _sized(func, args, self.real, self.given)
             if made is None:
                 raise
             return made
 
 
-def _sized(func: Any, args: Any, real: Sequence[Tensor]) -> Any:
+def _sized(func: Any, args: Any, real: Sequence[Tensor], given: Sequence[tuple[Tensor, Tensor]]) -> Any:
     """Results of an operator whose size depends on numbers, by those of the call that it is in."""
+    if func is torch.ops.aten.nonzero.default:
+        found = [t for twin, t in given if twin is args[0]] or [t for _, t in given if t.size() == args[0].size()]
+        n = int(found[0].count_nonzero()) if found else real[0].size(0) if real else None
+        if n is not None:
+            return torch.empty_strided((n, args[0].dim()), (1, n), dtype=torch.int64, device=args[0].device)
     if not real:
         return None
-    if func is torch.ops.aten.nonzero.default:
-        return torch.empty_strided((real[0].size(0), args[0].dim()), (1, real[0].size(0)), dtype=torch.int64,
-                                   device=args[0].device)  # fmt: skip
     if len(func._schema.returns) != len(real):
         return None
     made = tuple(torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in real)
@@ -414,6 +435,17 @@ class _Tail(torch.autograd.Function):
 
 def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(n, dtype=dtype, device=device)
+
+
+def _is_small_index(tensor: Tensor) -> bool:
+    """Whether this is something like the lengths of sequences: numbers that decide about sizes."""
+    integer = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
+    return integer and tensor.device.type == "cpu" and tensor.numel() <= _SMALL and not _is_opaque(tensor)
+
+
+def _is_opaque(tensor: Tensor) -> bool:
+    """Whether the memory of a tensor cannot be seen: sparse, quantized, nested or wrapped ones."""
+    return storage_of(tensor) is None and not is_distributed(tensor)
 
 
 def _is_like(twin: Tensor, tensor: Tensor) -> bool:

@@ -73,6 +73,8 @@ class Tape:
         self.listener = Listener(self._looked if self.check.is_looking else self._heard)
         self.script, self.shadow = script, shadow
         self.escaped: set[int] = set()
+        self.uninitialised: set[int] = set()
+        """Values that are whatever the memory held before: made again they would be something else."""
         self.pinned: set[int] = set()
         """Values that the plan would drop and that turned out to be kept."""
         self.path: list[Call] | None = None
@@ -136,7 +138,7 @@ class Tape:
         self.script, self._acts, self.is_planned = script, script.acts, True
         kept = script.kept | script.hold
         for value in list(self.ledger.held):
-            if value not in kept and value in self.ledger.maker:
+            if value not in kept and value in self.ledger.maker and value not in self.uninitialised:
                 self.ledger.let_go(value)
 
     # ---- values --------------------------------------------------------------------------------------------------
@@ -167,14 +169,13 @@ class Tape:
         storage = storage_of(local_of(tensor))
         if storage is None or self.values.known(storage) is not None:
             return None
-        number = -1
-        if self.shadow is not None:
-            number = self.shadow.number(tensor) if pack is None else self.shadow.saved.get(pack, -1)
-        if number < 0:
-            number = self.values.bind_made(storage)
-        else:
-            self.values.rebind(storage, number)
-        return number
+        if self.shadow is None:
+            return self.values.bind_made(storage)
+        number = self.shadow.number(tensor) if pack is None else self.shadow.saved.get(pack)
+        if number is None:
+            number = self.values.bind_outside(storage)
+        self.values.rebind(storage, number)
+        return number if number >= 0 else None  # a constant, such as torch.tensor makes
 
     def hold_saved(self, value: int, tensor: Tensor) -> None:
         """Hold a value that autograd saves."""
@@ -189,11 +190,11 @@ class Tape:
         """The number of the value that a memory holds after a call has overwritten it."""
         storage = storage_of(local_of(tensor))
         assert storage is not None
-        number = self.shadow.number(tensor) if self.shadow is not None else -1
-        if number < 0 or number == old:
-            return old if number == old else self.values.bind_made(storage)
+        if self.shadow is None:
+            return self.values.bind_made(storage)
+        number = self.shadow.number(tensor)
         self.values.rebind(storage, number)
-        return number
+        return number if number >= 0 else old  # what it is now is from outside, as far as can be seen
 
     def is_outside(self, tensor: Tensor) -> bool:
         """Whether another run may take a tensor from outside as it is: it lives longer than the step, or is small."""
@@ -214,7 +215,7 @@ class Tape:
 
     def rescue(self, value: int) -> None:
         """Copy a value that calls made again may read, because it is about to be overwritten."""
-        if any(value in entry.reads for entry in self.ledger.entries.values()):
+        if self._is_read(value):
             held = self.ledger.held[value]
             with torch.no_grad():
                 self.ledger.hold(value, View.of(held).on(held.untyped_storage().clone()))
@@ -239,15 +240,25 @@ class Tape:
 
     def escape(self, values: Sequence[int]) -> None:
         """Something else than torch gets to know the memory of these values: they stay as they are."""
-        for value in values:
-            self.escaped.add(value)
-            for k in [k for k, e in self.ledger.entries.items() if value in e.reads or value in e.makes]:
-                for made in self.ledger.entries[k].makes:
-                    if made not in self.ledger.held and made in self.passes.needs.handles:
-                        self._fetched(made)
-                self.ledger.withdraw(k)
+        self.escaped.update(values)
+        entries = self.ledger.entries
+        self.freeze([k for k, e in entries.items() if any(v in e.reads or v in e.makes for v in values)])
         if self.shadow is not None:
             self.shadow.recorder.changed_unseen.update(values)
+
+    def freeze(self, calls: Sequence[int]) -> None:
+        """These calls cannot be made again any more: what they have made stays, and is made now if it is gone."""
+        for k in calls:
+            for value in self.ledger.entries[k].makes:
+                if value not in self.ledger.held and (value in self.passes.needs.handles or self._is_read(value)):
+                    self.ledger.fetch(value, lambda v: False, lambda locked: None)
+                    self.ledger.remade.discard(value)
+        for k in calls:
+            self.ledger.withdraw(k)
+            self.once(k, "reads what the step overwrites, or what something else than torch may change")
+
+    def _is_read(self, value: int) -> bool:
+        return any(value in entry.reads for entry in self.ledger.entries.values())
 
     def shadowed(self, func: Any, args: Any, kwargs: Any, out: Any, packs: range) -> None:
         """Make the call on fake tensors, too."""
@@ -300,7 +311,7 @@ class Tape:
             return
         allowed = self._allowed()
         if allowed is not None:
-            self.online.shrink(allowed - needed, locked)
+            self.online.shrink(allowed - needed, {*locked, *self.uninitialised})
 
     def _allowed(self) -> float | None:
         """Bytes that may be held: what the budget leaves beside everything else."""
@@ -419,10 +430,14 @@ class Tape:
 
     def _drop(self, value: int) -> None:
         """Let go of a value, unless the graph is to be gone through once more and it is the forward's own."""
-        if value in self.pinned:
+        if value in self.pinned or (value not in self.ledger.maker and self._is_source(value)):
             return
         if value in self.ledger.held and not (self.passes.retained and value not in self.ledger.remade):
             self.ledger.let_go(value)
+
+    def _is_source(self, value: int) -> bool:
+        """Whether, in a step that has been noted, calls that may be needed begin with this value."""
+        return isinstance(self.policy, Noting) and self.passes.needs.is_needed(value)
 
     def _improvise(self) -> None:
         """From here on make values on demand, and hold what the budget has room for."""
@@ -463,7 +478,7 @@ class Tape:
                 continue
             if self.is_planned:
                 if value not in self.ledger.remade and self.script is not None and value not in self.script.hold:
-                    self.ledger.let_go(value)
+                    self._drop(value)
             elif not self.passes.needs.is_needed(value):
                 self.ledger.let_go(value)
 
