@@ -48,9 +48,9 @@ class View(NamedTuple):
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
     """The storage of an ordinary tensor; None for sparse, quantized, nested and wrapped tensors, which stay opaque."""
-    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor._is_zerotensor():
+    if type(tensor) not in _PLAIN_TYPES and (torch.nn.parameter.is_lazy(tensor) or _wraps(tensor)):
         return None
-    if type(tensor) not in _PLAIN_TYPES and _wraps(tensor):
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor._is_zerotensor():
         return None
     return tensor.untyped_storage()
 

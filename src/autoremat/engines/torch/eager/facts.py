@@ -70,7 +70,7 @@ _KNOWN: dict[Any, CallFacts] = {}
 def facts_of_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: State) -> CallFacts:
     """The facts of a call; calls of the same function on tensors of the same kind are looked at once per process."""
     given = tensors_given(args, kwargs)
-    if any(storage_of(t) is None and not is_distributed(t) for t in given) or _of_functorch():
+    if any(torch.nn.parameter.is_lazy(t) or (storage_of(t) is None and not is_distributed(t)) for t in given) or _of_functorch():
         return CallFacts(written=_written_by_name(func, kwargs, given), once=OPAQUE)
     if not is_torchs(func):
         return _of_schema(func, args, kwargs, given)

@@ -86,6 +86,8 @@ class Noting:
     def _noted(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape = self._tape
         given = tensors_given(args, kwargs)
+        if any(map(torch.nn.parameter.is_lazy, given)):
+            return func(*args, **kwargs)
         state = State.now()
         numbers = [tape.number(t) for t in given]
         if tape.check.is_looking:

@@ -66,6 +66,8 @@ class Shadow:
         self._node_of: dict[int, tuple[int, int]] = {}
         self._gone: deque[int] = deque()
         self._packs: list[Any] = []
+        self._packed_once: set[int] = set()
+        """Storages that the call that runs now has saved, by address."""
         self._saved_after: dict[int, int] = {}
         """For every value that is saved the op after which that happened first."""
         self._loose: list[tuple[int, Tensor]] = []
@@ -220,10 +222,14 @@ class Shadow:
             yield
 
     def _pack(self, tensor: Tensor) -> Any:
+        if tensor.dtype is torch.bool:
+            self.recorder.count(tensor)
         packed = self.recorder.pack(tensor)
         self._packs.append(packed)
         inner = packed.packed if isinstance(packed, PackedLocal) else packed
-        if isinstance(inner, _Packed):
+        storage = storage_of(local_of(tensor))
+        if isinstance(inner, _Packed) and storage is not None and storage._cdata not in self._packed_once:
+            self._packed_once.add(storage._cdata)
             self._saved_after.setdefault(inner.number, len(self.recorder.ops) - 1)
         return packed
 
@@ -238,44 +244,60 @@ class Shadow:
             kwargs: its keyword arguments.
             out: its result.
             packs: the numbers of what autograd has saved inside it.
-
-        Raises:
-            Unlike: on fake tensors it saves something else, or gives something of another kind.
         """
         self.settle()
-        fake_args, fake_kwargs = mapped(args, self.twin), mapped(kwargs, self.twin)
-        self._packs, self.recorder.call, self.recorder.real = [], call, tensors_in(out)
-        made, real = [], self.recorder.real
-        self.recorder.given = [(self.twin(t), t) for t in tensors_given(args, kwargs)]
-        numbers, _ = self.recorder.map.reads(local_of(twin) for twin, _ in self.recorder.given)
-        begin = len(self.recorder.ops)
-        if is_torchs(func) and not any(map(_is_opaque, (*tensors_given(args, kwargs), *real))):
-            try:
-                with self._recording():
-                    made = tensors_in(func(*fake_args, **fake_kwargs))
-            except Exception:
-                if not any(map(_is_small_index, tensors_given(args, kwargs))):
-                    raise
-                del self.recorder.ops[begin:]  # it needs the numbers in some of its arguments
-                self._packs = []
-                with self._recording():
-                    made = tensors_in(func(*mapped(args, self._with_numbers), **mapped(kwargs, self._with_numbers)))
-        else:
-            made = self._foreign(func, fake_args, fake_kwargs, real, packs)
-        if len(made) != len(real):
-            raise Unlike(f"{_name(func)} gives {len(made)} tensors on fake ones and {len(real)} on real ones")
-        self._match_packs(func, packs)
+        recorder, real = self.recorder, tensors_in(out)
+        recorder.call, recorder.real = call, real
+        recorder.given = [(self.twin(t), t) for t in tensors_given(args, kwargs)]
+        numbers, _ = recorder.map.reads(local_of(twin) for twin, _ in recorder.given)
+        begin = len(recorder.ops)
+        made = self._made(func, args, kwargs, real, packs)
         for tensor, twin in zip(real, made, strict=True):
-            if not _is_like(twin, tensor) or twin.requires_grad != tensor.requires_grad:
-                raise Unlike(f"{_name(func)} gives something of another shape, or history, on fake tensors")
             self._bind(tensor, twin)
             self._take_size(tensor, twin)
-        self.recorder.real, self.recorder.given = [], []
+        recorder.real, recorder.given = [], []
         self._read_all(begin, numbers)
         self._note_what_leaves(begin, made)
 
-    def _with_numbers(self, tensor: Tensor) -> Tensor:
-        return tensor if _is_small_index(tensor) else self.twin(tensor)
+    def _made(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Sequence[Tensor], packs: Sequence[int]
+    ) -> list[Tensor]:  # fmt: skip
+        """The twins of what a call gives: by making it, or, where that cannot be done on fakes, by what it gave."""
+        begin = len(self.recorder.ops)
+        given = [t for _, t in self.recorder.given]
+        if is_torchs(func) and not any(map(_is_opaque, (*given, *real))):
+            for change in (self.twin, self._with_numbers):
+                try:
+                    return self._on_fakes(func, mapped(args, change), mapped(kwargs, change), real, packs)
+                except Exception as error:  # noqa: BLE001 - whatever a fake kernel does not know
+                    del self.recorder.ops[begin:]
+                    self.once[self.recorder.call] = f"cannot be recorded ({type(error).__name__}: {error})"
+        return self._foreign(func, mapped(args, self.twin), mapped(kwargs, self.twin), real, packs)
+
+    def _on_fakes(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Sequence[Tensor], packs: Sequence[int]
+    ) -> list[Tensor]:  # fmt: skip
+        """Make a call on fake tensors.
+
+        Raises:
+            Unlike: it saves something else there, or gives something of another kind.
+        """
+        self._packs, self._packed_once = [], set()
+        with self._recording():
+            made = tensors_in(func(*args, **kwargs))
+        if len(made) != len(real):
+            raise Unlike(f"{_name(func)} gives {len(made)} tensors on fake ones and {len(real)} on real ones")
+        for tensor, twin in zip(real, made, strict=True):
+            if not _is_like(twin, tensor) or twin.requires_grad != tensor.requires_grad:
+                raise Unlike(f"{_name(func)} gives something of another shape, or history, on fake tensors")
+        self._match_packs(func, packs)
+        return made
+
+    def _with_numbers(self, tensor: Tensor) -> Any:
+        """A tensor of which the call needs the numbers: real, or a number of Python where it is just one."""
+        if not _is_small_index(tensor):
+            return self.twin(tensor)
+        return tensor.item() if tensor.dim() == 0 else tensor
 
     def _read_all(self, begin: int, numbers: Sequence[int]) -> None:
         """Let the first op of a call read all that the call is given: another run needs all of its arguments."""
@@ -321,16 +343,18 @@ class Shadow:
         """What an operator that is not torch's gives: one op of the program, and one node; nobody's code runs."""
         inputs = tensors_in((args, kwargs))
         recorder = self.recorder
+        own = {id(t): twin for twin, t in recorder.given}
         with self._here():
-            made = [self._blank_like(t) for t in real]
+            made = [own[id(t)] if id(t) in own else self._blank_like(t) for t in real]
             numbers, _ = recorder.map.reads(inputs)
             recorder._know_outside(inputs)
             facts = replace(facts_of(torch.ops.aten.mul.Tensor), name=str(func))
             op = RecordedOp(str(func), list(numbers), (), (), False, facts, call=recorder.call,
                             module=recorder.module_path(), source=_user_line())  # fmt: skip
-            seen = [(s, t) for t in made if (s := storage_of(t)) is not None]
+            fresh = [t for t, r in zip(made, real, strict=True) if id(r) not in own]
+            seen = [(s, t) for t in fresh if (s := storage_of(t)) is not None]
             writes = [(recorder.map.bind_made(s), t) for s, t in seen]
-            op.writes, op.opaque = tuple(n for n, _ in writes), len(seen) < len(made)
+            op.writes, op.opaque = tuple(n for n, _ in writes), len(seen) < len(fresh)
             recorder._append(op)
             for number, tensor in writes:
                 recorder._born(number, tensor, op)
@@ -390,30 +414,60 @@ class _Told(Recorder):
         super().__post_init__()
         self.real: list[Tensor] = []
         self.given: list[tuple[Tensor, Tensor]] = []
+        self.counts: dict[int, int] = {}
+        """For values that are masks and are saved, how many elements are true."""
+
+    def count(self, mask: Tensor) -> None:
+        """Note how many elements of a mask are true that autograd saves."""
+        storage = storage_of(mask)
+        if storage is None:
+            return
+        number = self.map.number(storage)
+        for _, tensor in self.given:
+            if tensor.dtype is torch.bool and tensor.size() == mask.size():
+                self.counts[number] = int(tensor.count_nonzero())
 
     def _run(self, func: Any, facts: OpFacts, args: Any, kwargs: Any) -> Any:
+        if func is torch.ops.aten.index.Tensor and any(t is not None and t.dtype is torch.bool for t in args[1]):
+            made = self._sized(func, args)  # a fake kernel would look for the numbers in its own way
+            if made is not None:
+                return made
         try:
             return super()._run(func, facts, args, kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            made = _sized(func, args, self.real, self.given)
+            made = self._sized(func, args)
             if made is None:
                 raise
             return made
 
+    def _sized(self, func: Any, args: Any) -> Any:
+        """Results of an operator whose size depends on numbers, by those of the call that it is in."""
+        real = self.real
+        if func is torch.ops.aten.nonzero.default:
+            n = self._n_true(args[0])
+            if n is not None:
+                return torch.empty_strided((n, args[0].dim()), (1, n), dtype=torch.int64, device=args[0].device)
+        if func is torch.ops.aten.index.Tensor and not real:
+            return self._indexed(*args)
+        returns = func._schema.returns
+        if not real or len(returns) != len(real) or any(r.type.kind() != "TensorType" for r in returns):
+            return None
+        made = tuple(torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in real)
+        return made[0] if len(made) == 1 else made
 
-def _sized(func: Any, args: Any, real: Sequence[Tensor], given: Sequence[tuple[Tensor, Tensor]]) -> Any:
-    """Results of an operator whose size depends on numbers, by those of the call that it is in."""
-    if func is torch.ops.aten.nonzero.default:
-        found = [t for twin, t in given if twin is args[0]] or [t for _, t in given if t.size() == args[0].size()]
-        n = int(found[0].count_nonzero()) if found else real[0].size(0) if real else None
-        if n is not None:
-            return torch.empty_strided((n, args[0].dim()), (1, n), dtype=torch.int64, device=args[0].device)
-    if not real:
-        return None
-    if len(func._schema.returns) != len(real):
-        return None
-    made = tuple(torch.empty_strided(t.size(), t.stride(), dtype=t.dtype, device=t.device) for t in real)
-    return made[0] if len(made) == 1 else made
+    def _indexed(self, source: Tensor, indices: Any) -> Any:
+        """What a mask alone picks, in the backward."""
+        if len(indices) != 1 or (n := self._n_true(indices[0])) is None:
+            return None
+        return torch.empty((n, *source.shape[indices[0].dim() :]), dtype=source.dtype, device=source.device)
+
+    def _n_true(self, mask: Tensor) -> int | None:
+        found = [t for twin, t in self.given if twin is mask] or [t for _, t in self.given if t.size() == mask.size()]
+        if found:
+            return int(found[0].count_nonzero())
+        storage = storage_of(mask)
+        known = None if storage is None else self.counts.get(self.map.number(storage))
+        return self.real[0].size(0) if known is None and self.real else known
 
 
 class _Tail(torch.autograd.Function):

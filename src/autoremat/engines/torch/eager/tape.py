@@ -145,7 +145,7 @@ class Tape:
 
     def number(self, tensor: Tensor) -> int | None:
         """The number of the value that a tensor looks at; negative for one from outside; None if it cannot be seen."""
-        storage = storage_of(local_of(tensor))
+        storage = None if torch.nn.parameter.is_lazy(tensor) else storage_of(local_of(tensor))
         if storage is None:
             return None
         number = self.values.known(storage)
