@@ -1,6 +1,19 @@
 """Settings of all tests."""
 
-from hypothesis import settings
+from contextlib import suppress
 
-settings.register_profile("shared", deadline=None)  # a machine that others use too is slow now and then
-settings.load_profile("shared")
+import pytest
+
+with suppress(ModuleNotFoundError):  # the tests for a GPU do without it
+    from hypothesis import settings
+
+    settings.register_profile("shared", deadline=None)  # a machine that others use too is slow now and then
+    settings.load_profile("shared")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu"):
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
