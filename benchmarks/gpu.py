@@ -38,6 +38,8 @@ from _side_by_side import keep_memory
 from autoremat.show.text import format_bytes
 
 ROOT: Final = Path(__file__).resolve().parents[1]
+MARK: Final = "pytest.mark.gpu"
+"""What files with tests for a device have in them."""
 START_SECONDS: Final = 12.0
 """What the process of a part may take beside the part: imports, the device's context, the end."""
 LEAST_SECONDS: Final = 15.0
@@ -218,7 +220,7 @@ def _git(*arguments: str) -> str | None:
 def test_files() -> list[str]:
     """The files that have tests marked ``gpu``: nothing else is imported, so nothing else has to be installed."""
     found = sorted((ROOT / "tests").rglob("test_*.py"))
-    return [str(p.relative_to(ROOT)) for p in found if "mark.gpu" in p.read_text()]
+    return [str(p.relative_to(ROOT)) for p in found if MARK in p.read_text()]
 
 
 def run_tests(seconds: float, *, dry: bool = False) -> Data:
