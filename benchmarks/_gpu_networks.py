@@ -85,9 +85,12 @@ class LlamaBlock(nn.Module):
         batch, tokens, _ = x.shape
         q = rotated(self._split(self.q(x), self.heads), cos, sin)
         k = rotated(self._split(self.k(x), self.pairs), cos, sin)
-        k, v = (t.repeat_interleave(self.heads // self.pairs, 1) for t in (k, self._split(self.v(x), self.pairs)))
+        k, v = (self._for_every_query(t) for t in (k, self._split(self.v(x), self.pairs)))
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return y.transpose(1, 2).reshape(batch, tokens, -1)
+
+    def _for_every_query(self, x: Tensor) -> Tensor:
+        return x[:, :, None].expand(-1, -1, self.heads // self.pairs, -1, -1).flatten(1, 2)
 
     def _split(self, x: Tensor, heads: int) -> Tensor:
         return x.view(*x.shape[:2], heads, self.head).transpose(1, 2)
@@ -329,18 +332,18 @@ def llama_config(size: str, context: int) -> LlamaConfig:
 
 
 NETWORKS: dict[str, Network] = {
-    "gpt2-medium": gpt("GPT-2 medium, 1024 tokens, dropout 0.1, bf16", GPT2_MEDIUM, 16),
-    "gpt2-large": gpt("GPT-2 large, 1024 tokens, dropout 0.1, bf16", GPT2_LARGE, 16),
-    "llama-1b-2k": llama("Llama 1B, 2048 tokens, bf16", llama_config("1B", 2048), 8),
-    "llama-1b-8k": llama("Llama 1B, 8192 tokens, bf16", llama_config("1B", 8192), 2),
-    "llama-300m-2k": llama("Llama 300M, 2048 tokens, bf16", llama_config("300M", 2048), 16),
-    "llama-300m-8k": llama("Llama 300M, 8192 tokens, bf16", llama_config("300M", 8192), 4),
+    "gpt2-medium": gpt("GPT-2 medium, 1024 tokens, dropout 0.1, bf16", GPT2_MEDIUM, 8),
+    "gpt2-large": gpt("GPT-2 large, 1024 tokens, dropout 0.1, bf16", GPT2_LARGE, 8),
+    "llama-1b-2k": llama("Llama 1B, 2048 tokens, bf16", llama_config("1B", 2048), 4),
+    "llama-1b-8k": llama("Llama 1B, 8192 tokens, bf16", llama_config("1B", 8192), 1),
+    "llama-300m-2k": llama("Llama 300M, 2048 tokens, bf16", llama_config("300M", 2048), 8),
+    "llama-300m-8k": llama("Llama 300M, 8192 tokens, bf16", llama_config("300M", 8192), 2),
     "resnet50": Network(
-        "ResNet-50, 224 x 224, bf16, channels last", ResNet, labelled_images(224, 1000), F.cross_entropy, 256,
+        "ResNet-50, 224 x 224, bf16, channels last", ResNet, labelled_images(224, 1000), F.cross_entropy, 128,
         channels_last=True, strict=False,
     ),
     "unet": Network(
-        "U-Net, 256 x 256, float32 (TF32)", UNet, labelled_pixels(256, 4), each_pixel, 32, dtype=None, strict=False,
+        "U-Net, 256 x 256, float32 (TF32)", UNet, labelled_pixels(256, 4), each_pixel, 16, dtype=None, strict=False,
     ),
 }  # fmt: skip
 """By the name of the part."""

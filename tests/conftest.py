@@ -1,8 +1,11 @@
 """Settings of all tests."""
 
+import os
 from contextlib import suppress
 
 import pytest
+
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
 
 with suppress(ModuleNotFoundError):  # the tests for a GPU do without it
     from hypothesis import settings

@@ -70,7 +70,7 @@ def world(
 def skip_unless_plain_repeats(build: Callable[[], World]) -> None:
     """Where plain training differs from run to run, or does not run at all, equality with it means nothing."""
     try:
-        first, again = (observe(w, w.target, 2) for w in (seeded(build), seeded(build)))
+        first, again = (_observed(seeded(build)) for _ in range(2))
     except RuntimeError as error:
         if "No available kernel" not in str(error) and "No viable backend" not in str(error):
             raise
@@ -78,3 +78,7 @@ def skip_unless_plain_repeats(build: Callable[[], World]) -> None:
     different = [name for (name, a), (_, b) in zip(first, again, strict=True) if not same(a, b)]
     if different:
         pytest.skip(f"plain training differs from run to run: {different[0]}")
+
+
+def _observed(made: World) -> list[Any]:
+    return observe(made, made.target, 2)
