@@ -1,6 +1,7 @@
 # make demo   train two models inside a memory budget and print what it cost
 # make test   the everyday tests
-# Both need nothing but Python 3.10 or newer and a package index that pip can reach.
+# make gpu    what only a CUDA device can tell, in eight minutes; uses the torch that $(PYTHON) has
+# The first two need nothing but Python 3.10 or newer and a package index that pip can reach.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Threads that wait busily make everything ten times slower where another process runs on one of two cores.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-slow lint types docs bench clean
+.PHONY: demo test test-slow gpu lint types docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/autoremat demo
@@ -21,6 +22,12 @@ test: $(VENV)/.dev
 
 test-slow: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not gpu" -rs
+
+# Nothing is installed: another torch must not come over the one that fits the driver.
+RESULTS ?= build/gpu.json
+gpu:
+	@$(PYTHON) benchmarks/_gpu_needs.py
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py --tests --results $(RESULTS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -34,7 +41,7 @@ docs: $(VENV)/.dev
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: $(VENV)/.dev
-	for script in $(filter-out benchmarks/_% benchmarks/zoo%,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+	for script in $(filter-out benchmarks/_% benchmarks/zoo% benchmarks/gpu.py,$(wildcard benchmarks/*.py)); do echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
 
 clean:
 	rm -rf $(VENV)
