@@ -80,8 +80,11 @@ def test_operators_are_exact_on_data_of_other_dtypes(place: str, dtype: torch.dt
 
 
 @pytest.mark.parametrize("name", UNSTEADY)
-def test_operators_left_out_differ_from_themselves(name: str) -> None:
-    assert not is_steady(NAMED[name]), f"{name} can go from the table"
+def test_operators_left_out_may_differ_from_themselves(name: str) -> None:
+    """Where a build of torch is steady, they are as exact as all others."""
+    if is_steady(NAMED[name]):
+        wrong = [outcome.wrong for outcome in sweep(NAMED[name], [torch.float32], at_most=2) if outcome.wrong]
+        assert not wrong, wrong
 
 
 @pytest.mark.parametrize("name", REFUSED)
