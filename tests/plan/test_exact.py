@@ -146,6 +146,7 @@ def test_auto_is_reported_beside_it():
 
 
 @pytest.mark.slow
+@pytest.mark.real_seconds
 @pytest.mark.parametrize("share", [0.1, 0.4])
 def test_auto_is_close_to_the_optimum_of_a_recorded_block(share: float):
     program = Program.from_json(DATA / "gpt-block.json")
@@ -171,6 +172,7 @@ def test_auto_is_optimal_on_nearly_all_graphs_of_ten_ops(make):
 
 
 @pytest.mark.slow
+@pytest.mark.real_seconds
 @pytest.mark.parametrize("n_ops", [40, 60, 80, 100])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_auto_is_close_to_the_optimum_of_larger_graphs(n_ops: int, share: float):

@@ -146,6 +146,7 @@ def test_the_bound_of_the_floor_counts_what_no_op_can_make_again():
 
 
 @pytest.mark.slow
+@pytest.mark.real_seconds
 @pytest.mark.parametrize("seed", range(4))
 def test_several_moments_at_once_are_a_better_bound_than_one(seed: int):
     """A tight budget on a graph of 44 ops: never worse than single moments, and close to the optimum."""
