@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Threads that wait busily make everything ten times slower where another process runs on one of two cores.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-slow gpu lint types docs bench clean
+.PHONY: demo test test-guard test-all versions gpu lint types docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/autoremat demo
@@ -20,8 +20,18 @@ demo: $(VENV)/.demo
 test: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
-test-slow: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and not gpu" -rs
+# Of the slow ones those that guard the most: what .ci/run adds to the everyday tests.
+test-guard: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "slow and guard and not gpu" -rs
+
+# Everything: more examples and random ones, and the sweeps of all there is. The seed is printed; SEED=... has it again.
+test-all: SEED := $(or $(SEED),$(shell $(PYTHON) -c 'import random; print(random.randrange(1, 1 << 32))'))
+test-all: $(VENV)/.dev
+	AUTOREMAT_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu" -rs --hypothesis-seed=$(SEED)
+
+# The everyday tests with several versions of torch: gigabytes and an hour, by hand. VERSIONS="2.13 2.15" for some.
+versions: $(BIN)/python
+	$(BIN)/python scripts/versions.py $(VERSIONS)
 
 # Nothing is installed: another torch must not come over the one that fits the driver.
 RESULTS ?= build/gpu.json

@@ -1,22 +1,46 @@
-"""Settings of all tests."""
+"""Settings of all tests: what is drawn at random, and what takes the place of seconds."""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
+
+from tests.fixed import fixed_planning, fixed_seconds, is_thorough, seed
 
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
 
 with suppress(ModuleNotFoundError):  # the tests for a GPU do without it
     from hypothesis import settings
 
-    settings.register_profile("shared", deadline=None)  # a machine that others use too is slow now and then
-    settings.load_profile("shared")
+    settings.register_profile("everyday", derandomize=True, database=None, deadline=None)
+    settings.register_profile("thorough", database=None, deadline=None, print_blob=True)
+    settings.load_profile("thorough" if is_thorough() else "everyday")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a device that is not there."""
     if item.get_closest_marker("gpu"):
         import torch
 
         if not torch.cuda.is_available():
             pytest.skip("needs a CUDA device")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    """Which examples; of random ones what it takes to have them again."""
+    if not is_thorough():
+        return "examples: the same ones every time"
+    return f"examples: random ones; to have them again: make test-all SEED={seed()}"
+
+
+@pytest.fixture(autouse=True)
+def the_same_every_time(request: pytest.FixtureRequest) -> Iterator[None]:
+    """No test depends on how fast or busy the machine is, but those marked ``real_seconds``."""
+    if request.node.get_closest_marker("real_seconds"):
+        yield
+        return
+    with fixed_seconds(), fixed_planning():
+        yield

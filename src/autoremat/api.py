@@ -20,6 +20,7 @@ from autoremat.record.optimizer import optimizer_bytes
 from autoremat.record.timing import Progress
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session as SessionOfCalls
+from autoremat.record.versions import warn_if_untested
 from autoremat.run import Session, Stats
 from autoremat.run.selfcheck import CHANGED, DIFFERS
 from autoremat.run.session import NotPlannable
@@ -29,6 +30,7 @@ from autoremat.show.progress import progress_bar
 F = TypeVar("F", bound=Callable[..., Any])
 Budget = int | float | str
 _MARK = "__autoremat__"
+warn_if_untested(torch.__version__)  # here, so that it is said once, at the first use
 QUICK: Final = 0.2
 """The part of the time for a plan in which the quick one must be found; it is made again from scratch otherwise."""
 

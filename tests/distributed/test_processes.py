@@ -28,6 +28,9 @@ JOBS = {
     "four processes": (4, ("ddp", "fsdp", "tensor-parallel", "pipeline")),
 }
 
+GUARDS = dict.fromkeys(("DistributedDataParallel", "fully_shard"), pytest.mark.guard)
+"""Those that continuous integration runs."""
+
 
 def torchrun(n: int, script: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(n)]
@@ -37,7 +40,7 @@ def torchrun(n: int, script: Path, *arguments: str) -> subprocess.CompletedProce
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize("job", [pytest.param(j, marks=GUARDS.get(j, ())) for j in JOBS])
 def test_as_without_autoremat(job: str) -> None:
     n, cases = JOBS[job]
     done = torchrun(n, WORKER, *cases)

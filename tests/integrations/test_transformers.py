@@ -206,7 +206,7 @@ def test_a_model_that_was_checkpointed_before(tmp_path: Path) -> None:
 
 
 # The compiler imports what torch calls deprecated, and looks at the gradient of every tensor.
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 def test_a_compiled_model_says_so(tmp_path: Path) -> None:
     options = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 2}

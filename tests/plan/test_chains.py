@@ -10,7 +10,7 @@ from math import ceil, log2
 
 import pytest
 from checkpoint_schedules import optimal_steps_binomial
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoremat.plan import solve
@@ -25,6 +25,7 @@ from autoremat.plan.tables import tables_of
 from autoremat.plan.uniform import proven, uniform_of
 from autoremat.program import InfeasibleBudget, Op, Program, Schedule, Value, simulate, verify
 from autoremat.program.model import END
+from tests.fixed import examples
 from tests.plan.brute_force import optimum
 from tests.plan.chains import bytes_of_slots, chain, gpt, steps, uniform_steps
 from tests.plan.random_programs import steps as random_steps
@@ -74,6 +75,7 @@ def test_revolve_by_name_equals_the_closed_form_on_uniform_chains():
             assert forward_steps(program, revolve(program, bytes_of_slots(s))) == revolve_forwards(n, s), (n, s)
 
 
+@pytest.mark.real_seconds
 @pytest.mark.parametrize(("n", "s", "forwards"), [*LARGE, (5000, 70, 17372)])
 def test_long_uniform_chains_are_planned_optimally_and_at_once(n: int, s: int, forwards: int):
     program = uniform_steps(n)
@@ -109,7 +111,7 @@ def test_gpt_is_no_uniform_chain():
     assert uniform_of(gpt(2)) is None
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(n=st.integers(5, 6), grad=st.integers(0, 3), state=st.integers(1, 3), budget=st.integers(3, 20))
 def test_no_schedule_of_a_uniform_chain_is_below_its_bound(n: int, grad: int, state: int, budget: int):
     program = steps([state] * n, [1.0] * n, grad_bytes=grad)
@@ -170,7 +172,7 @@ def uneven_steps(draw: st.DrawFn) -> Program:
     return steps(sizes, [float(s) for s in seconds], grad_bytes=draw(st.integers(0, 9)))
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(program=uneven_steps(), share=st.floats(0.3, 1.0))
 def test_rotor_is_never_below_brute_force(program: Program, share: float):
     budget = max(1, int(share * simulate(program).peak_bytes))
@@ -240,7 +242,7 @@ def test_rotor_has_a_schedule_even_where_its_estimates_exceed_the_plain_peak():
 # -- all of them -------------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(
     program=st.one_of(programs(max_ops=8), random_steps()),
     solver=st.sampled_from(("chen", "chen-recursive", "revolve", "rotor", "dtr")),
@@ -253,7 +255,7 @@ def test_every_schedule_can_be_carried_out(program: Program, solver: str, share:
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(program=random_steps(), solver=st.sampled_from(("chen", "chen-recursive", "revolve", "rotor", "dtr")))
 def test_auto_is_never_worse_than_the_classics(program: Program, solver: str):
     budget = max(1, int(0.7 * simulate(program).peak_bytes))

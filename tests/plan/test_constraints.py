@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import autoremat
@@ -13,6 +13,7 @@ from autoremat.plan import SOLVERS, solve
 from autoremat.plan.constraints import constrain, kept_anyway, passing_values
 from autoremat.plan.tables import tables_of
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate, verify
+from tests.fixed import examples
 from tests.plan.brute_force import optimum
 from tests.plan.chains import Builder, chain, gpt
 from tests.plan.random_programs import literature_steps, recorded_steps, steps
@@ -31,7 +32,7 @@ def wishes(program: Program) -> st.SearchStrategy[tuple[tuple[str, ...], tuple[s
 
 
 @pytest.mark.slow
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(data=st.data(), program=steps(), share=st.floats(0, 1))
 def test_plans_obey_and_can_be_carried_out(data: st.DataObject, program: Program, share: float):
     keep, again = data.draw(wishes(program))
@@ -48,7 +49,7 @@ def test_plans_obey_and_can_be_carried_out(data: st.DataObject, program: Program
     assert not kept_anyway(plan.schedule, passing, tables_of(program).until)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(data=st.data(), program=st.one_of(recorded_steps(2, 4), literature_steps(2, 4)), share=st.floats(0, 1))
 def test_no_schedule_without_what_must_be_kept_is_below_the_bound(data: st.DataObject, program: Program, share: float):
     keep, _ = data.draw(wishes(program))

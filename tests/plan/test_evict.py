@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoremat.plan import solve
@@ -13,6 +13,7 @@ from autoremat.plan.reuse import reuse
 from autoremat.plan.tables import tables_of
 from autoremat.plan.unroll import merge
 from autoremat.program import InfeasibleBudget, Program, Schedule, simulate, verify
+from tests.fixed import examples
 from tests.plan.chains import Builder, chain
 from tests.plan.random_programs import steps
 
@@ -66,7 +67,7 @@ def test_the_floor_of_a_chain_of_blocks_is_what_one_op_of_the_backward_needs(n: 
         solve(program, 899)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(program=steps(), share=st.floats(0.0, 1.2), power=st.sampled_from((0.0, 0.5, 1.0)), data=st.data())
 def test_a_walk_can_be_carried_out_and_stays_so_when_room_is_spent(program, share, power, data):
     tables, accountant = tables_of(program), Accountant(program)
@@ -85,7 +86,7 @@ def test_a_walk_can_be_carried_out_and_stays_so_when_room_is_spent(program, shar
         assert verify(program, Schedule.from_order(program, order.tolist())) == ()
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(program=steps())
 def test_with_all_the_room_nothing_runs_again(program: Program):
     plain = simulate(program).peak_bytes

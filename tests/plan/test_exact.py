@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-import time
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from autoremat.plan import solve
+from autoremat.plan import clock, solve
 from autoremat.plan.exact import exact
 from autoremat.program import InfeasibleBudget, Op, Plan, Program, Value, simulate, verify
+from tests.fixed import examples
 from tests.plan.brute_force import optimum
 from tests.plan.random_graphs import checkmate_chain, graph, layered
 from tests.plan.random_programs import literature_steps, recorded_steps
@@ -31,7 +31,7 @@ def budget_between(program: Program, share: float) -> int:
 
 def is_cheapest(program: Program, plan: Plan) -> bool:
     """Whether the exact solver can prove that no schedule of its kind is cheaper."""
-    outcome = exact(program, plan.budget_bytes, plan.schedule, deadline=time.monotonic() + 300)
+    outcome = exact(program, plan.budget_bytes, plan.schedule, deadline=clock.now() + 300)
     assert outcome.bound_seconds <= plan.schedule.extra_seconds(program) + 1e-9
     return outcome.is_cheapest and outcome.schedule == plan.schedule
 
@@ -73,7 +73,7 @@ def test_between_first_runs_only_program_order_is_looked_at_and_the_bound_knows(
 
 
 @pytest.mark.slow
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(program=st.one_of(programs(max_ops=5), literature_steps(3, 5)), share=st.floats(0.0, 0.8))
 def test_equal_to_brute_force_with_scratch_holds_and_overwriting(program: Program, share: float):
     budget = budget_between(program, share)
@@ -83,7 +83,7 @@ def test_equal_to_brute_force_with_scratch_holds_and_overwriting(program: Progra
     assert is_cheapest(program, plan)
 
 
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(program=recorded_steps(3, 5), share=st.floats(0.0, 0.8))
 def test_recorded_steps_run_again_only_where_the_tape_can(program: Program, share: float):
     budget = budget_between(program, share)
@@ -146,6 +146,7 @@ def test_auto_is_reported_beside_it():
 
 
 @pytest.mark.slow
+@pytest.mark.real_seconds
 @pytest.mark.parametrize("share", [0.1, 0.4])
 def test_auto_is_close_to_the_optimum_of_a_recorded_block(share: float):
     program = Program.from_json(DATA / "gpt-block.json")
@@ -171,6 +172,7 @@ def test_auto_is_optimal_on_nearly_all_graphs_of_ten_ops(make):
 
 
 @pytest.mark.slow
+@pytest.mark.real_seconds
 @pytest.mark.parametrize("n_ops", [40, 60, 80, 100])
 @pytest.mark.parametrize("share", [0.2, 0.5, 0.8])
 def test_auto_is_close_to_the_optimum_of_larger_graphs(n_ops: int, share: float):

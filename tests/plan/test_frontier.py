@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -10,15 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from matplotlib.image import imread
 
 import autoremat
-from autoremat.plan import frontier, solve
+from autoremat.plan import clock, frontier, solve
 from autoremat.plan.frontier import beside
 from autoremat.plan.pool import Pool
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate, verify
 from autoremat.show.plots import frontier_plot
+from tests.fixed import examples
 from tests.plan.chains import chain, gpt
 from tests.plan.random_programs import steps
 
@@ -36,7 +36,7 @@ def assert_lawful(program: Program, points: tuple[Plan, ...]) -> None:
 
 
 @pytest.mark.slow
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(program=steps())
 def test_more_budget_never_costs_more(program: Program):
     found = frontier(program, points=6)
@@ -191,7 +191,7 @@ def test_the_first_budget_does_not_take_the_time_of_all(monkeypatch: pytest.Monk
         improve(self, *args)
         now[0] += 1000
 
-    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(clock, "now", lambda: now[0])
     monkeypatch.setattr(Pool, "_run", run_in_a_second)
     monkeypatch.setattr(Pool, "_improve", take_all_time)
     program = gpt(2, vocabulary=256)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoremat.plan import SOLVERS, solve
@@ -14,6 +14,7 @@ from autoremat.plan.search import Search
 from autoremat.plan.unroll import unroll
 from autoremat.program import InfeasibleBudget, Op, Plan, Program, Schedule, Value, simulate, verify
 from examples.programs import uneven
+from tests.fixed import examples
 from tests.plan.brute_force import optimum
 from tests.plan.random_graphs import layered
 from tests.plan.random_programs import literature_steps, recorded_steps, steps
@@ -29,7 +30,7 @@ def budget_at(program: Program, share: float) -> int:
     return max(1, floor + int(share * (plain - floor)))
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(program=steps(), share=SHARES)
 def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: float):
     budget = budget_at(program, share)
@@ -39,7 +40,7 @@ def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: fl
     assert plan.lower_bound <= plan.overhead + 1e-12
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(program=programs(max_ops=6), solver=st.sampled_from(SOLVERS))
 def test_every_solver_plans_the_plain_peak(program: Program, solver: str):
     plain = simulate(program).peak_bytes
@@ -52,7 +53,7 @@ def test_every_solver_plans_the_plain_peak(program: Program, solver: str):
     assert solver != "auto" or plan.overhead == 0
 
 
-@settings(max_examples=30, deadline=None)
+@examples(30)
 @given(program=steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
 def test_every_solver_is_lawful_at_every_budget_it_reaches(program: Program, share: float, solver: str):
     budget = budget_at(program, share)
@@ -66,7 +67,7 @@ def test_every_solver_is_lawful_at_every_budget_it_reaches(program: Program, sha
     assert plan.lower_bound <= plan.overhead + 1e-12
 
 
-@settings(max_examples=15, deadline=None)
+@examples(15)
 @given(program=steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
 def test_the_same_plan_for_the_same_input(program: Program, share: float, solver: str):
     budget = budget_at(program, share)
@@ -81,7 +82,7 @@ def _outcome(program: Program, budget: int, solver: str) -> object:
         return error.floor_bytes
 
 
-@settings(max_examples=12, deadline=None)
+@examples(12)
 @given(program=steps(), shares=st.tuples(SHARES, SHARES).map(sorted))
 def test_more_budget_never_costs_more(program: Program, shares: list[float]):
     less, more = (budget_at(program, share) for share in shares)
@@ -89,7 +90,7 @@ def test_more_budget_never_costs_more(program: Program, shares: list[float]):
 
 
 @pytest.mark.slow
-@settings(max_examples=20, deadline=None)
+@examples(20)
 @given(program=steps(), share=SHARES)
 def test_the_floor_does_not_depend_on_what_was_asked(program: Program, share: float):
     floor = solve(program, simulate(program).peak_bytes).floor_bytes
@@ -108,7 +109,7 @@ def _plan_or_floor(program: Program, budget: int) -> Plan | int:
         return error.floor_bytes
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(
     program=st.one_of(programs(max_ops=4), recorded_steps(2, 4), literature_steps(2, 4)),
     share=SHARES,
@@ -123,7 +124,7 @@ def test_no_schedule_is_below_the_lower_bound(program: Program, share: float, t:
     assert best <= solve(program, budget).overhead * program.seconds + 1e-9
 
 
-@settings(max_examples=80, deadline=None)
+@examples(80)
 @given(program=st.one_of(programs(max_ops=4), recorded_steps(2, 4), literature_steps(2, 4)))
 def test_no_schedule_has_a_peak_below_the_bound_of_the_floor(program: Program):
     least = floor_bound(program)
@@ -145,6 +146,7 @@ def test_the_bound_of_the_floor_counts_what_no_op_can_make_again():
 
 
 @pytest.mark.slow
+@pytest.mark.real_seconds
 @pytest.mark.parametrize("seed", range(4))
 def test_several_moments_at_once_are_a_better_bound_than_one(seed: int):
     """A tight budget on a graph of 44 ops: never worse than single moments, and close to the optimum."""
@@ -157,7 +159,7 @@ def test_several_moments_at_once_are_a_better_bound_than_one(seed: int):
     assert bound <= solve(program, budget, solver="exact", time_limit_seconds=60).overhead * program.seconds
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data(), program=programs(max_ops=8))
 def test_the_fast_account_is_the_simulators(data: st.DataObject, program: Program):
     order = data.draw(orders(program, max_extra=5))
@@ -167,7 +169,7 @@ def test_the_fast_account_is_the_simulators(data: st.DataObject, program: Progra
     assert account.extra_seconds == timeline.extra_seconds
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(data=st.data(), program=st.one_of(steps(), programs(max_ops=8)))
 def test_whatever_is_dropped_can_be_made_again(data: st.DataObject, program: Program):
     search = Search(program)

@@ -3,7 +3,7 @@
 from itertools import chain as together
 from itertools import combinations
 
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoremat.plan.min_cut import Pricer
@@ -11,6 +11,7 @@ from autoremat.plan.segments import boundaries, crossing
 from autoremat.plan.tables import tables_of
 from autoremat.plan.unroll import reruns
 from autoremat.program import Program
+from tests.fixed import examples
 from tests.plan.chains import gpt
 from tests.plan.random_programs import recorded_steps
 
@@ -23,7 +24,7 @@ def cost(program: Program, keep: frozenset[int], price: float) -> float:
     return sum(program.ops[i].seconds for i in again) + price * sum(program.values[v].nbytes for v in keep | forced)
 
 
-@settings(max_examples=60, deadline=None)
+@examples(60)
 @given(program=recorded_steps(3, 8), price=st.sampled_from((0.001, 0.02, 0.1, 0.5, 3.0)))
 def test_no_other_choice_is_cheaper(program: Program, price: float):
     tables = tables_of(program)

@@ -21,6 +21,7 @@ def test_the_gap_is_small(name: str, share: float) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.real_seconds
 @pytest.mark.parametrize("name", sorted(set(NETWORKS) - set(SMALL)))
 def test_the_gap_of_the_others_is_small(name: str) -> None:
     program = training_graph(name, NETWORKS[name]())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import random
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 import autoremat
 from autoremat.checking import Check
 from autoremat.cli import main
+from autoremat.record.timing import Cost
 from tests.run.compare import off_by_a_bit
 from tests.zoo import CASES
 
@@ -116,6 +119,26 @@ def test_what_differs_when_it_runs_again_is_listed(monkeypatch: pytest.MonkeyPat
     assert found.is_exact
     assert found.kept
     assert all("test_check.py:" in line and line in str(found) for line in found.kept)
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.6])
+@pytest.mark.parametrize("seed", range(2))
+def test_what_differs_and_is_overwritten_is_kept_as_well(
+    budget: float, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Dropout makes its mask in place; whatever the plan runs again of that, the check goes on."""
+    dice, module = random.Random(seed), sys.modules["autoremat.record.record"]
+    plain = module.measure_all
+
+    def costs(signatures: Any, *rest: Any, **options: Any) -> list[Cost]:
+        return [c._replace(seconds=10 ** dice.uniform(-6, -3)) for c in plain(signatures, *rest, **options)]
+
+    off_by_a_bit(monkeypatch)
+    monkeypatch.setattr(module, "measure_all", costs)
+    with pytest.warns(RuntimeWarning, match="must not run again"):
+        found = autoremat.check(Net(), torch.randn(64, WIDTH), budget=budget, time_limit_seconds=0.1)
+    assert found.is_exact
+    assert found.kept
 
 
 def test_tensors_that_are_not_there() -> None:

@@ -18,7 +18,7 @@ __all__ = ["quick"]  # a fixture
 
 pytestmark = [
     # The compiler imports what torch calls deprecated, and looks at the gradient of every tensor.
-    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 LAYERS, WIDTH, ROWS = 4, 32, 64

@@ -220,7 +220,7 @@ def test_gradients_of_activations_kept() -> None:
     exact(build)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 def test_scripted_function_inside() -> None:
     """Its executor changes the operators after a few runs."""
 
@@ -233,7 +233,7 @@ def test_scripted_function_inside() -> None:
     check_body(lambda i, h: scripted(h, 0.5 + i), steps=5)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
 def test_dual_numbers() -> None:
     """Forward mode around the call is another path than the recorded one; inside, it is recorded."""
 

@@ -12,6 +12,9 @@ from tests.run.module_sweep import DTYPES, MODULES, beside, cases, sweep, wrong_
 from tests.run.sweep import PLACES, Outcome, quiet
 from tests.run.torch_checkpoint import FORMS
 
+GUARDS = {torch.bfloat16: pytest.mark.guard}
+"""The dtype of which continuous integration looks at all modules."""
+
 NAMED = {info.name: info for info in MODULES}
 EVERY_DAY = [
     name
@@ -34,7 +37,7 @@ def test_module_is_exact(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [pytest.param(d, marks=GUARDS.get(d, ())) for d in DTYPES], ids=str)
 @pytest.mark.parametrize("info", MODULES, ids=lambda info: info.name)
 def test_module_is_exact_in_every_dtype(info: ModuleInfo, dtype: torch.dtype) -> None:
     assert_exact(sweep(info, dtype, at_most=None if dtype == torch.float32 else 5))

@@ -15,7 +15,6 @@ enough: at two moments or a few more, it is solved over whole numbers, as far as
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -24,6 +23,7 @@ from typing import Final
 
 import numpy as np
 
+from autoremat.plan import clock
 from autoremat.plan.min_cut import Network, build
 from autoremat.plan.stages import Stages
 from autoremat.plan.tables import split_point
@@ -68,7 +68,7 @@ def lower_bound(program: Program, budget_bytes: int, *, deadline: float = inf) -
 
     The schedules meant are all that run every op in program order plus further runs of repeatable ops anywhere. Never
     negative; 0.0 for a program without seconds. About a hundred minimum cuts and a linear program; stops at
-    ``deadline`` (on ``time.monotonic``) with what it has.
+    ``deadline`` (on ``clock.now``) with what it has.
     """
     best, moments = cut_bound(program, budget_bytes, deadline=deadline)
     return max(best, closer_bound(program, budget_bytes, moments, deadline=deadline))
@@ -147,7 +147,7 @@ def _ranked(program: Program, budget_bytes: int, deadline: float) -> list[tuple[
     """Moments with a bound for each, best first; the price of the first one is good enough to compare them."""
     weights, price, found = _Weights(program), 0.0, list[tuple[float, int]]()
     for t in _moments(program):
-        if time.monotonic() > deadline:
+        if clock.now() > deadline:
             break
         moment = _Moment(program, t)
         if not price:
@@ -178,7 +178,7 @@ def _best_price(moment: _Moment, weights: _Weights, budget_bytes: int, deadline:
     best, best_price, low, high = 0.0, 0.0, 0.0, 0.0
     price = _first_price(moment.program, moment.network)
     for _ in range(_STEPS):
-        if time.monotonic() > deadline:
+        if clock.now() > deadline:
             break
         bound, slope = _cut_at(moment, weights, budget_bytes, price)
         if bound > best:
@@ -210,20 +210,20 @@ def _first_price(program: Program, network: Network) -> float:
 def _together(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:
     """Seconds that any schedule needs because of what fits at several moments, one after the other."""
     count = min(_TOGETHER, _LARGEST // len(program.ops))
-    if count < 2 or not ranked or time.monotonic() > deadline:
+    if count < 2 or not ranked or clock.now() > deadline:
         return 0.0
     table = _stages(program, budget_bytes, _spread(ranked, count)).table
-    found = table.relax(min(_MOST_SECONDS, deadline - time.monotonic()))
+    found = table.relax(min(_MOST_SECONDS, deadline - clock.now()))
     return found.cost * _unit(program) if found and found.cost < inf else 0.0
 
 
 def _whole(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:
     """The same with ops that cannot run half a time, and at fewer moments."""
-    if len(program.ops) > _LARGEST_WHOLE or not ranked or time.monotonic() > deadline:
+    if len(program.ops) > _LARGEST_WHOLE or not ranked or clock.now() > deadline:
         return 0.0
     count = max(2, min(_TOGETHER, _WHOLE // len(program.ops)))
     table = _stages(program, budget_bytes, _spread(ranked, count)).table
-    found = table.solve(min(_MOST_SECONDS, deadline - time.monotonic()), nodes=_NODES)
+    found = table.solve(min(_MOST_SECONDS, deadline - clock.now()), nodes=_NODES)
     return found.bound * _unit(program) * (1 - _TOLERANCE) if found.bound < inf else 0.0
 
 

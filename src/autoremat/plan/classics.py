@@ -6,10 +6,10 @@ up by ``reuse``. ``find_floor``: Revolve with few slots, which on chains needs t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from functools import cached_property
 
+from autoremat.plan import clock
 from autoremat.plan.chain import Chain, Runs, chain_of
 from autoremat.plan.chen import chen_plans
 from autoremat.plan.chen_recursive import chen_recursive_plans
@@ -48,7 +48,7 @@ class Classics:
             fitting = [(look.rank, runs) for look, runs in looks if look.peak_bytes <= budget_bytes]
             if fitting:
                 self._search.reuse(name, min(fitting)[1], budget_bytes)
-            if time.monotonic() > deadline:
+            if clock.now() > deadline:
                 return
 
     def _plans(self, budget_bytes: int, deadline: float) -> Iterator[tuple[str, Iterable[Runs]]]:

@@ -10,10 +10,10 @@ couple of evictions rather than at each.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from math import inf
 
+from autoremat.plan import clock
 from autoremat.plan.chain import Runs
 from autoremat.plan.evict import Course, Executor, Rules, course_of
 from autoremat.plan.tables import NEVER, tables_of
@@ -30,7 +30,7 @@ _LIMITS = 8
 def dtr(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
     """DTR under the budget; where it fails, under the lowest of a few higher limits. O(evictions * values).
 
-    Near the floor it thrashes for minutes; past the ``deadline`` (on ``time.monotonic``) it fails.
+    Near the floor it thrashes for minutes; past the ``deadline`` (on ``clock.now``) it fails.
     """
     course, plain = course_of(tables_of(program)), simulate(program).peak_bytes
     for k in range(_LIMITS if budget_bytes < plain else 0):
@@ -46,7 +46,7 @@ def dtr_runs(course: Course, limit_bytes: int, *, deadline: float = inf) -> Runs
     executor = _Online(course, Rules(limit_bytes, limit_bytes, most_bytes=limit_bytes))
     for t in range(len(course.tables.ops)):
         executor.step(t)
-        if executor.failed or time.monotonic() > deadline:
+        if executor.failed or clock.now() > deadline:
             return None
     return executor.runs
 

@@ -7,12 +7,12 @@ for every smaller budget. So along the frontier more budget never costs more.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from autoremat.plan import clock
 from autoremat.plan.budget import parse_budget
 from autoremat.plan.constraints import Patterns, constrain, explained
 from autoremat.plan.infeasible import infeasible
@@ -164,14 +164,14 @@ _AT_LEAST = 0.25
 
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
     """A plan per budget, by rising budget."""
-    begin, progress = time.monotonic(), progress or _silent
+    begin, progress = clock.now(), progress or _silent
     end, pool = begin + limit, _pool_of(program)
     budgets = _budgets(points, pool.floor_bytes(_part(progress, 0.0, 0.05)), simulate(program).peak_bytes)
     pool.grow(begin + _FOR_ALL * limit, _part(progress, 0.05, 0.1), lambda: False)  # the first must not take all time
     plans = []
     n = len(budgets)
     for k, budget_bytes in enumerate(budgets):
-        share = max((end - time.monotonic()) / (n - k), _AT_LEAST * limit / n)
+        share = max((end - clock.now()) / (n - k), _AT_LEAST * limit / n)
         part = _part(progress, 0.1 + 0.9 * k / n, 0.1 + 0.9 * (k + 1) / n, f"budget {k + 1} of {n}, ")
         plans.append(solve(program, budget_bytes, time_limit_seconds=share, progress=part))
     progress("done", 1.0)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
 
+from autoremat.plan import clock
 from autoremat.plan.bounds import closer_bound, cut_bound
 from autoremat.plan.calls import folded_of, planned_as
 from autoremat.plan.classics import Classics
@@ -100,7 +100,7 @@ class Pool:
     ) -> None:
         """The jobs in order, until there are enough candidates or until the deadline."""
         for k, job in enumerate(jobs):
-            if enough() or (job not in self._found and time.monotonic() > deadline):
+            if enough() or (job not in self._found and clock.now() > deadline):
                 return
             share = k / len(jobs)
             progress("pool of candidates", 0.4 * share if jobs is self._cuts else 0.4 + 0.2 * share)
@@ -208,7 +208,7 @@ class Pool:
         self, program: Program, budget_bytes: int, solver: str, limit: float, progress: Callable[[str, float], None]
     ) -> Found:
         """The best candidate for the budget."""
-        begin, bound, moments = time.monotonic(), 0.0, list[int]()
+        begin, bound, moments = clock.now(), 0.0, list[int]()
         if budget_bytes < simulate(program).peak_bytes:
             progress("lower bound", 0.0)
             bound, moments = cut_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
@@ -216,7 +216,7 @@ class Pool:
         enough = (bound + self._near_enough) * program.seconds
         self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
         floor = self._floor[0]
-        late = time.monotonic() + 0.1 * limit  # looking for the floor may have taken all the time there was
+        late = clock.now() + 0.1 * limit  # looking for the floor may have taken all the time there was
         greedy_one = greedy(self._search, budget_bytes, deadline=max(begin + 0.7 * limit, late))
         if solver == "auto":
             progress("search", 0.7)
@@ -274,7 +274,7 @@ class Pool:
         search = self._search
 
         def done() -> bool:
-            return time.monotonic() > deadline or self._is_down_to(enough, budget_bytes)
+            return clock.now() > deadline or self._is_down_to(enough, budget_bytes)
 
         near, far = (self._fitting(starts, done) for starts in self._starts(budget_bytes))
         around = [walks.around for walks in self._walks]

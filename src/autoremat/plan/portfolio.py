@@ -10,7 +10,6 @@ budgets, more budget hardly ever costs more.
 
 from __future__ import annotations
 
-import time
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -18,6 +17,7 @@ from importlib import import_module
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
+from autoremat.plan import clock
 from autoremat.plan.budget import parse_budget
 from autoremat.plan.calls import folded_of, planned_as, unfolded, until_in
 from autoremat.plan.constraints import Patterns, constrain, explained, kept_anyway, passing_values
@@ -129,12 +129,12 @@ def solve(
     plain_peak = simulate(program).peak_bytes
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in _CLASSICS:
-        return _classic(program, budget_bytes, solver, plain_peak, time.monotonic() + time_limit_seconds)
+        return _classic(program, budget_bytes, solver, plain_peak, clock.now() + time_limit_seconds)
     optimum = _optimum(program, budget_bytes, plain_peak) if solver == "auto" else None
     if optimum:
         (progress or _silent)("done", 1.0)
         return optimum
-    begin, share = time.monotonic(), _FIRST_SHARE if solver == "exact" else 1.0
+    begin, share = clock.now(), _FIRST_SHARE if solver == "exact" else 1.0
     found = _pool_of(program).solve(
         program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
         progress or _silent,
@@ -145,7 +145,7 @@ def solve(
     elif solver == "auto":
         look = _exact_look(program, found) * time_limit_seconds
         if look:
-            found = _made_exact(program, budget_bytes, found, min(deadline, time.monotonic() + look))
+            found = _made_exact(program, budget_bytes, found, min(deadline, clock.now() + look))
     if found.schedule is None:
         raise infeasible(program, budget_bytes, found.lowest, solver=solver)
     return _plan(
@@ -161,9 +161,9 @@ def classics_of(
 
     Keep everything is left out, and so is what finds nothing else. None is begun after the time limit.
     """
-    end, found = time.monotonic() + time_limit_seconds, []
+    end, found = clock.now() + time_limit_seconds, []
     for name in _CLASSICS:
-        if name != "keep-everything" and time.monotonic() < end:
+        if name != "keep-everything" and clock.now() < end:
             timeline = simulate(program, _made_by(name, program, budget_bytes, end))
             overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
             if timeline.extra_seconds or timeline.peak_bytes <= budget_bytes:

@@ -8,7 +8,6 @@ knowledge of the future, and both simulate after every batch of choices, because
 
 from __future__ import annotations
 
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ from functools import cached_property
 
 import numpy as np
 
+from autoremat.plan import clock
 from autoremat.plan.account import Account, Accountant
 from autoremat.plan.call_account import CallAccountant
 from autoremat.plan.calls import Folded, planned_as
@@ -198,7 +198,7 @@ class Search:
         current = lowest = start
         stuck = 0
         for _ in range(rounds):
-            if current.peak_bytes <= target_bytes or stuck >= 8 or time.monotonic() > deadline:
+            if current.peak_bytes <= target_bytes or stuck >= 8 or clock.now() > deadline:
                 break
             drops = self._drops(current, target_bytes, byte_time)
             if not drops:
@@ -278,7 +278,7 @@ class Search:
         best, refused = start, set[tuple[int, int]]()
         size = 1 << 30
         for _ in range(rounds):
-            if time.monotonic() > deadline:
+            if clock.now() > deadline:
                 break
             picks = self._picks(best, budget_bytes, refused)[:size]
             if not picks:

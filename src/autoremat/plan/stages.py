@@ -28,6 +28,7 @@ import numpy.typing as npt
 from scipy.optimize import Bounds, LinearConstraint, linprog, milp
 from scipy.sparse import csr_matrix
 
+from autoremat.plan import clock
 from autoremat.program import Program
 
 Floats = npt.NDArray[np.float64]
@@ -106,7 +107,7 @@ class Table:
     def relax(self, seconds: float) -> Relaxed | None:
         """The optimum over fractions (HiGHS); None when the time is over."""
         matrix, box = self.matrix(), np.stack([self.low, self.high], axis=1)
-        options = {"time_limit": max(0.1, seconds)}
+        options = dict(clock.relaxation_limits(seconds))
         found = linprog(self.cost, A_ub=matrix, b_ub=self.most, bounds=box, method="highs", options=options)
         if found.status == _INFEASIBLE:
             return Relaxed(inf, np.zeros(len(self.cost)))
@@ -129,7 +130,7 @@ class Table:
             high: narrower upper limits.
             nodes: limit of the search that, unlike the time, makes no difference between fast and slow machines.
         """
-        limits = {"time_limit": max(0.1, seconds), "mip_rel_gap": 0.0}
+        limits = {**clock.search_limits(seconds), "mip_rel_gap": 0.0}
         found = milp(
             np.array(self.cost),
             integrality=np.array(self.whole),

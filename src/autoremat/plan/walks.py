@@ -8,12 +8,12 @@ backward does not fit without nesting.
 from __future__ import annotations
 
 import random
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from math import exp
 
+from autoremat.plan import clock
 from autoremat.plan.evict import Course, Rules, course_of, evicting
 from autoremat.plan.search import Candidate, Entry, Search, no_noise
 from autoremat.plan.tables import Tables
@@ -75,7 +75,7 @@ class Walks:
     def around(self, budget_bytes: int, deadline: float) -> None:
         """Walk under the budget, from nothing and from what candidates above the budget drop."""
         for rules in self._rules(budget_bytes):
-            if time.monotonic() > deadline:
+            if clock.now() > deadline:
                 return
             self._walk(rules, budget_bytes)
         best = next((e for e in reversed(self._search.leveled) if e.peak_bytes <= budget_bytes), None)

@@ -218,12 +218,12 @@ def _cloned(output: Any) -> Any:
 
 def whole_parameter(unit: Unit, parameter: Any) -> Tensor:
     """A parameter of full size, as it is while it is gathered; what is in it means nothing."""
-    made = torch.empty(parameter._orig_size, dtype=_dtype(unit.group, parameter), device=unit.group.device)
+    made = torch.empty(parameter._orig_size, dtype=_dtype(parameter), device=unit.group.device)
     return nn.Parameter(made, requires_grad=parameter.sharded_param.requires_grad)
 
 
-def _dtype(group: Any, parameter: Any) -> torch.dtype:
-    return group.mp_policy.param_dtype or parameter.sharded_param.dtype
+def _dtype(parameter: Any) -> torch.dtype:
+    return parameter.mp_policy.param_dtype or parameter.sharded_param.dtype
 
 
 # ---- the account -----------------------------------------------------------------------------------------------------
@@ -278,15 +278,14 @@ def keeps_whole_gradients(unit: Unit) -> bool:
 
 def _unit_bytes(unit: Unit) -> tuple[int, int, int]:
     """Of a whole unit: its parameters, their gradients, and the gradients in the type that they are reduced in."""
-    policy = unit.group.mp_policy
     whole = gradients = reduced = 0
     for p in unit.group.fsdp_params:
         n = p.padded_sharded_param_size.numel() * unit.group.mesh_info.mesh.size()
-        dtype = _dtype(unit.group, p)
+        dtype = _dtype(p)
         whole += n * dtype.itemsize
         if p.sharded_param.requires_grad:
             gradients += n * dtype.itemsize
-            reduced += n * (policy.reduce_dtype or dtype).itemsize
+            reduced += n * (p.mp_policy.reduce_dtype or dtype).itemsize
     return whole, gradients, reduced
 
 

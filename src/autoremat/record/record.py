@@ -169,13 +169,16 @@ def record(
 
 
 def _or_from(error: Exception, record_anew: Callable[[], Recorder], *, is_real: bool) -> Recorder:
-    """The other way to record; if that fails, too, the error on the real tensors with the other one behind it."""
+    """The other way to record; if that fails, too, the error on the real tensors with the other one behind it.
+
+    Where the other way is refused from the start, the first error tells more.
+    """
     try:
         return record_anew()
     except (NothingDifferentiable, CompiledCode):
         raise
     except Exception as again:
-        if is_real:
+        if is_real and not isinstance(again, NotSupported):
             raise again from error
         raise error from again
 

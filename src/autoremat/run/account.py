@@ -61,7 +61,7 @@ def account(step: Callable[[], object], before_bytes: int = 0) -> Account:
         before_bytes: what is resident before, usually ``resident(model, optimizer, *inputs)``.
     """
     gc.collect()
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as prof:
         step()
     return account_of(prof, before_bytes)
 

@@ -443,7 +443,10 @@ class Tape(TorchDispatchMode):
         return found
 
     def _rescue(self, written: Sequence[Tensor], expected: bool) -> frozenset[int]:
-        """Copy what reruns will read and an op that the plan does not know is about to overwrite."""
+        """Copy what reruns will read and what cannot be made again once this op has overwritten it.
+
+        That is what they need where the plan does not know the op, and always what turned out to differ.
+        """
         assert self._map is not None
         rescued = set()
         for tensor in written:
@@ -453,7 +456,7 @@ class Tape(TorchDispatchMode):
                 continue
             if number < 0:
                 self._rescue_outside(number)
-            elif number in self._held and not expected and number in self._needed():
+            elif number in self._held and (number in self._pinned or (not expected and number in self._needed())):
                 copy = self._held[number].storage().clone()
                 self._let_go(number)
                 self._held[number] = _Held(copy, original=True)
@@ -679,6 +682,8 @@ class Tape(TorchDispatchMode):
         """Whether something else than handles decides how long a value stays: each of its stays has its own plan."""
         if self.following:
             held, instructions = self._held.get(number), self.instructions
+            if number in self._pinned and number in instructions.installs:  # the run that would make it again does not
+                return True
             stays = instructions.keep if held is not None and held.original else instructions.installs
             return number in stays and number not in self._late
         return number in self._needed()

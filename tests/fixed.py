@@ -1,0 +1,111 @@
+"""What takes the place of seconds in tests, so that they say the same on every machine, however busy it is."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest.mock import patch
+
+from hypothesis import settings
+
+from autoremat.plan import clock
+from autoremat.plan.stages import Table, Whole
+from autoremat.record import timing
+from autoremat.record.timing import Cost
+
+SEED_IS = "AUTOREMAT_SEED"
+"""The variable that has the seed of random examples; without it examples are the same every time."""
+
+MORE = 5
+"""How many times as many random examples as everyday ones."""
+
+LOOK_SECONDS = 1 / 1024
+"""What passes from one look at the planner's clock to the next; sums of it are exact."""
+
+SOLVER_SECONDS = 1 / 8
+"""What a linear or integer program takes."""
+
+NODES_IN_A_SECOND = 20
+
+MOST_COLUMNS = 2000
+"""Of an integer program that is solved; what is larger may take minutes for its first node, and counts as not done."""
+
+_COSTS: dict[Any, Cost] = {}
+_measured, _solve = timing._measure_for_real, Table.solve
+
+
+def is_thorough() -> bool:
+    """Whether examples are random."""
+    return bool(os.environ.get(SEED_IS))
+
+
+def seed() -> int:
+    """The seed of random examples."""
+    return int(os.environ[SEED_IS])
+
+
+def examples(n: int) -> settings:
+    """So many examples of a property, the same every time; more, and random ones, where tests are to be thorough."""
+    return settings(max_examples=n * MORE if is_thorough() else n, deadline=None)
+
+
+def random_seed(number: int) -> int:
+    """This number; where tests are to be thorough another one each time, which the seed decides."""
+    return number + 1000 * seed() if is_thorough() else number
+
+
+def _estimated(signature: Any, room_bytes: int | None) -> Cost:
+    """An operator run once, for what it allocates; its seconds are an estimate."""
+    cost = _measured(signature, room_bytes)
+    return cost._replace(seconds=timing.estimate(signature, sum(cost.made_bytes)).seconds)
+
+
+def _long_enough(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
+    """Longer than what is run again to be timed."""
+    return timing._LONG_SECONDS
+
+
+@contextmanager
+def fixed_seconds() -> Iterator[None]:
+    """Operators are measured for the bytes that they allocate; seconds are estimated."""
+    quick = {"_MEASURED": _COSTS, "_CACHE_BYTES": 0, "_time_once": _long_enough, "_measure_for_real": _estimated}
+    with patch.multiple(timing, **quick):
+        yield
+
+
+class Work:
+    """A clock that counts how often it is looked at, and how many programs are handed to a solver."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def now(self) -> float:
+        """The work so far."""
+        self.seconds += LOOK_SECONDS
+        return self.seconds
+
+    def relaxation_limits(self, seconds: float) -> dict[str, float]:
+        """A linear program always ends."""
+        self.seconds += SOLVER_SECONDS
+        return {}
+
+    def search_limits(self, seconds: float) -> dict[str, float]:
+        """An integer program may have nodes in place of seconds."""
+        self.seconds += SOLVER_SECONDS
+        return {"node_limit": max(10, int(seconds * NODES_IN_A_SECOND)) if seconds < 1e6 else 1_000_000}
+
+
+def _solved(table: Table, seconds: float, **rest: Any) -> Whole:
+    """The integer program, if it is small."""
+    return _solve(table, seconds, **rest) if len(table.cost) <= MOST_COLUMNS else Whole(0.0, None)
+
+
+@contextmanager
+def fixed_planning() -> Iterator[None]:
+    """The planner's limits of time count work."""
+    work = Work()
+    limits = {name: getattr(work, name) for name in ("now", "relaxation_limits", "search_limits")}
+    with patch.multiple(clock, **limits), patch.object(Table, "solve", _solved):
+        yield
