@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from autoremat.program import END, Op, Plan, Program, Schedule, Value
+from autoremat.program import END, INSIDE, Op, Plan, Program, Schedule, Value
 
 BACKWARD = {"phase": "backward", "repeatable": "backward"}
 
@@ -25,6 +25,29 @@ def chain() -> Program:
         Op("g1", (1, 4), (5,), 1.0, scratch_bytes=7, **BACKWARD),
     )
     return Program("chain", values, ops)
+
+
+def linear() -> Program:
+    """``linear`` under autocast, a call of three ops: the casts are saved inside, right before the product."""
+    values = (
+        Value("x", 8, fixed=True),
+        Value("w", 4, fixed=True),
+        Value("xh", 4, available=1),
+        Value("wh", 2, available=1),
+        Value("t", 3, held=2, available=INSIDE),
+        Value("y", 6, available=2),
+        Value("dy", 6),
+        Value("dw", 4, held=END),
+    )
+    ops = (
+        Op("cast", (0,), (2,), 1.0, call=3),
+        Op("cast", (1,), (3, 4), 1.0, call=3),
+        Op("mm", (2, 3), (5,), 4.0, call=3, scratch_bytes=1),
+        Op("loss", (5,), (6,), 1.0, call=4),
+        Op("unpack", (2,), (), **BACKWARD),
+        Op("mm_backward", (2, 3, 6), (7,), 4.0, **BACKWARD),
+    )
+    return Program("linear", values, ops)
 
 
 CHAIN_AGAIN = (0, 1, 2, 3, 0, 4)

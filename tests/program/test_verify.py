@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autoremat.program import END, InvalidSchedule, Op, Plan, Program, Schedule, Value, Violation, simulate, verify
 from autoremat.program import verify as _verify_function
 from autoremat.program.verify import MOST_VIOLATIONS, RULES
-from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, in_place, split
+from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, in_place, linear, split
 from tests.strategies import orders, programs
 
 AGAIN = Schedule.from_order(chain(), CHAIN_AGAIN)  # frees: - a - bc - a,db,da
@@ -43,6 +43,8 @@ ACCEPTED = {
 def test_accepts(program: Program, schedule: Schedule) -> None:
     assert verify(program, schedule) == ()
 
+
+NOT_READY = "the op reads it, but the call that made it again had not come to where it can hand it out"
 
 BROKEN = {
     "ops exist": (
@@ -120,6 +122,40 @@ BROKEN = {
                 "2 (relu_)",
                 "a",
                 "its storage is taken over by 'r' in this run, but it is not among the frees",
+            )
+        ],
+    ),
+    "calls run from the beginning": (
+        linear(),
+        Schedule((0, 1, 2, 3, 1, 4, 5), ((), (), (3, 4), (5,), (4,), (), (2, 3, 6))),
+        [
+            (
+                "calls run from the beginning",
+                4,
+                "1 (cast)",
+                "",
+                "the op runs again without op 0 (cast) of the same call right before it",
+            ),
+        ],
+    ),
+    "calls hand out what is ready": (
+        linear(),
+        Schedule((0, 1, 2, 3, 0, 4, 5), ((), (), (2, 4), (5,), (), (), (2, 3, 6))),
+        [
+            ("calls hand out what is ready", 5, "4 (unpack)", "xh", NOT_READY),
+            ("calls hand out what is ready", 6, "5 (mm_backward)", "xh", NOT_READY),
+        ],
+    ),
+    "calls hold what they held": (
+        linear(),
+        Schedule((0, 1, 2, 3, 0, 1, 2, 4, 5), ((), (), (2, 3, 4), (5,), (), (4,), (5,), (), (2, 3, 6))),
+        [
+            (
+                "calls hold what they held",
+                6,
+                "2 (mm)",
+                "t",
+                "it is freed after run 5, but the call goes on and held it in its first run",
             )
         ],
     ),

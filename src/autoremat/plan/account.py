@@ -80,11 +80,13 @@ class Accountant:
         fixed = [v.fixed for v in program.values]
         access = [[v for v in dict.fromkeys(op.reads) if not fixed[v]] + list(op.writes) for op in program.ops]
         n_writes = [len(op.writes) for op in program.ops]
-        self.n_ops = len(program.ops)
+        self.n_ops = self.n_ordered = len(program.ops)
         self.fixed_bytes = program.fixed_bytes
         self.nbytes = np.array([v.nbytes for v in program.values], dtype=np.int64)
         self.scratch = np.array([op.scratch_bytes for op in program.ops], dtype=np.int64)
-        self.seconds = np.array([op.seconds for op in program.ops], dtype=np.float64)
+        self.again_scratch = np.array([op.again_scratch_bytes for op in program.ops], dtype=np.int64)
+        self._scratch_differs = bool((self.scratch != self.again_scratch).any())
+        self.seconds = np.array([op.again_seconds for op in program.ops], dtype=np.float64)
         self.hold = np.array(program.hold, dtype=np.int64)
         self._count = np.array([len(a) for a in access], dtype=np.int64)
         self._first = np.concatenate([[0], np.cumsum(self._count)])[:-1].astype(np.int64)
@@ -100,40 +102,62 @@ class Accountant:
 
     def order(self, reruns: Sequence[tuple[int, int]]) -> Ints:
         """The order with the further runs ``(late op, op)`` placed in it, like ``unroll.merge``."""
-        base = np.arange(self.n_ops, dtype=np.int64)
+        n = self.n_ordered
+        base = np.arange(n, dtype=np.int64)
         if not reruns:
             return base
         extra = np.unique(np.array(reruns, dtype=np.int64), axis=0)
-        key = np.concatenate([base * 2 * self.n_ops + self.n_ops, extra[:, 0] * 2 * self.n_ops + extra[:, 1]])
+        key = np.concatenate([base * 2 * n + n, extra[:, 0] * 2 * n + extra[:, 1]])
         return np.concatenate([base, extra[:, 1]])[np.argsort(key)]
 
     def __call__(self, order: Ints) -> Account:
         """Bytes and residencies of the order."""
-        value, run, first = self._accesses(order)
+        value, run, written = self._accesses(order)
+        first = np.flatnonzero(written)
         start, last = run[first], run[np.append(first, len(run))[1:] - 1]
         owner = value[first]
-        end = self._prolonged(order, owner, start, last)
+        end = self._prolonged(order, owner, start, last, start)
         m = len(order)
         nbytes = self.nbytes[owner].astype(np.float64)
         steps = np.bincount(start, nbytes, m + 1) - np.bincount(end + 1, nbytes, m + 1)
-        during = np.cumsum(steps[:m]).astype(np.int64) + self.scratch[order] + self.fixed_bytes
+        during = np.cumsum(steps[:m]).astype(np.int64) + self._scratch_of(order) + self.fixed_bytes
         self._take_over(order, during, owner, end)
-        extra = float(np.dot(np.bincount(order, minlength=self.n_ops) - 1, self.seconds))
-        return Account(order, during, owner, start, end, first, run, extra)
+        return Account(order, during, owner, start, end, first, run, self._extra_seconds(order))
 
-    def _accesses(self, order: Ints) -> tuple[Ints, Ints, Ints]:
-        """Value and run of every access, sorted by value then run, and where each residency begins in there."""
+    def with_byproducts(self, order: Ints) -> Account:
+        """The same, with the copies that nothing reads but that could be kept."""
+        return self(order)
+
+    def _extra_seconds(self, order: Ints) -> float:
+        return float(np.dot(np.bincount(order, minlength=self.n_ops) - 1, self.seconds))
+
+    def _scratch_of(self, order: Ints) -> Ints:
+        """Temporary bytes of every run."""
+        if not self._scratch_differs:
+            return self.scratch[order]
+        return np.where(self._are_again(order), self.again_scratch[order], self.scratch[order])
+
+    def _are_again(self, order: Ints) -> npt.NDArray[np.bool_]:
+        """For every run whether the op has run before."""
+        again = np.ones(len(order), dtype=bool)
+        again[np.unique(order, return_index=True)[1]] = False
+        return again
+
+    def _accesses(self, order: Ints) -> tuple[Ints, Ints, npt.NDArray[np.bool_]]:
+        """Value and run of every access, sorted by value then run, and whether it writes: a residency begins there."""
         count = self._count[order]
         ends = np.cumsum(count)
         flat = np.arange(ends[-1] if len(ends) else 0) + np.repeat(self._first[order] - (ends - count), count)
         value = self._value[flat]
         by_value = np.argsort(value, kind="stable")
         run = np.repeat(np.arange(len(order)), count)[by_value]
-        first = np.flatnonzero(self._written[flat][by_value])
-        return value[by_value].astype(np.int64), run, first
+        return value[by_value].astype(np.int64), run, self._written[flat][by_value]
 
-    def _prolonged(self, order: Ints, owner: Ints, start: Ints, last: Ints) -> Ints:
-        """The last run of every residency: that of its last access, later where the value is held."""
+    def _prolonged(self, order: Ints, owner: Ints, start: Ints, last: Ints, twice: Ints) -> Ints:
+        """The last run of every residency: that of its last access, later where the value is held.
+
+        ``twice`` is for every residency the last run at which the copy before it is there as well.
+        """
         hold = self.hold[owner]
         held = np.flatnonzero(hold >= 0)
         if not len(held):
@@ -143,7 +167,7 @@ class Accountant:
         first_run[order[::-1]] = np.arange(len(order))[::-1]
         end[held] = np.maximum(end[held], first_run[hold[held]])
         again = np.flatnonzero(owner[1:] == owner[:-1])
-        end[again] = np.minimum(end[again], np.maximum(start[again + 1], last[again]))
+        end[again] = np.minimum(end[again], np.maximum(twice[again + 1], last[again]))
         return end
 
     def _take_over(self, order: Ints, during: Ints, owner: Ints, end: Ints) -> None:

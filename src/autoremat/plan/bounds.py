@@ -167,7 +167,7 @@ class _Weights:
     """Bytes of the values and seconds of the ops as arrays."""
 
     def __init__(self, program: Program) -> None:
-        self.seconds = np.array([op.seconds for op in program.ops])
+        self.seconds = np.array([op.again_seconds for op in program.ops])
         self.nbytes = np.array([float(v.nbytes) for v in program.values])
 
 
@@ -204,7 +204,7 @@ def _cut_at(moment: _Moment, weights: _Weights, budget_bytes: int, price: float)
 
 def _first_price(program: Program, network: Network) -> float:
     total = sum(program.values[v].nbytes for v in network.wanted)
-    return sum(program.ops[i].seconds for i in network.ops) / max(1, total) or 1.0
+    return sum(program.ops[i].again_seconds for i in network.ops) / max(1, total) or 1.0
 
 
 def _together(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:

@@ -79,7 +79,7 @@ class Chain:
 
     def seconds_of(self, ops: Iterable[int]) -> float:
         """Their sum."""
-        return sum(self.tables.ops[i].seconds for i in ops)
+        return sum(self.tables.ops[i].again_seconds for i in ops)
 
 
 def chain_of(tables: Tables, most: int = NEVER) -> Chain:

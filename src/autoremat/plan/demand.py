@@ -145,7 +145,7 @@ def _transient(tables: Tables, ops: Sequence[int], wanted: Collection[int]) -> i
             if last.get(old) == i and old not in stays
         )
         current += sum(tables.values[v].nbytes for v in op.writes)
-        peak = max(peak, current - taken + op.scratch_bytes)
+        peak = max(peak, current - taken + op.again_scratch_bytes)
         gone = {v for v in op.reads if last.get(v) == i} | {v for v in op.writes if v not in last}
         current -= sum(tables.values[v].nbytes for v in gone - stays)
     return peak

@@ -130,7 +130,7 @@ class Executor:
         self.resident: dict[int, None] = {}
         self.droppable = frozenset(t.droppable)
         self.size = [v.nbytes for v in t.values]
-        self._seconds = [op.seconds for op in t.ops]
+        self._seconds = [op.again_seconds for op in t.ops]
         self._writes = [op.writes for op in t.ops]
         self.busy_until = [-1] * len(t.values)
         self.protected: set[int] = set()
@@ -188,7 +188,7 @@ class Executor:
     def _grown(self, i: int, last_reader: dict[int, int], passing: dict[int, int]) -> int:
         """Bytes that a further run of op ``i`` adds while it runs."""
         op = self.tables.ops[i]
-        grown = op.scratch_bytes + sum(self.size[v] for v in op.writes if v not in self.resident)
+        grown = op.again_scratch_bytes + sum(self.size[v] for v in op.writes if v not in self.resident)
         for new, old in op.in_place:
             if old in passing and last_reader[old] == i:
                 grown -= min(self.size[new], self.size[old])

@@ -164,7 +164,7 @@ def _looks(program: Program) -> list[int]:
 
 def _unit(program: Program) -> float:
     """Seconds per unit of cost: whole costs where the seconds have a common measure, else a ten-thousandth of all."""
-    seconds = np.array([op.seconds for op in program.ops if op.seconds > 0])
+    seconds = np.array([op.again_seconds for op in program.ops if op.again_seconds > 0])
     if not len(seconds):
         return 1.0
     for parts in range(1, 25):

@@ -195,7 +195,7 @@ class Pricer:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._nbytes = np.array([v.nbytes for v in tables.values], dtype=np.float64)
-        self._seconds = np.array([op.seconds for op in tables.ops], dtype=np.float64)
+        self._seconds = np.array([op.again_seconds for op in tables.ops], dtype=np.float64)
         self._networks: dict[tuple[int, ...], list[tuple[Network, int]]] = {}
         self._shapes: dict[Any, int] = {}
         self._solved: dict[tuple[int, float, bytes], bytes] = {}
@@ -218,7 +218,9 @@ class Pricer:
         """Prices from "keep nearly all" to "keep nearly nothing", dearest last: quantiles of seconds per byte."""
         t = self._tables
         ratios = sorted(
-            t.ops[t.producer[v]].seconds / t.values[v].nbytes for v in t.droppable if t.ops[t.producer[v]].seconds > 0
+            t.ops[t.producer[v]].again_seconds / t.values[v].nbytes
+            for v in t.droppable
+            if t.ops[t.producer[v]].again_seconds > 0
         )
         if not ratios:
             return [1.0]
@@ -255,7 +257,7 @@ class Pricer:
 
     def _kind(self, network: Network) -> int:
         weights = (
-            tuple(self._tables.ops[i].seconds for i in network.ops),
+            tuple(self._tables.ops[i].again_seconds for i in network.ops),
             tuple(self._tables.values[v].nbytes for v in (*network.wanted, *network.inner, *network.outer)),
             network.shape,
         )

@@ -10,6 +10,7 @@ from itertools import pairwise
 from math import exp, inf
 
 from autoremat.plan.bounds import closer_bound, cut_bound
+from autoremat.plan.calls import folded_of, planned_as
 from autoremat.plan.classics import Classics
 from autoremat.plan.every_block import block_of
 from autoremat.plan.greedy import greedy
@@ -57,7 +58,7 @@ class Pool:
 
     def __init__(self, program: Program) -> None:
         self._search = Search(program)
-        open_tables = open_tables_of(program)
+        open_tables = open_tables_of(planned_as(program))
         self._walks = [Walks(self._search, t) for t in (self._search.tables, open_tables) if t is not None]
         self._classics = Classics(self._search)
         self._first, self._for_the_floor = list(self._first_work()), list(self._floor_work())
@@ -211,7 +212,7 @@ class Pool:
         if budget_bytes < simulate(program).peak_bytes:
             progress("lower bound", 0.0)
             bound, moments = cut_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
-        bound = max(bound, self._search.tables.asked_seconds / (program.seconds or 1.0))
+        bound = max(bound, self._search.tables.asked_seconds(program) / (program.seconds or 1.0))
         enough = (bound + self._near_enough) * program.seconds
         self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
         floor = self._floor[0]
@@ -252,7 +253,8 @@ class Pool:
         return tuple((name, peak, seconds / total) for name, (peak, seconds) in rows.items())
 
     def _schedule(self, program: Program, entry: Entry) -> Schedule:
-        return Schedule.from_order(program, self._search.recall(entry).account.order.tolist())
+        order = self._search.recall(entry).account.order.tolist()
+        return Schedule.from_order(program, folded_of(program).unfold(order) if program.has_calls else order)
 
     def _is_down_to(self, seconds: float, budget_bytes: int) -> bool:
         best = self._search.best_within(budget_bytes)

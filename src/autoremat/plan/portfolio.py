@@ -19,6 +19,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from autoremat.plan.budget import parse_budget
+from autoremat.plan.calls import folded_of, planned_as, unfolded, until_in
 from autoremat.plan.constraints import Patterns, constrain, explained, kept_anyway, passing_values
 from autoremat.plan.every_block import every_block
 from autoremat.plan.infeasible import infeasible
@@ -187,6 +188,8 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
     known = found.schedule
     if known and known.extra_seconds(program) <= found.lower_bound * program.seconds:
         return found
+    if program.has_calls:
+        return _made_exact_by_calls(program, budget_bytes, found, deadline)
     outcome = _of_all(program, budget_bytes) or exact(program, budget_bytes, known, deadline=deadline)
     beside = found.candidates
     if known:
@@ -197,12 +200,35 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
     return replace(found, name=name, schedule=outcome.schedule, lower_bound=bound, candidates=beside)
 
 
+def _made_exact_by_calls(program: Program, budget_bytes: int, found: Found, deadline: float) -> Found:
+    """The same for a program whose calls run again from their first op on.
+
+    The optimum of the folded program is a schedule of the program, but stages of one call may share a prefix there. The
+    optimum over single ops is a bound, because what runs again call by call is such a schedule.
+    """
+    from autoremat.plan.exact import exact
+
+    now, known = time.monotonic(), found.schedule
+    by_stages = exact(folded_of(program), budget_bytes, deadline=now + (deadline - now) / 2).schedule
+    by_ops = exact(program, budget_bytes, deadline=deadline)
+    total = program.seconds or 1.0
+    bound = max(found.lower_bound, by_ops.bound_seconds / total) if by_ops.schedule else found.lower_bound
+    better = unfolded(program, by_stages) if by_stages else None
+    if better is None or (known and known.extra_seconds(program) <= better.extra_seconds(program)):
+        return replace(found, lower_bound=bound)
+    beside = found.candidates
+    if known:
+        timeline = simulate(program, known)
+        beside = (("auto", timeline.peak_bytes, timeline.extra_seconds / total), *beside)
+    return replace(found, name="exact", schedule=better, lower_bound=bound, candidates=beside)
+
+
 def _of_all(program: Program, budget_bytes: int) -> Outcome | None:
     """The cheapest of all schedules of a tiny program; of a recorded one the tape could not run them all."""
     from autoremat.plan.exact import Outcome
     from autoremat.plan.tiny import MOST_OPS, cheapest
 
-    if len(program.ops) > MOST_OPS or any(op.name == "unpack" for op in program.ops):
+    if program.has_calls or len(program.ops) > MOST_OPS or any(op.name == "unpack" for op in program.ops):
         return None
     schedule = cheapest(program, budget_bytes)
     return Outcome(schedule, schedule.extra_seconds(program), is_cheapest=True) if schedule else None
@@ -228,7 +254,7 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
     """The plan of a uniform chain, whose optimum is known; None for all other programs."""
     from autoremat.plan.uniform import proven
 
-    found = None if passing_values(program) else proven(program, budget_bytes)
+    found = None if passing_values(program) or program.has_calls else proven(program, budget_bytes)
     if found is None:
         return None
     if not found.fits:
@@ -239,7 +265,7 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
 def _made_by(classic: str, program: Program, budget_bytes: int, deadline: float) -> Schedule:
     """The schedule of one of the classics."""
     limits = {"deadline": deadline} if classic == "dtr" else {}  # the only one that may take minutes
-    return _CLASSICS[classic](program, budget_bytes, **limits)
+    return unfolded(program, _CLASSICS[classic](planned_as(program), budget_bytes, **limits))
 
 
 def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int, deadline: float) -> Plan:
@@ -286,8 +312,8 @@ def _plan(
 
 def _refuse_kept(program: Program, schedule: Schedule, solver: str) -> None:
     """Not every solver can be told what not to keep."""
-    tables = tables_of(program)
-    kept = kept_anyway(schedule, tables.passing, tables.until)
+    tables = tables_of(planned_as(program))
+    kept = kept_anyway(schedule, tables.passing, until_in(program, tables.until))
     if kept:
         raise ValueError(
             f"solver {solver!r} keeps {program.label(min(kept))!r} (and {len(kept) - 1} more), which recompute= "

@@ -26,7 +26,7 @@ def reuse(
 ) -> tuple[Runs, Account]:  # fmt: skip
     """Fewer further runs within the budget, and their account; ``runs`` as they are if they are above it already."""
     runs = sorted(set(runs))
-    account = accountant(accountant.order(runs))
+    account = accountant.with_byproducts(accountant.order(runs))
     if account.peak_bytes > budget_bytes:
         return runs, account
     for _ in range(rounds):
@@ -34,7 +34,7 @@ def reuse(
         if len(spared) <= len(runs) // 1000:
             break
         fewer = [run for run in runs if run not in spared]
-        lighter = accountant(accountant.order(fewer))
+        lighter = accountant.with_byproducts(accountant.order(fewer))
         if lighter.peak_bytes > budget_bytes:  # the room was judged gap by gap: together they may not fit
             break
         runs, account = fewer, lighter
@@ -118,7 +118,7 @@ def _spare(ledger: _Ledger, account: Account, budget_bytes: int, noise: Callable
         if again and all(_may_stay(tables, owner, k) for k in wanted):
             idle = ledger.feeders(run, _FARTHEST)
             ledger.restore(idle)
-            seconds = sum(tables.ops[ledger.order[r]].seconds for r in idle)
+            seconds = sum(tables.ops[ledger.order[r]].again_seconds for r in idle)
             nbytes = sum(tables.values[owner[k]].nbytes for k in wanted)
             options.append((-(seconds + 1e-12) / (nbytes + 1) * noise(), run, wanted))
     touched: set[int] = set()

@@ -17,6 +17,8 @@ from functools import cached_property
 import numpy as np
 
 from autoremat.plan.account import Account, Accountant
+from autoremat.plan.call_account import CallAccountant
+from autoremat.plan.calls import Folded, planned_as
 from autoremat.plan.reuse import reuse
 from autoremat.plan.tables import Tables, tables_of
 from autoremat.plan.unroll import Levels, reruns
@@ -101,8 +103,9 @@ class Search:
     """
 
     def __init__(self, program: Program) -> None:
-        self.tables: Tables = tables_of(program)
-        self.accountant = Accountant(program)
+        planned = planned_as(program)
+        self.tables: Tables = tables_of(planned)
+        self.accountant = CallAccountant(program, planned) if isinstance(planned, Folded) else Accountant(program)
         self.frontier: list[Entry] = []
         self.leveled: list[Entry] = []
         self.found: list[Entry] = []
@@ -260,7 +263,7 @@ class Search:
             if not t.rerunnable[i] or len(seen) > 200:
                 return float("inf")
             seen.add(i)
-            seconds += t.ops[i].seconds
+            seconds += t.ops[i].again_seconds
             stack += [t.producer[u] for u in t.reads[i] if not account.resident(u, run)]
         return seconds
 
@@ -364,13 +367,13 @@ class _Savings:
         """An estimate; exact where values run again once."""
         producer = self._tables.producer[value]
         if level:
-            return self._tables.ops[producer].seconds
+            return self._tables.ops[producer].again_seconds
         gone: dict[int, int] = {value: self._users.get(value, 0)}
         seconds, stack = 0.0, [producer]
         while stack:
             i = stack.pop()
             if i in self._again and all(gone.get(v, 0) >= self._users.get(v, 0) for v in self._tables.ops[i].writes):
-                seconds += self._tables.ops[i].seconds
+                seconds += self._tables.ops[i].again_seconds
                 for u in self._tables.reads[i]:
                     gone[u] = gone.get(u, 0) + 1
                     if gone[u] == self._users.get(u, 0) and u in self._dropped[0]:

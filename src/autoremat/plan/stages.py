@@ -170,7 +170,7 @@ class Stages:
         self._needed: dict[tuple[int, int, int], int] = {}
         for w in range(len(self.moments)):
             for i in self.candidates[w]:
-                self.again[w, i] = self.table.column(self.program.ops[i].seconds / self.unit_seconds)
+                self.again[w, i] = self.table.column(self.program.ops[i].again_seconds / self.unit_seconds)
             self._carry(w)
         for w in range(len(self.moments)):
             self._sources(w)
@@ -232,12 +232,14 @@ class Stages:
 
     def _own_bytes(self, i: int, there: set[int]) -> int:
         op, values = self.program.ops[i], self.program.values
-        own = sum(values[v].nbytes for v in {*self._reads[i], *op.writes} - there) + op.scratch_bytes
+        own = sum(values[v].nbytes for v in {*self._reads[i], *op.writes} - there) + op.again_scratch_bytes
         return own - sum(min(values[new].nbytes, values[old].nbytes) for new, old in op.in_place)
 
     def _byte_unit(self) -> float:
         """Bytes per unit in the rows: a solver's tolerance of 1e-6 is then less than a byte up to a terabyte."""
-        sizes = [v.nbytes for v in self.program.values] + [op.scratch_bytes for op in self.program.ops]
+        sizes = [v.nbytes for v in self.program.values] + [
+            b for op in self.program.ops for b in (op.scratch_bytes, op.again_scratch_bytes)
+        ]
         common = int(np.gcd.reduce([*sizes, self.budget_bytes])) if sizes else 1
         return float(max(1, common, min(100_000, self.budget_bytes // 1000)))
 
@@ -340,7 +342,7 @@ class Stages:
         """Bytes at the further run of op ``k``; where it does not run, no more than at the next one that does."""
         program, op, values = self.program, self.program.ops[k], self.program.values
         held = {v for v in self._made if program.producer[v] < self.first(w) and program.hold[v] >= self.moments[w]}
-        terms = [(float(op.scratch_bytes), self.again[w, k])]
+        terms = [(float(op.again_scratch_bytes), self.again[w, k])]
         for v in self._made:
             producer, nbytes = program.producer[v], float(values[v].nbytes)
             if producer == k:

@@ -61,12 +61,11 @@ class Tables:
     droppable: tuple[int, ...]
     passing: frozenset[int]
 
-    @property
-    def asked_seconds(self) -> float:
-        """Seconds of the ops that run again in every plan, because late ops ask for what must not stay."""
-        again = {self.producer[v] for v in self.passing if self.starts[v]}
+    def asked_seconds(self, program: Program) -> float:
+        """Seconds of the program's ops that run again in every plan, because late ops ask for what must not stay."""
+        again = {program.producer[v] for v in self.passing if self.starts[v]}
         # A hair less, because a plan adds up the same seconds in another order.
-        return sum(self.ops[i].seconds for i in again) * (1 - 1e-12)
+        return sum(program.ops[i].again_seconds for i in again) * (1 - 1e-12)
 
     def first_start(self, value: int, after: int) -> int:
         """The first late op beyond ``after`` at which the value can be demanded, or ``NEVER``."""

@@ -80,8 +80,8 @@ class _Search:
             after, taken = max(following, i + 1), self._taken(i, max(following, i + 1))
             for gone in {0, taken}:
                 grown = resident | _bits(op.writes)
-                if self._bytes(i, resident, gone) <= self.budget_bytes:
-                    yield op.seconds if again else 0.0, i, (after, grown & ~gone)
+                if self._bytes(i, resident, gone, again=again) <= self.budget_bytes:
+                    yield op.again_seconds if again else 0.0, i, (after, grown & ~gone)
 
     def _reads_are_there(self, i: int, resident: int) -> bool:
         return all(self.program.values[v].fixed or resident >> v & 1 for v in self.program.ops[i].reads)
@@ -91,10 +91,11 @@ class _Search:
         old = [old for _, old in self.program.ops[i].in_place]
         return _bits(old) if all(self.program.hold[v] < after for v in old) else 0
 
-    def _bytes(self, i: int, resident: int, gone: int) -> int:
+    def _bytes(self, i: int, resident: int, gone: int, *, again: bool) -> int:
         """Bytes while op ``i`` runs; what it writes a second time is there twice, as ``simulate`` says."""
         values, op = self.program.values, self.program.ops[i]
-        total = self.program.fixed_bytes + op.scratch_bytes + sum(values[v].nbytes for v in op.writes)
+        scratch = op.again_scratch_bytes if again else op.scratch_bytes
+        total = self.program.fixed_bytes + scratch + sum(values[v].nbytes for v in op.writes)
         total += sum(x.nbytes for v, x in enumerate(values) if resident >> v & 1)
         pairs = [(new, old) for new, old in op.in_place if gone >> old & 1]
         return total - sum(min(values[new].nbytes, values[old].nbytes) for new, old in pairs)

@@ -125,7 +125,7 @@ def uniform_of(program: Program) -> Uniform | None:
         for k, r in enumerate(reads)
     ]
     value = values[0]
-    nbytes, seconds = program.values[value].nbytes, program.ops[program.producer[value]].seconds
+    nbytes, seconds = program.values[value].nbytes, program.ops[program.producer[value]].again_seconds
     return Uniform(nbytes, seconds, tuple(beside), max(present))
 
 
@@ -147,7 +147,7 @@ def _longest(program: Program) -> list[int]:
     length = [0] * len(program.values)
     for op in program.ops:
         sources = [v for v in op.reads if not program.values[v].fixed]
-        if op.repeatable or len(op.writes) != 1 or len(sources) > 1 or op.seconds <= 0 or op.in_place:
+        if op.repeatable or len(op.writes) != 1 or len(sources) > 1 or op.again_seconds <= 0 or op.in_place:
             continue
         (made,) = op.writes
         length[made] = 1
@@ -163,7 +163,7 @@ def _longest(program: Program) -> list[int]:
 def _alike(program: Program, a: int, b: int) -> bool:
     ops, producer = program.ops, program.producer
     same_bytes = program.values[a].nbytes == program.values[b].nbytes > 0
-    return same_bytes and ops[producer[a]].seconds == ops[producer[b]].seconds
+    return same_bytes and ops[producer[a]].again_seconds == ops[producer[b]].again_seconds
 
 
 def _present(program: Program) -> Sequence[int]:

@@ -5,7 +5,7 @@ for one budget. ``simulate`` accounts for a schedule byte by byte, ``verify`` is
 """
 
 from autoremat.program.errors import InfeasibleBudget, InvalidProgram, InvalidSchedule
-from autoremat.program.model import END, Op, Program, Value
+from autoremat.program.model import END, INSIDE, Op, Program, Value
 from autoremat.program.plan import Plan
 from autoremat.program.schedule import Schedule
 from autoremat.program.simulate import Timeline, simulate
@@ -13,6 +13,7 @@ from autoremat.program.verify import Violation, verify
 
 __all__ = [
     "END",
+    "INSIDE",
     "InfeasibleBudget",
     "InvalidProgram",
     "InvalidSchedule",

@@ -15,7 +15,7 @@ from typing import Any, Final, TypeVar
 
 from autoremat.program.errors import InvalidProgram, InvalidSchedule
 from autoremat.program.files import write_text
-from autoremat.program.model import END, Op, Program, Value
+from autoremat.program.model import END, INSIDE, Op, Program, Value
 from autoremat.program.plan import Plan
 from autoremat.program.schedule import Schedule
 
@@ -44,6 +44,9 @@ _OP_DEFAULTS: Final[dict[str, object]] = {
     "in_place": {},
     "module": "",
     "source": "",
+    "call": -1,
+    "rerun_seconds": None,
+    "rerun_scratch_bytes": None,
 }
 
 _VALUE_DEFAULTS: Final[dict[str, object]] = {
@@ -54,6 +57,7 @@ _VALUE_DEFAULTS: Final[dict[str, object]] = {
     "dtype": "",
     "shape": None,
     "module": "",
+    "available": None,
 }
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -98,6 +102,7 @@ def _value_to_data(value: Value) -> dict[str, Any]:
     optional: dict[str, Any] = {"fixed": value.fixed, "held": "end" if value.held == END else value.held}
     optional |= {"label": value.label, "kind": value.kind, "dtype": value.dtype}
     optional |= {"shape": None if value.shape is None else list(value.shape), "module": value.module}
+    optional |= {"available": "never" if value.available == INSIDE else value.available}
     return {"id": value.id, "bytes": int(value.nbytes), **_unless(optional, **_VALUE_DEFAULTS)}
 
 
@@ -110,6 +115,9 @@ def _op_to_data(op: Op, ids: list[str]) -> dict[str, Any]:
         "in_place": {ids[new]: ids[old] for new, old in op.in_place},
         "module": op.module,
         "source": op.source,
+        "call": op.call,
+        "rerun_seconds": None if op.rerun_seconds is None else float(op.rerun_seconds),
+        "rerun_scratch_bytes": None if op.rerun_scratch_bytes is None else int(op.rerun_scratch_bytes),
     }
     return {
         "name": op.name,
@@ -261,12 +269,13 @@ def _value_from_data(i: int, item: Any) -> Value:
         id=_get(item, where, "id", str),
         nbytes=_get(item, where, "bytes", int),
         fixed=_get(item, where, "fixed", bool, False),
-        held=_held(item, where),
+        held=_op_index(item, where, "held", "end", END),
         label=_get(item, where, "label", str, ""),
         kind=_get(item, where, "kind", str, ""),
         dtype=_get(item, where, "dtype", str, ""),
         shape=_shape(item, where),
         module=_get(item, where, "module", str, ""),
+        available=_op_index(item, where, "available", "never", INSIDE),
     )
 
 
@@ -279,16 +288,16 @@ def _shape(item: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
     return tuple(sizes)
 
 
-def _held(item: Mapping[str, Any], where: str) -> int | None:
-    """``"end"`` is ``END``; an index below 0 is no op, although ``END`` itself is one in memory."""
-    held = item.get("held")
-    if held is None:
+def _op_index(item: Mapping[str, Any], where: str, name: str, word: str, meaning: int) -> int | None:
+    """The index of an op, or what the one word stands for, which is an index below 0 in memory."""
+    found = item.get(name)
+    if found is None:
         return None
-    if held == "end":
-        return END
-    if type(held) is not int or held < 0:
-        raise InvalidProgram(f"{where}: field 'held' must be the index of an op or 'end', got {held!r}")
-    return held
+    if found == word:
+        return meaning
+    if type(found) is not int or found < 0:
+        raise InvalidProgram(f"{where}: field {name!r} must be the index of an op or {word!r}, got {found!r}")
+    return found
 
 
 def _op_from_data(i: int, item: Any, index: Mapping[str, int]) -> Op:
@@ -304,6 +313,9 @@ def _op_from_data(i: int, item: Any, index: Mapping[str, int]) -> Op:
         in_place=_in_place(item, where, index),
         module=_get(item, where, "module", str, ""),
         source=_get(item, where, "source", str, ""),
+        call=_get(item, where, "call", int, -1),
+        rerun_seconds=_number(item, where, "rerun_seconds") if "rerun_seconds" in item else None,
+        rerun_scratch_bytes=_get(item, where, "rerun_scratch_bytes", int, None),
     )
 
 

@@ -14,6 +14,9 @@ from autoremat.program.errors import InvalidProgram
 END: Final = -1
 """``Value.held`` of a value that something outside our reach keeps to the end of the step."""
 
+INSIDE: Final = -2
+"""``Value.available`` of a value that never leaves its call: neither saved by autograd nor an output of the call."""
+
 
 @dataclass(frozen=True, slots=True)
 class Value:
@@ -31,6 +34,9 @@ class Value:
         shape: of the same tensor; None where that is not known.
         module: path of the module that owns the value (a parameter, a buffer, their gradients); where it is "", the
             value belongs to the module of the op that writes it.
+        available: index of the op of the same call after which a further run of the call can hand the value out: one
+            before autograd saves it, or the last of the call for its outputs; ``INSIDE`` when that never happens,
+            ``None`` as soon as the op that writes it has run.
     """
 
     id: str
@@ -42,6 +48,7 @@ class Value:
     dtype: str = ""
     shape: tuple[int, ...] | None = None
     module: str = ""
+    available: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +72,10 @@ class Op:
         module: path of the module that ran the op.
         source: ``file:line`` of the user's code that ran the op; of an op of the backward, where the value that it
             asked for last was saved.
+        call: number of the call that the op belongs to: one call of torch's Python API may run several ops, and runs
+            again from its first one only, op by op up to where it is stopped. -1 when the op may run again by itself.
+        rerun_seconds: duration of a further run, where that is another than of the first.
+        rerun_scratch_bytes: the same of the temporary bytes.
     """
 
     name: str
@@ -77,6 +88,19 @@ class Op:
     in_place: tuple[tuple[int, int], ...] = ()
     module: str = ""
     source: str = ""
+    call: int = -1
+    rerun_seconds: float | None = None
+    rerun_scratch_bytes: int | None = None
+
+    @property
+    def again_seconds(self) -> float:
+        """Duration of a further run."""
+        return self.seconds if self.rerun_seconds is None else self.rerun_seconds
+
+    @property
+    def again_scratch_bytes(self) -> int:
+        """Temporary bytes of a further run."""
+        return self.scratch_bytes if self.rerun_scratch_bytes is None else self.rerun_scratch_bytes
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", tuple(dict.fromkeys(self.reads)))
@@ -151,6 +175,27 @@ class Program:
         last = len(self.ops) - 1
         return tuple(-1 if v.held is None else last if v.held == END else v.held for v in self.values)
 
+    @cached_property
+    def call_begin(self) -> tuple[int, ...]:
+        """For every op the first op of its call; the op itself where it belongs to none."""
+        table: list[int] = []
+        for i, op in enumerate(self.ops):
+            joined = op.call >= 0 and i > 0 and self.ops[i - 1].call == op.call
+            table.append(table[-1] if joined else i)
+        return tuple(table)
+
+    @cached_property
+    def has_calls(self) -> bool:
+        """Whether some call has several ops."""
+        return any(begin < i for i, begin in enumerate(self.call_begin))
+
+    @cached_property
+    def available(self) -> tuple[int, ...]:
+        """For every value the op after which a further run of its call can hand it out; no op at all: ``len(ops)``."""
+        never = len(self.ops)
+        own = (p if v.available is None else v.available for p, v in zip(self.producer, self.values, strict=True))
+        return tuple(never if a == INSIDE else a for a in own)
+
     def label(self, value: int) -> str:
         """What a person calls the value."""
         return self.values[value].label or self.values[value].id
@@ -192,6 +237,8 @@ def _check(program: Program) -> None:
         _check_writes(where, op, values, written)
         _check_in_place(where, i, op, program)
         overwritten.update((old, where) for _, old in op.in_place)
+    _check_calls(program)
+    _check_available(program)
 
 
 def _check_values(values: tuple[Value, ...], n_ops: int) -> None:
@@ -211,6 +258,10 @@ def _check_costs(where: str, op: Op) -> None:
         raise InvalidProgram(f"{where}: seconds must be finite and not negative, got {op.seconds}")
     if op.scratch_bytes < 0:
         raise InvalidProgram(f"{where}: scratch_bytes must not be negative, got {op.scratch_bytes}")
+    if not 0 <= op.again_seconds < math.inf:
+        raise InvalidProgram(f"{where}: rerun_seconds must be finite and not negative, got {op.rerun_seconds}")
+    if op.again_scratch_bytes < 0:
+        raise InvalidProgram(f"{where}: rerun_scratch_bytes must not be negative, got {op.rerun_scratch_bytes}")
 
 
 def _check_indices(where: str, indices: Iterable[int], n_values: int) -> None:
@@ -258,4 +309,42 @@ def _check_in_place(where: str, i: int, op: Op, program: Program) -> None:
             raise InvalidProgram(
                 f"{where}: in_place takes over value {value.id!r}, which is held until op {program.hold[old]}; "
                 f"held must end at op {i} at the latest"
+            )
+
+
+def _check_calls(program: Program) -> None:
+    """Refuse numbers of calls that do not rise, and calls that are interrupted or belong to the backward."""
+    before = -1
+    for i, op in enumerate(program.ops):
+        where = f"op {i} ({op.name})"
+        if op.call < -1:
+            raise InvalidProgram(f"{where}: call must be -1 or the number of a call, got {op.call}")
+        if op.call >= 0 and op.phase == "backward":
+            raise InvalidProgram(f"{where}: call is {op.call}, but an op of the backward belongs to no call")
+        if op.call >= 0 and (op.call < before or (op.call == before and program.call_begin[i] == i)):
+            raise InvalidProgram(
+                f"{where}: call is {op.call}, but the call before was {before}; "
+                "the ops of a call follow one another, and calls are numbered in the order they ran"
+            )
+        before = max(before, op.call)
+
+
+def _check_available(program: Program) -> None:
+    """Refuse a value that is handed out before it is made, by another call, or that is read where it cannot be."""
+    for v, value in enumerate(program.values):
+        made_by, where = program.producer[v], f"value {value.id!r}"
+        if value.available is None:
+            continue
+        if made_by < 0 or program.ops[made_by].call < 0:
+            raise InvalidProgram(f"{where}: available is for values that an op of a call writes")
+        begin = program.call_begin[made_by]
+        if value.available == INSIDE:
+            outside = [i for i in program.readers[v] if program.call_begin[i] != begin]
+            if outside:
+                name = program.ops[outside[0]].name
+                raise InvalidProgram(f"{where} never leaves its call, but op {outside[0]} ({name}) outside reads it")
+        elif not made_by <= value.available < len(program.ops) or program.call_begin[value.available] != begin:
+            raise InvalidProgram(
+                f"{where}: available names op {value.available}; it must be op {made_by}, which writes the value, "
+                "or a later one of the same call"
             )

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from autoremat.program.errors import InvalidSchedule
+from autoremat.program.lifetimes import Lifetimes
 from autoremat.program.model import Program
 
 
@@ -42,31 +43,14 @@ class Schedule:
         A value stays from the run that writes it until the last run that reads it before it is written again, and
         the first copy at least as long as the value is held. A value that an op takes over in place leaves with the
         first run of that op, even where a later run reads it: such an order cannot be carried out, and ``simulate``
-        and ``verify`` say so. O(runs + reads).
+        and ``verify`` say so. Where ops of a call run again, C++ keeps values inside of the call as in the first run
+        (``lifetimes``). O(runs + reads).
 
         Raises:
             InvalidSchedule: the order names an op that does not exist.
         """
         order = tuple(order)
-        first_run = _first_runs(program, order)
-        held_until = [first_run.get(h, -1) for h in program.hold]
-        last_use: dict[int, int] = {}
-        frees: list[list[int]] = [[] for _ in order]
-        for p, i in enumerate(order):
-            op = program.ops[i]
-            for v in op.reads:
-                last_use[v] = p
-            for v in op.writes:
-                end = max(last_use.get(v, p), held_until[v])
-                if end < p:
-                    frees[end].append(v)
-                last_use[v] = p
-            if first_run[i] == p:
-                for _, old in op.in_place:
-                    frees[last_use.pop(old)].append(old)
-        for v, p in last_use.items():
-            if not program.values[v].fixed:
-                frees[max(p, held_until[v])].append(v)
+        frees = Lifetimes(program, order, _first_runs(program, order)).frees
         return Schedule(order, tuple(tuple(sorted(f)) for f in frees))
 
     @cached_property
@@ -79,7 +63,7 @@ class Schedule:
 
     def extra_seconds(self, program: Program) -> float:
         """Seconds of the further runs alone."""
-        return sum((n - 1) * program.ops[i].seconds for i, n in self.runs_of.items())
+        return sum((n - 1) * program.ops[i].again_seconds for i, n in self.runs_of.items())
 
 
 def _first_runs(program: Program, order: Sequence[int]) -> dict[int, int]:

@@ -41,7 +41,8 @@ def simulate(program: Program, plan: Plan | Schedule | None = None) -> Timeline:
 
     Bytes while an op runs: everything resident before it, plus what it writes (an in-place op whose input leaves with
     this run takes over its storage instead; only what it grows by is added), plus its scratch. A value that is written
-    while it is still resident is there twice during that run. O(runs + reads).
+    while it is still resident is there twice during that run, or until the end of the block where a call runs again.
+    O(runs + reads).
 
     Raises:
         InvalidSchedule: a run names an op that does not exist, an op reads a value that is not resident, or a value
@@ -56,19 +57,22 @@ def simulate(program: Program, plan: Plan | Schedule | None = None) -> Timeline:
     schedule = plan.schedule if isinstance(plan, Plan) else plan or Schedule.plain(program)
     resident = {i for i, v in enumerate(program.values) if v.fixed}
     nbytes = [v.nbytes for v in program.values]
-    current = program.fixed_bytes
+    current, twice = program.fixed_bytes, 0
     during: list[int] = []
+    seen: set[int] = set()
     for p, (i, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
         op = _op(program, p, i)
+        if not (i in seen and program.call_begin[i] < i and schedule.order[p - 1] == i - 1):
+            current, twice = current - twice, 0
         _require_resident(program, resident, op.reads, f"run {p}: op {i} ({op.name}) reads")
         grown = sum(nbytes[v] for v in op.writes)
         for new, old in _taken_over(op, frees):
             grown -= min(nbytes[new], nbytes[old])
-        during.append(current + grown + op.scratch_bytes)
-        for v in op.writes:
-            if v not in resident:
-                resident.add(v)
-                current += nbytes[v]
+        during.append(current + grown + (op.again_scratch_bytes if i in seen else op.scratch_bytes))
+        seen.add(i)
+        current += sum(nbytes[v] for v in op.writes)
+        twice += sum(nbytes[v] for v in op.writes if v in resident)
+        resident.update(op.writes)
         for v in frees:
             _require_resident(program, resident, (v,), f"run {p}: op {i} ({op.name}) is followed by a free of")
             resident.remove(v)

@@ -137,6 +137,12 @@ class _Machine:
         first_run: for every op that has run the position of its first run.
         latest: the largest index of an op that has run, -1 before the first.
         extra: seconds of every further run.
+        block: the ops that have run again one after the other, all of one call, up to now; empty after a first run.
+        block_made: of the values that the block has written, whether another copy was in memory before.
+        twice: bytes of those other copies, which leave when the block ends.
+        stuck: values in memory that only the block which made them could read.
+        hasty: values that the block uses and that were freed although the call still held them at that op in its first
+            run, each with the run after which it was freed.
     """
 
     program: Program
@@ -147,6 +153,11 @@ class _Machine:
     first_run: dict[int, int] = field(default_factory=dict)
     latest: int = -1
     extra: list[float] = field(default_factory=list)
+    block: list[int] = field(default_factory=list)
+    block_made: dict[int, bool] = field(default_factory=dict)
+    twice: int = 0
+    stuck: set[int] = field(default_factory=set)
+    hasty: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for v, value in enumerate(self.program.values):
@@ -157,11 +168,15 @@ class _Machine:
         """Run the op and free what the schedule frees, believing what it claims."""
         op = self.op(run.op)
         self.op_at.append(run.op)
-        taken = self._execute(op, run.frees) if op else set()
+        if not self.goes_on(run.op):
+            self._end_block()
+        taken = self._execute(op, run.frees, again=run.op in self.first_run) if op else set()
         if op is None:
             self.high.append(self.in_use)
         elif run.op in self.first_run:
-            self.extra.append(op.seconds)
+            self.extra.append(op.again_seconds)
+            self.block.append(run.op)
+            self.hasty += [(v, run.position) for v in run.frees if self._is_hasty(v, run.op)]
         else:
             self.first_run[run.op] = run.position
             self.latest = max(self.latest, run.op)
@@ -169,12 +184,40 @@ class _Machine:
             if v in self.memory and not self.program.values[v].fixed:
                 self.in_use -= self.memory.pop(v)
 
-    def _execute(self, op: Op, frees: tuple[int, ...]) -> set[int]:
+    def goes_on(self, op: int) -> bool:
+        """Whether a run of the op would go on with the block: the next op of the same call, again."""
+        if not self.block or op != self.block[-1] + 1 or op not in self.first_run:
+            return False
+        return self.program.ops[op].call == self.program.ops[op - 1].call >= 0
+
+    def _end_block(self) -> None:
+        """What was there twice is there once, and what cannot be handed out is out of reach."""
+        for v, before in self.block_made.items():
+            if not self.handed_out(v) and not before:
+                self.stuck.add(v)
+        self.in_use -= self.twice
+        self.twice, self.block, self.block_made, self.hasty = 0, [], {}, []
+
+    def handed_out(self, v: int) -> bool:
+        """Whether the block has gone far enough for the value to leave the call."""
+        available = self.program.values[v].available
+        return available is None or (available >= 0 and available <= self.block[-1])
+
+    def _is_hasty(self, v: int, op: int) -> bool:
+        """Whether the block uses the value, and the call still held it when this op ran for the first time."""
+        held = self.held_until(v) if 0 <= v < len(self.program.values) else None
+        used = any(v in (*self.program.ops[i].reads, *self.program.ops[i].writes) for i in self.block)
+        return used and held is not None and held > op
+
+    def _execute(self, op: Op, frees: tuple[int, ...], *, again: bool) -> set[int]:
         """Run the kernel: storages for what it writes, scratch while it works. Returns the values it took over."""
         for v in op.reads:
             if v not in self.memory:  # `reads are resident` has said so; go on as if it were there
                 self._allocate(v)
-        replaced = sum(self.memory.pop(v, 0) for v in op.writes)
+        if again:
+            self.block_made.update((v, v in self.memory and v not in self.stuck) for v in op.writes)
+        self.stuck.difference_update(op.writes)
+        self.twice += sum(self.memory.pop(v, 0) for v in op.writes)
         taken = {new: old for new, old in op.in_place if old in frees and not self.program.values[old].fixed}
         shrunk = 0
         for v in op.writes:
@@ -183,8 +226,7 @@ class _Machine:
                 storage = self.memory.pop(taken[v])
                 self.in_use -= storage
                 shrunk += max(0, storage - self.memory[v])
-        self.high.append(self.in_use + shrunk + op.scratch_bytes)
-        self.in_use -= replaced
+        self.high.append(self.in_use + shrunk + (op.again_scratch_bytes if again else op.scratch_bytes))
         return set(taken.values())
 
     def _allocate(self, v: int) -> None:
@@ -262,6 +304,41 @@ def _repeatable(machine: _Machine, run: _Run) -> Iterator[_Found]:
     op = machine.op(run.op)
     if op and op.repeatable and run.op in machine.first_run:
         yield _Found(f"the op must not run again ({op.repeatable}), but it ran in run {machine.first_run[run.op]}")
+
+
+@_of_each_run(
+    "calls run from the beginning",
+    "a further run of an op of a call follows directly on a further run of the op before it in that call; "
+    "only the first op of a call begins",
+)
+def _calls_run_from_the_beginning(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    op, before = machine.op(run.op), machine.op(run.op - 1)
+    inside = op is not None and before is not None and op.call == before.call >= 0
+    if before and inside and run.op in machine.first_run and not machine.goes_on(run.op):
+        yield _Found(f"the op runs again without op {run.op - 1} ({before.name}) of the same call right before it")
+
+
+@_of_each_run(
+    "calls hand out what is ready",
+    "what a further run of a call has made is read by later ops only if the call had come to the op after which it can "
+    "hand the value out",
+)
+def _calls_hand_out_what_is_ready(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    ended = not machine.goes_on(run.op)
+    for v in op.reads if op else ():
+        not_ready = ended and v in machine.block_made and not machine.block_made[v] and not machine.handed_out(v)
+        if v in machine.memory and (v in machine.stuck or not_ready):
+            yield _Found("the op reads it, but the call that made it again had not come to where it can hand it out", v)
+
+
+@_of_each_run(
+    "calls hold what they held",
+    "while a call runs again, a value that it uses leaves no earlier than in the first run",
+)
+def _calls_hold_what_they_held(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    for v, position in machine.hasty if machine.goes_on(run.op) else ():
+        yield _Found(f"it is freed after run {position}, but the call goes on and held it in its first run", v)
 
 
 @_of_each_run("reads are resident", "while an op runs, every value that it reads is in memory")

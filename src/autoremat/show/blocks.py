@@ -62,7 +62,7 @@ def blocks_of(program: Program) -> tuple[Block, ...]:
     for op in program.ops:
         if op.phase == "forward":
             for path in _above(op.module):
-                seconds[path] = seconds.get(path, 0.0) + op.seconds
+                seconds[path] = seconds.get(path, 0.0) + op.again_seconds
     tables = Counter[str](), Counter[str](), Counter[str](), Counter[str]()
     for v, value in enumerate(program.values):
         if not value.fixed:

@@ -56,7 +56,7 @@ def savings_of(program: Program, schedule: Schedule) -> Savings:
         else:
             fresh.update(op.writes)
     again = (
-        Again(i, n - 1, (n - 1) * program.ops[i].seconds, tuple(sorted(sources[i])))
+        Again(i, n - 1, (n - 1) * program.ops[i].again_seconds, tuple(sorted(sources[i])))
         for i, n in sorted(runs.items())
         if n > 1
     )

@@ -66,7 +66,7 @@ def _repeats(program: Program, timeline: Timeline) -> list[str]:
         f"Computed again: {len(timeline.repeats)} of {len(program.ops)} ops, {runs} further runs, "
         f"{format_seconds(timeline.extra_seconds)}"
     )
-    lines = _fold_lines((op_text(program.ops[i]), n, n * program.ops[i].seconds) for i, n in timeline.repeats)
+    lines = _fold_lines((op_text(program.ops[i]), n, n * program.ops[i].again_seconds) for i, n in timeline.repeats)
     shown = [f"  {format_seconds(x.amount):>9}  {x.times:>4} runs  {x.name}" for x in lines[:_SHOWN]]
     return [head, *shown, *_more(format_seconds(sum(x.amount for x in lines[_SHOWN:])), len(lines) - _SHOWN)]
 

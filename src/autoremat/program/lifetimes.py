@@ -1,0 +1,93 @@
+"""Lifetimes of values in an order of runs: what leaves when, if everything leaves as early as it can.
+
+A call runs again as a *block*: its ops from the first one on, one directly after the other. Inside of a block C++
+holds values as it did in the first run, so they leave no earlier there; at the end of the block they leave at the
+latest, unless they are read later. What the block cannot hand out (``Value.available``) is a copy of its own, beside
+one that is in memory already.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from autoremat.program.model import Program
+
+
+def block_ends(program: Program, order: Sequence[int], first_run: Mapping[int, int]) -> list[int]:
+    """For every run the last run of the block of further runs that it is in; the run itself in no block. O(runs)."""
+    ends = list(range(len(order)))
+    if program.has_calls:
+        begin = program.call_begin
+        for p in range(len(order) - 1, 0, -1):
+            i = order[p]
+            if begin[i] < i and order[p - 1] == i - 1 and first_run[i] < p:
+                ends[p - 1] = ends[p]
+    return ends
+
+
+class Lifetimes:
+    """Goes through an order once; ``frees`` are then the values that leave after each run."""
+
+    def __init__(self, program: Program, order: Sequence[int], first_run: Mapping[int, int]) -> None:
+        self.frees: list[list[int]] = [[] for _ in order]
+        self._program, self._order, self._first_run = program, order, first_run
+        self._held_until = [first_run.get(h, -1) for h in program.hold]
+        self._block_end = block_ends(program, order, first_run)
+        self._since: dict[int, int] = {}
+        """For every value the run that has made the copy that lasts."""
+        self._last_use: dict[int, int] = {}
+        self._lasting: dict[int, list[tuple[int, int]]] = {}
+        """For every value the spans of its copies that last; kept for programs with calls."""
+        self._inner: dict[int, list[int]] = {}
+        """For every value the copy of the latest block that could not hand it out: made in that run, needed until."""
+        self._all_inner: list[tuple[int, list[int]]] = []
+        for p, i in enumerate(order):
+            self._run(p, i)
+        self._finish()
+
+    def _run(self, p: int, i: int) -> None:
+        op, first = self._program.ops[i], self._first_run[i] == p
+        for v in op.reads:
+            self._read(p, v)
+        for v in op.writes:
+            if not first and self._program.available[v] > self._order[self._block_end[p]]:
+                self._inner[v] = [p, self._stays(p, v)]
+                self._all_inner.append((v, self._inner[v]))
+            else:
+                self._write(p, v)
+        if first:
+            for _, old in op.in_place:
+                self._leave(old, self._last_use.pop(old))
+
+    def _read(self, p: int, v: int) -> None:
+        inner = self._inner.get(v)
+        if inner and self._block_end[inner[0]] >= p:
+            inner[1] = max(inner[1], self._stays(p, v))
+        else:
+            self._last_use[v] = max(self._last_use.get(v, -1), self._stays(p, v))
+
+    def _write(self, p: int, v: int) -> None:
+        end = max(self._last_use.get(v, p), self._held_until[v])
+        if end < p:
+            self._leave(v, end)
+        self._last_use[v] = self._stays(p, v)
+        self._since[v] = p
+
+    def _stays(self, p: int, v: int) -> int:
+        """The run of the block until which a value stays that run ``p`` has used: as long as in the first run."""
+        if self._block_end[p] == p:
+            return p
+        return min(self._block_end[p], p + max(0, self._program.hold[v] - self._order[p]))
+
+    def _leave(self, v: int, p: int) -> None:
+        self.frees[p].append(v)
+        if self._program.has_calls:
+            self._lasting.setdefault(v, []).append((self._since.get(v, -1), p))
+
+    def _finish(self) -> None:
+        for v, p in self._last_use.items():
+            if not self._program.values[v].fixed:
+                self._leave(v, max(p, self._held_until[v]))
+        for v, (start, end) in self._all_inner:
+            if not any(a <= start <= b for a, b in self._lasting.get(v, ())):
+                self.frees[end].append(v)
