@@ -15,7 +15,7 @@ import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import groupby, pairwise
 
 from autoremat.plan.constraints import Constrained, passing_values
 from autoremat.program import END, Op, Program, Schedule, Value
@@ -45,6 +45,12 @@ class Folded(Constrained):
     """
 
     stages: tuple[Stage, ...] = field(default=(), kw_only=True)
+
+    @cached_property
+    def before(self) -> dict[int, int]:
+        """For every stage but the first of its call the one before it."""
+        pairs = pairwise(enumerate(self.stages))
+        return {k: j for (j, a), (k, b) in pairs if a.call_begin == b.call_begin}
 
     def unfold(self, order: Sequence[int]) -> list[int]:
         """The order of the program's ops that an order of the folded program stands for. O(runs)."""

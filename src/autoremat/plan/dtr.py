@@ -92,7 +92,7 @@ class _Online(Executor):
             for i, w in self._gone_users(stack.pop()):
                 if i not in seen:
                     seen.add(i)
-                    seconds += self.tables.ops[i].again_seconds
+                    seconds += self.tables.seconds[i]
                 stack.append(w)
         return seconds
 
