@@ -40,11 +40,11 @@ Job = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome of a search: ``schedule`` is None when nothing fits, ``lowest`` has the smallest known peak."""
+    """The outcome of a search: ``schedule`` is None when nothing fits; then ``lowest`` has the smallest known peak."""
 
     name: str
     schedule: Schedule | None
-    lowest: Schedule
+    lowest: Schedule | None
     floor_bytes: int
     lower_bound: float
     candidates: tuple[tuple[str, int, float], ...]
@@ -241,7 +241,7 @@ class Pool:
         return Found(
             best.name if best else "",
             self._schedule(program, best) if best else None,
-            self._schedule(program, floor),
+            self._schedule(program, floor) if best is None else None,
             floor.peak_bytes,
             bound if best and best.extra_seconds > 0 else 0.0,
             self._report(program, budget_bytes, greedy_one),
