@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterator
+from itertools import product
 
 from autoremat.program import Op, Program
 
@@ -45,16 +46,17 @@ def _steps(program: Program, budget: int, state: State) -> Iterator[tuple[float,
 
 
 def _prefixes(program: Program, budget: int, state: State, begin: int) -> Iterator[tuple[float, State]]:
-    """All prefixes of the call that begins there, with everything that they could hand out."""
+    """All prefixes of the call that begins there, with all that they could hand out and that could leave meanwhile."""
     following, resident = state
     end = begin
     while end < following and program.call_begin[end] == begin and not program.ops[end].repeatable:
         prefix = range(begin, end + 1)
-        made = {v for i in prefix for v in program.ops[i].writes}
-        out = frozenset(v for v in made if program.available[v] <= end)
-        for gone in _subsets(_overwritten(program, prefix, resident, following)):
+        ready = [v for i in prefix for v in program.ops[i].writes if program.available[v] <= end]
+        read = {v for i in prefix for v in program.ops[i].reads}
+        leaving = [v for v in sorted(resident & read) if program.hold[v] < following]
+        seconds = sum(program.ops[i].again_seconds for i in prefix)
+        for gone, out in product(_subsets(leaving), _subsets(ready)):
             if _fits(program, budget, resident, prefix, out, gone):
-                seconds = sum(program.ops[i].again_seconds for i in prefix)
                 yield seconds, (following, (resident - gone) | out)
         end += 1
 
@@ -64,38 +66,31 @@ def _subsets(values: list[int]) -> Iterator[frozenset[int]]:
         yield frozenset(v for k, v in enumerate(values) if bits >> k & 1)
 
 
-def _overwritten(program: Program, prefix: range, resident: frozenset[int], following: int) -> list[int]:
-    """What comes from outside and may be worked on without a copy."""
-    old = {old for i in prefix for _, old in program.ops[i].in_place}
-    made = {v for i in prefix for v in program.ops[i].writes}
-    return sorted(v for v in old - made if v in resident and program.hold[v] < following)
-
-
 def _fits(
     program: Program, budget: int, resident: frozenset[int], prefix: range, out: frozenset[int], gone: frozenset[int]
 ) -> bool:
     """Carry out the prefix: its values beside what is there, as long as the call holds them."""
-    end = prefix[-1]
-    made = [v for i in prefix for v in program.ops[i].writes]
-    last = {v: max([program.producer[v], program.hold[v], *program.readers[v]]) for v in made}
+    last = {v: max([program.producer[v], *(i for i in program.readers[v] if i in prefix)]) for v in gone}
+    last |= {v: max(program.producer[v], *program.readers[v], -1) for i in prefix for v in program.ops[i].writes}
+    last = {v: min(max(i, program.hold[v]), prefix[-1]) for v, i in last.items()}
     inside: list[int] = []
     outside = set(resident)
     for i in prefix:
         op = program.ops[i]
         if not all(program.values[v].fixed or v in outside or v in inside for v in op.reads):
             return False
-        taken = [
+        taken = tuple(
             (new, old)
             for new, old in op.in_place
-            if (old in gone and old in outside) or (old in inside and old not in outside and last[old] == i)
-        ]
+            if last.get(old, -1) == i and (old in outside or old in inside) and old not in (out | (resident - gone))
+        )
         there = sum(program.values[v].nbytes for v in (*outside, *inside))
         if there + _bytes(program, op, frozenset(), taken, op.again_scratch_bytes) > budget:
             return False
         inside += op.writes
-        outside.difference_update(old for _, old in taken)
         # What is there twice is counted twice until the end; what is handed out stays until then.
-        inside = [v for v in inside if v in out or v in resident or min(last[v], end) > i]
+        inside = [v for v in inside if v in out or v in resident or last[v] > i]
+        outside = {v for v in outside if v not in gone or last[v] > i}
     return True
 
 

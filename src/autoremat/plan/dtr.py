@@ -40,8 +40,9 @@ def dtr(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedu
         if not budget_bytes <= limit < plain:
             continue
         runs = dtr_runs(course, limit, deadline=deadline)
-        if runs is not None:
-            return Schedule.from_order(program, merge(course.tables, runs))
+        schedule = None if runs is None else Schedule.from_order(program, merge(course.tables, runs))
+        if schedule is not None and simulate(program, schedule).peak_bytes <= limit:  # its own account is an estimate
+            return schedule
     return Schedule.plain(program)
 
 
