@@ -89,6 +89,11 @@ def planned_as(program: Program) -> Program:
     return folded_of(program) if program.has_calls else program
 
 
+def program_of(folded: Folded) -> Program | None:
+    """The program that ``folded_of`` has folded, while it lives."""
+    return next((ref() for ref, known in _CACHE.values() if known is folded), None)
+
+
 def unfolded(program: Program, schedule: Schedule) -> Schedule:
     """The schedule of the program that a schedule of ``planned_as(program)`` stands for. O(runs + reads)."""
     if not program.has_calls:

@@ -16,9 +16,9 @@ from functools import cached_property
 
 import numpy as np
 
-from autoremat.plan.account import Account, Accountant
-from autoremat.plan.call_account import CallAccountant
-from autoremat.plan.calls import Folded, planned_as
+from autoremat.plan.account import Account
+from autoremat.plan.call_account import accountant_of
+from autoremat.plan.calls import planned_as
 from autoremat.plan.reuse import reuse
 from autoremat.plan.tables import Tables, tables_of
 from autoremat.plan.unroll import Levels, reruns
@@ -105,7 +105,7 @@ class Search:
     def __init__(self, program: Program) -> None:
         planned = planned_as(program)
         self.tables: Tables = tables_of(planned)
-        self.accountant = CallAccountant(program, planned) if isinstance(planned, Folded) else Accountant(program)
+        self.accountant = accountant_of(planned)
         self.frontier: list[Entry] = []
         self.leveled: list[Entry] = []
         self.found: list[Entry] = []
