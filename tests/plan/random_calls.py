@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from autoremat.program import INSIDE, Op, Program, Value
+from autoremat.program import INSIDE, Program, Value
 from tests.plan.random_programs import literature_steps, recorded_steps
 
 
@@ -21,7 +21,8 @@ def with_calls(draw: st.DrawFn, programs: st.SearchStrategy[Program]) -> Program
         size = draw(st.integers(1, min(4, early - position)))
         alone = size == 1 and draw(st.booleans())
         for i in range(position, position + size):
-            ops[i] = replace(ops[i], call=-1 if alone else number)
+            scratch = draw(st.sampled_from((0, 0, 0, 3, 11)))
+            ops[i] = replace(ops[i], call=-1 if alone else number, scratch_bytes=scratch)
         number += 2
         position += size
     grouped = Program(program.name, program.values, tuple(ops))
@@ -52,8 +53,3 @@ def _in_call(draw: st.DrawFn, program: Program, v: int) -> Value:
 def call_steps(max_ops: int = 10) -> st.SearchStrategy[Program]:
     """Steps of either shape with calls."""
     return with_calls(st.one_of(recorded_steps(3, max_ops), literature_steps(3, max_ops)))
-
-
-def ends_of(program: Program, op: Op) -> list[int]:
-    """The ops of the same call."""
-    return [i for i, other in enumerate(program.ops) if other.call == op.call >= 0]

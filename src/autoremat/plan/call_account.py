@@ -13,10 +13,16 @@ import numpy as np
 import numpy.typing as npt
 
 from autoremat.plan.account import Account, Accountant, Ints
-from autoremat.plan.calls import Folded
+from autoremat.plan.calls import Folded, program_of
 from autoremat.program import Program
 
 Bools = npt.NDArray[np.bool_]
+
+
+def accountant_of(planned: Program) -> Accountant:
+    """The accountant for what planners work on: of a folded program the one that knows its bytes exactly."""
+    program = program_of(planned) if isinstance(planned, Folded) else None
+    return CallAccountant(program, planned) if program and isinstance(planned, Folded) else Accountant(planned)
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,10 +12,11 @@ The bytes of the folded program are never below those of the program. ``CallAcco
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
+from itertools import accumulate, groupby, pairwise
 
 from autoremat.plan.constraints import Constrained, passing_values
 from autoremat.program import END, Op, Program, Schedule, Value
@@ -45,6 +46,12 @@ class Folded(Constrained):
     """
 
     stages: tuple[Stage, ...] = field(default=(), kw_only=True)
+
+    @cached_property
+    def before(self) -> dict[int, int]:
+        """For every stage but the first of its call the one before it."""
+        pairs = pairwise(enumerate(self.stages))
+        return {k: j for (j, a), (k, b) in pairs if a.call_begin == b.call_begin}
 
     def unfold(self, order: Sequence[int]) -> list[int]:
         """The order of the program's ops that an order of the folded program stands for. O(runs)."""
@@ -82,6 +89,11 @@ def planned_as(program: Program) -> Program:
     return folded_of(program) if program.has_calls else program
 
 
+def program_of(folded: Folded) -> Program | None:
+    """The program that ``folded_of`` has folded, while it lives."""
+    return next((ref() for ref, known in _CACHE.values() if known is folded), None)
+
+
 def unfolded(program: Program, schedule: Schedule) -> Schedule:
     """The schedule of the program that a schedule of ``planned_as(program)`` stands for. O(runs + reads)."""
     if not program.has_calls:
@@ -98,7 +110,7 @@ def until_in(program: Program, until: Sequence[int]) -> Sequence[int]:
 
 
 def fold(program: Program) -> Folded:
-    """The program with every call as a sequence of stages. O(reads + ops of a call squared)."""
+    """The program with every call as a sequence of stages. O(reads + what the stages read)."""
     calls = [list(ops) for _, ops in groupby(range(len(program.ops)), key=program.call_begin.__getitem__)]
     found = [part for call in calls for part in _Call(program, call).parts()]
     stage_of = [k for k, part in enumerate(found) for _ in range(part.stage.begin, part.stage.end + 1)]
@@ -145,7 +157,10 @@ class _Call:
         self._program, self._ops = program, ops
         self._begin, self._last = ops[0], ops[-1]
         self._made = [v for i in ops for v in program.ops[i].writes]
-        self._readers = {v: [i for i in program.readers[v] if i <= self._last] for v in self._made}
+        self._last_use = {
+            v: max([program.producer[v], program.hold[v], *(i for i in program.readers[v] if i <= self._last)])
+            for v in self._made
+        }
 
     def parts(self) -> list[_Part]:
         """The stages of the call; an op that stands alone is one stage, as it is."""
@@ -153,9 +168,10 @@ class _Call:
             op = replace(self._program.ops[self._begin], call=-1)
             return [_Part(Stage(self._begin, self._begin, self._begin), op)]
         ends = self._ends
+        number = {end: k for k, end in enumerate(ends)}
         writes: list[list[int]] = [[] for _ in ends]
         for v, end in self._appears.items():
-            writes[ends.index(end)].append(v)
+            writes[number[end]].append(v)
         begins = [self._begin, *(end + 1 for end in ends[:-1])]
         return [self._part(begin, end, tuple(w)) for begin, end, w in zip(begins, ends, writes, strict=True)]
 
@@ -176,7 +192,7 @@ class _Call:
         for v in self._made:
             if self._leaves(v) or v in self._overwriting:
                 ready = program.available[v] if self._is_read_outside(v) else program.producer[v]
-                found[v] = next(end for end in self._ends if end >= ready)
+                found[v] = self._ends[bisect_left(self._ends, ready)]
         return found
 
     @cached_property
@@ -201,50 +217,85 @@ class _Call:
 
     def _part(self, begin: int, end: int, writes: tuple[int, ...]) -> _Part:
         """The stage from ``begin`` to ``end``, with the costs of its first and of a further run."""
-        program, prefix = self._program, range(self._begin, end + 1)
-        ops = program.ops
+        ops, count = self._program.ops, end - self._begin + 1
         op = Op(
             ops[end].name,
-            self._reads(prefix),
+            tuple(v for v, i in self._reads.items() if i <= end),
             writes,
             sum(ops[i].seconds for i in range(begin, end + 1)),
-            self._scratch(begin, end, writes, again=False),
+            self._scratch(begin, end, writes),
             ops[end].phase,
-            next((ops[i].repeatable for i in prefix if ops[i].repeatable), ""),
+            self._reasons[count - 1],
             tuple((new, old) for new, old in self._overwriting.items() if new in writes),
             ops[end].module,
             ops[end].source,
-            rerun_seconds=sum(ops[i].again_seconds for i in prefix),
-            rerun_scratch_bytes=self._scratch(self._begin, end, writes, again=True),
+            rerun_seconds=self._again_seconds[count - 1],
+            rerun_scratch_bytes=self._scratch_again(end, writes),
         )
         return _Part(Stage(self._begin, begin, end), op)
 
-    def _reads(self, prefix: Iterable[int]) -> tuple[int, ...]:
-        """What the ops read and none of them makes."""
-        made = set(self._made)
-        return tuple(dict.fromkeys(v for i in prefix for v in self._program.ops[i].reads if v not in made))
+    @cached_property
+    def _reads(self) -> dict[int, int]:
+        """What comes from outside, each with the op that reads it first."""
+        made, found = set(self._made), dict[int, int]()
+        for i in self._ops:
+            for v in self._program.ops[i].reads:
+                if v not in made:
+                    found.setdefault(v, i)
+        return found
 
-    def _scratch(self, begin: int, end: int, writes: tuple[int, ...], *, again: bool) -> int:
-        """The most bytes of a run of the ops, beyond what the stage reads and writes."""
-        program, ops = self._program, self._program.ops
-        life = {v: self._life(v, begin, end, writes, again=again) for v in self._made}
-        needs = [0]
+    @cached_property
+    def _reasons(self) -> list[str]:
+        """For every prefix, by its last op, why it must not run again; "" where it may."""
+        return list(accumulate((self._program.ops[i].repeatable for i in self._ops), lambda a, b: a or b))
+
+    @cached_property
+    def _again_seconds(self) -> list[float]:
+        """For every prefix what a further run of it takes."""
+        return list(accumulate(self._program.ops[i].again_seconds for i in self._ops))
+
+    def _scratch(self, begin: int, end: int, writes: tuple[int, ...]) -> int:
+        """Temporary bytes of the first run: all that the stage does not write, nor an earlier one has written."""
+        need = max(self._first_need[i - self._begin] for i in range(begin, end + 1))
+        return max(0, need - self._bytes(writes))
+
+    def _scratch_again(self, end: int, writes: tuple[int, ...]) -> int:
+        """Temporary bytes of a further run: all that the prefix makes and the stage does not write, which stays."""
+        need, nbytes = self._most_again[end - self._begin], self._program.values
+        begin = min((self._last_use[v] for v in writes), default=end) + 1
         for i in range(begin, end + 1):
-            live = sum(program.values[v].nbytes for v, last in life.items() if program.producer[v] <= i <= last)
-            for new, old in ops[i].in_place:
-                if life.get(old, -1) == i:
-                    live -= min(program.values[new].nbytes, program.values[old].nbytes)
-            needs.append(live + (ops[i].again_scratch_bytes if again else ops[i].scratch_bytes))
-        return max(0, max(needs) - sum(program.values[v].nbytes for v in writes))
+            staying = sum(nbytes[v].nbytes for v in writes if self._program.producer[v] <= self._last_use[v] < i)
+            need = max(need, self._again_need[i - self._begin] + staying)
+        return max(0, need - self._bytes(writes))
 
-    def _life(self, v: int, begin: int, end: int, writes: tuple[int, ...], *, again: bool) -> int:
-        """The last op of a stage at which a value of the call is in memory; before all where it is counted elsewhere.
+    def _bytes(self, values: Iterable[int]) -> int:
+        return sum(self._program.values[v].nbytes for v in values)
 
-        What the stage writes stays; so does, in the first run, what a later stage writes.
-        """
-        late = self._appears.get(v, -1) > end and not again
-        if v in writes or late:
-            return end
-        if not again and begin > self._appears.get(v, self._last) >= self._begin:
-            return -1  # written by an earlier stage, and held in the folded program as long as it must be
-        return max([self._program.producer[v], self._program.hold[v], *self._readers[v]])
+    @cached_property
+    def _first_need(self) -> list[int]:
+        """For every op the bytes of its first run that the call makes; what a stage writes counts up to its end."""
+        life = {v: self._appears.get(v, last) for v, last in self._last_use.items()}
+        return self._needs(life, [self._program.ops[i].scratch_bytes for i in self._ops])
+
+    @cached_property
+    def _again_need(self) -> list[int]:
+        """The same of a further run of which nothing stays."""
+        return self._needs(self._last_use, [self._program.ops[i].again_scratch_bytes for i in self._ops])
+
+    @cached_property
+    def _most_again(self) -> list[int]:
+        """For every prefix the most of them."""
+        return list(accumulate(self._again_need, max))
+
+    def _needs(self, life: Mapping[int, int], scratch: Sequence[int]) -> list[int]:
+        """For every op the bytes of what the call has made and is still there, and scratch. O(ops + values)."""
+        values, producer = self._program.values, self._program.producer
+        steps = [0] * (len(self._ops) + 1)
+        for v, last in life.items():
+            steps[producer[v] - self._begin] += values[v].nbytes
+            steps[min(last, self._last) + 1 - self._begin] -= values[v].nbytes
+        found = []
+        for i, live, own in zip(self._ops, accumulate(steps), scratch, strict=False):
+            taken = ((new, old) for new, old in self._program.ops[i].in_place if life.get(old, -1) == i)
+            found.append(live + own - sum(min(values[new].nbytes, values[old].nbytes) for new, old in taken))
+        return found

@@ -12,7 +12,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from autoremat.plan.account import Account, Accountant
+from autoremat.plan.account import Account
+from autoremat.plan.call_account import accountant_of
 from autoremat.plan.segments import boundaries, narrow_cuts
 from autoremat.plan.tables import NEVER, Tables
 from autoremat.program import Program, Schedule
@@ -98,7 +99,7 @@ def chain_of(tables: Tables, most: int = NEVER) -> Chain:
 
 def pick(program: Program, budget_bytes: int, plans: Iterable[Runs]) -> Schedule:
     """Of the plans that fit the one with the fewest seconds, where none fits the one with the lowest peak."""
-    accountant = Accountant(program)
+    accountant = accountant_of(program)
     accounts = (accountant(accountant.order(runs)) for runs in plans)
     best = min(accounts, key=lambda account: _rank(account, budget_bytes))
     return Schedule.from_order(program, best.order.tolist())

@@ -35,6 +35,11 @@ class Constrained(Program):
 
     passing: frozenset[int] = field(default=frozenset(), kw_only=True)
 
+    @property
+    def before(self) -> dict[int, int]:
+        """For an op whose further runs include those of another, that other one; only folded programs have some."""
+        return {}
+
 
 def constrain(program: Program, keep: Patterns = (), recompute: Patterns = ()) -> Program:
     """The program with the user's wishes; the same ops and values under the same numbers. O(patterns * ops).

@@ -23,8 +23,9 @@ from autoremat.program import Program, Schedule, simulate
 _FARTHEST = 100
 """How many ops of a neighbourhood are counted."""
 
-_LIMITS = 8
-"""How many limits between budget and plain peak are tried where DTR runs out of memory or thrashes."""
+_LIMITS = 12
+"""How many limits up to the plain peak are tried, as far as they are above the budget, where DTR runs out of memory or
+thrashes. They do not depend on the budget: so what it reaches for a budget, it reaches for that peak, too."""
 
 
 def dtr(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
@@ -33,11 +34,15 @@ def dtr(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedu
     Near the floor it thrashes for minutes; past the ``deadline`` (on ``clock.now``) it fails.
     """
     course, plain = course_of(tables_of(program)), simulate(program).peak_bytes
-    for k in range(_LIMITS if budget_bytes < plain else 0):
-        limit = budget_bytes + (plain - budget_bytes) * k // _LIMITS
+    least = program.fixed_bytes
+    limits = [budget_bytes, *(least + (plain - least) * k // _LIMITS for k in range(1, _LIMITS))]
+    for limit in limits:
+        if not budget_bytes <= limit < plain:
+            continue
         runs = dtr_runs(course, limit, deadline=deadline)
-        if runs is not None:
-            return Schedule.from_order(program, merge(course.tables, runs))
+        schedule = None if runs is None else Schedule.from_order(program, merge(course.tables, runs))
+        if schedule is not None and simulate(program, schedule).peak_bytes <= limit:  # its own account is an estimate
+            return schedule
     return Schedule.plain(program)
 
 
@@ -88,7 +93,7 @@ class _Online(Executor):
             for i, w in self._gone_users(stack.pop()):
                 if i not in seen:
                     seen.add(i)
-                    seconds += self.tables.ops[i].again_seconds
+                    seconds += self.tables.seconds[i]
                 stack.append(w)
         return seconds
 

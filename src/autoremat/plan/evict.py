@@ -130,7 +130,7 @@ class Executor:
         self.resident: dict[int, None] = {}
         self.droppable = frozenset(t.droppable)
         self.size = [v.nbytes for v in t.values]
-        self._seconds = [op.again_seconds for op in t.ops]
+        self._seconds = list(t.seconds)
         self._writes = [op.writes for op in t.ops]
         self.busy_until = [-1] * len(t.values)
         self.protected: set[int] = set()
@@ -213,6 +213,8 @@ class Executor:
             if i not in seen:
                 seen.add(i)
                 stack += [tables.producer[u] for u in tables.reads[i] if not self._at_hand(u)]
+                if i in tables.before:
+                    stack.append(tables.before[i])
         return sorted(seen)
 
     def _at_hand(self, value: int) -> bool:
@@ -293,6 +295,7 @@ class Executor:
         """Seconds to make the value again from what is in memory now."""
         resident, now, seconds, kept = self.resident, self.now, self._seconds, self.tables.kept
         until, producer, reads = self.tables.until, self.tables.producer, self.tables.reads
+        before = self.tables.before
         total, seen, stack = 1e-9, set[int](), [producer[value]]
         while stack and len(seen) < _FARTHEST:
             i = stack.pop()
@@ -300,6 +303,8 @@ class Executor:
                 continue
             seen.add(i)
             total += seconds[i]
+            if i in before:
+                stack.append(before[i])
             for u in reads[i]:
                 if u not in resident and not kept[u] and now > until[u]:
                     stack.append(producer[u])

@@ -13,9 +13,10 @@ own between the ops that read it and its op; op -> sink (seconds); op -> input t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any, Final
 
 import numpy as np
@@ -141,6 +142,7 @@ def build(
     keepable: Callable[[int], bool],
     writes: Callable[[int], Sequence[int]],
     reads: Callable[[int], Sequence[int]],
+    before: Mapping[int, int] = MappingProxyType({}),
 ) -> Network:
     """The network of a set of ops that may run again; only those that a demand can reach get into it.
 
@@ -151,8 +153,9 @@ def build(
         keepable: whether a value can be kept at all.
         writes: values that an op writes.
         reads: values that an op reads.
+        before: for an op that runs again only together with another one that other one.
     """
-    chosen, needed = _reachable(ops, demanded, free, writes, reads)
+    chosen, needed = _reachable(ops, demanded, free, writes, reads, before)
     made = {v for i in chosen for v in writes(i) if not free(v)}
     wanted = tuple(sorted(v for v in made if demanded(v)))
     # A demanded value that cannot be kept makes its op run again, and that needs a node to say so.
@@ -168,6 +171,8 @@ def build(
                 tail = node.get(v, _SOURCE)
                 edges.append((tail, op_node[i], 0 if keepable(v) else 2, v))
         edges += [(op_node[i], node[v], 2, v) for v in dict.fromkeys(reads(i)) if v in node]
+        if before.get(i) in op_node:
+            edges.append((op_node[i], op_node[before[i]], 2, i))
     edges += [(node[v], _SINK, 0, v) for v in outer]
     return Network(tuple(chosen), wanted, inner, outer, tuple(edges))
 
@@ -178,12 +183,14 @@ def _reachable(
     free: Callable[[int], bool],
     writes: Callable[[int], Sequence[int]],
     reads: Callable[[int], Sequence[int]],
+    before: Mapping[int, int],
 ) -> tuple[list[int], set[int]]:
     """The ops that some demand can make run again, in program order, and the values those read."""
     needed: set[int] = set()
     chosen: list[int] = []
     for i in sorted(ops, reverse=True):
-        if any((demanded(v) or v in needed) and not free(v) for v in writes(i)):
+        with_another = bool(before) and bool(chosen) and before.get(chosen[-1]) == i
+        if with_another or any((demanded(v) or v in needed) and not free(v) for v in writes(i)):
             chosen.append(i)
             needed.update(v for v in reads(i) if not free(v))
     return chosen[::-1], needed
@@ -195,7 +202,7 @@ class Pricer:
     def __init__(self, tables: Tables) -> None:
         self._tables = tables
         self._nbytes = np.array([v.nbytes for v in tables.values], dtype=np.float64)
-        self._seconds = np.array([op.again_seconds for op in tables.ops], dtype=np.float64)
+        self._seconds = np.array(tables.seconds, dtype=np.float64)
         self._networks: dict[tuple[int, ...], list[tuple[Network, int]]] = {}
         self._shapes: dict[Any, int] = {}
         self._solved: dict[tuple[int, float, bytes], bytes] = {}
@@ -253,11 +260,12 @@ class Pricer:
             lambda v: t.keepable[v] and v not in t.passing,
             lambda i: t.ops[i].writes,
             lambda i: t.reads[i],
+            t.before,
         )
 
     def _kind(self, network: Network) -> int:
         weights = (
-            tuple(self._tables.ops[i].again_seconds for i in network.ops),
+            tuple(self._tables.seconds[i] for i in network.ops),
             tuple(self._tables.values[v].nbytes for v in (*network.wanted, *network.inner, *network.outer)),
             network.shape,
         )

@@ -40,11 +40,11 @@ Job = Callable[[float], None]
 
 @dataclass(frozen=True)
 class Found:
-    """The outcome of a search: ``schedule`` is None when nothing fits, ``lowest`` has the smallest known peak."""
+    """The outcome of a search: ``schedule`` is None when nothing fits; then ``lowest`` has the smallest known peak."""
 
     name: str
     schedule: Schedule | None
-    lowest: Schedule
+    lowest: Schedule | None
     floor_bytes: int
     lower_bound: float
     candidates: tuple[tuple[str, int, float], ...]
@@ -223,7 +223,17 @@ class Pool:
             below = budget_bytes < floor.peak_bytes  # then what fits at all is good enough
             last = max(begin + 0.9 * limit, late)
             self._improve(budget_bytes, last, 0 if below else self._disturbances(), inf if below else enough)
+        elif greedy_one.peak_bytes > budget_bytes:
+            # Shaving towards another peak takes another way. So the greedy's floor, which is what it can do at most, is
+            # the same for all budgets, and within reach.
+            greedy_one = greedy(self._search, 0)
+            floor = greedy_one.entry
         best = self._choose(budget_bytes, solver, greedy_one)
+        if (
+            best and program.has_calls and solver == "auto"
+        ):  # what a call has made on the way may stay until it is asked for
+            self._search.reuse(best.name, list(self._search.recall(best).runs), budget_bytes)
+            best = self._choose(budget_bytes, solver, greedy_one)
         if best and best.extra_seconds > (bound + _CLOSE) * program.seconds:
             progress("closer bound", 0.95)
             bound = max(bound, closer_bound(program, budget_bytes, moments, deadline=begin + limit))
@@ -231,7 +241,7 @@ class Pool:
         return Found(
             best.name if best else "",
             self._schedule(program, best) if best else None,
-            self._schedule(program, floor),
+            self._schedule(program, floor) if best is None else None,
             floor.peak_bytes,
             bound if best and best.extra_seconds > 0 else 0.0,
             self._report(program, budget_bytes, greedy_one),

@@ -147,7 +147,8 @@ def solve(
         if look:
             found = _made_exact(program, budget_bytes, found, min(deadline, clock.now() + look))
     if found.schedule is None:
-        raise infeasible(program, budget_bytes, found.lowest, solver=solver)
+        lowest = found.lowest or Schedule.plain(program)
+        raise infeasible(program, budget_bytes, lowest, solver=solver)
     return _plan(
         program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound,
         solver if solver == "exact" else found.name, found.candidates,

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from math import comb
 
 from autoremat.plan.account import Accountant
+from autoremat.plan.call_account import accountant_of
 from autoremat.plan.chain import Chain, Runs, Sweep, chain_of, pick
 from autoremat.plan.tables import tables_of
 from autoremat.program import Program, Schedule
@@ -22,7 +23,7 @@ _MOST_RUNS = 100_000
 
 def revolve(program: Program, budget_bytes: int) -> Schedule:
     """Revolve with the most slots that fit. O(runs * log blocks)."""
-    tables, accountant = tables_of(program), Accountant(program)
+    tables, accountant = tables_of(program), accountant_of(program)
     return pick(program, budget_bytes, revolve_plans(chain_of(tables), accountant, budget_bytes))
 
 

@@ -21,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from autoremat.plan.account import Accountant
+from autoremat.plan.call_account import accountant_of
 from autoremat.plan.chain import Chain, Runs, Sweep, chain_of, pick
 from autoremat.plan.demand import Demand, demand_of
 from autoremat.plan.revolve import most_that_fit
@@ -40,7 +41,7 @@ _CLIMB = 6
 
 def rotor(program: Program, budget_bytes: int) -> Schedule:
     """The best schedule on at most 200 blocks, with about 500 slots. O(blocks^3 * slots)."""
-    chain, accountant = chain_of(tables_of(program), MOST_BLOCKS), Accountant(program)
+    chain, accountant = chain_of(tables_of(program), MOST_BLOCKS), accountant_of(program)
     return pick(program, budget_bytes, rotor_plans(chain, accountant, budget_bytes))
 
 

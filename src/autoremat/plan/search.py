@@ -19,6 +19,9 @@ from autoremat.plan import clock
 from autoremat.plan.account import Account, Accountant
 from autoremat.plan.call_account import CallAccountant
 from autoremat.plan.calls import Folded, planned_as
+from autoremat.plan.account import Account
+from autoremat.plan.call_account import accountant_of
+from autoremat.plan.calls import planned_as
 from autoremat.plan.reuse import reuse
 from autoremat.plan.tables import Tables, tables_of
 from autoremat.plan.unroll import Levels, reruns
@@ -105,7 +108,7 @@ class Search:
     def __init__(self, program: Program) -> None:
         planned = planned_as(program)
         self.tables: Tables = tables_of(planned)
-        self.accountant = CallAccountant(program, planned) if isinstance(planned, Folded) else Accountant(program)
+        self.accountant = accountant_of(planned)
         self.frontier: list[Entry] = []
         self.leveled: list[Entry] = []
         self.found: list[Entry] = []
@@ -263,7 +266,9 @@ class Search:
             if not t.rerunnable[i] or len(seen) > 200:
                 return float("inf")
             seen.add(i)
-            seconds += t.ops[i].again_seconds
+            seconds += t.seconds[i]
+            if i in t.before:
+                stack.append(t.before[i])
             stack += [t.producer[u] for u in t.reads[i] if not account.resident(u, run)]
         return seconds
 
@@ -363,17 +368,26 @@ class _Savings:
                     users[v] = users.get(v, 0) + 1
         return users
 
+    @cached_property
+    def _included(self) -> set[int]:
+        """Ops that run again as a part of others that do."""
+        return {self._tables.before[i] for i in self._again if i in self._tables.before}
+
+    def _seconds(self, i: int) -> float:
+        """What one further run of an op costs beside those of the others."""
+        return 0.0 if i in self._included else self._tables.ops[i].again_seconds
+
     def of(self, value: int, level: int) -> float:
         """An estimate; exact where values run again once."""
         producer = self._tables.producer[value]
         if level:
-            return self._tables.ops[producer].again_seconds
+            return self._seconds(producer)
         gone: dict[int, int] = {value: self._users.get(value, 0)}
         seconds, stack = 0.0, [producer]
         while stack:
             i = stack.pop()
             if i in self._again and all(gone.get(v, 0) >= self._users.get(v, 0) for v in self._tables.ops[i].writes):
-                seconds += self._tables.ops[i].again_seconds
+                seconds += self._seconds(i)
                 for u in self._tables.reads[i]:
                     gone[u] = gone.get(u, 0) + 1
                     if gone[u] == self._users.get(u, 0) and u in self._dropped[0]:

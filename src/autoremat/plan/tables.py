@@ -10,11 +10,11 @@ from __future__ import annotations
 
 import weakref
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from autoremat.plan.constraints import passing_values
+from autoremat.plan.constraints import Constrained, passing_values
 from autoremat.program import Op, Program, Value
 
 NEVER: Final = 1 << 60
@@ -41,6 +41,9 @@ class Tables:
         kept: for every value 1 when every plan keeps it (it cannot be made again, or has no bytes).
         replayed: ops that run again when nothing else is kept, last one first.
         droppable: values that a plan may keep or drop, in program order.
+        before: for an op whose further runs include those of another (a stage of a call that of the stage before it)
+            that other op; empty where every op runs again by itself.
+        seconds: for every op what a further run costs beyond one of that other op.
         passing: values whose first copy no plan may keep, because the user wants them computed again.
     """
 
@@ -59,6 +62,8 @@ class Tables:
     kept: bytes
     replayed: tuple[int, ...]
     droppable: tuple[int, ...]
+    before: Mapping[int, int]
+    seconds: tuple[float, ...]
     passing: frozenset[int]
 
     def asked_seconds(self, program: Program) -> float:
@@ -140,6 +145,7 @@ def _make(program: Program, late: tuple[bool, ...], early: tuple[bool, ...]) -> 
         for v, x in enumerate(values)
     )
     replayed, demanded = _closure(program, reads, rerunnable, starts, until, kept)
+    before = program.before if isinstance(program, Constrained) else {}
     droppable = tuple(v for v in range(len(values)) if v in demanded and keepable[v] and not kept[v])
     return Tables(
         ops,
@@ -157,6 +163,8 @@ def _make(program: Program, late: tuple[bool, ...], early: tuple[bool, ...]) -> 
         kept,
         replayed,
         droppable,
+        before,
+        tuple(op.again_seconds - (ops[before[i]].again_seconds if i in before else 0.0) for i, op in enumerate(ops)),
         frozenset(v for v in passing_values(program) if not kept[v]),
     )
 

@@ -69,8 +69,9 @@ def _sweep(tables: Tables, stay: Sequence[int], available: Sequence[int]) -> dic
     ops, reads, starts, first_start = tables.ops, tables.reads, tables.starts, tables.first_start
     demand: dict[int, int] = {}
     times: dict[int, int] = {}
+    carried: dict[int, int] = {}
     for i in tables.replayed:
-        due = NEVER
+        due = carried.get(i, NEVER)
         for v in ops[i].writes:
             if not stay[v]:
                 due = min(due, demand.get(v, NEVER))
@@ -79,6 +80,8 @@ def _sweep(tables: Tables, stay: Sequence[int], available: Sequence[int]) -> dic
         if due == NEVER:
             continue
         times[i] = due
+        if i in tables.before:
+            carried[tables.before[i]] = due
         for v in reads[i]:
             if due > available[v] and due < demand.get(v, NEVER):
                 demand[v] = due

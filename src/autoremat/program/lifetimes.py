@@ -13,14 +13,16 @@ from collections.abc import Mapping, Sequence
 from autoremat.program.model import Program
 
 
-def block_ends(program: Program, order: Sequence[int], first_run: Mapping[int, int]) -> list[int]:
+def block_ends(program: Program, order: Sequence[int]) -> list[int]:
     """For every run the last run of the block of further runs that it is in; the run itself in no block. O(runs)."""
     ends = list(range(len(order)))
     if program.has_calls:
-        begin = program.call_begin
+        begin, seen, goes_on = program.call_begin, set[int](), [False] * len(order)
+        for p, i in enumerate(order):
+            goes_on[p] = i in seen and begin[i] < i == order[p - 1] + 1
+            seen.add(i)
         for p in range(len(order) - 1, 0, -1):
-            i = order[p]
-            if begin[i] < i and order[p - 1] == i - 1 and first_run[i] < p:
+            if goes_on[p]:
                 ends[p - 1] = ends[p]
     return ends
 
@@ -32,7 +34,7 @@ class Lifetimes:
         self.frees: list[list[int]] = [[] for _ in order]
         self._program, self._order, self._first_run = program, order, first_run
         self._held_until = [first_run.get(h, -1) for h in program.hold]
-        self._block_end = block_ends(program, order, first_run)
+        self._block_end = block_ends(program, order)
         self._since: dict[int, int] = {}
         """For every value the run that has made the copy that lasts."""
         self._last_use: dict[int, int] = {}

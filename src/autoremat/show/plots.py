@@ -116,7 +116,12 @@ def _moments(program: Program, schedule: Schedule) -> list[float]:
     """When each run starts, and when the last one ends: ``runs + 1`` numbers (none for an empty schedule)."""
     if not schedule.order:
         return []
-    durations = [program.ops[i].seconds for i in schedule.order] if program.seconds else [1.0] * len(schedule.order)
+    durations = [1.0] * len(schedule.order)
+    if program.seconds:
+        seen: set[int] = set()
+        for p, i in enumerate(schedule.order):
+            durations[p] = program.ops[i].again_seconds if i in seen else program.ops[i].seconds
+            seen.add(i)
     return list(accumulate(durations, initial=0.0))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Final
 
 from autoremat.program import Op, Program, Schedule
+from autoremat.program.lifetimes import block_ends
 
 CATEGORIES: Final = (
     "parameters",
@@ -103,7 +104,7 @@ def residents_at(program: Program, schedule: Schedule, run: int) -> tuple[Reside
     """
     moment = _Moment(program, schedule, run)
     found = [_resident(moment, copy) for copy in _copies(moment)]
-    if moment.op.scratch_bytes:
+    if moment.scratch_bytes:
         found.append(_scratch(moment))
     return tuple(sorted(found, key=lambda r: (-r.nbytes, r.value)))
 
@@ -120,6 +121,11 @@ class _Moment:
     def op(self) -> Op:
         """What runs."""
         return self.program.ops[self.schedule.order[self.run]] if self.run >= 0 else Op("", (), ())
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Temporary bytes of what runs."""
+        return self.op.again_scratch_bytes if self.run in self.further_runs else self.op.scratch_bytes
 
     @cached_property
     def frees(self) -> tuple[int, ...]:
@@ -152,9 +158,25 @@ def _copies(moment: _Moment) -> Iterator[_Copy]:
     for v, q in written_by.items():
         if v not in taken_over.values():
             yield _Copy(v, nbytes[v], q, () if v in op.writes else tuple(readers[v]))
+    yield from _twice(moment)
     for v in op.writes:
         old = taken_over.get(v)
         yield _Copy(v, nbytes[v] if old is None else max(nbytes[v], nbytes[old]), moment.run, tuple(readers[v]))
+
+
+def _twice(moment: _Moment) -> Iterator[_Copy]:
+    """What was in memory before a call began to run again, and has been made once more since."""
+    if not moment.program.has_calls:
+        return
+    end = block_ends(moment.program, moment.schedule.order)
+    begin = moment.run
+    while begin > 0 and end[begin - 1] == end[moment.run]:
+        begin -= 1
+    for q in range(begin, moment.run):
+        before = _written_by(replace(moment, run=q))
+        for v in moment.program.ops[moment.schedule.order[q]].writes:
+            if v in before:
+                yield _Copy(v, moment.program.values[v].nbytes, before[v], ())
 
 
 def _written_by(moment: _Moment) -> dict[int, int]:
@@ -201,7 +223,7 @@ def _resident(moment: _Moment, copy: _Copy) -> Resident:
 def _scratch(moment: _Moment) -> Resident:
     op, i = moment.op, moment.schedule.order[moment.run]
     return Resident(
-        -1, op.scratch_bytes, "scratch", f"scratch of {op_text(op)}", "", None, op.module, op.source, i,
+        -1, moment.scratch_bytes, "scratch", f"scratch of {op_text(op)}", "", None, op.module, op.source, i,
         "used inside the kernel that runs", (),
     )  # fmt: skip
 

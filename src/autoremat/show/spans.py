@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from autoremat.program import Program, Schedule
+from autoremat.program.lifetimes import block_ends
 from autoremat.show.residents import KIND_CATEGORIES
 
 
@@ -55,6 +56,7 @@ def _written_spans(program: Program, schedule: Schedule) -> Iterator[Span]:
     """The spans of what the ops write."""
     copies: dict[int, _Copy] = {}
     first_run: dict[int, int] = {}
+    ends = block_ends(program, schedule.order)
     for p, (i, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
         op, again = program.ops[i], i in first_run
         first_run.setdefault(i, p)
@@ -66,8 +68,11 @@ def _written_spans(program: Program, schedule: Schedule) -> Iterator[Span]:
         for old in taken.values():  # from here on its storage belongs to what is written
             yield from _ended(program, old, copies.pop(old), p - 1)
         for v in op.writes:
+            if v in copies and again and program.available[v] > schedule.order[ends[p]]:
+                yield from _ended(program, v, _Copy(p, again, 0), ends[p])  # only its call can read that one
+                continue
             if v in copies:
-                yield from _ended(program, v, copies.pop(v), p)
+                yield from _ended(program, v, copies.pop(v), ends[p])
             copies[v] = _Copy(p, again, _shrinks_by(program, v, taken.get(v, v)))
         for v in set(frees).difference(taken.values()):
             yield from _ended(program, v, copies.pop(v), p)

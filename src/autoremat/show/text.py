@@ -36,7 +36,7 @@ def plan_text(plan: Plan) -> str:
     Layers that repeat are folded: ``blocks.0-11.mlp.0`` stands for that module in all twelve blocks.
     """
     timeline = simulate(plan.program, plan)
-    sections = (_costs(plan), _repeats(plan.program, timeline), _peak(plan.program, timeline), _candidates(plan))
+    sections = (_costs(plan), _repeats(plan.program, timeline), _peak(plan, timeline), _candidates(plan))
     return "\n".join(line for section in sections for line in section)
 
 
@@ -71,16 +71,18 @@ def _repeats(program: Program, timeline: Timeline) -> list[str]:
     return [head, *shown, *_more(format_seconds(sum(x.amount for x in lines[_SHOWN:])), len(lines) - _SHOWN)]
 
 
-def _peak(program: Program, timeline: Timeline) -> list[str]:
+def _peak(plan: Plan, timeline: Timeline) -> list[str]:
     if timeline.peak_op < 0:
         return []
-    op = program.ops[timeline.peak_op]
+    program, op = plan.program, plan.program.ops[timeline.peak_op]
     where = ", ".join(part for part in (op.module, short_source(op.source)) if part)
     items = [(program.label(v), 1, float(program.values[v].nbytes)) for v in timeline.resident_at_peak]
     lines = _fold_lines(items)
     shown = [f"  {format_bytes(int(x.amount)):>9}  {x.times:>3} x  {x.name}" for x in lines[:_SHOWN]]
     rest = _more(format_bytes(int(sum(x.amount for x in lines[_SHOWN:]))), len(lines) - _SHOWN)
-    scratch = f"; {format_bytes(op.scratch_bytes)} of scratch" if op.scratch_bytes else ""
+    again = timeline.peak_op in plan.schedule.order[: timeline.peak_run]
+    nbytes = op.again_scratch_bytes if again else op.scratch_bytes
+    scratch = f"; {format_bytes(nbytes)} of scratch" if nbytes else ""
     head = f"The peak stands at op {timeline.peak_op}, {op.name} ({op.phase}){scratch}"
     return [head, *([f"  of {where}"] if where else []), "In memory there:", *shown, *rest]
 

@@ -98,6 +98,12 @@ def _ops(program: Program, texts: _Texts) -> dict[str, Any]:
         "backward": [int(op.phase == "backward") for op in program.ops],
         "seconds": [float(f"{op.seconds:.4g}") for op in program.ops],
         "scratch": {i: op.scratch_bytes for i, op in enumerate(program.ops) if op.scratch_bytes},
+        "secondsAgain": {
+            i: float(f"{op.rerun_seconds:.4g}") for i, op in enumerate(program.ops) if op.rerun_seconds is not None
+        },
+        "scratchAgain": {
+            i: op.rerun_scratch_bytes for i, op in enumerate(program.ops) if op.rerun_scratch_bytes is not None
+        },
         "stays": {
             i: texts(op.repeatable) for i, op in enumerate(program.ops) if op.phase != "backward" and op.repeatable
         },

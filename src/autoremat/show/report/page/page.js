@@ -62,14 +62,20 @@ class Course {
     });
     for (const s of series) for (let p = 1; p < s.length; p++) s[p] += s[p - 1];
     const scratch = series[data.categories.indexOf("scratch")];
-    this.order.forEach((i, p) => { scratch[p] += data.ops.scratch[i] ?? 0; });
+    this.order.forEach((i, p) => {
+      const again = p > this.firstRun[i] ? data.ops.scratchAgain[i] : undefined;
+      scratch[p] += again ?? data.ops.scratch[i] ?? 0;
+    });
     return series;
   }
 
   /** When each run starts, and when the last one ends, in seconds or in runs. */
   moments(inSeconds) {
     const at = new Float64Array(this.length + 1);
-    this.order.forEach((i, p) => { at[p + 1] = at[p] + (inSeconds ? data.ops.seconds[i] : 1); });
+    this.order.forEach((i, p) => {
+      const again = p > this.firstRun[i] ? data.ops.secondsAgain[i] : undefined;
+      at[p + 1] = at[p] + (inSeconds ? again ?? data.ops.seconds[i] : 1);
+    });
     return at;
   }
 
