@@ -109,7 +109,8 @@ def undisturbed(
     """Put back, at the end, what the code can reach: module attributes, random generators, lists, dicts and sets."""
     with ExitStack() as stack:
         stack.enter_context(_generators_kept())
-        stack.enter_context(_no_cached_parametrizations())
+        stack.enter_context(without_caches())
+        stack.enter_context(_same_gradients(modules))
         for thing in _mutable_things(modules, fn, args, kwargs or {}):
             stack.callback(*_way_back(thing))
         for module in {id(m): m for root in modules for m in root.modules()}.values():
@@ -316,7 +317,25 @@ def _is_same(a: Any, b: Any) -> bool:
 
 
 @contextmanager
-def _no_cached_parametrizations() -> Iterator[None]:
+def _same_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the parameters' gradients back: the code may have let go of them (``optimizer.zero_grad()``)."""
+    kept = [(t, t.grad) for _, kind, t in named_tensors(modules) if kind == "parameter" and t.is_leaf]
+    try:
+        yield
+    finally:
+        for tensor, grad in kept:
+            if tensor.grad is not grad:
+                tensor.grad = grad
+
+
+def scripted_in(modules: Sequence[nn.Module]) -> str:
+    """The path of the first ScriptModule, which keeps its parameters in C++; "" if there is none."""
+    named = (pair for root in modules for pair in root.named_modules())
+    return next((name or type(m).__name__ for name, m in named if isinstance(m, torch.jit.ScriptModule)), "")
+
+
+@contextmanager
+def without_caches() -> Iterator[None]:
     """What ``torch.nn.utils.parametrize.cached()`` has cached belongs to the outside, and fakes must not stay in it."""
     before, parametrize._cache = parametrize._cache, {}
     try:
