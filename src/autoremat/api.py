@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar, overload
 
@@ -378,6 +381,11 @@ class Options:
         return parse_budget(in_bytes(self.budget, program.fixed_bytes), simulate(program).peak_bytes)
 
 
+_OF_A_METHOD: Final = frozenset(
+    {"__closure__", "__code__", "__defaults__", "__func__", "__globals__", "__kwdefaults__", "__self__"}
+)
+
+
 class _Forward:
     """Stands in for ``forward`` on one module; goes along when the module is copied or pickled."""
 
@@ -387,13 +395,25 @@ class _Forward:
         self._wrap()
 
     def _wrap(self) -> None:
-        plain = self.replaced or functools.partial(type(self.module).forward, self.module)
+        plain = self.replaced or types.MethodType(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
         self.__wrapped__ = plain  # already bound: the signature is that of a call
         self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.session.call(args, kwargs)
+
+    @property
+    def __class__(self) -> type:  # type: ignore[override]
+        """To ``inspect.ismethod``, and to nobody else, a method: so TorchScript finds the code that it compiles."""
+        asks = sys._getframe(1).f_code
+        return types.MethodType if asks is inspect.ismethod.__code__ else _Forward
+
+    def __getattr__(self, name: str) -> Any:
+        """What a bound method has and this has not: for ``torch.jit.script`` and ``torch.export``, which read code."""
+        if name not in _OF_A_METHOD or "module" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(types.MethodType(type(self.module).forward, self.module), name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Plans stay behind: they are made anew where they are needed."""

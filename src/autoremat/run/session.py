@@ -153,7 +153,7 @@ class Session:
             self._counts.unplanned += 1
             _tell_compiled()
             return self.fn(*args, **kwargs)
-        if getattr(self._here, "inside", False) or _taken_over():
+        if getattr(self._here, "inside", False) or _taken_over() or _is_traced():
             return self.fn(*args, **kwargs)
         self._here.inside = True
         try:
@@ -476,6 +476,11 @@ def _taken_over() -> bool:
     """Whether an outer recording or tape sees every operator already."""
     stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return any(isinstance(mode, (Tape, Recorder)) for mode in stack)
+
+
+def _is_traced() -> bool:
+    """Whether ``torch.jit.trace`` or an ONNX export looks on, which want the plain callable's graph."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def _own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
