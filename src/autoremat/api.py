@@ -403,8 +403,8 @@ class _Forward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.session.call(args, kwargs)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         """To ``inspect.ismethod``, and to nobody else, a method: so TorchScript finds the code that it compiles."""
         asks = sys._getframe(1).f_code
         return types.MethodType if asks is inspect.ismethod.__code__ else _Forward

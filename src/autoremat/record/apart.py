@@ -386,9 +386,12 @@ class _Copies:
 
 
 def _operator(namespace: str, name: str, overload: str | None) -> Any:
-    """The operator, or the packet of all its overloads."""
-    packet = getattr(getattr(torch.ops, namespace), name)
-    return packet if overload is None else getattr(packet, overload)
+    """The operator, or the packet of all its overloads; None for one that only the child has defined."""
+    try:
+        packet = getattr(getattr(torch.ops, namespace), name)
+        return packet if overload is None else getattr(packet, overload)
+    except (AttributeError, RuntimeError):
+        return None
 
 
 def _named(op: OpOverload) -> tuple[Any, ...]:

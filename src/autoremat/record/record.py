@@ -250,7 +250,8 @@ def _apart_or(here: Callable[[], Any], work: Callable[[Progress | None], Any], s
     """Let a child do the work, or do it here."""
     with suppress(CannotRunApart):
         if can_run_apart():
-            return run_apart(lambda progress: _without_what_cannot_be_sent(work(progress)), step.progress)
+            done = run_apart(lambda progress: _without_what_cannot_be_sent(work(progress)), step.progress)
+            return _with_what_is_here(done)
     if scripted := scripted_in(step.modules):
         raise UnusableInput(
             f"{scripted} is a ScriptModule: a recording in this process would change it for good, and here none can be "
@@ -268,6 +269,17 @@ def _without_what_cannot_be_sent(outcome: Any) -> Any:
             if not can_be_sent(op.signature):
                 op.signature = None
         recording.calls_with_numbers = [c for c in recording.calls_with_numbers if can_be_sent(c)]
+    return outcome
+
+
+def _with_what_is_here(outcome: Any) -> Any:
+    """The same without calls of operators that the step has defined when it ran, which this process does not know."""
+    recording = outcome if isinstance(outcome, Recording) else outcome[0]
+    if recording is not None:
+        for op in recording.ops:
+            if op.signature is not None and op.signature.func is None:
+                op.signature = None
+        recording.calls_with_numbers = [c for c in recording.calls_with_numbers if c.func is not None]
     return outcome
 
 
