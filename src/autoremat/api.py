@@ -20,6 +20,7 @@ from autoremat.plan.constraints import Patterns, still_possible
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record import UnusableInput, record
 from autoremat.record.optimizer import optimizer_bytes
+from autoremat.record.record import Scripted
 from autoremat.record.timing import Progress
 from autoremat.run import Session, Stats
 from autoremat.run.selfcheck import CHANGED, DIFFERS
@@ -346,16 +347,19 @@ class Options:
         return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
 
     def record(
-        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
-    ) -> Program:
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool,
+        later: Callable[[Program], None] | None = None,
+    ) -> Program:  # fmt: skip
         """The program of a call, operators measured within the budget."""
         with progress_bar() as progress:
             try:
                 state, scratch = optimizer_bytes(self.optimizer)
                 return record(
                     fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
-                    compare=compare, progress=progress, limit=self._in_bytes,
+                    compare=compare, progress=progress, limit=self._in_bytes, later=later,
                 )  # fmt: skip
+            except Scripted as error:
+                raise NotPlannable(str(error)) from error
             except UnusableInput:
                 raise
             except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from autoremat.api import Options, session_of
 from autoremat.plan.constraints import Patterns
 from autoremat.program import Plan
+from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
 from autoremat.record.record import UnusableInput, differentiable_outputs, is_unreal
 from autoremat.record.recorder import backward_from
 from autoremat.record.world import (
@@ -95,7 +97,8 @@ def check(
     Both start from the same parameters, buffers and generator states and from no gradients; the checkpointed one runs
     with the self-check of a first step. Afterwards everything is as before; hooks on leaves, which may step an
     optimizer, do not run. The backward starts from the loss, or from the sum of everything returned that requires grad,
-    and ends at the arguments. Takes the memory of a plain step, and that of the parameters and buffers once more.
+    and ends at the arguments. Takes the memory of a plain step, and that of the parameters and buffers once more. Where
+    a process may be forked, both run in a child with one thread, and leave nothing behind, wherever the step keeps it.
 
     Args:
         target: a module or callable, checkpointed by autoremat already or not.
@@ -134,16 +137,27 @@ def check(
     options = Options(budget or 1.0, optimizer, keep, recompute, time_limit_seconds)
     session = Session(plain, options if known is None else known.planner)
     args, kwargs = map_tensors((args, kwargs), _without_history)
-    tensors = _named(modules, args, kwargs)
-    with torch.enable_grad(), _all_as_before(tensors.values()) as start_anew:
+    with torch.enable_grad(), _all_as_before(_named(modules, args, kwargs).values()) as start_anew:
         start_anew()
         session.prepare(args, kwargs)
-        calls = lambda: plain(*args, **kwargs), lambda: session.call(args, kwargs)
-        runs = []
-        for call in calls:
-            start_anew()
-            with undisturbed(modules, plain, args, kwargs):
-                runs.append(_observed(call, modules, tensors))
+        with contextlib.suppress(CannotRunApart):
+            if can_run_apart():
+                return run_apart(lambda report: _compared(session, modules, args, kwargs, start_anew))
+        return _compared(session, modules, args, kwargs, start_anew)
+
+
+def _compared(
+    session: Session, modules: Sequence[nn.Module], args: Sequence[Any], kwargs: dict[str, Any],
+    start_anew: Callable[[], None],
+) -> Check:  # fmt: skip
+    """What comes of a plain step and of one under the session's plan."""
+    plain, tensors = session.fn, _named(modules, args, kwargs)
+    calls = lambda: plain(*args, **kwargs), lambda: session.call(args, kwargs)
+    runs = []
+    for call in calls:
+        start_anew()
+        with undisturbed(modules, plain, args, kwargs):
+            runs.append(_observed(call, modules, tensors))
     (reference, plain_peak), (seen, peak) = runs
     stats = session.stats()
     values = stats.plan.program.values if stats.plan is not None else ()

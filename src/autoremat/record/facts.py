@@ -154,6 +154,8 @@ def treated_inside(func: torch._ops.OpOverload) -> tuple[str, ...]:
     Those of torch's own that work on elements, give views, or are among the few that all others are made of, call
     nothing that autocast knows, and are left out: they are the most. Convolution stands for many kernels.
     """
+    if func.namespace == "prim":  # what Python asks of a fake tensor: no operators of the dispatcher
+        return ()
     if func.namespace == "aten":
         if has_kernel(func, "CompositeImplicitAutograd") or any(a.alias_info is not None for a in func._schema.returns):
             return ()

@@ -22,13 +22,13 @@ from torch._subclasses.fake_tensor import (
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoremat.program import Program
-from autoremat.record.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, run_apart
+from autoremat.record.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, is_child, run_apart
 from autoremat.record.as_plain import as_plain
 from autoremat.record.assemble import assemble
 from autoremat.record.casts import casts_in_use, forget_casts
 from autoremat.record.compiled import CompiledCode, eagerly
 from autoremat.record.living import Living, let_go_of_frames
-from autoremat.record.local import Description, is_distributed, local_of
+from autoremat.record.local import Description, Jagged, is_distributed, is_jagged, local_of
 from autoremat.record.parallel import (
     Gathering,
     NotSupported,
@@ -70,11 +70,15 @@ class TrainsInside(UnusableInput):
     """The callable runs its own backward pass or optimizer."""
 
 
+class Scripted(UnusableInput):
+    """A ScriptModule would have to be recorded in this process, which would change it."""
+
+
 class FakesLeft(UnusableInput):
     """Something of the user's holds fake tensors after a recording in this process."""
 
 
-_FINAL: Final = (NothingDifferentiable, CompiledCode, TrainsInside, FakesLeft, RecordingDied)
+_FINAL: Final = (NothingDifferentiable, CompiledCode, TrainsInside, Scripted, FakesLeft, RecordingDied)
 """Errors of a recording that the other way to record would not be spared."""
 
 
@@ -92,6 +96,7 @@ def record(
     progress: Progress | None = None,
     name: str = "",
     limit: Callable[[Program], int] | None = None,
+    later: Callable[[Program], None] | None = None,
 ) -> Program:
     """Record forward and backward of ``fn(*args, **kwargs)``.
 
@@ -120,6 +125,8 @@ def record(
         name: name of the program.
         limit: given the program before anything is measured, how many bytes may be in memory while it is, what is
             fixed included; then caches are emptied between operators only as far as there is room.
+        later: given a second program, if the step takes another path when it runs again and stays on that: it has
+            cached a table at its first call, say. Looked for in a child only, on fake tensors.
 
     Returns:
         The program. Its backward starts from the ``loss`` if the result has one, from the only scalar that requires
@@ -130,8 +137,8 @@ def record(
         CompiledCode: the callable runs code that ``torch.compile`` has compiled.
         TrainsInside: the callable runs its own backward pass or optimizer.
         FakesLeft: somebody holds fake tensors after a recording in this process.
-        UnusableInput: parameters and inputs are on several devices; ``device`` is not one of this machine's; a
-            ScriptModule has to be recorded in this process.
+        Scripted: a ScriptModule would have to be recorded in this process.
+        UnusableInput: parameters and inputs are on several devices; ``device`` is not one of this machine's.
         RecordingDied: the child that recorded has died.
     """
     kwargs = dict(kwargs or {})
@@ -142,7 +149,7 @@ def record(
     parallel = parallel_of(modules)
     check_supported(parallel, modules)
 
-    step = _Step(fn, modules, args, kwargs, parallel, device, progress)
+    step = _Step(fn, modules, args, kwargs, parallel, device, progress, look_ahead=later is not None)
 
     def on_fake() -> Recording:
         _refuse_shared_memory(modules, args, kwargs)
@@ -177,26 +184,49 @@ def record(
             raise
         except Exception:  # noqa: BLE001 - what fails on real tensors fails in the step, too, and is reported there
             pass
-    signatures = [op.signature for op in recording.ops]
+    whole = _Whole(
+        name or getattr(fn, "__name__", type(fn).__name__), recorded, optimizer_state_bytes, optimizer_scratch_bytes,
+        resident_bytes(parallel), timing == "measure" and not is_unreal(modules, args, kwargs), limit, progress,
+    )  # fmt: skip
+    if later is not None and recording.later is not None:
+        later(whole.program(recording.later))
+    return whole.program(recording)
 
-    def assembled(costs: Sequence[Cost], source: str) -> Program:
+
+@dataclass(frozen=True)
+class _Whole:
+    """What a program has beside its recording."""
+
+    name: str
+    recorded: str
+    optimizer_state_bytes: int
+    optimizer_scratch_bytes: int
+    beside: Mapping[str, int]
+    measures: bool
+    limit: Callable[[Program], int] | None
+    progress: Progress | None
+
+    def program(self, recording: Recording) -> Program:
+        """The program, with operators measured or estimated."""
+        signatures = [op.signature for op in recording.ops]
+        if not self.measures:
+            written = [sum(recording.values[n].nbytes for n in op.writes) for op in recording.ops]
+            return self._assembled(recording, estimate_all(signatures, written), "estimated")
+        room = None
+        if self.limit is not None:
+            without_costs = self._assembled(recording, [FREE] * len(signatures), "estimated")
+            room = self.limit(without_costs) - without_costs.fixed_bytes
+        costs = measure_all(signatures, self.progress, room_bytes=room)
+        if self.recorded == "fake":  # sizes that depend on the data were seen on the real tensors
+            recording.take_sizes([cost.made_bytes for cost in costs])
+        return self._assembled(recording, costs, "measured")
+
+    def _assembled(self, recording: Recording, costs: Sequence[Cost], source: str) -> Program:
         return assemble(
-            recording, name or getattr(fn, "__name__", type(fn).__name__), costs,
-            optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,
-            beside=resident_bytes(parallel), timing=source, recorded=recorded,
+            recording, self.name, costs, optimizer_state_bytes=self.optimizer_state_bytes,
+            optimizer_scratch_bytes=self.optimizer_scratch_bytes, beside=self.beside, timing=source,
+            recorded=self.recorded,
         )  # fmt: skip
-
-    if timing != "measure" or is_unreal(modules, args, kwargs):
-        written = [sum(recording.values[n].nbytes for n in op.writes) for op in recording.ops]
-        return assembled(estimate_all(signatures, written), "estimated")
-    room = None
-    if limit is not None:
-        without_costs = assembled([FREE] * len(signatures), "estimated")
-        room = limit(without_costs) - without_costs.fixed_bytes
-    costs = measure_all(signatures, progress, room_bytes=room)
-    if recorded == "fake":  # sizes that depend on the data were seen on the real tensors
-        recording.take_sizes([cost.made_bytes for cost in costs])
-    return assembled(costs, "measured")
 
 
 def _or_from(error: Exception, record_anew: Callable[[], Recording], *, is_real: bool) -> Recording:
@@ -222,6 +252,8 @@ class _Step:
     parallel: Parallel
     device: torch.device | str | None
     progress: Progress | None
+    look_ahead: bool = False
+    """Whether to find out, in a child, which path it takes when it runs again."""
 
 
 def _on_fake(step: _Step) -> Recording:
@@ -230,7 +262,11 @@ def _on_fake(step: _Step) -> Recording:
 
     def work(progress: Progress | None) -> Recording:
         with _fake_world(step.modules, step.args, step.kwargs, step.device, step.parallel, living) as world:
-            return _record_in(world, step, progress).recording()
+            recording = _record_in(world, step, progress).recording()
+            if step.look_ahead and is_child():
+                with suppress(Exception):  # once was enough
+                    recording.later = _settled(recording, world, step)
+            return recording
 
     def here() -> Recording:
         try:
@@ -246,6 +282,15 @@ def _on_fake(step: _Step) -> Recording:
     return _apart_or(here, work, step)
 
 
+def _settled(first: Recording, world: _World, step: _Step) -> Recording | None:
+    """The recording of a second run that takes another path than the first, if a third one takes the same."""
+    second = _record_in(world, step, None).recording()
+    if second.has_path_of(first):
+        return None
+    third = _record_in(world, step, None, forward_only=True).recording()
+    return second if second.has_path_of(third) else None
+
+
 def _apart_or(here: Callable[[], Any], work: Callable[[Progress | None], Any], step: _Step) -> Any:
     """Let a child do the work, or do it here."""
     with suppress(CannotRunApart):
@@ -253,7 +298,7 @@ def _apart_or(here: Callable[[], Any], work: Callable[[Progress | None], Any], s
             done = run_apart(lambda progress: _without_what_cannot_be_sent(work(progress)), step.progress)
             return _with_what_is_here(done)
     if scripted := scripted_in(step.modules):
-        raise UnusableInput(
+        raise Scripted(
             f"{scripted} is a ScriptModule: a recording in this process would change it for good, and here none can be "
             "made in another one (CUDA is in use, other threads run, or several processes train); leave "
             "torch.jit.script out of what autoremat checkpoints, or checkpoint the parts around it"
@@ -263,8 +308,9 @@ def _apart_or(here: Callable[[], Any], work: Callable[[Progress | None], Any], s
 
 def _without_what_cannot_be_sent(outcome: Any) -> Any:
     """The same without the arguments of operators that pickle does not know: those cannot be measured, then."""
-    recording = outcome if isinstance(outcome, Recording) else outcome[0]
-    if recording is not None and not can_be_sent(recording):
+    for recording in _recordings_in(outcome):
+        if can_be_sent(recording):
+            continue
         for op in recording.ops:
             if not can_be_sent(op.signature):
                 op.signature = None
@@ -272,10 +318,14 @@ def _without_what_cannot_be_sent(outcome: Any) -> Any:
     return outcome
 
 
+def _recordings_in(outcome: Any) -> list[Recording]:
+    recording = outcome if isinstance(outcome, Recording) else outcome[0]
+    return [r for r in (recording, recording.later if recording else None) if r is not None]
+
+
 def _with_what_is_here(outcome: Any) -> Any:
     """The same without calls of operators that the step has defined when it ran, which this process does not know."""
-    recording = outcome if isinstance(outcome, Recording) else outcome[0]
-    if recording is not None:
+    for recording in _recordings_in(outcome):
         for op in recording.ops:
             if op.signature is not None and op.signature.func is None:
                 op.signature = None
@@ -331,6 +381,11 @@ def _fake_world(
             if running and tensor.is_leaf and tensor.requires_grad and casts_in_use():
                 raise RuntimeError("autocast's cache must not get to know a fake cast of a real weight")
             originals.append(tensor)
+            if is_jagged(tensor):
+                inside = Jagged.of(tensor).converted(convert)
+                values = convert(local_of(tensor).detach())
+                converted[id(tensor)] = inside.around(values).requires_grad_(tensor.requires_grad)
+                return converted[id(tensor)]
             if is_distributed(tensor):
                 converted[id(tensor)] = _around(tensor, convert(local_of(tensor).detach()))
                 return converted[id(tensor)]

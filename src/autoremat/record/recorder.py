@@ -26,7 +26,7 @@ from autoremat.record.as_plain import autocast_around, computes_otherwise, is_in
 from autoremat.record.collectives import run_alone
 from autoremat.record.compiled import in_compiled_code
 from autoremat.record.facts import OpFacts, facts_of, tensors_in
-from autoremat.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
+from autoremat.record.local import PackedLocal, description_of, is_apart, is_taken_apart, local_of
 from autoremat.record.numbers import has_number
 from autoremat.record.parallel import Gathering
 from autoremat.record.recording import RecordedOp, RecordedValue, Recording
@@ -367,8 +367,8 @@ class Recorder(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """Keep metadata of a saved tensor; of one from outside, an alias."""
-        if is_distributed(tensor) and not tensor.is_leaf:
-            return PackedLocal(self.pack(local_of(tensor)), Description.of(tensor))
+        if is_apart(tensor):
+            return PackedLocal(self.pack(local_of(tensor)), description_of(tensor))
         with self.paused():
             tensor = self.convert(tensor)
             storage = storage_of(tensor)

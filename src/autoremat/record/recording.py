@@ -73,6 +73,8 @@ class Recording:
         overwritten: values from outside that the step overwrites.
         calls_with_numbers: calls with gradients where a number stands in place of a tensor.
         gathering: which ops need parameters that ``fully_shard`` frees; None where it frees none.
+        later: of the step when it runs for the second time, where it takes another path then and stays on that (it has
+            cached a table at its first call, say); None where it does not, or where nobody has looked.
     """
 
     ops: list[RecordedOp]
@@ -82,6 +84,7 @@ class Recording:
     overwritten: set[int]
     calls_with_numbers: list[CallSignature]
     gathering: Gathering | None = None
+    later: Recording | None = None
 
     def take_sizes(self, made_bytes: Sequence[tuple[int, ...]]) -> None:
         """Replace the sizes of fake memory by those that every op made when it really ran; () where it did not."""
