@@ -87,10 +87,11 @@ def test_custom_operator(make: Callable[[str], Any], enabled: bool) -> None:
 @pytest.mark.usefixtures("way")
 def test_custom_operator_defined_during_the_step() -> None:
     made: list[Any] = []
+    name = f"autocast_inside::late{next(NUMBERS)}"
 
     def late() -> Any:
         if not made:
-            made.append(multiplied(f"autocast_inside::late{next(NUMBERS)}"))
+            made.append(multiplied(name))
         return made[0]
 
     w = torch.randn(64, 64, requires_grad=True)

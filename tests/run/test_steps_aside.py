@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 import io
+import os
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -57,11 +60,9 @@ def scripted() -> nn.Sequential:
 def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str) -> None:
     net, x = scripted(), torch.randn(256, 32)
     parameters = {n: p.data_ptr() for n, p in net.named_parameters()}
-    try:
+    refused = pytest.raises(UnusableInput, match="ScriptModule") if way == "here" else nullcontext()
+    with refused:
         autoremat.plan(net, x, budget=1.0, time_limit_seconds=0.2)
-    except UnusableInput as error:
-        assert way == "here"  # noqa: PT017 - only there
-        assert "ScriptModule" in str(error)
     assert {n: p.data_ptr() for n, p in net.named_parameters()} == parameters
     step = autoremat.checkpoint(lambda x: net(x).square().mean(), budget=0.7, time_limit_seconds=0.5)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
@@ -104,8 +105,12 @@ print(digest.hexdigest())
 
 def test_scripted_parts_are_exact() -> None:
     """In processes of their own: TorchScript computes otherwise once it has optimized a function."""
+    root = Path(__file__).parent.parent.parent
+    environment = os.environ | {"PYTHONPATH": f"{root / 'src'}{os.pathsep}{root}", "OMP_NUM_THREADS": "1"}
     digests = {
-        subprocess.run([sys.executable, "-c", SCRIPTED, kind], capture_output=True, text=True, check=True).stdout
+        subprocess.run(
+            [sys.executable, "-c", SCRIPTED, kind], capture_output=True, text=True, check=True, env=environment
+        ).stdout
         for kind in ("plain", "checkpointed")
     }
     assert len(digests) == 1
@@ -183,7 +188,7 @@ def test_a_whole_training_step_is_refused_and_nothing_harmed(way: str, returns: 
         return {"loss": loss, "item": loss.detach(), "detached": loss.detach()}[returns]
 
     for call in (autoremat.checkpoint(train, budget=0.7), lambda x: autoremat.plan(train, x, budget=0.7)):
-        with pytest.raises(ValueError, match="backward.* outside"):
+        with pytest.raises(ValueError, match=r"backward.* outside"):
             call(x)
     assert not optimizer.state
     for p, (value, gradient) in zip(net.parameters(), before, strict=True):
@@ -243,7 +248,7 @@ def test_nested_tensors_of_the_old_layout_are_named_as_what_they_are() -> None:
 
     def step(a: Tensor, b: Tensor) -> Tensor:
         nested = torch.nested.as_nested_tensor([a @ weight, b @ weight])
-        return torch.nested.to_padded_tensor(nested.tanh(), 0.0).sum()
+        return torch.nested.to_padded_tensor(nested.relu(), 0.0).sum()
 
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*nested tensors is in prototype.*")

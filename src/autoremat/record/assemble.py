@@ -69,7 +69,7 @@ def assemble(
 def _main_device(values: dict[int, RecordedValue]) -> torch.device:
     """The device that the budget is for: the accelerator if one is in use."""
     devices = {v.device for v in values.values()}
-    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+    return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
 def _value(number: int, value: RecordedValue, recording: Recording, device: torch.device) -> Value:

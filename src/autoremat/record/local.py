@@ -33,6 +33,13 @@ def is_jagged(tensor: Any) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def prepare_jagged() -> None:
+    """Have torch make what its first nested tensor of the jagged layout would make: that is no part of a step."""
+    module = sys.modules.get("torch.nested._internal.nested_tensor")
+    if module is not None and hasattr(module, "_nt_view_dummy"):
+        module._nt_view_dummy()
+
+
 def is_apart(tensor: Tensor) -> bool:
     """Whether a tensor that autograd saves is to be kept as the tensor inside it."""
     if is_jagged(tensor):

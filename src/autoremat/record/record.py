@@ -28,7 +28,7 @@ from autoremat.record.assemble import assemble
 from autoremat.record.casts import casts_in_use, forget_casts
 from autoremat.record.compiled import CompiledCode, eagerly
 from autoremat.record.living import Living, let_go_of_frames
-from autoremat.record.local import Description, Jagged, is_distributed, is_jagged, local_of
+from autoremat.record.local import Description, Jagged, is_distributed, is_jagged, local_of, prepare_jagged
 from autoremat.record.parallel import (
     Gathering,
     NotSupported,
@@ -146,6 +146,7 @@ def record(
         _check_target(device)
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
+    prepare_jagged()
     parallel = parallel_of(modules)
     check_supported(parallel, modules)
 
@@ -623,13 +624,13 @@ def _record_in(world: _World, step: _Step, progress: Progress | None, *, forward
     return recorder
 
 
-def _gradients(modules: Sequence[nn.Module]) -> frozenset[int]:
-    """Which gradients the parameters have now."""
+def _gradients(modules: Sequence[nn.Module]) -> frozenset[tuple[int, int]]:
+    """Which gradients the parameters have now, and in which version."""
     tensors = (t for _, kind, t in named_tensors(modules) if kind == "parameter" and t.is_leaf)
-    return frozenset(id(t.grad) for t in tensors if t.grad is not None)
+    return frozenset((id(t.grad), t.grad._version) for t in tensors if t.grad is not None)
 
 
-def _refuse_training(has_trained: Set[int], error: Exception | None = None) -> None:
+def _refuse_training(has_trained: Set[Any], error: Exception | None = None) -> None:
     if has_trained:
         raise TrainsInside(
             "the callable runs the backward pass inside, and autoremat plans the one that follows: return the loss "
