@@ -189,13 +189,17 @@ class _Parent:
             )
 
     def _died(self) -> RecordingDied:
-        _, status = os.waitpid(self._pid, 0)
-        if os.WIFSIGNALED(status):
-            number = os.WTERMSIG(status)
-            how = f"was ended by {signal.Signals(number).name}"
-            how += " (the system ends processes in this way when memory runs out)" * (number == signal.SIGKILL)
+        try:
+            end = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)  # its number stays its own until _end
+        except ChildProcessError:  # the program wants to know nothing of its children
+            end = None
+        if end is None:
+            how = "has ended"
+        elif end.si_code in (os.CLD_KILLED, os.CLD_DUMPED):
+            how = f"was ended by {signal.Signals(end.si_status).name}"
+            how += " (the system ends processes in this way when memory runs out)" * (end.si_status == signal.SIGKILL)
         else:
-            how = f"ended itself (with {os.WEXITSTATUS(status)})"
+            how = f"ended itself (with {end.si_status})"
         size = os.fstat(self._said).st_size
         words = os.pread(self._said, _SAID_BYTES, max(0, size - _SAID_BYTES)).decode(errors="replace").strip()
         return RecordingDied(
