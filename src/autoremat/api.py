@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
+import sys
+import types
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar, overload
 
 import torch
 from torch import nn
 
+from autoremat.engines.torch.eager.first import FirstStep
+from autoremat.engines.torch.eager.session import Session as SessionOfCalls
 from autoremat.plan import Frontier, parse_budget, solve
 from autoremat.plan import frontier as frontier_of
 from autoremat.plan.constraints import Patterns, still_possible
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record import UnusableInput, record
 from autoremat.record.optimizer import optimizer_bytes
+from autoremat.record.record import Scripted
 from autoremat.record.timing import Progress
-from autoremat.engines.torch.eager.first import FirstStep
-from autoremat.engines.torch.eager.session import Session as SessionOfCalls
 from autoremat.record.versions import warn_if_untested
 from autoremat.run import Session, Stats
 from autoremat.run.selfcheck import CHANGED, DIFFERS
@@ -347,16 +351,19 @@ class Options:
         return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
 
     def record(
-        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
-    ) -> Program:
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool,
+        later: Callable[[Program], None] | None = None,
+    ) -> Program:  # fmt: skip
         """The program of a call, operators measured within the budget."""
         with progress_bar() as progress:
             try:
                 state, scratch = optimizer_bytes(self.optimizer)
                 return record(
                     fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
-                    compare=compare, progress=progress, limit=self._in_bytes,
+                    compare=compare, progress=progress, limit=self._in_bytes, later=later,
                 )  # fmt: skip
+            except Scripted as error:
+                raise NotPlannable(str(error)) from error
             except UnusableInput:
                 raise
             except Exception as error:
@@ -403,6 +410,11 @@ class Options:
         return parse_budget(in_bytes(self.budget, program.fixed_bytes), simulate(program).peak_bytes)
 
 
+_OF_A_METHOD: Final = frozenset(
+    {"__closure__", "__code__", "__defaults__", "__func__", "__globals__", "__kwdefaults__", "__self__"}
+)
+
+
 class _Forward:
     """Stands in for ``forward`` on one module; goes along when the module is copied or pickled."""
 
@@ -412,13 +424,25 @@ class _Forward:
         self._wrap()
 
     def _wrap(self) -> None:
-        plain = self.replaced or functools.partial(type(self.module).forward, self.module)
+        plain = self.replaced or types.MethodType(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
         self.__wrapped__ = plain  # already bound: the signature is that of a call
         self.session = _session(_PlainForward(self.module, plain), self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.session.call(args, kwargs)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """To ``inspect.ismethod``, and to nobody else, a method: so TorchScript finds the code that it compiles."""
+        asks = sys._getframe(1).f_code
+        return types.MethodType if asks is inspect.ismethod.__code__ else _Forward
+
+    def __getattr__(self, name: str) -> Any:
+        """What a bound method has and this has not: for ``torch.jit.script`` and ``torch.export``, which read code."""
+        if name not in _OF_A_METHOD or "module" not in self.__dict__:
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(types.MethodType(type(self.module).forward, self.module), name)
 
     def __getstate__(self) -> dict[str, Any]:
         """Plans stay behind: they are made anew where they are needed."""

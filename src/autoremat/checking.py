@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from autoremat.api import Options, session_of
 from autoremat.plan.constraints import Patterns
 from autoremat.program import Plan
+from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
 from autoremat.record.record import UnusableInput, differentiable_outputs, is_unreal
 from autoremat.record.recorder import backward_from
 from autoremat.record.world import (
@@ -95,7 +98,8 @@ def check(
     Both start from the same parameters, buffers and generator states and from no gradients; the checkpointed one runs
     with the self-check of a first step. Afterwards everything is as before; hooks on leaves, which may step an
     optimizer, do not run. The backward starts from the loss, or from the sum of everything returned that requires grad,
-    and ends at the arguments. Takes the memory of a plain step, and that of the parameters and buffers once more.
+    and ends at the arguments. Takes the memory of a plain step, and that of the parameters and buffers once more. Where
+    a process may be forked, each runs in a child with one thread, and leaves nothing behind.
 
     Args:
         target: a module or callable, checkpointed by autoremat already or not.
@@ -134,24 +138,49 @@ def check(
     options = Options(budget or 1.0, optimizer, keep, recompute, time_limit_seconds)
     session = Session(plain, options if known is None else known.planner)
     args, kwargs = map_tensors((args, kwargs), _without_history)
-    tensors = _named(modules, args, kwargs)
-    with torch.enable_grad(), _all_as_before(tensors.values()) as start_anew:
+    with torch.enable_grad(), _all_as_before(_named(modules, args, kwargs).values()) as start_anew:
         start_anew()
         session.prepare(args, kwargs)
-        calls = lambda: plain(*args, **kwargs), lambda: session.call(args, kwargs)
-        runs = []
-        for call in calls:
-            start_anew()
-            with undisturbed(modules, plain, args, kwargs):
-                runs.append(_observed(call, modules, tensors))
-    (reference, plain_peak), (seen, peak) = runs
+        reference = _apart(lambda: _run(plain, session, modules, args, kwargs, start_anew))
+        return _apart(lambda: _compared(reference, session, modules, args, kwargs, start_anew))
+
+
+_Seen = tuple[dict[str, Tensor], int]
+"""What a step leaves behind, by name, and its peak by the allocator's account."""
+
+
+def _apart(work: Callable[[], Any]) -> Any:
+    """Let a child do the work, where that can be: then the next one finds everything as this one has."""
+    with contextlib.suppress(CannotRunApart, pickle.PicklingError):
+        if can_run_apart():
+            return run_apart(lambda report: work())
+    return work()
+
+
+def _run(
+    call: Callable[..., Any], session: Session, modules: Sequence[nn.Module], args: Sequence[Any],
+    kwargs: dict[str, Any], start_anew: Callable[[], None],
+) -> _Seen:  # fmt: skip
+    """Run one step from the start."""
+    start_anew()
+    with undisturbed(modules, session.fn, args, kwargs):
+        return _observed(lambda: call(*args, **kwargs), modules, _named(modules, args, kwargs))
+
+
+def _compared(
+    reference: _Seen, session: Session, modules: Sequence[nn.Module], args: Sequence[Any], kwargs: dict[str, Any],
+    start_anew: Callable[[], None],
+) -> Check:  # fmt: skip
+    """What comes of a step under the session's plan, beside what came of a plain one."""
+    expected, plain_peak = reference
+    seen, peak = _run(lambda *a, **k: session.call(a, k), session, modules, args, kwargs, start_anew)
     stats = session.stats()
     values = stats.plan.program.values if stats.plan is not None else ()
     beside = sum(v.nbytes for v in values if v.kind == "optimizer")
     return Check(
         stats.plan,
-        {kind: sum(name.startswith(kind) for name in reference) for kind in _KINDS},
-        tuple(Difference(n, _distance(a, seen[n])) for n, a in reference.items() if not _is_same(a, seen[n])),
+        {kind: sum(name.startswith(kind) for name in expected) for kind in _KINDS},
+        tuple(Difference(n, _distance(a, seen[n])) for n, a in expected.items() if not _is_same(a, seen[n])),
         plain_peak + beside,
         peak + beside,
         session.kept(),
@@ -214,10 +243,8 @@ def _all_as_before(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
             tensor.grad = gradient
 
 
-def _observed(
-    forward: Callable[[], Any], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor]
-) -> tuple[dict[str, Tensor], int]:
-    """What a step leaves behind, by name, and its peak by the allocator's account."""
+def _observed(forward: Callable[[], Any], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor]) -> _Seen:
+    """What a step leaves behind."""
     seen: dict[str, Tensor] = {}
     names = {id(t): name for name, t in tensors.items()}
     first_node = torch.ones(1, requires_grad=True).clone().grad_fn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from math import inf
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from autoremat.api import record_step
 from autoremat.plan import parse_budget, solve
@@ -19,6 +20,8 @@ from autoremat.plan.constraints import Patterns
 from autoremat.plan.infeasible import with_message
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.record import UnusableInput
+from autoremat.record.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, run_apart
+from autoremat.record.values import View, storage_of
 from autoremat.record.world import undisturbed
 from autoremat.show.progress import progress_bar
 
@@ -178,7 +181,7 @@ def _recorded(fn: Callable[..., Any], make_inputs: Callable[[int], Any], n: int,
     args, kwargs = _fake_inputs(make_inputs, n)
     try:
         return record_step(fn, args, kwargs, optimizer, "estimate")
-    except UnusableInput:
+    except (UnusableInput, RecordingDied):
         raise
     except Exception as error:
         raise ValueError(
@@ -190,8 +193,9 @@ def _recorded(fn: Callable[..., Any], make_inputs: Callable[[int], Any], n: int,
 def _fake_inputs(make_inputs: Callable[[int], Any], n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Positional and keyword arguments of size ``n``."""
     try:
-        with undisturbed((), make_inputs), FakeTensorMode(allow_non_fake_inputs=True):
-            inputs = make_inputs(n)
+        inputs = _made(make_inputs, n)
+    except RecordingDied:
+        raise
     except Exception as error:
         raise ValueError(
             f"make_inputs({n}) failed under FakeTensorMode ({type(error).__name__}: {error}); it should only make "
@@ -206,6 +210,59 @@ def _fake_inputs(make_inputs: Callable[[int], Any], n: int) -> tuple[tuple[Any, 
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     return (tuple(inputs), {}) if isinstance(inputs, (tuple, list)) else ((inputs,), {})
+
+
+def _made(make_inputs: Callable[[int], Any], n: int) -> Any:
+    """What ``make_inputs`` makes on fake tensors; in a child, where it leaves nothing behind, if all can be sent."""
+    with suppress(CannotRunApart):
+        if can_run_apart() and (sent := run_apart(lambda report: _described(_inputs(make_inputs, n)))) is not None:
+            memory: dict[int, Tensor] = {}
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                return tree_map(lambda leaf: leaf.built(memory) if isinstance(leaf, _Described) else leaf, sent)
+    with undisturbed((), make_inputs):
+        return _inputs(make_inputs, n)
+
+
+def _inputs(make_inputs: Callable[[int], Any], n: int) -> Any:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        return make_inputs(n)
+
+
+@dataclass(frozen=True)
+class _Described:
+    """A fake tensor without anything that belongs to a process."""
+
+    memory: int
+    nbytes: int
+    view: View
+    device: torch.device
+    requires_grad: bool
+
+    def built(self, memory: dict[int, Tensor]) -> Tensor:
+        """A fake tensor like it; those that shared memory do so again."""
+        view = self.view
+        if self.memory not in memory:
+            memory[self.memory] = torch.empty(self.nbytes // view.dtype.itemsize, dtype=view.dtype, device=self.device)
+        tensor = memory[self.memory].view(view.dtype).as_strided(view.size, view.stride, view.offset)
+        tensor = torch._conj(tensor) if view.conjugated else tensor
+        tensor = torch._neg_view(tensor) if view.negated else tensor
+        return tensor.detach().requires_grad_(self.requires_grad)
+
+
+def _described(inputs: Any) -> Any:
+    """The same with descriptions of the tensors; None if there is anything that cannot be sent."""
+
+    def described(tensor: Tensor) -> Any:
+        storage = storage_of(tensor)
+        if storage is None or not tensor.is_leaf:
+            raise TypeError
+        return _Described(storage._cdata, storage.nbytes(), View.of(tensor), tensor.device, tensor.requires_grad)
+
+    try:
+        sent = tree_map_only(Tensor, described, inputs)
+    except TypeError:
+        return None
+    return sent if can_be_sent(sent) else None
 
 
 def _on_meta(leaf: Any) -> Any:

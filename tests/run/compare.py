@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 import autoremat
 import autoremat.api
+from autoremat.engines.torch.eager.entry import Entry as CallEntry
 from autoremat.plan.unroll import unroll
 from autoremat.program import Plan, Program, Schedule, simulate
 from autoremat.record.timing import Cost
-from autoremat.engines.torch.eager.entry import Entry as CallEntry
 from autoremat.run import Stats, Tape
 from autoremat.run.entry import Entry
 from autoremat.run.instructions import Instructions
@@ -46,7 +46,6 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(sys.modules[__name__], "FRACTIONS", (0.9, 0.7, 0.5) if request.param else (0.6,))
     monkeypatch.setattr(autoremat.api, "solve", solve)
     monkeypatch.setattr(sys.modules["autoremat.record.record"], "measure_all", costs)
-    monkeypatch.setattr(sys.modules["autoremat.engines.torch.eager.recording"], "measure_all", costs)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -707,7 +707,7 @@ class Planner:
     def __init__(self, way: Way) -> None:
         self.way = way
 
-    def record(self, fn: Any, args: Any, kwargs: Any, *, real: bool, compare: bool) -> Program:
+    def record(self, fn: Any, args: Any, kwargs: Any, *, real: bool, compare: bool, later: Any = None) -> Program:
         measured = self.way.mode == "measured"
         try:
             with scratch_only() if measured else nullcontext():

@@ -209,7 +209,7 @@ def _made_exact_by_calls(program: Program, budget_bytes: int, found: Found, dead
     """
     from autoremat.plan.exact import exact
 
-    now, known = time.monotonic(), found.schedule
+    now, known = clock.now(), found.schedule
     by_stages = exact(folded_of(program), budget_bytes, deadline=now + (deadline - now) / 2).schedule
     by_ops = exact(program, budget_bytes, deadline=deadline)
     total = program.seconds or 1.0

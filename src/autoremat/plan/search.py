@@ -16,9 +16,6 @@ from functools import cached_property
 import numpy as np
 
 from autoremat.plan import clock
-from autoremat.plan.account import Account, Accountant
-from autoremat.plan.call_account import CallAccountant
-from autoremat.plan.calls import Folded, planned_as
 from autoremat.plan.account import Account
 from autoremat.plan.call_account import accountant_of
 from autoremat.plan.calls import planned_as

@@ -25,27 +25,30 @@ from torch.autograd import forward_ad
 from torch.overrides import enable_reentrant_dispatch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from autoremat.record.facts import TREATED_INSIDE, OpFacts, has_kernel, tensors_given
+from autoremat.record.facts import AUTOCAST_DEVICES, OpFacts, has_kernel, tensors_given, treated_inside
 
 _aten = torch.ops.aten
 _is_excluded = torch._C._dispatch_tls_is_dispatch_key_excluded
 _exclude = torch._C._dispatch_tls_set_dispatch_key_excluded
 _is_included = torch._C._dispatch_tls_is_dispatch_key_included
 _include = torch._C._dispatch_tls_set_dispatch_key_included
+_as_python_called: Any = torch._C._RestorePythonTLSSnapshot  # type: ignore[attr-defined]
 
 # ---- autocast --------------------------------------------------------------------------------------------------------
 
 Autocast: TypeAlias = tuple[tuple[DispatchKey, str, torch.dtype], ...]
 """The devices for which autocast is on: torch's key, the device's type and the precision."""
 
-_AUTOCAST: Final = ((DispatchKey.AutocastCPU, "cpu"), (DispatchKey.AutocastCUDA, "cuda"))
+_AUTOCAST: Final = tuple(zip((DispatchKey.AutocastCPU, DispatchKey.AutocastCUDA), AUTOCAST_DEVICES, strict=True))
 
 
 class _State(threading.local):
     """What this thread is in the middle of."""
 
     autocast: Autocast = ()
-    """Around the operator of ``TREATED_INSIDE`` that is running."""
+    """Around the operator that is running, if it is one of ``_NOTED``."""
+    treated: frozenset[str] = frozenset()
+    """The devices on which an operator runs that autocast treats as a whole, and so leaves alone what is in it."""
     cast: bool = False
     """Whether an operator is taken apart that autocast has treated as a whole."""
 
@@ -58,8 +61,21 @@ def _autocast_now() -> Autocast:
 
 
 def autocast_around(facts: OpFacts) -> Autocast:
-    """Autocast where the operator was called that a mode sees now, as far as it matters to its kernel."""
-    return _STATE.autocast if facts.treated_inside else ()
+    """Autocast where the operator was called that a mode sees now, as far as it matters to its kernel.
+
+    Inside the mode it is always off. An operator that is known to need it takes note above everything
+    (``_take_note_of_autocast``); of others torch keeps the state in which Python called into it, which is theirs unless
+    an operator between has switched autocast off for what it is made of.
+    """
+    if not facts.treated_inside:
+        return ()
+    if facts.name in _NOTED:
+        around = _STATE.autocast
+    else:
+        with _as_python_called():
+            around = _autocast_now()
+        around = tuple([a for a in around if a[1] not in _STATE.treated])
+    return tuple([a for a in around if a[1] in facts.treated_inside])
 
 
 # ---- within the mode -------------------------------------------------------------------------------------------------
@@ -145,6 +161,7 @@ _ATEN: Final = torch.library.Library("aten", "IMPL", _NAME)
 @contextmanager
 def as_plain() -> Iterator[None]:
     """Within this block, and in this thread, operators are made up as where no dispatch mode is active."""
+    let_custom_operators_take_note()
     before = _is_included(_KEY)
     _include(_KEY, True)
     try:
@@ -249,6 +266,11 @@ def _is_dual(tensor: Tensor) -> bool:
         return forward_ad.unpack_dual(tensor).tangent is not None
 
 
+_NOTED: Final[set[str]] = set()
+"""The operators that take note of autocast around them, by name."""
+_LIBRARIES: Final[dict[str, torch.library.Library]] = {"aten": _ATEN}
+
+
 def _take_note_of_autocast(func: OpOverload) -> None:
     """Inside the mode, where autocast is always off, nobody could say whether it was on around an operator."""
 
@@ -259,12 +281,80 @@ def _take_note_of_autocast(func: OpOverload) -> None:
         finally:
             _STATE.autocast = before
 
+    if func.namespace not in _LIBRARIES:
+        _LIBRARIES[func.namespace] = torch.library.Library(func.namespace, "IMPL", _NAME)
+    _LIBRARIES[func.namespace].impl(func.name(), wrapper, _NAME, with_keyset=True)
+    _NOTED.add(str(func))
+
+
+def _take_note_of_treatment(func: OpOverload) -> None:
+    """What such an operator is made of runs without autocast, as it has been treated as a whole."""
+    devices = [d for d in AUTOCAST_DEVICES if has_kernel(func, f"Autocast{d.upper()}")]
+
+    def wrapper(keyset: DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        before = _STATE.treated
+        _STATE.treated = before.union(d for d in devices if torch.is_autocast_enabled(d))
+        try:
+            return func.redispatch(keyset & _BELOW, *args, **kwargs)
+        finally:
+            _STATE.treated = before
+
     _ATEN.impl(func.name(), wrapper, _NAME, with_keyset=True)
 
 
-for _name in TREATED_INSIDE:
-    _, _packet, _overload = _name.split(".")
-    _take_note_of_autocast(getattr(getattr(_aten, _packet), _overload))
+def _overload(name: str) -> OpOverload | None:
+    """The operator of this name, such as ``aten::add.Tensor``; None if Python has none."""
+    namespace, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    try:
+        found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+    except (AttributeError, RuntimeError):
+        return None
+    return found if isinstance(found, OpOverload) else None
+
+
+_FREQUENT: Final = frozenset({"linear", "matmul", "conv1d", "conv2d", "conv3d", "layer_norm", "softmax", "log_softmax"})
+"""Treated as a whole, and made up of what has no use for autocast: these need not take note, which takes time."""
+
+
+def _all_take_note() -> None:
+    """Let torch's own operators take note, as far as there is something to note."""
+    for name in torch._C._dispatch_get_all_op_names():
+        packet = name.partition("::")[2].partition(".")[0]
+        if not name.startswith("aten::") or packet in _FREQUENT or name in _KNOWN:
+            continue
+        has = torch._C._dispatch_has_kernel_for_dispatch_key
+        whole = any(has(name, f"Autocast{d.upper()}") for d in AUTOCAST_DEVICES)
+        if whole and has(name, "CompositeImplicitAutograd") and (func := _overload(name)) is not None:
+            _take_note_of_treatment(func)
+
+
+_KNOWN: Final = {f.name() for f in (_aten.linalg_svdvals.default, _aten.linalg_eigvalsh.default,
+                                    _aten.linalg_eigvals.default, _aten.matmul.default)}  # fmt: skip
+_all_take_note()
+
+
+def let_custom_operators_take_note() -> None:
+    """Let operators of others take note that have been defined since the last time."""
+    names = torch.library._defs
+    if len(names) != _Seen.n:
+        _Seen.n = len(names)
+        for name in names - _Seen.names:
+            _note_custom(name)
+        _Seen.names = set(names)
+
+
+class _Seen:
+    """Which operators that Python has defined have been looked at."""
+
+    n = 0
+    names: set[str] = set()  # noqa: RUF012 - replaced, never changed
+
+
+def _note_custom(name: str) -> None:
+    func = _overload(name.replace("/", "::"))
+    if func is not None and str(func) not in _NOTED and func.namespace != "aten" and treated_inside(func):
+        _take_note_of_autocast(func)
 
 
 # ---- gradients computed in the forward -------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""From what the recorder saw to a ``Program``."""
+"""From what a recording saw to a ``Program``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 
 from autoremat.program import END, Op, Program, Value
 from autoremat.record.numbers import saved_number_bytes
-from autoremat.record.recorder import RecordedOp, RecordedValue, Recorder
+from autoremat.record.recording import RecordedOp, RecordedValue, Recording
 from autoremat.record.timing import Cost
 
 OPTIMIZER_STEP: Final = "optimizer step"
@@ -17,13 +17,13 @@ OPTIMIZER_STEP: Final = "optimizer step"
 
 
 def assemble(
-    recorder: Recorder, name: str, costs: Sequence[Cost], *, optimizer_state_bytes: int = 0,
+    recording: Recording, name: str, costs: Sequence[Cost], *, optimizer_state_bytes: int = 0,
     optimizer_scratch_bytes: int = 0, beside: Mapping[str, int] | None = None, timing: str, recorded: str = "fake",
 ) -> Program:  # fmt: skip
     """The program of a finished recording.
 
     Args:
-        recorder: after ``finish()``.
+        recording: a finished one.
         name: name of the program.
         costs: seconds and scratch bytes of every recorded op.
         optimizer_state_bytes: resident state of the optimizer.
@@ -32,12 +32,12 @@ def assemble(
         timing: where the seconds come from.
         recorded: on what: fake or real tensors.
     """
-    device = _main_device(recorder.values)
-    outside = sorted((n for n in recorder.values if n < 0), reverse=True)
-    made = range(recorder.map.made)
+    device = _main_device(recording.values)
+    outside = sorted((n for n in recording.values if n < 0), reverse=True)
+    made = range(recording.made)
     index = {n: i for i, n in enumerate([*outside, *made])}
-    values = [_value(n, recorder.values[n], recorder, device) for n in [*outside, *made]]
-    number_bytes = saved_number_bytes(recorder.calls_with_numbers) if device.type == "cpu" else 0
+    values = [_value(n, recording.values[n], recording, device) for n in [*outside, *made]]
+    number_bytes = saved_number_bytes(recording.calls_with_numbers) if device.type == "cpu" else 0
     if number_bytes:
         label = "numbers that autograd saves"
         values.append(Value("numbers", number_bytes, fixed=True, label=label, kind="input"))
@@ -45,7 +45,7 @@ def assemble(
         values.append(Value("optimizer", optimizer_state_bytes, fixed=True, label="optimizer state", kind="optimizer"))
     for label, nbytes in (beside or {}).items():
         values.append(Value(f"beside{len(values)}", nbytes, fixed=True, label=label, kind="distributed"))
-    reasons = _reasons(recorder)
+    reasons = _reasons(recording)
     ops = [
         Op(
             name=op.name,
@@ -60,7 +60,7 @@ def assemble(
             source=op.source,
             call=op.call,
         )
-        for op, cost, reason in zip(recorder.ops, costs, reasons, strict=True)
+        for op, cost, reason in zip(recording.ops, costs, reasons, strict=True)
     ]
     if optimizer_scratch_bytes:
         ops.append(Op(OPTIMIZER_STEP, (), (), 0.0, optimizer_scratch_bytes, phase="backward", repeatable="backward"))
@@ -70,10 +70,10 @@ def assemble(
 def _main_device(values: dict[int, RecordedValue]) -> torch.device:
     """The device that the budget is for: the accelerator if one is in use."""
     devices = {v.device for v in values.values()}
-    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+    return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
-def _value(number: int, value: RecordedValue, recorder: Recorder, device: torch.device) -> Value:
+def _value(number: int, value: RecordedValue, recording: Recording, device: torch.device) -> Value:
     nbytes = value.nbytes if value.device == device else 0
     about: dict[str, Any] = {"label": value.label, "kind": value.kind, "dtype": value.dtype, "shape": value.shape}
     about["module"] = value.module
@@ -85,15 +85,17 @@ def _value(number: int, value: RecordedValue, recorder: Recorder, device: torch.
     return Value(f"v{number}", nbytes, held=held, available=value.available, **about)
 
 
-def _reasons(recorder: Recorder) -> list[str]:
+def _reasons(recording: Recording) -> list[str]:
     """For every op, "" or why it must not run again."""
-    readers = _readers(recorder.ops)
-    taken_over_by = {old: i for i, op in enumerate(recorder.ops) for _, old in op.in_place if not op.backward}
-    benign = _overwritten_at_once(recorder.ops)
+    readers = _readers(recording.ops)
+    taken_over_by = {old: i for i, op in enumerate(recording.ops) for _, old in op.in_place if not op.backward}
+    benign = _overwritten_at_once(recording.ops)
     lost: set[int] = set()  # overwritten in place and not to be had again
     reasons = []
-    for op in recorder.ops:
-        reason = _reason(op, recorder, lost, benign) or recorder.gathering.reason(op.reads, op.writes, readers)
+    for op in recording.ops:
+        reason = _reason(op, recording, lost, benign)
+        if not reason and recording.gathering is not None:
+            reason = recording.gathering.reason(op.reads, op.writes, readers)
         if reason:
             lost.update(n for n in op.writes if n in taken_over_by)
         reasons.append(reason)
@@ -110,31 +112,31 @@ def _readers(ops: Sequence[RecordedOp]) -> dict[int, list[str]]:
     return readers
 
 
-def _reason(op: RecordedOp, recorder: Recorder, lost: set[int], benign: set[int]) -> str:
+def _reason(op: RecordedOp, recording: Recording, lost: set[int], benign: set[int]) -> str:
     facts = op.facts
     if op.backward or facts is None:
         return "backward"
     if facts.never_again:
         return facts.never_again
-    if not recorder.changed_unseen.isdisjoint(op.writes):
+    if not recording.changed_unseen.isdisjoint(op.writes):
         return "what it makes is changed by something that torch does not see"
-    if not recorder.changed_unseen.isdisjoint(op.reads):
+    if not recording.changed_unseen.isdisjoint(op.reads):
         return "what it reads is changed by something that torch does not see"
     if op.opaque:
         return "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
     if facts.batch_norm:
-        return "updates running statistics that are not buffers" if op.in_place else _stale(op, recorder, skip=True)
+        return "updates running statistics that are not buffers" if op.in_place else _stale(op, recording, skip=True)
     if op.effects:
-        return f"overwrites {recorder.values[op.effects[0]].label}"
+        return f"overwrites {recording.values[op.effects[0]].label}"
     if facts.uninitialised and not set(op.writes) <= benign:
         return "returns uninitialised memory"
     for n in op.reads:
         if n in lost:
-            return f"reads {recorder.values[n].label}, which is overwritten in place"
-    return _stale(op, recorder, skip=False)
+            return f"reads {recording.values[n].label}, which is overwritten in place"
+    return _stale(op, recording, skip=False)
 
 
-def _stale(op: RecordedOp, recorder: Recorder, *, skip: bool) -> str:
+def _stale(op: RecordedOp, recording: Recording, *, skip: bool) -> str:
     """Reads something from outside that the step overwrites (running statistics in training are not read).
 
     One overwritten before counts too: the next forward overwrites it again, perhaps before this one's backward.
@@ -142,8 +144,8 @@ def _stale(op: RecordedOp, recorder: Recorder, *, skip: bool) -> str:
     if skip and op.effects:
         return ""
     for n in op.reads:
-        if n < 0 and recorder.outside_version(n):
-            return f"reads {recorder.values[n].label}, which every step overwrites"
+        if n < 0 and n in recording.overwritten:
+            return f"reads {recording.values[n].label}, which every step overwrites"
     return ""
 
 

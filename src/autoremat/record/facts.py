@@ -50,10 +50,6 @@ NEVER_AGAIN: Final = {
 """ATen operators that must not run again, and why."""
 
 
-TREATED_INSIDE: Final = frozenset({"aten._trilinear.default", "aten.linalg_pinv.atol_rtol_tensor"})
-"""Operators that autocast leaves alone, with kernels of which it treats what they call."""
-
-
 @dataclass(frozen=True, slots=True)
 class OpFacts:
     """What holds for every call of one operator.
@@ -77,7 +73,8 @@ class OpFacts:
         composite: made up of others. In ``torch.inference_mode``, or with tensors from there, such an operator gets to
             a mode in one piece, which is then to take it apart; elsewhere torch has done so.
         explicit: makes something new of others below autograd.
-        treated_inside: autocast treats operators that its kernel calls.
+        treated_inside: the devices on which autocast may treat operators that its kernel calls: it has no kernel of its
+            own for autocast there, and gets to a mode before it is taken apart.
     """
 
     name: str
@@ -96,7 +93,7 @@ class OpFacts:
     communicates: bool
     composite: bool
     explicit: bool
-    treated_inside: bool
+    treated_inside: tuple[str, ...]
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -147,8 +144,28 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         communicates=talks,
         composite=_is_composite(func, "CompositeImplicitAutograd"),
         explicit=not any(aliases) and _is_composite(func, "CompositeExplicitAutograd"),
-        treated_inside=str(func) in TREATED_INSIDE,
+        treated_inside=treated_inside(func),
     )
+
+
+def treated_inside(func: torch._ops.OpOverload) -> tuple[str, ...]:
+    """The devices on which autocast may treat what the operator's kernel calls.
+
+    Those of torch's own that work on elements, give views, or are among the few that all others are made of, call
+    nothing that autocast knows, and are left out: they are the most. Convolution stands for many kernels.
+    """
+    if func.namespace == "prim":  # what Python asks of a fake tensor: no operators of the dispatcher
+        return ()
+    if func.namespace == "aten":
+        if has_kernel(func, "CompositeImplicitAutograd") or any(a.alias_info is not None for a in func._schema.returns):
+            return ()
+        simple = {torch.Tag.pointwise, torch.Tag.core, torch.Tag.nondeterministic_seeded}
+        if str(func.overloadpacket) != "aten.convolution" and not simple.isdisjoint(func.tags):
+            return ()
+    return tuple(d for d in AUTOCAST_DEVICES if not has_kernel(func, f"Autocast{d.upper()}"))
+
+
+AUTOCAST_DEVICES: Final = ("cpu", "cuda")
 
 
 def _is_composite(func: torch._ops.OpOverload, kind: str) -> bool:

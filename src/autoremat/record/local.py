@@ -1,7 +1,8 @@
-"""DTensors: what is in memory of one is its local tensor, and operators on it run operators on that.
+"""DTensors and jagged nested tensors: in memory is a tensor inside, on which their operators run others.
 
-So recorder and tape let a DTensor take its operators apart, see those on local tensors and the collectives between
-them, and treat a saved DTensor as its local tensor with a description.
+So recorder and tape let it take its operators apart, see those on the tensors inside and the collectives between them,
+and treat a saved one as the tensor inside with a description. The offsets of a nested tensor, a few numbers, stay with
+its description.
 """
 
 from __future__ import annotations
@@ -26,17 +27,41 @@ def is_distributed(tensor: Any) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def is_jagged(tensor: Any) -> bool:
+    """Whether this is a nested tensor of the jagged layout."""
+    kind = _class("torch.nested._internal.nested_tensor", "NestedTensor")
+    return kind is not None and isinstance(tensor, kind)
+
+
+def prepare_jagged() -> None:
+    """Have torch make what its first nested tensor of the jagged layout would make: that is no part of a step."""
+    module = sys.modules.get("torch.nested._internal.nested_tensor")
+    if module is not None and hasattr(module, "_nt_view_dummy"):
+        module._nt_view_dummy()
+
+
+def is_apart(tensor: Tensor) -> bool:
+    """Whether a tensor that autograd saves is to be kept as the tensor inside it."""
+    if is_jagged(tensor):
+        return not (tensor.is_leaf and tensor.requires_grad)
+    return is_distributed(tensor) and not tensor.is_leaf
+
+
 def is_taken_apart(types: Collection[type]) -> bool:
     """Whether an operator on tensors of these classes runs others, on the tensors inside them."""
     known = (
         _class("torch.distributed.tensor", "DTensor"),
         _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor"),
+        _class("torch.nested._internal.nested_tensor", "NestedTensor"),
     )
     return any(k is not None and issubclass(t, k) for t in types for k in known)
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What is in memory of a DTensor, complete; any other tensor itself."""
+    """What is in memory of a DTensor, complete, or of a nested one; any other tensor itself."""
+    if is_jagged(tensor):
+        values: Tensor = tensor._values  # type: ignore[assignment]
+        return values
     if not is_distributed(tensor):
         return tensor
     local = tensor._local_tensor  # type: ignore[attr-defined]
@@ -70,8 +95,41 @@ class Description:
 
 
 @dataclass(frozen=True, slots=True)
+class Jagged:
+    """All of a jagged nested tensor but its values."""
+
+    offsets: Tensor
+    options: dict[str, Any]
+    build: Callable[..., Tensor]
+
+    @staticmethod
+    def of(tensor: Any) -> Jagged:
+        """The description of a nested tensor."""
+        options = {"lengths": tensor._lengths, "_ragged_idx": tensor._ragged_idx}
+        options["_metadata_cache"] = dict(tensor._metadata_cache)
+        return Jagged(tensor._offsets, options, type(tensor))
+
+    def around(self, values: Tensor) -> Tensor:
+        """The nested tensor around other values; no gradient."""
+        return self.build(values, self.offsets, **self.options)
+
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> Jagged:
+        """The same with converted offsets, lengths, and numbers that were read off them."""
+        lengths = self.options["lengths"]
+        options: dict[str, Any] = {"lengths": lengths if lengths is None else convert(lengths)}
+        options["_ragged_idx"] = self.options["_ragged_idx"]
+        options["_metadata_cache"] = {k: convert(t) for k, t in self.options["_metadata_cache"].items()}
+        return Jagged(convert(self.offsets), options, self.build)
+
+
+def description_of(tensor: Tensor) -> Description | Jagged:
+    """All of a DTensor or a jagged nested tensor but what is in memory of it."""
+    return Jagged.of(tensor) if is_jagged(tensor) else Description.of(tensor)
+
+
+@dataclass(frozen=True, slots=True)
 class PackedLocal:
-    """A saved DTensor: what its local tensor was packed as, and the rest."""
+    """A saved tensor that is taken apart: what the tensor inside was packed as, and the rest."""
 
     packed: Any
-    description: Description
+    description: Description | Jagged

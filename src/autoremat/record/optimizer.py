@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
 from autoremat.record.collectives import run_alone
 from autoremat.record.facts import facts_of, tensors_in
 from autoremat.record.local import local_of
@@ -75,13 +77,21 @@ def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
             "how many bytes its state takes instead: optimizer=<bytes>"
         )
     try:
-        state, scratch = _two_steps(optimizer)
+        state, scratch = _apart(optimizer)
     except Exception as error:
         raise UnusableInput(
             f"{type(optimizer).__name__} cannot take a step on fake parameters ({type(error).__name__}: {error}); say "
             "how many bytes its state takes instead: optimizer=<bytes>"
         ) from error
     return OptimizerBytes(_state_bytes(optimizer) or state, scratch)
+
+
+def _apart(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """What two steps say, taken where they leave nothing behind: in the optimizer's own attributes, for one."""
+    with contextlib.suppress(CannotRunApart):
+        if can_run_apart():
+            return run_apart(lambda report: _two_steps(optimizer))
+    return _two_steps(optimizer)
 
 
 def _two_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import fields, is_dataclass
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, fields, is_dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +19,16 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from autoremat.program import Program
+from autoremat.record.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, is_child, run_apart
 from autoremat.record.as_plain import as_plain
 from autoremat.record.assemble import assemble
 from autoremat.record.casts import casts_in_use, forget_casts
 from autoremat.record.compiled import CompiledCode, eagerly
-from autoremat.record.local import Description, is_distributed, local_of
+from autoremat.record.living import Living, let_go_of_frames
+from autoremat.record.local import Description, Jagged, is_distributed, is_jagged, local_of, prepare_jagged
 from autoremat.record.parallel import (
     Gathering,
     NotSupported,
@@ -38,6 +42,7 @@ from autoremat.record.parallel import (
     whole_parameter,
 )
 from autoremat.record.recorder import Recorder
+from autoremat.record.recording import Recording
 from autoremat.record.timing import FREE, Cost, Progress, estimate_all, measure_all
 from autoremat.record.values import fingerprint, storage_of
 from autoremat.record.world import (
@@ -46,8 +51,10 @@ from autoremat.record.world import (
     map_tensors,
     named_tensors,
     reachable_modules,
+    scripted_in,
     swap_tensors,
     undisturbed,
+    without_caches,
 )
 
 
@@ -57,6 +64,22 @@ class UnusableInput(ValueError):
 
 class NothingDifferentiable(UnusableInput):
     """The callable returned nothing that a backward pass could start from."""
+
+
+class TrainsInside(UnusableInput):
+    """The callable runs its own backward pass or optimizer."""
+
+
+class Scripted(UnusableInput):
+    """A ScriptModule would have to be recorded in this process, which would change it."""
+
+
+class FakesLeft(UnusableInput):
+    """Something of the user's holds fake tensors after a recording in this process."""
+
+
+_FINAL: Final = (NothingDifferentiable, CompiledCode, TrainsInside, Scripted, FakesLeft, RecordingDied)
+"""Errors of a recording that the other way to record would not be spared."""
 
 
 def record(
@@ -73,13 +96,19 @@ def record(
     progress: Progress | None = None,
     name: str = "",
     limit: Callable[[Program], int] | None = None,
+    later: Callable[[Program], None] | None = None,
 ) -> Program:
     """Record forward and backward of ``fn(*args, **kwargs)``.
 
     Runs the callable once on fake tensors: nothing of the model's size is allocated. A callable that needs the
     numbers in its tensors (data-dependent control flow) is recorded on the real ones instead, without keeping what
-    the backward would need. Afterwards everything is as it was: parameters, buffers, gradients, module attributes,
-    random generators.
+    the backward would need.
+
+    Where a process may be forked (``apart``), all this happens in a child, and nothing here can change. What runs there
+    on real tensors takes memory of its own: an operator's results, and a copy of what the step overwrites. Elsewhere
+    (CUDA is in use, other threads run, several processes train) it happens here, and afterwards all that can be put
+    back is as it was: parameters, buffers, gradients, module attributes, random generators. If then somebody still
+    holds a fake tensor, that is an error.
 
     Args:
         fn: a module or any callable; returns a tensor, or nested tensors, or an object with a ``loss``.
@@ -96,6 +125,8 @@ def record(
         name: name of the program.
         limit: given the program before anything is measured, how many bytes may be in memory while it is, what is
             fixed included; then caches are emptied between operators only as far as there is room.
+        later: given a second program, if the step takes another path when it runs again and stays on that: it has
+            cached a table at its first call, say. Looked for in a child only, on fake tensors.
 
     Returns:
         The program. Its backward starts from the ``loss`` if the result has one, from the only scalar that requires
@@ -104,33 +135,37 @@ def record(
     Raises:
         NothingDifferentiable: nothing returned requires grad.
         CompiledCode: the callable runs code that ``torch.compile`` has compiled.
+        TrainsInside: the callable runs its own backward pass or optimizer.
+        FakesLeft: somebody holds fake tensors after a recording in this process.
+        Scripted: a ScriptModule would have to be recorded in this process.
         UnusableInput: parameters and inputs are on several devices; ``device`` is not one of this machine's.
+        RecordingDied: the child that recorded has died.
     """
     kwargs = dict(kwargs or {})
     if device is not None:
         _check_target(device)
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
+    prepare_jagged()
     parallel = parallel_of(modules)
     check_supported(parallel, modules)
 
-    def on_fake() -> Recorder:
-        _refuse_shared_memory(modules, args, kwargs)
-        with undisturbed(modules, fn, args, kwargs), _fake_world(modules, args, kwargs, device, parallel) as world:
-            return _record_in(world, fn, modules, parallel, progress)
+    step = _Step(fn, modules, args, kwargs, parallel, device, progress, look_ahead=later is not None)
 
-    def on_real(*, forward_only: bool = False) -> Recorder:
+    def on_fake() -> Recording:
+        _refuse_shared_memory(modules, args, kwargs)
+        return _on_fake(step)
+
+    def on_real(*, forward_only: bool = False) -> Recording:
         if parallel.units:
             raise NotSupported("a recording on real tensors would have to gather the shards of fully_shard")
-        return _with_what_is_missed(
-            lambda contents: _record_for_real(fn, modules, args, kwargs, parallel, progress, forward_only, contents)
-        )
+        return _on_real(step, forward_only)
 
     ways = [("fake", on_fake), ("real", on_real)]
     (recorded, first), (other, second) = reversed(ways) if real else ways
     try:
-        recorder = first()
-    except (NothingDifferentiable, CompiledCode):
+        recording = first()
+    except _FINAL:
         raise
     except Exception as error:
         if is_unreal(modules, args, kwargs):
@@ -140,42 +175,69 @@ def record(
                     "it real ones"
                 ) from error
             raise
-        recorded, recorder = other, _or_from(error, second, is_real=not real)
-    alone = not parallel and not any(op.facts is not None and op.facts.communicates for op in recorder.ops)
+        recorded, recording = other, _or_from(error, second, is_real=not real)
+    alone = not parallel and not any(op.facts is not None and op.facts.communicates for op in recording.ops)
     if compare and recorded == "fake" and alone and not is_unreal(modules, args, kwargs):
-        with suppress(Exception):  # what fails on real tensors fails in the step itself, too, and is reported there
-            if not _same_path(recorder, on_real(forward_only=True)):
-                recorded, recorder = "real", on_real()
-    signatures = [op.signature for op in recorder.ops]
+        try:
+            if not recording.has_path_of(on_real(forward_only=True)):
+                recorded, recording = "real", on_real()
+        except RecordingDied:
+            raise
+        except Exception:  # noqa: BLE001 - what fails on real tensors fails in the step, too, and is reported there
+            pass
+    whole = Whole(
+        name or getattr(fn, "__name__", type(fn).__name__), recorded, optimizer_state_bytes, optimizer_scratch_bytes,
+        resident_bytes(parallel), timing == "measure" and not is_unreal(modules, args, kwargs), limit, progress,
+    )  # fmt: skip
+    if later is not None and recording.later is not None:
+        later(whole.program(recording.later))
+    return whole.program(recording)
 
-    def assembled(costs: Sequence[Cost], source: str) -> Program:
+
+@dataclass(frozen=True)
+class Whole:
+    """What a program has beside its recording."""
+
+    name: str
+    recorded: str
+    optimizer_state_bytes: int
+    optimizer_scratch_bytes: int
+    beside: Mapping[str, int]
+    measures: bool
+    limit: Callable[[Program], int] | None
+    progress: Progress | None
+
+    def program(self, recording: Recording) -> Program:
+        """The program, with operators measured or estimated."""
+        signatures = [op.signature for op in recording.ops]
+        if not self.measures:
+            written = [sum(recording.values[n].nbytes for n in op.writes) for op in recording.ops]
+            return self._assembled(recording, estimate_all(signatures, written), "estimated")
+        room = None
+        if self.limit is not None:
+            without_costs = self._assembled(recording, [FREE] * len(signatures), "estimated")
+            room = self.limit(without_costs) - without_costs.fixed_bytes
+        costs = measure_all(signatures, self.progress, room_bytes=room)
+        if self.recorded == "fake":  # sizes that depend on the data were seen on the real tensors
+            recording.take_sizes([cost.made_bytes for cost in costs])
+        return self._assembled(recording, costs, "measured")
+
+    def _assembled(self, recording: Recording, costs: Sequence[Cost], source: str) -> Program:
         return assemble(
-            recorder, name or getattr(fn, "__name__", type(fn).__name__), costs,
-            optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,
-            beside=resident_bytes(parallel), timing=source, recorded=recorded,
+            recording, self.name, costs, optimizer_state_bytes=self.optimizer_state_bytes,
+            optimizer_scratch_bytes=self.optimizer_scratch_bytes, beside=self.beside, timing=source,
+            recorded=self.recorded,
         )  # fmt: skip
 
-    if timing != "measure" or is_unreal(modules, args, kwargs):
-        written = [sum(recorder.values[n].nbytes for n in op.writes) for op in recorder.ops]
-        return assembled(estimate_all(signatures, written), "estimated")
-    room = None
-    if limit is not None:
-        without_costs = assembled([FREE] * len(signatures), "estimated")
-        room = limit(without_costs) - without_costs.fixed_bytes
-    costs = measure_all(signatures, progress, room_bytes=room)
-    if recorded == "fake":  # sizes that depend on the data were seen on the real tensors
-        recorder.take_sizes([cost.made_bytes for cost in costs])
-    return assembled(costs, "measured")
 
-
-def _or_from(error: Exception, record_anew: Callable[[], Recorder], *, is_real: bool) -> Recorder:
+def _or_from(error: Exception, record_anew: Callable[[], Recording], *, is_real: bool) -> Recording:
     """The other way to record; if that fails, too, the error on the real tensors with the other one behind it.
 
     Where the other way is refused from the start, the first error tells more.
     """
     try:
         return record_anew()
-    except (NothingDifferentiable, CompiledCode):
+    except _FINAL:
         raise
     except Exception as again:
         if is_real and not isinstance(again, NotSupported):
@@ -183,13 +245,106 @@ def _or_from(error: Exception, record_anew: Callable[[], Recorder], *, is_real: 
         raise error from again
 
 
-def _same_path(recorder: Recorder, forward: Recorder) -> bool:
-    """Whether two recordings have the same forward; of the second one there need not be more."""
-    one, other = [
-        [(op.name, [n for n in op.reads if n >= 0], op.writes) for op in r.ops if not op.backward]
-        for r in (recorder, forward)
-    ]
-    return one == other
+@dataclass(frozen=True)
+class _Step:
+    """What is to be recorded."""
+
+    fn: Any
+    modules: Sequence[nn.Module]
+    args: Sequence[Any]
+    kwargs: dict[str, Any]
+    parallel: Parallel
+    device: torch.device | str | None
+    progress: Progress | None
+    look_ahead: bool = False
+    """Whether to find out, in a child, which path it takes when it runs again."""
+
+
+def _on_fake(step: _Step) -> Recording:
+    """Record on fake tensors, in a child or here."""
+    living = Living()
+
+    def work(progress: Progress | None) -> Recording:
+        with _fake_world(step.modules, step.args, step.kwargs, step.device, step.parallel, living) as world:
+            recording = _record_in(world, step, progress).recording()
+            if step.look_ahead and is_child():
+                with suppress(Exception):  # once was enough
+                    recording.later = _settled(recording, world, step)
+            return recording
+
+    def here() -> Recording:
+        try:
+            with undisturbed(step.modules, step.fn, step.args, step.kwargs):
+                recording = work(step.progress)
+        except Exception as error:
+            let_go_of_frames(error)
+            _refuse_left(living)
+            raise
+        _refuse_left(living)
+        return recording
+
+    return _apart_or(here, work, step)
+
+
+def _settled(first: Recording, world: _World, step: _Step) -> Recording | None:
+    """The recording of a second run that takes another path than the first, if a third one takes the same."""
+    second = _record_in(world, step, None).recording()
+    if second.has_path_of(first):
+        return None
+    third = _record_in(world, step, None, forward_only=True).recording()
+    return second if second.has_path_of(third) else None
+
+
+def _apart_or(here: Callable[[], Any], work: Callable[[Progress | None], Any], step: _Step) -> Any:
+    """Let a child do the work, or do it here."""
+    with suppress(CannotRunApart):
+        if can_run_apart():
+            done = run_apart(lambda progress: _without_what_cannot_be_sent(work(progress)), step.progress)
+            return _with_what_is_here(done)
+    if scripted := scripted_in(step.modules):
+        raise Scripted(
+            f"{scripted} is a ScriptModule: a recording in this process would change it for good, and here none can be "
+            "made in another one (CUDA is in use, other threads run, or several processes train); leave "
+            "torch.jit.script out of what autoremat checkpoints, or checkpoint the parts around it"
+        )
+    return here()
+
+
+def _without_what_cannot_be_sent(outcome: Any) -> Any:
+    """The same without the arguments of operators that pickle does not know: those cannot be measured, then."""
+    for recording in _recordings_in(outcome):
+        if can_be_sent(recording):
+            continue
+        for op in recording.ops:
+            if not can_be_sent(op.signature):
+                op.signature = None
+        recording.calls_with_numbers = [c for c in recording.calls_with_numbers if can_be_sent(c)]
+    return outcome
+
+
+def _recordings_in(outcome: Any) -> list[Recording]:
+    recording = outcome if isinstance(outcome, Recording) else outcome[0]
+    return [r for r in (recording, recording.later if recording else None) if r is not None]
+
+
+def _with_what_is_here(outcome: Any) -> Any:
+    """The same without calls of operators that the step has defined when it ran, which this process does not know."""
+    for recording in _recordings_in(outcome):
+        for op in recording.ops:
+            if op.signature is not None and op.signature.func is None:
+                op.signature = None
+        recording.calls_with_numbers = [c for c in recording.calls_with_numbers if c.func is not None]
+    return outcome
+
+
+def _refuse_left(living: Living) -> None:
+    """Raise if somebody else holds fake tensors that the recording has made: nothing could be trained with them."""
+    if holders := living.holders():
+        raise FakesLeft(
+            f"after the step was recorded on fake tensors, one is still held by {'; one by '.join(holders)}. A step "
+            "that used it would train nothing. Call the step once before autoremat does, so that what it caches is "
+            "there, or keep the cache in an attribute of a module"
+        )
 
 
 _FAKE_TENSOR_LOG = logging.getLogger(FakeTensorMode.__module__)
@@ -202,17 +357,19 @@ class _World:
     """Arguments and helpers of one recording: fake or real."""
 
     def __init__(
-        self, args: Any, kwargs: Any, convert: Any, blank: Any, before_write: Any, contents: _Contents, fingerprint: Any
-    ) -> None:
+        self, args: Any, kwargs: Any, convert: Any, blank: Any, before_write: Any, contents: _Contents,
+        fingerprint: Any, made: Any = lambda tensors: None,
+    ) -> None:  # fmt: skip
         self.args, self.kwargs = args, kwargs
         self.convert, self.blank, self.before_write, self.contents = convert, blank, before_write, contents
-        self.fingerprint = fingerprint
+        self.fingerprint, self.made = fingerprint, made
 
 
 @contextmanager
 def _fake_world(
-    modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None, parallel: Parallel
-) -> Iterator[_World]:
+    modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None, parallel: Parallel,
+    living: Living,
+) -> Iterator[_World]:  # fmt: skip
     """Modules and arguments with fake tensors for as long as the block runs."""
     mode = _fake_mode_in(modules, args, kwargs) or FakeTensorMode(allow_non_fake_inputs=True)
     mode._allow_unsafe_data_ptr_access = False  # compiled code that is handed an address must not be handed 0
@@ -228,12 +385,18 @@ def _fake_world(
             if running and tensor.is_leaf and tensor.requires_grad and casts_in_use():
                 raise RuntimeError("autocast's cache must not get to know a fake cast of a real weight")
             originals.append(tensor)
+            if is_jagged(tensor):
+                inside = Jagged.of(tensor).converted(convert)
+                values = convert(local_of(tensor).detach())
+                converted[id(tensor)] = inside.around(values).requires_grad_(tensor.requires_grad)
+                return converted[id(tensor)]
             if is_distributed(tensor):
                 converted[id(tensor)] = _around(tensor, convert(local_of(tensor).detach()))
                 return converted[id(tensor)]
             with torch.utils._python_dispatch._disable_current_modes():
                 fake = mode.from_tensor(tensor)
                 converted[id(tensor)] = _placed(fake, mode, target) if tensor.device.type == "meta" else fake
+                living.note([fake, converted[id(tensor)]])
         return converted[id(tensor)]
 
     def convert_argument(tensor: Tensor) -> Tensor:
@@ -247,7 +410,7 @@ def _fake_world(
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
         return torch.empty(n, dtype=dtype, device=where)
 
-    with warnings.catch_warnings(), _quiet(_FAKE_TENSOR_LOG):
+    with warnings.catch_warnings(), _quiet(_FAKE_TENSOR_LOG), without_caches():
         warnings.simplefilter("ignore")
         with mode:
             _make_whole(parallel)
@@ -255,7 +418,7 @@ def _fake_world(
         fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert_argument)
         running = True
         with mode:
-            yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, _Contents(), None)
+            yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, _Contents(), None, living.note)
 
 
 @contextmanager
@@ -298,33 +461,39 @@ def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
     return moved
 
 
-def _with_what_is_missed(record_with: Callable[[_RealContents], Recorder]) -> Recorder:
+def _on_real(step: _Step, forward_only: bool) -> Recording:
     """Record on the real tensors; anew while a backward inside the forward asks for numbers that were not kept."""
-    contents = _RealContents()
+    kept: Set[int] = frozenset()
     for k in reversed(range(_MAX_ATTEMPTS)):  # with other numbers it may ask for others
+        recording, missed = _attempt(step, kept, forward_only, is_last=k == 0)
+        if recording is not None:
+            return recording
+        kept = kept | missed
+    raise AssertionError("unreachable")
+
+
+def _attempt(step: _Step, kept: Set[int], forward_only: bool, *, is_last: bool) -> tuple[Recording | None, Set[int]]:
+    """One recording on the real tensors, in a child or here; None if it has missed numbers that it needs."""
+
+    def work(around: AbstractContextManager[None], progress: Progress | None) -> tuple[Recording | None, Set[int]]:
+        contents = _RealContents(kept)
+        recording = None
         try:
-            recorder = record_with(contents)
+            with around:
+                recording = _record_for_real(step, progress, forward_only, contents).recording()
         except Exception:
-            if not contents.missed or k == 0:
+            if is_last or not contents.missed:
                 raise
-        else:
-            if not contents.missed or k == 0:
-                break
-        contents = _RealContents(contents.kept | contents.missed)
-    return recorder
+        return (None if contents.missed and not is_last else recording), contents.missed
+
+    def here() -> tuple[Recording | None, Set[int]]:
+        return work(undisturbed(step.modules, step.fn, step.args, step.kwargs), step.progress)
+
+    return _apart_or(here, lambda progress: work(nullcontext(), progress), step)
 
 
-def _record_for_real(
-    fn: Any,
-    modules: Sequence[nn.Module],
-    args: Any,
-    kwargs: Any,
-    parallel: Parallel,
-    progress: Progress | None,
-    forward_only: bool,
-    contents: _RealContents,
-) -> Recorder:
-    """Record on the real tensors, and put back whatever the step overwrote."""
+def _record_for_real(step: _Step, progress: Progress | None, forward_only: bool, contents: _RealContents) -> Recorder:
+    """Record on the real tensors, and put back whatever the step overwrote (other processes may share it)."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
 
     def before_write(tensor: Tensor) -> None:
@@ -337,18 +506,18 @@ def _record_for_real(
         return torch.zeros(n, dtype=dtype, device=where)
 
     twin = _Twins()
-    with undisturbed(modules, fn, args, kwargs):
-        try:
-            swap_tensors(modules, twin)
-            args, kwargs = map_tensors((tuple(args), kwargs), twin)
+    try:
+        with without_caches():
+            swap_tensors(step.modules, twin)
+            args, kwargs = map_tensors((tuple(step.args), step.kwargs), twin)
             look = None if forward_only else fingerprint
             world = _World(args, kwargs, lambda t: t, blank, before_write, contents, look)
-            return _record_in(world, fn, modules, parallel, progress, forward_only=forward_only)
-        finally:
-            with torch.inference_mode():  # some of them may have been made in it, and can be written nowhere else
-                for whole, saved in before.values():
-                    whole.copy_(saved)
-            before.clear()  # the recorder, which lives on while operators are measured, would hold the copies
+            return _record_in(world, step, progress, forward_only=forward_only)
+    finally:
+        with torch.inference_mode():  # some of them may have been made in it, and can be written nowhere else
+            for whole, saved in before.values():
+                whole.copy_(saved)
+        before.clear()  # the recorder, which lives on while operators are measured, would hold the copies
 
 
 class _Twins:
@@ -401,25 +570,18 @@ class _RealContents(_Contents):
         return flat.set_(storage, 0, (storage.nbytes() // tensor.itemsize,)).clone()  # type: ignore[call-overload]
 
 
-def _record_in(
-    world: _World,
-    fn: Any,
-    modules: Sequence[nn.Module],
-    parallel: Parallel,
-    progress: Progress | None,
-    *,
-    forward_only: bool = False,
-) -> Recorder:
+def _record_in(world: _World, step: _Step, progress: Progress | None, *, forward_only: bool = False) -> Recorder:
     """Run forward and backward under the recorder."""
+    modules, parallel = step.modules, step.parallel
     paths = ModulePaths(modules)
     recorder = Recorder(
         world.blank, world.convert, world.before_write, paths.current, world.contents.of, world.contents.missed.add,
-        world.fingerprint,
+        world.fingerprint, world.made,
     )  # fmt: skip
     if progress is not None:
         recorder.on_op = lambda n: progress("recording", 0.0) if n % 256 == 0 else None
     _know_the_world(recorder, world, modules)
-    _know_units(recorder, parallel, fn, modules)
+    _know_units(recorder, parallel, step.fn, modules)
     with ExitStack() as stack:
         stack.enter_context(eagerly())
         stack.enter_context(absent(parallel))
@@ -429,14 +591,17 @@ def _record_in(
         first_node = torch.ones(1, requires_grad=True).clone().grad_fn
         stack.enter_context(as_plain())
         stack.enter_context(recorder)
-        with paths, recorder.hooks():
-            result = fn(*world.args, **world.kwargs)
+        before = _gradients(modules)
+        with paths, recorder.hooks(), _no_optimizer():
+            result = step.fn(*world.args, **world.kwargs)
         forget_casts()
         if forward_only:
             return recorder
         recorder.forward_ends()
         outputs = differentiable_outputs(result)
+        has_trained = _gradients(modules) - before
         if not outputs:
+            _refuse_training(has_trained)
             raise NothingDifferentiable(
                 "the callable returned nothing that requires grad, so there is no backward pass to plan for; return "
                 "the loss (or the model's output), and check that some parameter has requires_grad=True"
@@ -444,7 +609,12 @@ def _record_in(
         leaves = leaves_of(outputs, since=first_node)
         with gradients_kept(leaves), recorder.seeded(outputs) as start:
             recorder.backward = True
-            start()
+            try:
+                start()
+            except RuntimeError as error:
+                if "backward through the graph a second time" in str(error):
+                    _refuse_training(has_trained, error)
+                raise
             _name_gradients(recorder, leaves, modules)
             recorder.finish()
             recorder.leave_gradients(_moved_gradients(leaves, parallel))
@@ -455,6 +625,39 @@ def _record_in(
             "leave torch.compile out there, or checkpoint only what is not compiled"
         )
     return recorder
+
+
+def _gradients(modules: Sequence[nn.Module]) -> frozenset[tuple[int, int]]:
+    """Which gradients the parameters have now, and in which version."""
+    tensors = (t for _, kind, t in named_tensors(modules) if kind == "parameter" and t.is_leaf)
+    return frozenset((id(t.grad), t.grad._version) for t in tensors if t.grad is not None)
+
+
+def _refuse_training(has_trained: Set[Any], error: Exception | None = None) -> None:
+    if has_trained:
+        raise TrainsInside(
+            "the callable runs the backward pass inside, and autoremat plans the one that follows: return the loss "
+            "from the callable, and call backward() and the optimizer outside, after it"
+        ) from error
+
+
+@contextmanager
+def _no_optimizer() -> Iterator[None]:
+    """Within this block and in this thread, no optimizer takes a step: it would be one on fake gradients."""
+    thread = threading.get_ident()
+
+    def refuse(optimizer: Any, *_: Any) -> None:
+        if threading.get_ident() == thread:
+            raise TrainsInside(
+                f"the callable runs the optimizer ({type(optimizer).__name__}) inside, and with it the backward pass: "
+                "return the loss from the callable, and call backward() and the optimizer's step() outside, after it"
+            )
+
+    handle = register_optimizer_step_pre_hook(refuse)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _know_the_world(recorder: Recorder, world: _World, modules: Sequence[nn.Module]) -> None:
@@ -480,7 +683,7 @@ def _know_units(recorder: Recorder, parallel: Parallel, fn: Any, modules: Sequen
                 if unit.frees:
                     freed[number] = unit
     runs_inside = len(modules) == 1 and modules[0] in (fn, getattr(fn, "module", None))
-    recorder.gathering = Gathering(freed, open_units(parallel, modules, runs_inside))
+    recorder.gathering = Gathering(freed, open_units(parallel, modules, runs_inside)) if freed else None
 
 
 def _moved_gradients(leaves: Sequence[Tensor], parallel: Parallel) -> list[Tensor]:

@@ -26,65 +26,20 @@ from autoremat.record.as_plain import autocast_around, computes_otherwise, is_in
 from autoremat.record.collectives import run_alone
 from autoremat.record.compiled import in_compiled_code
 from autoremat.record.facts import OpFacts, facts_of, tensors_in
-from autoremat.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
+from autoremat.record.local import PackedLocal, description_of, is_apart, is_taken_apart, local_of
 from autoremat.record.numbers import has_number
 from autoremat.record.parallel import Gathering
+from autoremat.record.recording import RecordedOp, RecordedValue, Recording
 from autoremat.record.signature import CallSignature, signature_of
 from autoremat.record.smoothing import Smoothing
 from autoremat.record.values import ValueMap, View, is_parameter, storage_of
 
 _OURS = Path(__file__).parent.parent
-_LIBRARY = (str(Path(torch.__file__).parent), *(str(_OURS / n) for n in ("engines", "record", "run", "api.py", "largest.py")))
+_LIBRARY = (
+    str(Path(torch.__file__).parent),
+    *(str(_OURS / n) for n in ("engines", "record", "run", "api.py", "largest.py")),
+)
 _TYPED_IN = ("<stdin>", "<ipython-input")
-
-
-@dataclass(slots=True)
-class RecordedOp:
-    """One op as it was seen; numbers of values as in ``ValueMap``."""
-
-    name: str
-    reads: list[int]
-    writes: tuple[int, ...]
-    in_place: tuple[tuple[int, int], ...]
-    backward: bool
-    facts: OpFacts | None
-    effects: tuple[int, ...] = ()
-    opaque: bool = False
-    covers_all: bool = False
-    signature: CallSignature | None = None
-    module: str = ""
-    source: str = ""
-    call: int = -1
-    packed: int = -1
-    """Of an ``unpack``: which of the tensors that were saved is asked for."""
-
-
-@dataclass(slots=True)
-class RecordedValue:
-    """One value as it was seen: its size, and until which op something held it."""
-
-    nbytes: int
-    device: torch.device
-    label: str
-    kind: str
-    dtype: str
-    shape: tuple[int, ...]
-    module: str = ""
-    died: int | None = None
-    forever: bool = False
-    available: int | None = None
-    """The op after which its call can hand it out, where calls are recorded."""
-
-    @staticmethod
-    def of(tensor: Tensor, label: str, kind: str, module: str = "") -> RecordedValue:
-        """What a tensor that is made or met now stands for."""
-        nbytes, dtype = tensor.untyped_storage().nbytes(), str(tensor.dtype).removeprefix("torch.")
-        return RecordedValue(nbytes, tensor.device, label, kind, dtype, tuple(tensor.shape), module)
-
-    @property
-    def text(self) -> str:
-        """Type and shape, such as ``float32[8, 64]``."""
-        return f"{self.dtype}[{', '.join(map(str, self.shape))}]"
 
 
 @dataclass(slots=True)
@@ -121,6 +76,7 @@ class Recorder(TorchDispatchMode):
             (indices), or nothing.
         missed: called with n where a backward inside the forward asks for one of which nothing was kept.
         fingerprint: a number that tells the contents of memory apart; None where there are no contents.
+        made: called with the tensors that every operator returns.
         module_path: the path of the module that runs now.
     """
 
@@ -131,6 +87,7 @@ class Recorder(TorchDispatchMode):
     content: Callable[[int, Tensor], Tensor | None] = lambda n, tensor: None
     missed: Callable[[int], None] = lambda n: None
     fingerprint: Callable[[torch.UntypedStorage], int] | None = None
+    made: Callable[[Sequence[Tensor]], None] = lambda tensors: None
     map: ValueMap = field(default_factory=ValueMap)
     ops: list[RecordedOp] = field(default_factory=list)
     values: dict[int, RecordedValue] = field(default_factory=dict)
@@ -156,7 +113,7 @@ class Recorder(TorchDispatchMode):
         self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
         self.calls_with_numbers: list[CallSignature] = []
-        self.gathering = Gathering({}, lambda path: set())
+        self.gathering: Gathering | None = None
         self._backward_module = self._backward_source = ""
         self.compiled: str | None = None
         """The first operator that ran in compiled code: its module and line."""
@@ -186,10 +143,6 @@ class Recorder(TorchDispatchMode):
         finally:
             self._paused = before
 
-    def outside_version(self, number: int) -> int:
-        """How often a value from outside has been overwritten so far."""
-        return self._outside_version.get(number, 0)
-
     def call_gradient(self, tensor: Tensor, label: str, module: str) -> None:
         """Note that this tensor is the gradient of a leaf: of a parameter by name, of another one without."""
         storage = storage_of(local_of(tensor))
@@ -206,17 +159,17 @@ class Recorder(TorchDispatchMode):
             value = self.values[self.map.number(storage)]
             value.forever, value.died = False, None
 
-    def take_sizes(self, made_bytes: Sequence[tuple[int, ...]]) -> None:
-        """Replace the sizes of fake memory by those that every op made when it really ran; () where it did not."""
-        real: dict[int, int] = {}
-        for op, sizes in zip(self.ops, made_bytes, strict=True):
-            overwriting = dict(op.in_place)
-            fresh = [n for n in op.writes if n not in overwriting]
-            if len(fresh) == len(sizes):
-                real |= {n: b for n, b in zip(fresh, sizes, strict=True) if b != self.values[n].nbytes}
-            real |= {new: real[old] for new, old in op.in_place if old in real}
-        for number, nbytes in real.items():
-            self.values[number].nbytes = nbytes
+    def recording(self) -> Recording:
+        """What has been seen, as plain data."""
+        return Recording(
+            self.ops,
+            self.values,
+            self.map.made,
+            self.changed_unseen,
+            {n for n, version in self._outside_version.items() if version},
+            self.calls_with_numbers,
+            self.gathering,
+        )
 
     @contextmanager
     def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
@@ -244,7 +197,8 @@ class Recorder(TorchDispatchMode):
         args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:
             out = func(*args, **kwargs)
-            self._know_empty_views(tensors_in((args, kwargs)), tensors_in(out))
+            self._know_empty_views(tensors_in((args, kwargs)), outputs := tensors_in(out))
+            self.made(outputs)
             return out
         inputs = tensors_in((args, kwargs))
         reads = self.map.reads(inputs)
@@ -264,6 +218,7 @@ class Recorder(TorchDispatchMode):
             self.calls_with_numbers.append(signature)
         out = self._run(func, facts, args, kwargs)
         outputs = tensors_in(out)
+        self.made(outputs)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)
         if facts.fresh_constant:
             self._know_outside(outputs)
@@ -319,7 +274,7 @@ class Recorder(TorchDispatchMode):
             elif self._fingerprints[number] == found:
                 continue
             elif number < 0:
-                self._outside_version[number] = self.outside_version(number) + 1
+                self._outside_version[number] = self._outside_version.get(number, 0) + 1
             else:
                 self.changed_unseen.add(number)
                 continue
@@ -418,8 +373,8 @@ class Recorder(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """Keep metadata of a saved tensor; of one from outside, an alias."""
-        if is_distributed(tensor) and not tensor.is_leaf:
-            return PackedLocal(self.pack(local_of(tensor)), Description.of(tensor))
+        if is_apart(tensor):
+            return PackedLocal(self.pack(local_of(tensor)), description_of(tensor))
         with self.paused():
             tensor = self.convert(tensor)
             storage = storage_of(tensor)

@@ -65,6 +65,8 @@ def thaw(tree: Any, make: Any) -> Any:
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
-    """The spec of a tensor; opaque layouts have no strides."""
+    """The spec of a tensor; opaque layouts have no strides, and what is nested has no size either."""
+    if tensor.is_nested:
+        return TensorSpec(tensor.dtype, (), (), tensor.device)
     stride = tuple(tensor.stride()) if tensor.layout is torch.strided else ()
     return TensorSpec(tensor.dtype, tuple(tensor.shape), stride, tensor.device)

@@ -8,6 +8,7 @@ gradients of leaves, random generators of torch, Python and NumPy.
 from __future__ import annotations
 
 import functools
+import operator
 import random
 import sys
 import threading
@@ -26,6 +27,10 @@ Convert = Callable[[Tensor], Tensor]
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
 DATA_SET_ITEMS: Final = 10_000
 """What is in a container with more items than this is not looked at: it is data, and looking takes time."""
+LOOKED_AT_ITEMS: Final = 200_000
+"""So many things are looked at in all: what is behind them is not put back."""
+_WITHOUT_INSIDE: Final = frozenset({int, float, bool, complex, str, bytes, type(None)})
+"""What data consist of, which nobody needs to look into."""
 SMALL_ARRAY_BYTES: Final = 1 << 20
 """NumPy arrays up to this size are put back after a recording: counters and histograms, not data sets."""
 
@@ -82,10 +87,10 @@ def _cells(fn: types.FunctionType) -> Iterator[Any]:
 def _modules_of(thing: Any) -> Iterator[nn.Module]:
     if isinstance(thing, nn.Module):
         yield thing
-    elif isinstance(thing, (list, tuple)):
-        yield from (m for m in thing if isinstance(m, nn.Module))
-    elif isinstance(thing, dict):
-        yield from (m for m in thing.values() if isinstance(m, nn.Module))
+    elif isinstance(thing, (list, tuple, dict)):
+        if _plain(thing).__len__(thing) <= DATA_SET_ITEMS:
+            items = thing.values() if isinstance(thing, dict) else thing
+            yield from (m for m in items if isinstance(m, nn.Module))
     elif not isinstance(thing, (Tensor, type, types.ModuleType, types.FunctionType)) and hasattr(thing, "__dict__"):
         yield from (m for m in vars(thing).values() if isinstance(m, nn.Module))
 
@@ -109,7 +114,8 @@ def undisturbed(
     """Put back, at the end, what the code can reach: module attributes, random generators, lists, dicts and sets."""
     with ExitStack() as stack:
         stack.enter_context(_generators_kept())
-        stack.enter_context(_no_cached_parametrizations())
+        stack.enter_context(without_caches())
+        stack.enter_context(_same_gradients(modules))
         for thing in _mutable_things(modules, fn, args, kwargs or {}):
             stack.callback(*_way_back(thing))
         for module in {id(m): m for root in modules for m in root.modules()}.values():
@@ -146,13 +152,15 @@ def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], 
         pending += type(module).__mro__
         pending += (v for k, v in vars(module).items() if k not in _MODULE_TABLES)
     found: dict[int, Any] = {}
-    while pending:
+    looked_at = 0
+    while pending and looked_at < LOOKED_AT_ITEMS:
         thing = pending.pop()
+        looked_at += 1
         if id(thing) not in found and not (isinstance(thing, dict) and "__builtins__" in thing):
             inside = _inside(thing)
             if inside is not None:
                 found[id(thing)] = thing
-                pending += inside
+                pending += [v for v in inside if type(v) not in _WITHOUT_INSIDE]
     return list(found.values())
 
 
@@ -287,7 +295,7 @@ def _plain(container: Any) -> Any:
 
     A subclass may do something else when it is read: load modules, make objects, count.
     """
-    return next(base for base in _CONTAINERS if isinstance(container, base))
+    return next(base for base in (*_CONTAINERS, tuple) if isinstance(container, base))
 
 
 def _content(container: Any) -> list[Any]:
@@ -298,8 +306,7 @@ def _content(container: Any) -> list[Any]:
 
 def _refill(container: Any, content: list[Any]) -> None:
     """Give a container its former content, if it has another one now."""
-    now = _content(container)
-    if len(now) == len(content) and all(map(_is_same, now, content)):
+    if _is_unchanged(container, content):
         return
     plain = _plain(container)
     plain.clear(container)
@@ -310,13 +317,38 @@ def _refill(container: Any, content: list[Any]) -> None:
         (plain.update if isinstance(container, set) else plain.extend)(container, content)
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two items are the same object, or two pairs made of the same ones."""
-    return a is b or (type(a) is type(b) is tuple and len(a) == len(b) == 2 and a[0] is b[0] and a[1] is b[1])
+def _is_unchanged(container: Any, content: list[Any]) -> bool:
+    """Whether a container has the same objects as then, in the same order; one of millions takes no time."""
+    plain = _plain(container)
+    if plain.__len__(container) != len(content):
+        return False
+    if not isinstance(container, dict):
+        return all(map(operator.is_, plain.__iter__(container), content))
+    keys, values = zip(*content, strict=True) if content else ((), ())
+    same_keys = all(map(operator.is_, plain.keys(container), keys))
+    return same_keys and all(map(operator.is_, plain.values(container), values))
 
 
 @contextmanager
-def _no_cached_parametrizations() -> Iterator[None]:
+def _same_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Put the parameters' gradients back: the code may have let go of them (``optimizer.zero_grad()``)."""
+    kept = [(t, t.grad) for _, kind, t in named_tensors(modules) if kind == "parameter" and t.is_leaf]
+    try:
+        yield
+    finally:
+        for tensor, grad in kept:
+            if tensor.grad is not grad:
+                tensor.grad = grad
+
+
+def scripted_in(modules: Sequence[nn.Module]) -> str:
+    """The path of the first ScriptModule, which keeps its parameters in C++; "" if there is none."""
+    named = (pair for root in modules for pair in root.named_modules())
+    return next((name or type(m).__name__ for name, m in named if isinstance(m, torch.jit.ScriptModule)), "")
+
+
+@contextmanager
+def without_caches() -> Iterator[None]:
     """What ``torch.nn.utils.parametrize.cached()`` has cached belongs to the outside, and fakes must not stay in it."""
     before, parametrize._cache = parametrize._cache, {}
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import threading
 import warnings
@@ -19,6 +20,7 @@ from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.record.assemble import OPTIMIZER_STEP
 from autoremat.record.casts import mark_casts
 from autoremat.record.compiled import eagerly, is_compiled, is_compiling
+from autoremat.record.local import Jagged, is_jagged, local_of
 from autoremat.record.parallel import Parallel, hidden, parallel_of
 from autoremat.record.parallel import signature as parallel_signature
 from autoremat.record.record import NothingDifferentiable
@@ -52,12 +54,13 @@ class Planner(Protocol):
     """Records steps and plans them; knows the budget."""
 
     def record(
-        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool
-    ) -> Program:
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool,
+        later: Callable[[Program], None] | None = None,
+    ) -> Program:  # fmt: skip
         """The program of a call; raises ``NotPlannable`` for what can only run without checkpointing.
 
         ``real``: on real tensors, because the callable takes another path on those than on fake ones. ``compare``: find
-        out whether it does.
+        out whether it does. ``later`` is given a second program, if from the second call on it will be another one.
         """
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
@@ -93,6 +96,8 @@ class _Entry:
     deviations: int = 0
     parallel: Parallel = field(default_factory=Parallel)
     steps: int = 0
+    later: Program | None = None
+    """The program from the second call on, where it is another one."""
     measured_bytes: int | None = None
     to_measure: int = 0
     differing: dict[int, str] = field(default_factory=dict)
@@ -153,7 +158,7 @@ class Session:
             self._counts.unplanned += 1
             _tell_compiled()
             return self.fn(*args, **kwargs)
-        if getattr(self._here, "inside", False) or _taken_over():
+        if getattr(self._here, "inside", False) or _taken_over() or _is_traced():
             return self.fn(*args, **kwargs)
         self._here.inside = True
         try:
@@ -321,6 +326,10 @@ class Session:
                 self._entries[key] = entry
                 while len(self._entries) > MAX_PLANS:
                     self._entries.popitem(last=False)
+            elif entry.plan is not None and entry.later is not None:
+                later, entry.later = entry.later, None
+                with contextlib.suppress(InfeasibleBudget):  # then it leaves the path of the first call
+                    self._solve(entry, later)
             elif entry.plan is not None and (entry.quick or entry.differing):
                 self._solve(entry, entry.plan.program)
             elif entry.plan is not None:
@@ -347,7 +356,9 @@ class Session:
             with self._turns.recording():
                 first = self._last is None
                 real = entry.deviations > 0 or self._looks_for_fakes
-                program = self.planner.record(self.fn, args, kwargs, real=real, compare=first)
+                program = self.planner.record(
+                    self.fn, args, kwargs, real=real, compare=first, later=functools.partial(setattr, entry, "later")
+                )
                 self._looks_for_fakes = self._looks_for_fakes or (first and program.recorded == "real")
                 self._solve(entry, program, quick=before is None and self._last is not None)
         except NothingDifferentiable:
@@ -478,6 +489,11 @@ def _taken_over() -> bool:
     return any(isinstance(mode, (Tape, Recorder)) for mode in stack)
 
 
+def _is_traced() -> bool:
+    """Whether ``torch.jit.trace`` or an ONNX export looks on, which want the plain callable's graph."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
 def _own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
     """The first module in training whose library's switch for ``torch.utils.checkpoint`` is on; "" if none is."""
     for root in reachable_modules(fn, args, kwargs):
@@ -562,6 +578,9 @@ def _tensor_signature(tensor: Tensor) -> tuple[Any, ...]:
 
 
 def _leaf_signature(x: Any) -> Any:
+    if is_jagged(x):  # every one has a size of its own, told by its offsets
+        inside = Jagged.of(x)
+        return "jagged", _leaf_signature(local_of(x)), tuple(inside.offsets.shape), x.requires_grad
     if isinstance(x, Tensor):
         stride = tuple(x.stride()) if x.layout is torch.strided else None
         grad = x.is_leaf and x.grad is not None

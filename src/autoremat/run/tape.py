@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from autoremat.record.as_plain import as_plain, autocast_around, enter_formula, is_in_one_piece, run_op, take_apart
 from autoremat.record.compiled import in_compiled_code
 from autoremat.record.facts import OpFacts, facts_of, tensors_given, tensors_in
-from autoremat.record.local import Description, PackedLocal, is_distributed, is_taken_apart, local_of
+from autoremat.record.local import PackedLocal, description_of, is_apart, is_taken_apart, local_of
 from autoremat.record.signature import signature_of
 from autoremat.record.smoothing import Smoothing
 from autoremat.record.timing import estimate
@@ -499,8 +499,8 @@ class Tape(TorchDispatchMode):
 
     def pack(self, tensor: Tensor) -> Any:
         """A handle for what autograd wants to save."""
-        if is_distributed(tensor) and not tensor.is_leaf:
-            return PackedLocal(self.pack(local_of(tensor)), Description.of(tensor))
+        if is_apart(tensor):
+            return PackedLocal(self.pack(local_of(tensor)), description_of(tensor))
         storage = storage_of(tensor)
         number = -1 if storage is None or self._map is None else self._map.number(storage)
         if storage is None or number < 0 or is_parameter(tensor):

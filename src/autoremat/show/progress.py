@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_REDRAWN_SECONDS = 0.1
+
 
 @contextmanager
 def progress_bar(after_seconds: float = 1.0) -> Iterator[Callable[[str, float], None] | None]:
@@ -18,11 +20,18 @@ def progress_bar(after_seconds: float = 1.0) -> Iterator[Callable[[str, float], 
     from rich.progress import Progress
 
     begin = time.monotonic()
-    with Progress(console=Console(stderr=True), transient=True) as progress:
+    drawn = begin
+    # Drawn when there is something to report, and by no thread: with one, nothing could be recorded in a process apart.
+    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
         task = progress.add_task("autoremat", total=1.0, visible=False)
 
         def report(label: str, fraction: float) -> None:
-            visible = time.monotonic() - begin > after_seconds
+            nonlocal drawn
+            now = time.monotonic()
+            visible = now - begin > after_seconds
             progress.update(task, description=f"autoremat: {label}", completed=fraction, visible=visible)
+            if visible and now - drawn > _REDRAWN_SECONDS:
+                drawn = now
+                progress.refresh()
 
         yield report

@@ -29,10 +29,8 @@ class Seen(NamedTuple):
 
     def on(self, memory: Tensor) -> Tensor:
         """A tensor that looks in this way at the memory of another one; no history, a version counter of its own."""
-        if self.view == View.of(memory):
-            tensor = memory.detach()
-        else:
-            tensor = self.view.on(memory.untyped_storage())
+        is_same = self.view == View.of(memory)
+        tensor = memory.detach() if is_same else self.view.on(memory.untyped_storage())
         return tensor if self.description is None else self.description.around(tensor)
 
 

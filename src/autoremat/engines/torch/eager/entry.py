@@ -19,7 +19,7 @@ _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
-class Enough(Exception):  # noqa: N818 - nothing is wrong: the call has made what was wanted
+class Enough(Exception):
     """Ends a call that is made again as soon as what is wanted has been saved inside it."""
 
 
@@ -89,7 +89,7 @@ class Entry:
         wanted: Collection[int],
     ) -> None:  # fmt: skip
         args = [resolved(a, memory) for a in _items(self.args)]
-        kwargs = dict(zip(self.kwargs, [resolved(a, memory) for a in self.kwargs.values()])) if self.kwargs else {}
+        kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()}
         if not self.state.settings.grad_enabled:
             self._take(self.func(*args, **kwargs), memory, found, wanted)
             return

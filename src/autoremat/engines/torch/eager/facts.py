@@ -34,6 +34,7 @@ OPAQUE = "uses a tensor whose storage cannot be seen (sparse, quantized, nested 
 UNKNOWN = "what it does is not known: it cannot be made on fake tensors"
 FOREIGN = "custom operator, not known to be free of side effects"
 CALLBACK = "calls a function of the user's"
+_OF_C = (types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.BuiltinFunctionType)
 _OWN_NAMESPACES = ("aten", "prims", "prim")
 
 
@@ -70,7 +71,10 @@ _KNOWN: dict[Any, CallFacts] = {}
 def facts_of_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: State) -> CallFacts:
     """The facts of a call; calls of the same function on tensors of the same kind are looked at once per process."""
     given = tensors_given(args, kwargs)
-    if any(torch.nn.parameter.is_lazy(t) or (storage_of(t) is None and not is_distributed(t)) for t in given) or _of_functorch():
+    if (
+        any(torch.nn.parameter.is_lazy(t) or (storage_of(t) is None and not is_distributed(t)) for t in given)
+        or _of_functorch()
+    ):
         return CallFacts(written=_written_by_name(func, kwargs, given), once=OPAQUE)
     if not is_torchs(func):
         return _of_schema(func, args, kwargs, given)
@@ -98,9 +102,7 @@ def is_torchs(func: Any) -> bool:
         return name in _OWN_NAMESPACES
     module = getattr(func, "__module__", None)
     if module is None:  # methods of tensors and their getters
-        return isinstance(
-            func, (types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.BuiltinFunctionType)
-        )  # fmt: skip
+        return isinstance(func, _OF_C)
     return module == "torch" or module.startswith("torch.")
 
 
@@ -117,7 +119,11 @@ def _written_by_name(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor])
     """What a call overwrites, by the way torch names things; where nothing better is known."""
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
-    found = {0} if given and (in_place or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__"))) else set()
+    found = (
+        {0}
+        if given and (in_place or (name.startswith("__i") and name not in ("__index__", "__int__", "__invert__")))
+        else set()
+    )
     if name == "__setitem__" and given:
         found.add(0)
     out = tensors_in(kwargs.get("out")) if kwargs else []
@@ -137,7 +143,9 @@ def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: 
     positions = tuple(i for i, t in enumerate(given) if any(t is w for w in written))
     nbytes = sum(t.nbytes for t in given)
     once = facts.never_again if facts.communicates else ""
-    return CallFacts(written=positions, random=True, once=once, foreign=True, seconds=1e-5 + nbytes / 1e10, nbytes=nbytes)
+    return CallFacts(
+        written=positions, random=True, once=once, foreign=True, seconds=1e-5 + nbytes / 1e10, nbytes=nbytes
+    )
 
 
 @dataclass

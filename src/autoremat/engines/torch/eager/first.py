@@ -50,8 +50,9 @@ class FirstStep:
         self._shadow = Shadow(self._paths.current)
         storages = self._storages()
         fixed_bytes = sum(s.nbytes() for s in storages.values())
+        outside = frozenset(storages)
         self.tape = Tape(
-            None, room=room(fixed_bytes), shadow=self._shadow, outside=frozenset(storages), reports=reports, check=check,
+            None, room=room(fixed_bytes), shadow=self._shadow, outside=outside, reports=reports, check=check
         )  # fmt: skip
 
     def _failed(self, error: BaseException) -> None:

@@ -174,8 +174,8 @@ def copy_of(tensor: Tensor) -> Tensor:
 def _needed_for(entry: Entry) -> str:
     name = getattr(entry.func, "__name__", str(entry.func))
     return (
-        f"autoremat needs it as it was to make the call of {name} again. Change it after the backward, hand over a clone "
-        f'of it, or have what this call makes kept (keep="*{name}*").'
+        f"autoremat needs it as it was to make the call of {name} again. Change it after the backward, hand over a "
+        f'clone of it, or have what this call makes kept (keep="*{name}*").'
     )
 
 

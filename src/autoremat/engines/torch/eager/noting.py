@@ -126,7 +126,12 @@ class Noting:
         if facts.once or None in numbers or any(n is not None and n < 0 for n in (numbers[i] for i in facts.written)):
             return None
         for i, (tensor, n) in enumerate(zip(given, numbers, strict=True)):
-            if n is None or n in tape.escaped or n in self._overwritten_outside or (n < 0 and not tape.is_outside(tensor)):
+            if (
+                n is None
+                or n in tape.escaped
+                or n in self._overwritten_outside
+                or (n < 0 and not tape.is_outside(tensor))
+            ):
                 return None
             if i in facts.written and n not in tape.ledger.maker:
                 return None  # what it overwrites will not be there any more
@@ -167,7 +172,7 @@ class Noting:
             if number is not None:
                 results.append((i, number))
         saved = []
-        for j, handle, tensor in self._fresh:
+        for j, _, tensor in self._fresh:
             number = tape.number_new(tensor, j)
             if number is not None:
                 saved.append((j - first, number))
@@ -201,9 +206,7 @@ class Noting:
             )  # fmt: skip
         tape.shrink()
 
-    def _gives_the_same(
-        self, entry: Entry, given: Sequence[Tensor], numbers: Sequence[int | None], out: Any
-    ) -> bool:
+    def _gives_the_same(self, entry: Entry, given: Sequence[Tensor], numbers: Sequence[int | None], out: Any) -> bool:
         """Whether a call that is not torch's gives the same when it is made again."""
         memory = {n: local_of(t).detach() for n, t in zip(numbers, given, strict=True) if n is not None and n >= 0}
         first = tensors_in(out)
@@ -221,7 +224,7 @@ class Noting:
     ) -> tuple[list[tuple[int, int, int]], list[int]]:
         """Triples (position, before, after), each memory once; and positions of what is from outside."""
         found: list[tuple[int, int, int]] = []
-        effects = [i for i in facts.statistics]
+        effects = list(facts.statistics)
         done: set[int] = set()
         for i in written:
             old = numbers[i]
@@ -294,7 +297,11 @@ def template_of(kwargs: dict[str, Any], change: Callable[[Tensor], Any]) -> dict
 
 def _is_pass(func: Any) -> bool:
     name = getattr(func, "__name__", "")
-    return name in _PASSES and getattr(func, "__module__", "") in ("torch.autograd", "torch._tensor", "torch.autograd.functional")
+    return name in _PASSES and getattr(func, "__module__", "") in (
+        "torch.autograd",
+        "torch._tensor",
+        "torch.autograd.functional",
+    )
 
 
 def _generators(args: Any, kwargs: Any) -> list[tuple[torch.Generator, bytearray]]:

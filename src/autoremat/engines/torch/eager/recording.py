@@ -14,10 +14,9 @@ from torch import Tensor, nn
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.program import Program
-from autoremat.record.assemble import assemble
 from autoremat.record.parallel import Parallel, resident_bytes
-from autoremat.record.record import NothingDifferentiable, differentiable_outputs
-from autoremat.record.timing import FREE, Cost, Progress, measure_all
+from autoremat.record.record import NothingDifferentiable, Whole, differentiable_outputs
+from autoremat.record.timing import Progress
 from autoremat.record.world import named_tensors
 
 
@@ -78,25 +77,13 @@ def program_of(
 ) -> Program:  # fmt: skip
     """The program of a recorded step, with measured costs where there is room to measure."""
     recorder = shadow.recorder
-    signatures = [op.signature for op in recorder.ops]
-
-    def assembled(costs: Sequence[Cost], source: str) -> Program:
-        return assemble(
-            recorder, name, costs, optimizer_state_bytes=optimizer_state_bytes,
-            optimizer_scratch_bytes=optimizer_scratch_bytes, beside=resident_bytes(parallel), timing=source,
-            recorded="fake",
-        )  # fmt: skip
-
     for k, op in enumerate(recorder.ops):
         if op.call in shadow.once and op.facts is not None and not op.backward:
             recorder.ops[k].facts = replace(op.facts, never_again=op.facts.never_again or shadow.once[op.call])
-    room = None
-    if limit is not None:
-        without_costs = assembled([FREE] * len(signatures), "estimated")
-        room = limit(without_costs) - without_costs.fixed_bytes
-    costs = measure_all(signatures, progress, room_bytes=room)
-    recorder.take_sizes([cost.made_bytes for cost in costs])
-    return assembled(costs, "measured")
+    whole = Whole(
+        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, resident_bytes(parallel), True, limit, progress
+    )
+    return whole.program(recorder.recording())
 
 
 def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int) -> Path:

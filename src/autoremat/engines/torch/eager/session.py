@@ -15,17 +15,17 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
+from autoremat.engines.torch.eager.check import SelfCheck
+from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
+from autoremat.engines.torch.eager.listener import is_listening
+from autoremat.engines.torch.eager.path import Path
+from autoremat.engines.torch.eager.script import Script, script_of
+from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.record.assemble import OPTIMIZER_STEP
 from autoremat.record.compiled import eagerly, is_compiled, is_compiling
 from autoremat.record.parallel import Parallel, check_supported, hidden, parallel_of
 from autoremat.record.parallel import signature as parallel_signature
-from autoremat.engines.torch.eager.check import SelfCheck
-from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
-from autoremat.engines.torch.eager.path import Path
-from autoremat.engines.torch.eager.script import Script, script_of
-from autoremat.engines.torch.eager.tape import Reports, Tape
-from autoremat.engines.torch.eager.listener import is_listening
 from autoremat.record.record import NothingDifferentiable, check_devices
 from autoremat.record.world import named_tensors, reachable_modules
 from autoremat.run.measure import Measurement, meter_for
@@ -371,7 +371,9 @@ class Session:
             check_supported(entry.parallel, modules)
             entry.is_new = True
         except Exception as obstacle:  # noqa: BLE001 - it says in words what it cannot deal with
-            self._warn(f"the step could not be recorded ({type(obstacle).__name__}: {obstacle}); it runs without checkpointing")
+            self._warn(
+                f"the step could not be recorded ({type(obstacle).__name__}: {obstacle}); it runs without checkpointing"
+            )
             self._counts.unplanned += 1
         return entry
 

@@ -27,12 +27,12 @@ from torch._subclasses.fake_tensor import (
 
 from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
 from autoremat.engines.torch.eager.facts import is_torchs
-from autoremat.record.local import Description, PackedLocal, is_distributed, local_of
 from autoremat.program.model import INSIDE
 from autoremat.record.facts import OpFacts, facts_of
-from autoremat.record.recorder import RecordedOp, Recorder, _Packed, _user_line
+from autoremat.record.local import Description, PackedLocal, is_distributed, local_of
+from autoremat.record.recorder import Recorder, _Packed, _user_line
+from autoremat.record.recording import RecordedOp
 from autoremat.record.values import storage_of
-
 
 _SMALL = 4096
 """So many numbers at most decide about sizes."""
@@ -244,6 +244,7 @@ class Shadow:
             kwargs: its keyword arguments.
             out: its result.
             packs: the numbers of what autograd has saved inside it.
+            call: its position among the calls of the step.
         """
         self.settle()
         recorder, real = self.recorder, tensors_in(out)

@@ -156,7 +156,7 @@ class Tape:
                     self.values.rebind(storage, shadowed)
                     return shadowed
                 if shadowed != number:
-                    raise RuntimeError(f"the memory of a tensor was exchanged out of sight {shadowed} {number}")
+                    raise RuntimeError("the memory of a tensor was exchanged out of sight")
             except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot do
                 self._give_up(error)
         return self.values.number(storage) if number is None else number
@@ -466,7 +466,9 @@ class Tape:
     def released(self, handle: Handle) -> None:
         """A handle is gone; what only handles needed may go when the last one has."""
         self.passes.put_down(handle)
-        if self.passes.lock.acquire(blocking=False):  # a finalizer cannot wait: it may have interrupted who holds the lock
+        if self.passes.lock.acquire(
+            blocking=False
+        ):  # a finalizer cannot wait: it may have interrupted who holds the lock
             try:
                 self._settle()
             finally:

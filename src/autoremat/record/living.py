@@ -1,0 +1,136 @@
+"""Fake tensors that outlive a recording in this process: who holds them.
+
+A step that has one in its hands trains nothing, and says nothing. So whoever still holds one is named, in an error.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+import types
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, Final
+
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+_NAMED: Final = 3
+"""So many holders are named."""
+_LOOKED_AT: Final = 10_000
+"""A container with more items than this is not searched for the place of one."""
+
+
+class Living:
+    """The fake tensors that a recording has made, as far as they still live."""
+
+    def __init__(self) -> None:
+        self._made: list[weakref.ref[Tensor]] = []
+
+    def note(self, tensors: Iterable[Tensor]) -> None:
+        """Take note of what an operator has returned."""
+        self._made += [weakref.ref(t) for t in tensors if isinstance(t, FakeTensor)]
+
+    def holders(self) -> list[str]:
+        """Who holds what is still there, in words, each once; to be asked when the recording is over."""
+        if not any(ref() is not None for ref in self._made):
+            return []
+        gc.collect()  # graphs have cycles
+        left = [t for ref in self._made if (t := ref()) is not None]
+        found: dict[str, None] = {}
+        for tensor in left:
+            found.update(dict.fromkeys(_holders(tensor, {id(left)})))
+            if len(found) >= _NAMED:
+                break
+        return list(found) or ["something that Python's garbage collector cannot see (an object of C++)"] * bool(left)
+
+
+def let_go_of_frames(error: BaseException) -> None:
+    """Empty the frames that an error has passed through: the lines stay, what their variables held goes."""
+    seen: set[int] = set()
+    link: BaseException | None = error
+    while link is not None and id(link) not in seen:
+        seen.add(id(link))
+        traceback.clear_frames(link.__traceback__)
+        link = link.__cause__ or link.__context__
+
+
+def _holders(thing: Any, ours: set[int]) -> Iterator[str]:
+    """Those that refer to a thing, without our own frames and lists."""
+    for holder in gc.get_referrers(thing):
+        if id(holder) in ours or isinstance(holder, weakref.ReferenceType):
+            continue
+        if isinstance(holder, types.FrameType) and holder.f_globals.get("__name__", "").startswith("autoremat."):
+            continue
+        yield _place(thing, holder, ours)
+
+
+def _place(thing: Any, holder: Any, ours: set[int]) -> str:
+    """Where in a holder the thing is."""
+    if isinstance(holder, Mapping) and type(holder) is dict:
+        return _place_in_dict(thing, holder, ours)
+    if isinstance(holder, types.FrameType):
+        return f"the variable {_key_of(thing, holder.f_locals)} of {holder.f_code.co_name}()"
+    if isinstance(holder, (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)):
+        frame = getattr(holder, "gi_frame", None) or getattr(holder, "cr_frame", None)
+        return f"the variable {_key_of(thing, frame.f_locals if frame else {})} of the generator {holder.__qualname__}"
+    if isinstance(holder, types.CellType):
+        return f"a variable of {_function_with(holder)}"
+    if isinstance(holder, (list, tuple)) and len(holder) <= _LOOKED_AT:
+        index = next((i for i, v in enumerate(holder) if v is thing), None)
+        return f"item {index} of {_owned(holder, ours, f'a {type(holder).__name__}')}"
+    for cls in type(holder).__mro__:
+        for name, member in vars(cls).items():
+            if isinstance(member, types.MemberDescriptorType) and getattr(holder, name, None) is thing:
+                return f"the attribute {name} of a {_type_of(holder)}"
+    return _owned(holder, ours, f"a {_type_of(holder)}")
+
+
+def _place_in_dict(thing: Any, holder: dict[Any, Any], ours: set[int]) -> str:
+    key = _key_of(thing, holder)
+    if "__name__" in holder and "__builtins__" in holder:
+        return f"the variable {key} of the module {holder['__name__']}"
+    for owner in gc.get_referrers(holder):
+        if getattr(owner, "__dict__", None) is holder:
+            return f"the attribute {key} of a {_type_of(owner)}"
+    return f"the item {key} of {_owned(holder, ours, 'a dict')}"
+
+
+def _owned(holder: Any, ours: set[int], what: str) -> str:
+    """A container, and which attribute or variable it is, if one of these refers to it."""
+    for owner in gc.get_referrers(holder):
+        if id(owner) in ours or not isinstance(owner, dict):
+            continue
+        name = _key_of(holder, owner)
+        if "__name__" in owner and "__builtins__" in owner:
+            return f"{what}, {owner['__name__']}.{name.strip(chr(39))}"
+        for above in gc.get_referrers(owner):
+            if getattr(above, "__dict__", None) is owner:
+                return f"{what}, the attribute {name} of a {_type_of(above)}"
+    return what
+
+
+def _function_with(cell: types.CellType) -> str:
+    for owner in gc.get_referrers(cell):
+        for function in gc.get_referrers(owner) if isinstance(owner, tuple) else ():
+            if isinstance(function, types.FunctionType):
+                names = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+                name = next((n for n, c in names if c is cell), "?")
+                return f"{name!r} in the closure of {function.__qualname__}()"
+    return "a closure"
+
+
+def _key_of(thing: Any, mapping: Mapping[Any, Any]) -> str:
+    if len(mapping) > _LOOKED_AT:
+        return "?"
+    return next((_short(key) for key, value in list(mapping.items()) if value is thing), "?")
+
+
+def _short(key: Any) -> str:
+    text = repr(key) if isinstance(key, (str, int, float, bool, bytes, tuple)) else f"<{_type_of(key)}>"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def _type_of(thing: Any) -> str:
+    cls = type(thing)
+    return cls.__qualname__ if cls.__module__ in ("builtins", "__main__") else f"{cls.__module__}.{cls.__qualname__}"
