@@ -188,7 +188,7 @@ def exact(
     steps: int = 2,
     reruns: bool = True,
     deviates: bool | None = False,
-    unplanned: bool = False,
+    unplanned: bool | None = False,
     differs: bool = False,
 ) -> Stats:
     """Assert that training is the same under the feasible ``FRACTIONS`` and at the floor; the last statistics.
@@ -198,12 +198,12 @@ def exact(
         steps: steps to compare.
         reruns: at the floor operators must have run again.
         deviates: some step leaves the recorded path; None: it may, or not.
-        unplanned: the step cannot be planned; it must run plainly, with a warning.
+        unplanned: the step cannot be planned; it must run plainly, with a warning; None: it may, or not.
         differs: the self-check of the first step finds something that must not run again, and warns.
     """
     world = seeded(build)
     plain = observe(world, world.target, steps)
-    warn = deviates is None or deviates or unplanned or differs
+    warn = None in (deviates, unplanned) or deviates or unplanned or differs
     for budget in (*FRACTIONS, None):
         try:
             got, stats, messages = attempt(build, budget, steps) if budget else at_the_floor(build, steps)
@@ -211,13 +211,13 @@ def exact(
             continue
         assert_same(got, plain)
         assert deviates is None or (stats.deviations > 0) <= deviates, messages
-        assert (stats.unplanned > 0) <= unplanned, messages
+        assert unplanned is None or (stats.unplanned > 0) <= unplanned, messages
         assert (stats.differing > 0) <= differs, messages
         assert bool(messages) <= warn, messages
     assert not unplanned or stats.unplanned > 0
     assert not deviates or stats.deviations > 0
     assert not differs or stats.differing > 0
-    assert not warn or messages or deviates is None
+    assert not warn or messages or None in (deviates, unplanned)
     if reruns and not unplanned:
         assert stats.reruns > 0, "nothing ran again: the attack did not test anything"
     return stats

@@ -50,6 +50,8 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
     """The storage of an ordinary tensor; None for sparse, quantized, nested and wrapped tensors, which stay opaque."""
     if type(tensor) not in _PLAIN_TYPES and (torch.nn.parameter.is_lazy(tensor) or _wraps(tensor)):
         return None
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return None
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_nested or tensor._is_zerotensor():
         return None
     return tensor.untyped_storage()

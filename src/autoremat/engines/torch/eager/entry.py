@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoremat.engines.torch.eager.arguments import Nest, resolved, tensors_in
+from autoremat.engines.torch.eager.arguments import Nest, Outside, resolved, tensors_in
 from autoremat.engines.torch.eager.state import Replay, State, generator_at
 from autoremat.run.entry import checksum
 
@@ -35,6 +35,7 @@ class Entry:
         generator: that it draws from.
         generator_state: of that before the call.
         reads: values among its arguments.
+        outside: those of its arguments that the step did not make.
         results: pairs (position among the tensors of the result, value).
         saved: pairs (position among what autograd saves inside the call, value), for values made and saved inside.
         in_place: pairs (made, overwritten).
@@ -48,6 +49,7 @@ class Entry:
     generator: torch.Generator | None
     generator_state: bytearray | None
     reads: tuple[int, ...]
+    outside: tuple[Outside, ...] = ()
     results: tuple[tuple[int, int], ...] = ()
     saved: tuple[tuple[int, int], ...] = ()
     in_place: tuple[tuple[int, int], ...] = ()

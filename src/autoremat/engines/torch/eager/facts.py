@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +20,11 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _disable_current_modes,
+    _get_current_dispatch_mode_stack,
+)
 
 from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
 from autoremat.engines.torch.eager.state import State
@@ -148,6 +153,18 @@ def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: 
     )
 
 
+@contextmanager
+def unseen() -> Iterator[None]:
+    """In this block neither function modes nor dispatch modes of the user's see what is done."""
+    anomaly = torch.autograd.set_detect_anomaly(False) if torch.is_anomaly_enabled() else nullcontext()
+    with torch._C.DisableTorchFunction(), anomaly:
+        if not _get_current_dispatch_mode_stack():
+            yield
+            return
+        with _disable_current_modes():
+            yield
+
+
 @dataclass
 class _Probe(TorchDispatchMode):
     """Looks at the operators of one call, on fake tensors."""
@@ -215,11 +232,11 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
             fakes[id(tensor)] = made
         return fakes[id(tensor)]
 
-    unseen = torch._C.DisableTorchFunction()
-    with unseen, mode, torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda p: p):
+    with unseen(), mode, torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda p: p):
         fake_args, fake_kwargs = mapped(args, fake), mapped(kwargs, fake)
         probe = _Probe({fakes[id(t)].untyped_storage()._cdata: i for i, t in reversed(list(enumerate(given)))})
-        cache, _ = torch.is_autocast_cache_enabled(), torch.set_autocast_cache_enabled(False)
+        cache = torch.is_autocast_cache_enabled()
+        torch.set_autocast_cache_enabled(False)
         try:
             with probe:
                 func(*fake_args, **fake_kwargs)

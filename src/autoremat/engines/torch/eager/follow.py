@@ -141,19 +141,23 @@ class Follow:
         state = State.now()
         values = dict(call.reads)
         written = {position for position, _, _ in call.written}
-        positions = iter(range(len(given)))
+        positions, outside = iter(range(len(given))), list[Outside]()
 
         def described(tensor: Tensor) -> Any:
             i = next(positions)
             value = values.get(i)
             if value is not None:
                 return Made(value, Seen.of(tensor), tensor.requires_grad, i in written)
-            return Statistics(tensor) if i in call.statistics else Outside(tensor)
+            if i in call.statistics:
+                return Statistics(tensor)
+            outside.append(Outside(tensor))
+            return outside[-1]
 
         generator = _generator_of(args, kwargs) if call.random else None
         return Entry(
             func, template(list(args), described), template_of(kwargs, described), state, generator,
             None if generator is None else state_of(generator), tuple(dict.fromkeys(values.values())),
+            tuple(outside),
         )  # fmt: skip
 
     def _enter(self, k: int, entry: Entry, work: Work, made: Sequence[Tensor]) -> None:

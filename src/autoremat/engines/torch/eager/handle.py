@@ -37,7 +37,7 @@ class Handle:
     Its probe shares the version counter with the tensor, and no memory, so it is noticed when somebody overwrites that.
     """
 
-    __slots__ = ("pack", "probe", "seen", "served", "tape", "value", "version")
+    __slots__ = ("pack", "probe", "seen", "served", "stays", "tape", "value", "version")
 
     def __init__(self, tape: Tape, pack: int, tensor: Tensor) -> None:
         self.tape, self.pack, self.value = tape, pack, _NOT_KNOWN
@@ -45,6 +45,8 @@ class Handle:
         local = local_of(tensor)
         self.version = version_of(local)
         self.probe = _without_memory(local)
+        self.stays: Tensor | None = None
+        """What a node written in Python has been given; it may ask once more, until it is done."""
         self.served = 0
         """The backward pass, counted by the tape, in which it was served last."""
 

@@ -9,10 +9,11 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from autoremat.engines.torch.eager.arguments import ModifiedInPlace, modified, version_of
+from autoremat.engines.torch.eager.arguments import ModifiedInPlace, Outside, modified, version_of
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Replay
-from autoremat.record.values import View
+from autoremat.record.local import local_of
+from autoremat.record.values import View, storage_of
 
 Loss = Callable[[int], RuntimeError]
 
@@ -159,10 +160,23 @@ class Ledger:
         self.reruns += 1
         self._on_rerun(perf_counter() - begin)
 
+    def readers_of(self, tensor: Tensor) -> list[int]:
+        """The calls that, made again, would read this memory from outside the step."""
+        storage = storage_of(local_of(tensor))
+        if storage is None:
+            return []
+        address = storage._cdata
+        return [k for k, entry in self.entries.items() if any(_is_at(o, address) for o in entry.outside)]
+
     def bytes_of(self, values: Iterable[int]) -> int:
         """Bytes of the memory of some values that are held, each storage once."""
         storages = (self.held[v].untyped_storage() for v in values)
         return sum({s._cdata: s.nbytes() for s in storages}.values())
+
+
+def _is_at(outside: Outside, address: int) -> bool:
+    storage = storage_of(local_of(outside.tensor))
+    return storage is not None and storage._cdata == address
 
 
 def copy_of(tensor: Tensor) -> Tensor:

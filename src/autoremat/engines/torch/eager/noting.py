@@ -62,8 +62,6 @@ class Noting:
 
     def __init__(self, tape: Tape, path: list[Call] | None) -> None:
         self._tape, self._path = tape, path
-        self._readers: dict[int, list[int]] = {}
-        """For values from outside the calls that read them and can be made again."""
         self._overwritten_outside: set[int] = set()
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy = False
@@ -73,8 +71,8 @@ class Noting:
     def heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call and take note of it."""
         name = getattr(func, "__name__", "")
-        if name in LOOKS:
-            return func(*args, **kwargs)
+        if name in LOOKS or torch._C._functorch.peek_interpreter_stack() is not None:
+            return func(*args, **kwargs)  # what is done within torch.func stays out of sight
         if name == "__get__" and not _gives_tensor(func):
             return func(*args, **kwargs)
         if self._tape.listener.is_made_of_others(func):
@@ -96,7 +94,8 @@ class Noting:
         if name in ESCAPES:
             tape.escape([n for n in numbers if n is not None])
         if facts.written or facts.statistics:
-            self._rescue([numbers[i] for i in facts.written], [numbers[i] for i in facts.statistics])
+            touched = [given[i] for i in (*facts.written, *facts.statistics)]
+            self._rescue([numbers[i] for i in facts.written], [numbers[i] for i in facts.statistics], touched)
         tape.make_room(facts.nbytes)
         call, first = tape.n_calls, tape.n_packs
         tape.n_calls += 1
@@ -139,7 +138,7 @@ class Noting:
                 return None
             if n >= 0 and n not in tape.ledger.held and n not in tape.ledger.maker:
                 tape.ledger.hold(n, local_of(tensor).detach())
-        positions = iter(range(len(given)))
+        positions, outside = iter(range(len(given))), list[Outside]()
 
         def described(tensor: Tensor) -> Any:
             i = next(positions)
@@ -149,14 +148,14 @@ class Noting:
                 return Made(n, Seen.of(tensor), tensor.requires_grad, i in facts.written)
             if i in facts.statistics:
                 return Statistics(tensor)
-            self._readers.setdefault(n, []).append(tape.n_calls - 1)
-            return Outside(tensor)
+            outside.append(Outside(tensor))
+            return outside[-1]
 
         generator = _generator_of(args, kwargs) if facts.random else None
         return Entry(
             func, template(list(args), described), template_of(kwargs, described), state, generator,
             None if generator is None else state_of(generator),
-            tuple(dict.fromkeys(n for n in numbers if n is not None and n >= 0)),
+            tuple(dict.fromkeys(n for n in numbers if n is not None and n >= 0)), tuple(outside),
         )  # fmt: skip
 
     def _take(
@@ -239,18 +238,21 @@ class Noting:
                     found.append((i, old, new))
         return found, effects
 
-    def _rescue(self, numbers: Sequence[int | None], statistics: Sequence[int | None]) -> None:
+    def _rescue(
+        self, numbers: Sequence[int | None], statistics: Sequence[int | None], given: Sequence[Tensor]
+    ) -> None:  # fmt: skip
         """See to what calls made again would read, and the next call is about to overwrite.
 
         What is from outside is overwritten again by the next forward, perhaps before this one's backward: so nothing
         that has read it can be made again.
         """
         tape = self._tape
-        for n in {n for n in (*numbers, *statistics) if n is not None}:
+        tensors = {n: t for n, t in zip((*numbers, *statistics), given, strict=True) if n is not None}
+        for n in tensors:
             if n < 0:
                 if n not in statistics:
                     self._overwritten_outside.add(n)
-                tape.freeze([k for k in self._readers.pop(n, ()) if k in tape.ledger.entries])
+                tape.freeze(tape.ledger.readers_of(tensors[n]))
             elif n in tape.ledger.held and n not in tape.ledger.maker:
                 tape.rescue(n)
 
@@ -287,7 +289,6 @@ class Noting:
 
     def finish(self) -> None:
         """The forward is over."""
-        self._readers.clear()
 
 
 def template_of(kwargs: dict[str, Any], change: Callable[[Tensor], Any]) -> dict[str, Any]:

@@ -19,6 +19,11 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != _NO_TASK
 
 
+def in_python_node() -> bool:
+    """Whether the node that runs is of a custom ``autograd.Function``: its code may ask for what it saved repeatedly."""
+    return isinstance(torch._C._current_autograd_node(), torch.autograd.function.BackwardCFunction)
+
+
 class Passes:
     """Counts handles and notices when a pass begins.
 

@@ -202,6 +202,7 @@ class Session:
             if entry.script is not None:
                 step.tape.take_plan(entry.script)
         except NothingDifferentiable:
+            entry.is_new = True
             if is_first:
                 raise
         except NotRecorded as obstacle:

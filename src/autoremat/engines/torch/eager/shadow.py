@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import (
 )
 
 from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
-from autoremat.engines.torch.eager.facts import is_torchs
+from autoremat.engines.torch.eager.facts import is_torchs, unseen
 from autoremat.program.model import INSIDE
 from autoremat.record.facts import OpFacts, facts_of
 from autoremat.record.local import Description, PackedLocal, is_distributed, local_of
@@ -142,7 +142,7 @@ class Shadow:
             if is_distributed(tensor):
                 return _around(tensor, self._as_fake(local_of(tensor).detach()))
             detached = tensor if tensor.is_leaf else tensor.detach()
-            twin = self.mode.from_tensor(detached)
+            twin: Tensor = self.mode.from_tensor(detached)
             if tensor.requires_grad and not twin.requires_grad:
                 twin = twin.requires_grad_()
             return twin
@@ -210,14 +210,14 @@ class Shadow:
     @contextmanager
     def _here(self) -> Iterator[None]:
         """Among fake tensors, unseen by function modes, nothing recorded."""
-        with torch._C.DisableTorchFunction(), self.mode, warnings.catch_warnings(), self.recorder.paused():
+        with unseen(), self.mode, warnings.catch_warnings(), self.recorder.paused():
             warnings.simplefilter("ignore")
             yield
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
-        with torch._C.DisableTorchFunction(), self.mode, warnings.catch_warnings(), self.recorder, hooks:
+        with unseen(), self.mode, warnings.catch_warnings(), self.recorder, hooks:
             warnings.simplefilter("ignore")
             yield
 
@@ -250,13 +250,14 @@ class Shadow:
         recorder, real = self.recorder, tensors_in(out)
         recorder.call, recorder.real = call, real
         recorder.given = [(self.twin(t), t) for t in tensors_given(args, kwargs)]
+        recorder.masks = [(t.size(), _count(t)) for _, t in recorder.given if not t.dtype.is_floating_point]
         numbers, _ = recorder.map.reads(local_of(twin) for twin, _ in recorder.given)
         begin = len(recorder.ops)
         made = self._made(func, args, kwargs, real, packs)
         for tensor, twin in zip(real, made, strict=True):
             self._bind(tensor, twin)
             self._take_size(tensor, twin)
-        recorder.real, recorder.given = [], []
+        recorder.real, recorder.given, recorder.masks = [], [], []
         self._read_all(begin, numbers)
         self._note_what_leaves(begin, made)
 
@@ -310,9 +311,13 @@ class Shadow:
         """Note when another run of the call could hand out what it has made, where it is made up of several ops."""
         recorder = self.recorder
         ops = recorder.ops[begin:]
-        if len(ops) < 2 or any(op.backward for op in ops):
+        if any(op.backward for op in ops):  # a pass of its own: what it asks for stands between its ops
             for op in ops:
-                op.call = -1 if len(ops) > 1 else op.call
+                op.call = -1
+                if op.facts is not None:
+                    op.facts = replace(op.facts, never_again="computed by a backward pass in the forward")
+            return
+        if len(ops) < 2:
             return
         outputs = {recorder.map.number(s) for t in made if (s := storage_of(local_of(t))) is not None}
         last, born = begin + len(ops) - 1, {n for op in ops for n in op.writes}
@@ -415,6 +420,8 @@ class _Told(Recorder):
         super().__post_init__()
         self.real: list[Tensor] = []
         self.given: list[tuple[Tensor, Tensor]] = []
+        self.masks: list[tuple[torch.Size, int]] = []
+        """Sizes of the masks and indices that the call is given, and how many of their elements are not zero."""
         self.counts: dict[int, int] = {}
         """For values that are masks and are saved, how many elements are true."""
 
@@ -423,10 +430,9 @@ class _Told(Recorder):
         storage = storage_of(mask)
         if storage is None:
             return
-        number = self.map.number(storage)
-        for _, tensor in self.given:
-            if tensor.dtype is torch.bool and tensor.size() == mask.size():
-                self.counts[number] = int(tensor.count_nonzero())
+        for size, n in self.masks:
+            if size == mask.size():
+                self.counts[self.map.number(storage)] = n
 
     def _run(self, func: Any, facts: OpFacts, args: Any, kwargs: Any) -> Any:
         if func is torch.ops.aten.index.Tensor and any(t is not None and t.dtype is torch.bool for t in args[1]):
@@ -463,9 +469,9 @@ class _Told(Recorder):
         return torch.empty((n, *source.shape[indices[0].dim() :]), dtype=source.dtype, device=source.device)
 
     def _n_true(self, mask: Tensor) -> int | None:
-        found = [t for twin, t in self.given if twin is mask] or [t for _, t in self.given if t.size() == mask.size()]
-        if found:
-            return int(found[0].count_nonzero())
+        for size, n in self.masks:
+            if size == mask.size():
+                return n
         storage = storage_of(mask)
         known = None if storage is None else self.counts.get(self.map.number(storage))
         return self.real[0].size(0) if known is None and self.real else known
@@ -490,6 +496,14 @@ class _Tail(torch.autograd.Function):
 
 def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(n, dtype=dtype, device=device)
+
+
+def _count(tensor: Tensor) -> int:
+    """How many elements of a mask are not zero; of what is no mask, its size."""
+    if tensor.dtype is not torch.bool or _is_opaque(tensor) or is_distributed(tensor):
+        return tensor.numel()
+    with unseen():
+        return int(tensor.count_nonzero())
 
 
 def _is_small_index(tensor: Tensor) -> bool:

@@ -24,7 +24,7 @@ from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.listener import Listener
 from autoremat.engines.torch.eager.noting import Noting
 from autoremat.engines.torch.eager.online import Online
-from autoremat.engines.torch.eager.passes import Passes, in_backward
+from autoremat.engines.torch.eager.passes import Passes, in_backward, in_python_node
 from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.shadow import Shadow
@@ -241,6 +241,8 @@ class Tape:
     def escape(self, values: Sequence[int]) -> None:
         """Something else than torch gets to know the memory of these values: they stay as they are."""
         self.escaped.update(values)
+        for value in values:
+            self.check.forget(value)
         entries = self.ledger.entries
         self.freeze([k for k, e in entries.items() if any(v in e.reads or v in e.makes for v in values)])
         if self.shadow is not None:
@@ -349,9 +351,15 @@ class Tape:
                 if not in_backward():  # somebody looks at grad_fn._saved_...
                     return handle.seen.on(self._looked_up(self.passes.now(handle.value)))
                 self._notice_pass()
+                if handle.served == self.passes.number and handle.stays is not None:
+                    return handle.stays
                 value = self.passes.serve(handle)
                 self.shrink()
-                return self._served(handle, value)
+                tensor = self._served(handle, value)
+                handle.stays = tensor if in_python_node() else None
+                if self._is_forward:  # a pass within the forward: what it does reads this value
+                    self.values.rebind_tensor(tensor, value)
+                return tensor
             finally:
                 self._settle()
 
@@ -432,6 +440,9 @@ class Tape:
         """Let go of a value, unless the graph is to be gone through once more and it is the forward's own."""
         if value in self.pinned or (value not in self.ledger.maker and self._is_source(value)):
             return
+        if isinstance(self.policy, Noting) and value not in self.ledger.remade and value in self.passes.needs.handles:
+            self._late.add(value)  # in a first step what is kept has handles, too
+            return
         if value in self.ledger.held and not (self.passes.retained and value not in self.ledger.remade):
             self.ledger.let_go(value)
 
@@ -479,7 +490,8 @@ class Tape:
             if self._is_forward or value in self.pinned:
                 continue
             if self.is_planned:
-                if value not in self.ledger.remade and self.script is not None and value not in self.script.hold:
+                is_due = value in self._late or (self.script is not None and value not in self.script.hold)
+                if is_due and value not in self.ledger.remade:
                     self._drop(value)
             elif not self.passes.needs.is_needed(value):
                 self.ledger.let_go(value)
