@@ -14,8 +14,11 @@ from typing import Final
 
 from autoremat.engines.torch.eager.ledger import Ledger
 
-MOST_RERUNS: Final = 4
-"""Calls made again, for each call of the forward, after which the policy keeps what it has."""
+MOST_RERUNS: Final = 3
+"""Calls made again, for each call of the forward, after which the policy keeps what it has.
+
+What is gone by then is made again at most once more, so that all in all it is less than two more.
+"""
 SPARE: Final = 0.1
 """So much more than what is needed goes at once, as a share of what is allowed."""
 

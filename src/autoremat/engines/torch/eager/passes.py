@@ -20,7 +20,7 @@ def in_backward() -> bool:
 
 
 def in_python_node() -> bool:
-    """Whether the node that runs is of a custom ``autograd.Function``: its code may ask for what it saved repeatedly."""
+    """Whether the node that runs is of a custom ``autograd.Function``: its code may ask repeatedly for what it saved."""
     return isinstance(torch._C._current_autograd_node(), torch.autograd.function.BackwardCFunction)
 
 

@@ -48,7 +48,7 @@ def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], m
             "loss (or the model's output), and check that some parameter has requires_grad=True"
         )
     recorder = shadow.recorder
-    shadow.settle()
+    cached, end = shadow.forward_ends(), len(recorder.ops)
     twins = [shadow.twin(t) for t in outputs]
     names = {id(shadow.twin(t)): n for n, _, t in named_tensors(modules) if not nn.parameter.is_lazy(t)}
     del result, outputs
@@ -68,6 +68,9 @@ def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], m
                     name = names.get(id(leaf), "")
                     recorder.call_gradient(leaf.grad, name and f"{name}.grad", name.rpartition(".")[0])
             recorder.finish()
+            for n in cached:
+                if recorder.values[n].forever:
+                    recorder.values[n].forever, recorder.values[n].died = False, end
             gone = {id(shadow.twin(t)) for t in moving}
             recorder.leave_gradients([leaf.grad for leaf in leaves if leaf.grad is not None and id(leaf) in gone])
 

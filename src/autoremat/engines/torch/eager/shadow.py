@@ -88,6 +88,24 @@ class Shadow:
             with self._here():
                 self.recorder.know(gradient, label, "gradient", module)
 
+    def forward_ends(self) -> set[int]:
+        """Settle what the forward has left; the values that only autocast's cache still holds.
+
+        It does so until the user's region ends, which is before the backward as a rule. What such a cast is read by in
+        another call can be handed out at the end of the one that made it.
+        """
+        self.settle()
+        recorder = self.recorder
+        bound = (storage_of(local_of(twin)) for _, twin in self._twins.values())
+        known = {recorder.map.number(s) for s in bound if s is not None}
+        last = {op.call: i for i, op in enumerate(recorder.ops) if op.call >= 0}
+        maker = {n: op.call for op in recorder.ops for n in op.writes}
+        for op in recorder.ops:
+            for n in op.reads:
+                if n >= 0 and recorder.values[n].available == INSIDE and maker[n] != op.call:
+                    recorder.values[n].available = last[maker[n]]
+        return {s.number for s in recorder._storages.values() if s.number >= 0 and s.unpacked_at is None} - known
+
     def leaves(self) -> list[Tensor]:
         """The twins that gradients are accumulated into."""
         found = {id(twin): twin for _, twin in self._twins.values() if twin.is_leaf and twin.requires_grad}
