@@ -101,6 +101,8 @@ def _one_line(error: Exception) -> str:
 
 def _is_ours(error: Exception) -> bool:
     """Whether our own code has raised it: then the text says what to do."""
+    if (file := getattr(error, "raised_in_child", None)) is not None:
+        return Path(file).is_relative_to(Path(__file__).parent)
     frame = error.__traceback__
     while frame is not None and frame.tb_next is not None:
         frame = frame.tb_next

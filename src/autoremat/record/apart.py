@@ -229,7 +229,7 @@ def _warn_again(message: bytes, text: str, category: bytes, filename: str, line:
     warnings.warn_explicit(said, kind, filename, line, registry=registry)
 
 
-def _error_of(pickled: bytes | None, name: str, text: str, trace: str) -> BaseException:
+def _error_of(pickled: bytes | None, name: str, text: str, trace: str, file: str) -> BaseException:
     """The child's error, or, if it could not be sent, one that says what it was."""
     error: BaseException | None = None
     if pickled is not None:
@@ -238,6 +238,8 @@ def _error_of(pickled: bytes | None, name: str, text: str, trace: str) -> BaseEx
     if not isinstance(error, BaseException):
         error = RuntimeError(f"{name}: {text}")
     error.__cause__ = _InTheChild(trace)
+    with suppress(AttributeError):  # the frames stay in the child
+        error.raised_in_child = file  # type: ignore[attr-defined]
     return error
 
 
@@ -473,9 +475,10 @@ def can_be_sent(thing: Any) -> bool:
     return True
 
 
-def _sendable(error: BaseException) -> tuple[bytes | None, str, str, str]:
-    """An error, if it can be sent and comes out as what it was; its name and words in any case."""
+def _sendable(error: BaseException) -> tuple[bytes | None, str, str, str, str]:
+    """An error, if it can be sent and comes out as what it was; its name, words, traceback and file in any case."""
     trace = "".join(traceback.format_exception(error))
+    file = traceback.extract_tb(error.__traceback__)[-1].filename
     try:
         pickled: bytes | None = _dumps(error, _ErrorPickler)
         again = _loads(pickled or b"")
@@ -483,4 +486,4 @@ def _sendable(error: BaseException) -> tuple[bytes | None, str, str, str]:
             pickled = None
     except Exception:  # noqa: BLE001 - then its name and words must do
         pickled = None
-    return pickled, type(error).__name__, str(error), trace
+    return pickled, type(error).__name__, str(error), trace, file
