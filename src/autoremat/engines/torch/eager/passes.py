@@ -20,7 +20,7 @@ def in_backward() -> bool:
 
 
 def in_python_node() -> bool:
-    """Whether the node that runs is of a custom ``autograd.Function``: its code may ask repeatedly for what it saved."""
+    """Whether the node that runs is of a custom ``autograd.Function``, whose code may ask for the same repeatedly."""
     return isinstance(torch._C._current_autograd_node(), torch.autograd.function.BackwardCFunction)
 
 
