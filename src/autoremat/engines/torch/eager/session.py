@@ -49,6 +49,10 @@ TOLERANCE: Final = 0.01
 """How far the measured peak may be above the plan's without a warning."""
 
 
+_NO_HOOKS: Final = "don't yet support saved tensor hooks"
+"""What torch.func says where hooks are active."""
+
+
 class Planner(Protocol):
     """Plans steps; knows the budget."""
 
@@ -188,10 +192,18 @@ class Session:
         is_first = self._last is None
         check = SelfCheck((), lambda k, why: self._differs(entry, k, why))
         step = FirstStep(self.fn, args, kwargs, entry.parallel, self.planner.first, self._reports(entry), check)
+        before = RandomStates.now()
         try:
             with eagerly(), hidden(entry.parallel):
                 result = step.forward()
-        except BaseException:
+        except BaseException as error:
+            if isinstance(error, RuntimeError) and _NO_HOOKS in str(error):
+                before.restore()
+                self._refuse(
+                    "the forward differentiates with torch.func, which refuses the saved-tensor hooks of autoremat "
+                    "(what it had done up to there has been done twice)"
+                )
+                return self.fn(*args, **kwargs)
             entry.is_new = True  # this error is why it could not be recorded; the next call may be a good one
             raise
         try:
