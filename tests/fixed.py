@@ -27,7 +27,11 @@ LOOK_SECONDS = 1 / 1024
 SOLVER_SECONDS = 1 / 8
 """What a linear or integer program takes."""
 
-NODES_IN_A_SECOND = 20
+NODES_IN_A_SECOND = 2
+"""Of the search for an integer program's optimum: a node takes a tenth of a second where there is much to choose."""
+
+MOST_NODES = 20
+"""Where the planner itself limits them; it would stop after its seconds as well."""
 
 MOST_COLUMNS = 2000
 """Of an integer program that is solved; what is larger may take minutes for its first node, and counts as not done."""
@@ -94,12 +98,14 @@ class Work:
     def search_limits(self, seconds: float) -> dict[str, float]:
         """An integer program may have nodes in place of seconds."""
         self.seconds += SOLVER_SECONDS
-        return {"node_limit": max(10, int(seconds * NODES_IN_A_SECOND)) if seconds < 1e6 else 1_000_000}
+        return {"node_limit": max(5, int(seconds * NODES_IN_A_SECOND)) if seconds < 1e6 else 1_000_000}
 
 
-def _solved(table: Table, seconds: float, **rest: Any) -> Whole:
+def _solved(table: Table, seconds: float, *, nodes: int | None = None, **rest: Any) -> Whole:
     """The integer program, if it is small."""
-    return _solve(table, seconds, **rest) if len(table.cost) <= MOST_COLUMNS else Whole(0.0, None)
+    if len(table.cost) > MOST_COLUMNS:
+        return Whole(0.0, None)
+    return _solve(table, seconds, nodes=nodes and min(nodes, MOST_NODES), **rest)
 
 
 @contextmanager
