@@ -218,7 +218,7 @@ def exact(
     assert not deviates or stats.deviations > 0
     assert not differs or stats.differing > 0
     assert not warn or messages or None in (deviates, unplanned)
-    if reruns and not unplanned:
+    if reruns and unplanned is False:
         assert stats.reruns > 0, "nothing ran again: the attack did not test anything"
     return stats
 
