@@ -443,6 +443,7 @@ def file_written_to(folder: Path) -> tuple[Use, Callable[[], Any]]:
         file.flush()
         return 1
 
+    weakref.finalize(step, file.close)
     return counted(step, path.read_text)
 
 
