@@ -27,14 +27,15 @@ LOOK_SECONDS = 1 / 1024
 SOLVER_SECONDS = 1 / 8
 """What a linear or integer program takes."""
 
-NODES_IN_A_SECOND = 2
-"""Of the search for an integer program's optimum: a node takes a tenth of a second where there is much to choose."""
+NODES_IN_A_SECOND = 0.5
+"""Of the search for an integer program's optimum: few, since the first one alone may take seconds."""
 
 MOST_NODES = 20
 """Where the planner itself limits them; it would stop after its seconds as well."""
 
-MOST_COLUMNS = 2000
-"""Of an integer program that is solved; what is larger may take minutes for its first node, and counts as not done."""
+MOST_COLUMNS = 40
+"""Of an integer program that is solved in a second, in two seconds four times as many: what is larger may take minutes
+for its first node, and counts as not done."""
 
 _COSTS: dict[Any, Cost] = {}
 _measured, _solve = timing._measure_for_real, Table.solve
@@ -98,12 +99,12 @@ class Work:
     def search_limits(self, seconds: float) -> dict[str, float]:
         """An integer program may have nodes in place of seconds."""
         self.seconds += SOLVER_SECONDS
-        return {"node_limit": max(5, int(seconds * NODES_IN_A_SECOND)) if seconds < 1e6 else 1_000_000}
+        return {"node_limit": max(1, int(seconds * NODES_IN_A_SECOND)) if seconds < 1e6 else 1_000_000}
 
 
 def _solved(table: Table, seconds: float, *, nodes: int | None = None, **rest: Any) -> Whole:
     """The integer program, if it is small."""
-    if len(table.cost) > MOST_COLUMNS:
+    if nodes is None and len(table.cost) > MOST_COLUMNS * seconds**2:
         return Whole(0.0, None)
     return _solve(table, seconds, nodes=nodes and min(nodes, MOST_NODES), **rest)
 
