@@ -396,8 +396,8 @@ class Session:
         self._counts.deviations += 1
         entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
-            f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(entry)}; its gradients are "
-            "exact. The next step of this kind is recorded anew"
+            f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(entry.parallel)}; its "
+            "gradients are exact. The next step of this kind is recorded anew"
         )
         if not entry.stale:
             self._warn(
@@ -477,8 +477,8 @@ class _Turns:
                 self._change.notify_all()
 
 
-def _off_the_path(entry: _Entry) -> str:
-    if entry.parallel.units:
+def _off_the_path(parallel: Parallel) -> str:
+    if parallel.units:
         return "and keeps everything, because parameters of fully_shard may be gone when an operator runs again"
     return "under the online policy, which lets go of what is cheapest to compute again"
 

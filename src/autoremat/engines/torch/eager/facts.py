@@ -8,7 +8,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,7 +17,6 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
-    FakeTensor,
     FakeTensorMode,
 )
 from torch.utils._python_dispatch import (
@@ -251,11 +250,3 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
         tuple(sorted(probe.written)), tuple(sorted(probe.statistics)), tuple(sorted(probe.covered)),
         probe.uninitialised, probe.random, probe.once, False, probe.seconds, probe.nbytes,
     )  # fmt: skip
-
-
-def without(facts: CallFacts, once: str) -> CallFacts:
-    """The facts, with a reason why the call must not be made again."""
-    return replace(facts, once=once)
-
-
-__all__ = ["CallFacts", "FakeTensor", "facts_of_call", "is_torchs", "without"]

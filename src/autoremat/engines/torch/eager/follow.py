@@ -10,7 +10,6 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import (
@@ -223,6 +222,3 @@ class Follow:
 
 def _name(func: Any) -> str:
     return str(getattr(func, "__name__", func))
-
-
-_ = torch

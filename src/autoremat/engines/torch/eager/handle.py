@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -75,11 +75,3 @@ def _without_memory(tensor: Tensor) -> Tensor | None:
         _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
     alias.data = _EMPTY[key]
     return alias
-
-
-def known(handle: Handle) -> bool:
-    """Whether it is known which value a handle stands for."""
-    return handle.value != _NOT_KNOWN
-
-
-Packed = Any

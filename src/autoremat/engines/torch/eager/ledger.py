@@ -75,14 +75,6 @@ class Ledger:
             raise modified(tensor, version)
         return tensor
 
-    def can_make(self, value: int) -> bool:
-        """Whether a value that is not held could be made again from what is."""
-        try:
-            self.missing(value)
-        except LookupError:
-            return False
-        return True
-
     def missing(self, value: int) -> dict[int, set[int]]:
         """The calls to make again for a value, in order, and what is wanted of each.
 

@@ -102,13 +102,7 @@ class Script:
     budget_bytes: int | None = None
     beside_bytes: tuple[int, ...] = (0,)
     fixed_bytes: int = 0
-    n_asks: int = 0
     where: tuple[str, ...] = ()
-
-    @property
-    def reruns_calls(self) -> bool:
-        """Whether anything is made again."""
-        return any(act.reruns for act in self.acts)
 
 
 @dataclass
@@ -166,7 +160,6 @@ class _Compiler:
             budget_bytes=plan.budget_bytes,
             beside_bytes=self._beside(timeline),
             fixed_bytes=program.fixed_bytes,
-            n_asks=len(path.asks),
             where=self._where(),
         )
 

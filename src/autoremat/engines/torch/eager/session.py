@@ -7,13 +7,12 @@ import itertools
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
@@ -23,31 +22,32 @@ from autoremat.engines.torch.eager.script import Script, script_of
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.record.assemble import OPTIMIZER_STEP
-from autoremat.record.compiled import eagerly, is_compiled, is_compiling
+from autoremat.record.compiled import eagerly
 from autoremat.record.parallel import Parallel, check_supported, hidden, parallel_of
-from autoremat.record.parallel import signature as parallel_signature
 from autoremat.record.record import NothingDifferentiable, check_devices
 from autoremat.record.world import named_tensors, reachable_modules
 from autoremat.run.measure import Measurement, meter_for
 from autoremat.run.memory import bytes_at, free_memory, is_out_of_memory, told, without_frames
+from autoremat.run.session import (
+    MAX_DEVIATIONS,
+    MAX_MEASURED,
+    MAX_PLANS,
+    MAX_RETRIES,
+    TIGHTER,
+    TOLERANCE,
+    _Counts,
+    _is_traced,
+    _obstacle,
+    _off_the_path,
+    _outlasting,
+    _own_checkpointing,
+    _taken_over,
+    _tell_compiled,
+    _Turns,
+    input_signature,
+)
 from autoremat.run.settings import RandomStates
 from autoremat.run.stats import Stats
-
-MAX_PLANS: Final = 64
-"""Plans of the least recently used kinds of input are forgotten beyond this."""
-MAX_DEVIATIONS: Final = 3
-"""After so many steps off the recorded path, a kind of input is no longer recorded again."""
-MAX_RETRIES: Final = 3
-"""How often a forward that ran out of memory is tried again, each time under a tighter plan."""
-_SWITCHES: Final = ("gradient_checkpointing", "grad_checkpointing")
-"""What the libraries call their own switch: transformers and diffusers; timm."""
-TIGHTER: Final = 0.9
-"""The next budget, as a share of what the plan has in memory where the device ran out of it."""
-MAX_MEASURED: Final = 3
-"""How many steps of a plan are tried to measure one."""
-TOLERANCE: Final = 0.01
-"""How far the measured peak may be above the plan's without a warning."""
-
 
 _NO_HOOKS: Final = "don't yet support saved tensor hooks"
 """What torch.func says where hooks are active."""
@@ -64,10 +64,6 @@ class Planner(Protocol):
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
         """A plan within the budget, and within ``at_most_bytes``; ``quick``: the first that is found."""
-
-
-class NotPlannable(Exception):
-    """The planner cannot deal with this callable; it runs without checkpointing. The message says why."""
 
 
 @dataclass
@@ -115,20 +111,6 @@ class _Entry:
         self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
 
 
-@dataclass
-class _Counts:
-    calls: int = 0
-    hits: int = 0
-    planned: int = 0
-    deviations: int = 0
-    unplanned: int = 0
-    reruns: int = 0
-    rerun_seconds: float = 0.0
-    retries: int = 0
-    kept: list[str] = field(default_factory=list)
-    warned: set[str] = field(default_factory=set)
-
-
 class Session:
     """Calls ``fn`` under the plan for its input; makes the plan at the first call of a kind.
 
@@ -156,7 +138,7 @@ class Session:
             self._counts.unplanned += 1
             _tell_compiled()
             return self.fn(*args, **kwargs)
-        if getattr(self._here, "inside", False) or _taken_over():
+        if getattr(self._here, "inside", False) or _is_heard() or _is_traced():
             return self.fn(*args, **kwargs)
         self._here.inside = True
         try:
@@ -419,8 +401,8 @@ class Session:
         self._counts.deviations += 1
         entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
-            f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(entry)}; its gradients are "
-            "exact. The next step of this kind is recorded anew"
+            f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(entry.parallel)}; its "
+            "gradients are exact. The next step of this kind is recorded anew"
         )
         if not entry.stale:
             self._warn(
@@ -468,138 +450,6 @@ class Session:
             warnings.warn(f"autoremat: {message}", RuntimeWarning, stacklevel=2)
 
 
-class _Turns:
-    """Calls of several threads run side by side; a recording, which puts fake tensors into the modules, runs alone."""
-
-    def __init__(self) -> None:
-        self._change = threading.Condition()
-        self._calls, self._recording = 0, False
-
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        with self._change:
-            self._change.wait_for(lambda: not self._recording)
-            self._calls += 1
-        try:
-            yield
-        finally:
-            with self._change:
-                self._calls -= 1
-                self._change.notify_all()
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        with self._change:
-            self._change.wait_for(lambda: not self._calls and not self._recording)
-            self._recording = True
-        try:
-            yield
-        finally:
-            with self._change:
-                self._recording = False
-                self._change.notify_all()
-
-
-def _off_the_path(entry: _Entry) -> str:
-    if entry.parallel.units:
-        return "and keeps everything, because parameters of fully_shard may be gone when an operator runs again"
-    return "under the online policy, which lets go of what is cheapest to compute again"
-
-
-def _taken_over() -> bool:
-    """Whether an outer recording or tape sees every operator already."""
-    stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
-    return any(type(mode).__module__.startswith("autoremat.") for mode in stack) or is_listening()
-
-
-def _own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    """The first module in training whose library's switch for ``torch.utils.checkpoint`` is on; "" if none is."""
-    for root in reachable_modules(fn, args, kwargs):
-        for name, module in root.named_modules():
-            if module.training and any(getattr(module, switch, None) is True for switch in _SWITCHES):
-                return name or type(module).__name__
-    return ""
-
-
-def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Parameters, buffers and gradients: if a forward made one of them, running it once more would do so again."""
-    for _, _, tensor in named_tensors(reachable_modules(fn, args, kwargs)):
-        yield tensor
-        if tensor.is_leaf and tensor.grad is not None:
-            yield tensor.grad
-
-
-_INSIDE_COMPILE: Final = "called inside torch.compile"
-
-
-def _tell_compiled() -> None:
-    """Warn, once for every compilation: the compiler calls this itself and puts nothing of it into its graph."""
-    warnings.warn(
-        f"autoremat: {_INSIDE_COMPILE}: running without checkpointing; to have the step planned, call the checkpointed "
-        "module from code that is not compiled",
-        RuntimeWarning,
-        stacklevel=2,
-    )
-
-
-_tell_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
-
-
-def _obstacle() -> str:
-    """Why a tape cannot run here; "" if it can."""
-    if is_compiling():
-        return _INSIDE_COMPILE
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "called inside a torch.func transform (grad, vmap, ...)"
-    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():
-        return "saved-tensor hooks are disabled here"
-    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
-        return "saved-tensor hooks are active around the call, and they would not see what autoremat keeps"
-    if torch.utils._python_dispatch._get_current_dispatch_mode_stack():
-        return "another TorchDispatchMode is active"
-    return ""
-
-
-def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What makes two calls the same kind: everything that usually decides which operators run.
-
-    Shapes, strides, dtypes, devices and ``requires_grad`` of tensor arguments; other arguments by value where they
-    are numbers, strings or flags; of every module that the callable can reach, ``training``, and which parameters
-    require and have gradients; autocast.
-    """
-    leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), kwargs))
-    roots = reachable_modules(fn, args, kwargs)
-    modules = _all_modules(roots)
-    flags = tuple([(m.training, is_compiled(m)) for m in modules])
-    tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
-    tensors = tuple([_tensor_signature(t) for table in tables for t in table.values() if t is not None])
-    autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
-    around = parallel_signature(parallel_of(roots))
-    return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast, around
-
-
-def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
-    """These modules and all inside them, each once; ``nn.Module.modules`` takes several times as long."""
-    found: dict[int, nn.Module] = {}
-    pending = list(roots)
-    while pending:
-        module = pending.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            pending += [m for m in module._modules.values() if m is not None]
-    return list(found.values())
-
-
-def _tensor_signature(tensor: Tensor) -> tuple[Any, ...]:
-    shape = None if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
-    return tensor.requires_grad, tensor.is_leaf and tensor.grad is not None, tensor.dtype, shape
-
-
-def _leaf_signature(x: Any) -> Any:
-    if isinstance(x, Tensor):
-        stride = tuple(x.stride()) if x.layout is torch.strided else None
-        grad = x.is_leaf and x.grad is not None
-        return x.dtype, tuple(x.shape), stride, x.device, x.requires_grad, grad, getattr(x, "placements", None)
-    if isinstance(x, (int, float, str, bool, type(None), complex, bytes)):
-        return type(x), x
-    return id(x) if isinstance(x, nn.Module) else type(x)
+def _is_heard() -> bool:
+    """Whether an outer recording or tape sees every call already."""
+    return is_listening() or _taken_over()
