@@ -735,4 +735,4 @@ def test_lazy_modules() -> None:
 
         return World(model, step)
 
-    exact(build, unplanned=True, steps=3)
+    exact(build, unplanned=None, steps=3)
