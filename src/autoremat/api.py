@@ -18,7 +18,7 @@ from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session as SessionOfCalls
 from autoremat.plan import Frontier, parse_budget, solve
 from autoremat.plan import frontier as frontier_of
-from autoremat.plan.constraints import Patterns, still_possible
+from autoremat.plan.constraints import Patterns, is_matched, still_possible
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record import UnusableInput, record
 from autoremat.record.optimizer import optimizer_bytes
@@ -370,7 +370,7 @@ class Options:
                 raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
-        """What the values held in a first step may take, given what plain training would hold by then.
+        """What a first step may take beside what is there for good, given what plain training would take by then.
 
         A share of the plain peak is not known before the step has been recorded; by then what is held is at most that
         share of what plain training would hold.
@@ -381,6 +381,10 @@ class Options:
         if whole == parse_budget(budget, 1 << 59):
             return lambda plain_bytes: whole - fixed_bytes
         return lambda plain_bytes: parse_budget(budget, fixed_bytes + plain_bytes) - fixed_bytes
+
+    def is_kept(self, module: str, name: str) -> bool:
+        """Whether the user wants what an operator of this module and name makes kept."""
+        return bool(self.keep) and is_matched(self.keep, module, name)
 
     def assembled(self, first: FirstStep) -> Program:
         """The program of a first step, operators measured within the budget."""
@@ -470,9 +474,9 @@ ENGINE: Final = "AUTOREMAT_ENGINE"
 
 def _session(fn: Callable[..., Any], options: Options) -> Session | SessionOfCalls:
     """What runs a callable under plans."""
-    if os.environ.get(ENGINE) == "calls":
-        return SessionOfCalls(fn, options, measure=options.measure)
-    return Session(fn, options, measure=options.measure)
+    if os.environ.get(ENGINE) == "operators":
+        return Session(fn, options, measure=options.measure)
+    return SessionOfCalls(fn, options, measure=options.measure)
 
 
 def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:

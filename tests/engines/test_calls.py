@@ -19,7 +19,7 @@ from autoremat.engines.torch.eager.facts import facts_of_call
 from autoremat.engines.torch.eager.listener import Listener
 from autoremat.engines.torch.eager.online import MOST_RERUNS
 from autoremat.engines.torch.eager.state import State
-from autoremat.engines.torch.eager.tape import Tape
+from autoremat.engines.torch.eager.tape import First, Tape
 from autoremat.run.account import account, resident
 
 WIDTH = 32
@@ -321,7 +321,7 @@ def test_what_is_made_again_without_a_plan_is_bounded() -> None:
     plain = copy.deepcopy(model)
     torch.manual_seed(1)
     plain(x).backward()
-    tape = Tape(None, room=lambda saved: 0.0)
+    tape = Tape(First(lambda saved: 0.0))
     torch.manual_seed(1)
     with tape.forward():
         loss = model(x)

@@ -92,6 +92,11 @@ def still_possible(program: Program, recompute: Patterns) -> tuple[str, ...]:
     return tuple(p for p in _several(recompute) if any(_matches(op, p) for op in may))
 
 
+def is_matched(patterns: Patterns, module: str, name: str) -> bool:
+    """Whether one of these patterns stands for an operator of this name in the module of this path."""
+    return any(_fits(pattern, module, name) for pattern in _several(patterns))
+
+
 def _several(patterns: Patterns) -> tuple[str, ...]:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
@@ -111,7 +116,11 @@ def _matched(program: Program, option: str, patterns: Patterns) -> frozenset[int
 
 
 def _matches(op: Op, pattern: str) -> bool:
-    return any(fnmatchcase(name, p) for name in (op.module, op.name) for p in (pattern, f"{pattern}.*"))
+    return _fits(pattern, op.module, op.name)
+
+
+def _fits(pattern: str, module: str, name: str) -> bool:
+    return any(fnmatchcase(n, p) for n in (module, name) for p in (pattern, f"{pattern}.*"))
 
 
 def _no_match(option: str, pattern: str, ops: Iterable[Op]) -> str:

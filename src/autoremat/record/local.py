@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 
 def _class(module: str, name: str) -> Any:
@@ -33,11 +34,25 @@ def is_jagged(tensor: Any) -> bool:
     return kind is not None and isinstance(tensor, kind)
 
 
+def has_inside(tensor: Any) -> bool:
+    """Whether in memory there is another tensor, inside this one."""
+    return is_jagged(tensor) or is_distributed(tensor)
+
+
 def prepare_jagged() -> None:
     """Have torch make what its first nested tensor of the jagged layout would make: that is no part of a step."""
     module = sys.modules.get("torch.nested._internal.nested_tensor")
     if module is not None and hasattr(module, "_nt_view_dummy"):
         module._nt_view_dummy()
+
+
+def knows_ragged_sizes(mode: FakeTensorMode) -> None:
+    """Let fake nested tensors of the jagged layout be made in this mode: their sizes are symbols."""
+    if mode.shape_env is None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes half a second
+
+        mode.shape_env = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+        mode.static_shapes = True
 
 
 def is_apart(tensor: Tensor) -> bool:

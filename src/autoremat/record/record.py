@@ -592,7 +592,7 @@ def _record_in(world: _World, step: _Step, progress: Progress | None, *, forward
         stack.enter_context(as_plain())
         stack.enter_context(recorder)
         before = _gradients(modules)
-        with paths, recorder.hooks(), _no_optimizer():
+        with paths, recorder.hooks(), no_optimizer():
             result = step.fn(*world.args, **world.kwargs)
         forget_casts()
         if forward_only:
@@ -601,7 +601,7 @@ def _record_in(world: _World, step: _Step, progress: Progress | None, *, forward
         outputs = differentiable_outputs(result)
         has_trained = _gradients(modules) - before
         if not outputs:
-            _refuse_training(has_trained)
+            refuse_training(has_trained)
             raise NothingDifferentiable(
                 "the callable returned nothing that requires grad, so there is no backward pass to plan for; return "
                 "the loss (or the model's output), and check that some parameter has requires_grad=True"
@@ -613,7 +613,7 @@ def _record_in(world: _World, step: _Step, progress: Progress | None, *, forward
                 start()
             except RuntimeError as error:
                 if "backward through the graph a second time" in str(error):
-                    _refuse_training(has_trained, error)
+                    refuse_training(has_trained, error)
                 raise
             _name_gradients(recorder, leaves, modules)
             recorder.finish()
@@ -633,7 +633,8 @@ def _gradients(modules: Sequence[nn.Module]) -> frozenset[tuple[int, int]]:
     return frozenset((id(t.grad), t.grad._version) for t in tensors if t.grad is not None)
 
 
-def _refuse_training(has_trained: Set[Any], error: Exception | None = None) -> None:
+def refuse_training(has_trained: object, error: Exception | None = None) -> None:
+    """Raise if gradients came up within the callable."""
     if has_trained:
         raise TrainsInside(
             "the callable runs the backward pass inside, and autoremat plans the one that follows: return the loss "
@@ -642,7 +643,7 @@ def _refuse_training(has_trained: Set[Any], error: Exception | None = None) -> N
 
 
 @contextmanager
-def _no_optimizer() -> Iterator[None]:
+def no_optimizer() -> Iterator[None]:
     """Within this block and in this thread, no optimizer takes a step: it would be one on fake gradients."""
     thread = threading.get_ident()
 

@@ -357,6 +357,12 @@ class Recorder(TorchDispatchMode):
         self._storages[address] = entry
         entry.ref = weakref.ref(storage, lambda _: self._died(address))
 
+    def revive(self, storage: torch.UntypedStorage, number: int) -> None:
+        """Somebody looks at a value again that seemed to be gone: from now on this is its memory."""
+        self.map.rebind(storage, number)
+        self.values[number].died = None
+        self._watch(storage, _Storage(number))
+
     def _died(self, address: int) -> None:
         entry = self._storages.pop(address, None)
         if entry is None:

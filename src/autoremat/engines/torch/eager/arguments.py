@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autoremat.record.local import Description, is_distributed, local_of
+from autoremat.record.local import Description, Jagged, description_of, has_inside, local_of
 from autoremat.record.values import View, storage_of
 
 _CONTAINERS = (tuple, list, dict, set, frozenset)
@@ -18,13 +18,13 @@ class Seen(NamedTuple):
     """How a tensor looks at a value: which part of the memory, and what is around it (a DTensor)."""
 
     view: View
-    description: Description | None = None
+    description: Description | Jagged | None = None
 
     @staticmethod
     def of(tensor: Tensor) -> Seen:
         """How this tensor looks at its memory."""
-        if is_distributed(tensor):
-            return Seen(View.of(local_of(tensor)), Description.of(tensor))
+        if has_inside(tensor):
+            return Seen(View.of(local_of(tensor)), description_of(tensor))
         return Seen(View.of(tensor))
 
     def on(self, memory: Tensor) -> Tensor:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from autoremat.engines.torch.eager.arguments import Nest, Outside, resolved, tensors_in
-from autoremat.engines.torch.eager.state import Replay, State, generator_at
-from autoremat.run.entry import checksum
+from autoremat.engines.torch.eager.arguments import Made, Outside, Seen, Statistics, resolved, template, tensors_in
+from autoremat.engines.torch.eager.state import Replay, State, generator_at, heard_by_classes
+from autoremat.record.local import local_of
+from autoremat.run.entry import _generator_of, checksum
+from autoremat.run.settings import state_of
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Any]]
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
@@ -57,6 +59,14 @@ class Entry:
     stops: frozenset[int] = frozenset()
     """Values after which a run may end as soon as they have been saved: nothing overwrites them later in the call."""
 
+    def take(
+        self, results: tuple[tuple[int, int], ...], saved: tuple[tuple[int, int], ...],
+        written: Sequence[tuple[int, int, int]], draws: int | None,
+    ) -> None:  # fmt: skip
+        """Take note of what the call has made, once it has been made."""
+        self.results, self.saved, self.draws = results, saved, draws
+        self.in_place = tuple([(new, old) for _, old, new in written])
+
     @property
     def makes(self) -> tuple[int, ...]:
         """The values that another run can make."""
@@ -90,14 +100,18 @@ class Entry:
         self, memory: dict[int, Tensor], inner: dict[int, int], whole: bool, found: dict[int, Tensor],
         wanted: Collection[int],
     ) -> None:  # fmt: skip
-        args = [resolved(a, memory) for a in _items(self.args)]
+        args = [resolved(a, memory) for a in self.args]
         kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()}
         if not self.state.settings.grad_enabled:
-            self._take(self.func(*args, **kwargs), memory, found, wanted)
+            with heard_by_classes():
+                out = self.func(*args, **kwargs)
+            self._take(out, memory, found, wanted)
             return
         _push_hooks(_catcher(inner, None if whole else len(inner), found), _never)
         try:
-            self._take(self.func(*args, **kwargs), memory, found, wanted)
+            with heard_by_classes():
+                out = self.func(*args, **kwargs)
+            self._take(out, memory, found, wanted)
         except Enough:
             return
         finally:
@@ -108,13 +122,59 @@ class Entry:
             tensors = tensors_in(out)
             for i, value in self.results:
                 if value in wanted:
-                    found[value] = tensors[i].detach()
+                    found[value] = local_of(tensors[i]).detach()
         for new, old in self.in_place:
             found[new] = memory[old]
 
 
-def _items(args: Any) -> list[Any]:
-    return args.content if type(args) is Nest else list(args)
+def prepared(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[int, int],
+    written: Collection[int], statistics: Collection[int], *, random: bool,
+) -> Entry:  # fmt: skip
+    """All that it takes to make a call again, noted right before it is made.
+
+    Args:
+        func: what is called.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        values: for those of the tensors given, by position, that look at a value of the step, that value.
+        written: positions of those that the call overwrites.
+        statistics: positions of running statistics.
+        random: it draws from a generator.
+    """
+    outside: list[Outside] = []
+    position = -1
+
+    def described(tensor: Tensor) -> Any:
+        nonlocal position
+        position += 1
+        value = values.get(position)
+        if value is not None:
+            return Made(value, Seen.of(tensor), tensor.requires_grad, position in written)
+        if position in statistics:
+            return Statistics(tensor)
+        outside.append(Outside(tensor))
+        return outside[-1]
+
+    generator = _generator_of(args, kwargs) if random else None
+    return Entry(
+        func, [template(a, described) for a in args], {k: template(a, described) for k, a in kwargs.items()},
+        State.now(), generator, None if generator is None else state_of(generator),
+        tuple(dict.fromkeys(values.values())), tuple(outside),
+    )  # fmt: skip
+
+
+def generators_of(args: Any, kwargs: Any) -> list[torch.Generator]:
+    """The generators that a call may draw from."""
+    given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
+    return [*given, torch.default_generator]
+
+
+def draws_of(entry: Entry, made: Sequence[Tensor], results: Sequence[tuple[int, int]]) -> int | None:
+    """A checksum of what a call drew, where another thread may have drawn in between."""
+    if not may_be_disturbed(entry.generator):
+        return None
+    return checksum(made[i].untyped_storage() for i, _ in results if i < len(made))
 
 
 def _catcher(inner: dict[int, int], enough: int | None, found: dict[int, Tensor]) -> Callable[[Tensor], None]:
@@ -126,7 +186,7 @@ def _catcher(inner: dict[int, int], enough: int | None, found: dict[int, Tensor]
         value = inner.get(n)
         n += 1
         if value is not None:
-            found[value] = tensor.detach()
+            found[value] = local_of(tensor).detach()
             if enough is not None and len(found) >= enough:
                 raise Enough
 

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import (
     DynamicOutputShapeException,
     FakeTensorMode,
 )
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
     _disable_current_modes,
@@ -26,17 +27,28 @@ from torch.utils._python_dispatch import (
 )
 
 from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
-from autoremat.engines.torch.eager.state import State
+from autoremat.engines.torch.eager.state import State, heard_by_classes, without_function_modes
 from autoremat.record.facts import RUNNING_STATISTICS, TRAINING, facts_of
-from autoremat.record.local import is_distributed
+from autoremat.record.local import (
+    Jagged,
+    has_inside,
+    is_distributed,
+    is_jagged,
+    is_taken_apart,
+    knows_ragged_sizes,
+    local_of,
+)
 from autoremat.record.recorder import _covers_storage
 from autoremat.record.signature import freeze, signature_of
 from autoremat.record.timing import estimate
 from autoremat.record.values import storage_of
+from autoremat.run.settings import RandomStates
 
 OPAQUE = "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
 UNKNOWN = "what it does is not known: it cannot be made on fake tensors"
 FOREIGN = "custom operator, not known to be free of side effects"
+OVERRIDDEN = "goes through a __torch_function__ that is not torch's"
+DUAL = "computed in forward mode, with tangents"
 CALLBACK = "calls a function of the user's"
 _OF_C = (types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.BuiltinFunctionType)
 _OWN_NAMESPACES = ("aten", "prims", "prim")
@@ -65,6 +77,8 @@ class CallFacts:
     random: bool = False
     once: str = ""
     foreign: bool = False
+    leaves: bool = False
+    """It may have left something behind that nobody sees: a step in which it was made must not be tried again."""
     seconds: float = 0.0
     nbytes: int = 0
 
@@ -76,16 +90,22 @@ def facts_of_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     """The facts of a call; calls of the same function on tensors of the same kind are looked at once per process."""
     given = tensors_given(args, kwargs)
     if (
-        any(torch.nn.parameter.is_lazy(t) or (storage_of(t) is None and not is_distributed(t)) for t in given)
+        any(torch.nn.parameter.is_lazy(t) or (storage_of(t) is None and not has_inside(t)) for t in given)
         or _of_functorch()
     ):
         return CallFacts(written=_written_by_name(func, kwargs, given), once=OPAQUE)
+    if state.has_modes_of_others or any(map(is_overridden, given)):
+        return CallFacts(written=_written_by_name(func, kwargs, given), random=True, once=OVERRIDDEN)
+    if forward_ad._current_level >= 0:  # tangents hang on the tensors themselves
+        return CallFacts(written=_written_by_name(func, kwargs, given), random=True, once=DUAL)
     if not is_torchs(func):
         return _of_schema(func, args, kwargs, given)
     if any(isinstance(a, (types.FunctionType, types.MethodType)) for a in (*args, *kwargs.values())):
         return CallFacts(written=_written_by_name(func, kwargs, given), once=CALLBACK)
     if any(map(is_distributed, given)):
         return _distributed(func, kwargs, given)
+    if any(map(is_jagged, given)):
+        return _probed(func, args, kwargs, given)
     try:
         key = (
             func, freeze(args), freeze(kwargs), tuple([t.requires_grad for t in given]), state.settings.grad_enabled,
@@ -108,6 +128,17 @@ def is_torchs(func: Any) -> bool:
     if module is None:  # methods of tensors and their getters
         return isinstance(func, _OF_C)
     return module == "torch" or module.startswith("torch.")
+
+
+def is_overridden(tensor: Tensor) -> bool:
+    """Whether calls on a tensor go through code of its class that is not torch's."""
+    kind = type(tensor)
+    if kind is Tensor or kind is torch.nn.Parameter or kind.__module__.startswith("torch."):
+        return False
+    return getattr(kind.__torch_function__, "__func__", None) is not _PLAIN
+
+
+_PLAIN = Tensor.__torch_function__.__func__  # type: ignore[attr-defined]
 
 
 def _of_functorch() -> bool:
@@ -141,14 +172,20 @@ def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: 
     if isinstance(func, OpOverloadPacket) and len(func.overloads()) == 1:
         overload = getattr(func, func.overloads()[0])
     if overload is None:
-        return CallFacts(written=_written_by_name(func, kwargs, given), random=True, once=FOREIGN)
+        return CallFacts(written=_written_by_name(func, kwargs, given), random=True, once=FOREIGN, leaves=True)
     facts = facts_of(overload)
     written = facts.written(args, kwargs)
     positions = tuple(i for i, t in enumerate(given) if any(t is w for w in written))
     nbytes = sum(t.nbytes for t in given)
     once = facts.never_again if facts.communicates else ""
     return CallFacts(
-        written=positions, random=True, once=once, foreign=True, seconds=1e-5 + nbytes / 1e10, nbytes=nbytes
+        written=positions,
+        random=True,
+        once=once,
+        foreign=True,
+        leaves=True,
+        seconds=1e-5 + nbytes / 1e10,
+        nbytes=nbytes,
     )
 
 
@@ -156,12 +193,22 @@ def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: 
 def unseen() -> Iterator[None]:
     """In this block neither function modes nor dispatch modes of the user's see what is done."""
     anomaly = torch.autograd.set_detect_anomaly(False) if torch.is_anomaly_enabled() else nullcontext()
-    with torch._C.DisableTorchFunction(), anomaly:
+    with without_function_modes(), anomaly:
         if not _get_current_dispatch_mode_stack():
             yield
             return
         with _disable_current_modes():
             yield
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Whatever torch draws in this block, no generator of the user's is further than before."""
+    before = RandomStates.now()
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 @dataclass
@@ -188,6 +235,8 @@ class _Probe(TorchDispatchMode):
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator of the call."""
         kwargs = kwargs or {}
+        if is_taken_apart(types):
+            return NotImplemented
         if func.namespace == "prim":  # a fake tensor is asked for its device
             return func(*args, **kwargs)
         facts = facts_of(func)
@@ -222,7 +271,11 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
     fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:
-        if id(tensor) not in fakes:
+        if id(tensor) not in fakes and is_jagged(tensor):
+            knows_ragged_sizes(mode)
+            inside = Jagged.of(tensor).converted(fake).around(fake(local_of(tensor)).detach())
+            fakes[id(tensor)] = inside.requires_grad_(tensor.requires_grad)
+        elif id(tensor) not in fakes:
             made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             if tensor.requires_grad and tensor.is_leaf:
                 made.requires_grad_()
@@ -231,13 +284,14 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
             fakes[id(tensor)] = made
         return fakes[id(tensor)]
 
-    with unseen(), mode, torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda p: p):
+    with generators_kept(), unseen(), mode, torch.autograd.graph.saved_tensors_hooks(lambda t: None, lambda p: p):
         fake_args, fake_kwargs = mapped(args, fake), mapped(kwargs, fake)
-        probe = _Probe({fakes[id(t)].untyped_storage()._cdata: i for i, t in reversed(list(enumerate(given)))})
+        seen = [local_of(fakes[id(t)]).untyped_storage()._cdata for t in given]
+        probe = _Probe({address: i for i, address in reversed(list(enumerate(seen)))})
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            with probe:
+            with heard_by_classes(), probe:
                 func(*fake_args, **fake_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             pass  # what it made up to here tells what it does
@@ -248,5 +302,5 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
             torch.set_autocast_cache_enabled(cache)
     return CallFacts(
         tuple(sorted(probe.written)), tuple(sorted(probe.statistics)), tuple(sorted(probe.covered)),
-        probe.uninitialised, probe.random, probe.once, False, probe.seconds, probe.nbytes,
+        probe.uninitialised, probe.random, probe.once, seconds=probe.seconds, nbytes=probe.nbytes,
     )  # fmt: skip

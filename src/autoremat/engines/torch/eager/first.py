@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,10 +13,11 @@ from autoremat.engines.torch.eager.check import NoCheck
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.recording import know_the_world, path_of, program_of, record_backward
 from autoremat.engines.torch.eager.shadow import Shadow
-from autoremat.engines.torch.eager.tape import Reports, Tape
+from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.program import Program
+from autoremat.record.local import prepare_jagged
 from autoremat.record.parallel import Parallel
-from autoremat.record.record import ModulePaths, NothingDifferentiable
+from autoremat.record.record import ModulePaths, NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
 from autoremat.record.timing import Progress
 from autoremat.record.values import storage_of
 from autoremat.record.world import named_tensors, reachable_modules
@@ -33,14 +35,16 @@ class FirstStep:
         args: its positional arguments.
         kwargs: its keyword arguments.
         parallel: what torch.distributed does around the modules.
-        room: given the bytes that are there for good, what the values held may take, given what plain training holds.
+        room: given the bytes that are there for good, what may be taken beside, given what plain training would take.
+        is_kept: whether the user wants what an operator of this module and name makes kept.
         reports: whom the tape tells what.
         check: of what is made again.
     """
 
     def __init__(
         self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], parallel: Parallel,
-        room: Callable[[int], Callable[[int], float]], reports: Reports, check: NoCheck,
+        room: Callable[[int], Callable[[int], float]], is_kept: Callable[[str, str], bool], reports: Reports,
+        check: NoCheck,
     ) -> None:  # fmt: skip
         self.fn, self.args, self.kwargs, self.parallel = fn, args, kwargs, parallel
         self.modules = reachable_modules(fn, args, kwargs)
@@ -48,33 +52,53 @@ class FirstStep:
         reports.unlike = self._failed
         self._paths = ModulePaths(self.modules)
         self._shadow = Shadow(self._paths.current)
+        self._gradients = [(t, t.grad) for t in self._leaves()]
+        self._versions = self._versions_of_gradients()
         storages = self._storages()
-        fixed_bytes = sum(s.nbytes() for s in storages.values())
-        outside = frozenset(storages)
-        self.tape = Tape(
-            None, room=room(fixed_bytes), shadow=self._shadow, outside=outside, reports=reports, check=check
-        )  # fmt: skip
+        fixed_bytes = sum(s.nbytes() for s in storages)
+        self.tape = Tape(First(room(fixed_bytes), self._shadow, storages, is_kept), reports, check)
 
     def _failed(self, error: BaseException) -> None:
         self._failure = self._failure or error
 
-    def _storages(self) -> dict[int, torch.UntypedStorage]:
+    def _leaves(self) -> list[Tensor]:
+        tensors = [t for _, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
+        return [t for t in tensors if t.is_leaf and t.requires_grad]
+
+    def _versions_of_gradients(self) -> list[tuple[int, int] | None]:
+        return [None if t.grad is None else (id(t.grad), t.grad._version) for t, _ in self._gradients]
+
+    def _storages(self) -> list[torch.UntypedStorage]:
         """The memory that is there before the step."""
         tensors = [t for _, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
         tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
         tensors += [t for t in torch.utils._pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
         storages = map(storage_of, tensors)
-        return {s._cdata: s for s in storages if s is not None}
+        return list({s._cdata: s for s in storages if s is not None}.values())
 
     def forward(self) -> Any:
-        """Call the callable."""
+        """Call the callable.
+
+        Raises:
+            TrainsInside: it runs its own optimizer.
+        """
+        prepare_jagged()
         try:
             know_the_world(self._shadow, self.modules, self.args, self.kwargs)
         except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot stand for
-            self.tape.shadow = None
-            self._failed(error)
-        with self._paths, self.tape.forward():
+            self.tape.witness.give_up(error)
+        with self._gradients_put_back(), no_optimizer(), self._paths, self.tape.forward():
             return self.fn(*self.args, **self.kwargs)
+
+    @contextlib.contextmanager
+    def _gradients_put_back(self) -> Iterator[None]:
+        """If it turns out that the callable trains inside, the gradients are again what they were."""
+        try:
+            yield
+        except TrainsInside:
+            for leaf, gradient in self._gradients:
+                leaf.grad = gradient
+            raise
 
     def backward(self, result: Any) -> None:
         """Record the backward on fake tensors.
@@ -82,15 +106,21 @@ class FirstStep:
         Raises:
             NotRecorded: the forward, or the backward, cannot be made on fake tensors.
             NothingDifferentiable: nothing returned requires grad.
+            TrainsInside: because the callable runs the backward itself.
         """
-        try:
-            if self._failure is not None:
-                raise self._failure
-            record_backward(self._shadow, result, self.modules)
-        except NothingDifferentiable:
-            raise
-        except Exception as error:
-            raise NotRecorded(f"{type(error).__name__}: {error}") from error
+        has_trained = self._versions_of_gradients() != self._versions
+        with self._gradients_put_back():
+            try:
+                if self._failure is not None:
+                    raise self._failure
+                record_backward(self._shadow, result, self.modules)
+            except NothingDifferentiable:
+                refuse_training(has_trained)
+                raise
+            except Exception as error:
+                if "backward through the graph a second time" in str(error):
+                    refuse_training(has_trained, error)
+                raise NotRecorded(f"{type(error).__name__}: {error}") from error
 
     def program(
         self, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int, progress: Progress | None,
@@ -105,7 +135,6 @@ class FirstStep:
 
     def path(self) -> Path:
         """The path of its forward."""
-        assert self.tape.path is not None
         path = path_of(self._shadow, self.tape.path, self.tape.n_packs)
-        self.tape.shadow = None
+        self.tape.witness.shadow = None
         return path

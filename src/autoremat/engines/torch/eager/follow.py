@@ -1,7 +1,8 @@
 """Following a plan by position: the k-th call is the k-th of the path, the j-th saved tensor the j-th of the recording.
 
-Only calls that will be made again keep their arguments, and only there is it looked at which value is which: a call or
-a saved tensor that differs is noticed before anything wrong can be handed out.
+Calls that the plan has nothing to do with are made as they are: neither their arguments nor what autograd saves of them
+is looked at. Calls that will be made again keep their arguments; there it is looked at which value is which, so that a
+call or a saved tensor that differs is noticed before anything wrong can be handed out.
 """
 
 from __future__ import annotations
@@ -10,121 +11,112 @@ import contextlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
-from autoremat.engines.torch.eager.arguments import (
-    Made,
-    Outside,
-    Seen,
-    Statistics,
-    template,
-    tensors_given,
-    tensors_in,
-)
-from autoremat.engines.torch.eager.entry import Entry, may_be_disturbed
+from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in
+from autoremat.engines.torch.eager.calls import is_out_of_sight, name_of, only_looks
+from autoremat.engines.torch.eager.entry import Entry, draws_of, prepared
+from autoremat.engines.torch.eager.facts import is_overridden
 from autoremat.engines.torch.eager.handle import Handle, Kept
-from autoremat.engines.torch.eager.noting import LOOKS, _gives_tensor, _sets_data, template_of
 from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.script import Script, Work
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.record.local import local_of
-from autoremat.record.values import is_parameter, storage_of
-from autoremat.run.entry import _generator_of, checksum
-from autoremat.run.settings import state_of
+from autoremat.record.values import is_parameter
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape
 
+_unseen, _n_modes = torch._C.DisableTorchFunction, torch._C._len_torch_function_stack
+_NOTHING = contextlib.nullcontext()
+
 
 class Follow:
-    """The plan, as long as the forward goes as recorded."""
+    """The plan, as long as the forward goes as recorded.
+
+    Args:
+        tape: whose forward it is.
+        script: to follow.
+    """
 
     is_following = True
 
     def __init__(self, tape: Tape, script: Script) -> None:
         self._tape, self._script = tape, script
         self._funcs, self._works, self._packs = script.funcs, script.works, script.packs
-        self._n_funcs, self._n_packs = len(script.funcs), len(script.packs)
+        self._n_funcs = len(script.funcs)
 
     def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As ``heard``, in a step that is checked: look at all that a call is given before it is made."""
-        self._tape.look_at(tensors_given(args, kwargs))
+        if not is_out_of_sight():
+            self._tape.look_at(tensors_given(args, kwargs))
         return self.heard(func, args, kwargs)
 
     def heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make the next call of the path; leave it where this is another one."""
         tape = self._tape
         k = tape.n_calls
-        if k < self._n_funcs:
+        if k < self._n_funcs and not is_out_of_sight():
             expected = self._funcs[k]
             if func is expected or func == expected:
                 work = self._works[k]
                 if work is None:
                     tape.n_calls = k + 1
                     return func(*args, **kwargs)
-                return self._at_work(work, func, args, kwargs)
+                return self._at_work(k, work, func, args, kwargs)
         return self._other(func, args, kwargs)
 
     def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that is not the next one: a look, a function made of others, or the end of the path."""
-        name = getattr(func, "__name__", "")
-        if name in LOOKS or (name == "__get__" and not _gives_tensor(func)):
-            return func(*args, **kwargs)
-        if name == "__set__" and not _sets_data(func):
+        if only_looks(func, name_of(func)) or is_out_of_sight():
             return func(*args, **kwargs)
         if self._tape.listener.is_made_of_others(func):
             return self._tape.listener.look_into(func, args, kwargs)
         k = self._tape.n_calls
-        wanted = "nothing more" if k >= self._n_funcs else _name(self._funcs[k])
-        self._tape.leave_path(f"call {k} is {_name(func)}, the recorded forward had {wanted}")
+        wanted = "nothing more" if k >= self._n_funcs else name_of(self._funcs[k])
+        return self._left(f"call {k} is {name_of(func)}, the recorded forward had {wanted}", func, args, kwargs)
+
+    def _left(self, reason: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self._tape.leave_path(reason)
         return self._tape.policy.heard(func, args, kwargs)
 
-    def _at_work(self, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _at_work(self, k: int, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape, call = self._tape, work.call
-        given = tensors_given(args, kwargs)
-        if not self._is_as_recorded(call, given, work.ready):
-            tape.leave_path(f"call {tape.n_calls} ({_name(func)}) is given other tensors than in the recorded forward")
-            return tape.policy.heard(func, args, kwargs)
-        if call.effects:
+        with _unseen():
+            given = tensors_given(args, kwargs)
+            is_right = self._is_as_recorded(work, given)
+        if not is_right:
+            return self._left(f"call {k} ({name_of(func)}) is given other tensors than recorded", func, args, kwargs)
+        if call.effects or call.leaves:
             tape.has_effects = True  # before it runs: it may run out of memory half-way
-        k, first = tape.n_calls, tape.n_packs
         tape.n_calls = k + 1
-        with DRAWING if call.random and work.ready else contextlib.nullcontext():
+        with DRAWING if call.random and work.ready else _NOTHING:
             entry = None
             if work.ready:
-                entry = self._prepared(call, func, args, kwargs, given)
-                tape.check.before(k, given, call.reads, {i for i, _, _ in call.written})
-            out = func(*args, **kwargs)
-        made = tensors_in(out)
-        if entry is not None:
-            self._enter(k, entry, work, made)
-        for position, old, new in call.written:
-            tape.values.rebind_tensor(given[position], new)
-            tape.overwritten(old, new, given[position])
-        for i, value in call.results:
-            if i >= len(made):
-                tape.leave_path(f"call {k} ({_name(func)}) gives fewer tensors than in the recorded forward")
-                break
-            if tape.values.known_tensor(made[i]) not in (None, value):
-                tape.leave_path(f"call {k} ({_name(func)}) gives another tensor than in the recorded forward")
-                break
-            tape.values.rebind_tensor(made[i], value)
-            if value in work.hold:
-                tape.ledger.hold(value, local_of(made[i]).detach())
-        for position, _, new in call.written:
-            if new in work.hold and new not in tape.ledger.held:
-                tape.ledger.hold(new, local_of(given[position]).detach())
-        if tape.n_packs - first != call.packs[1] - call.packs[0]:
-            tape.leave_path(f"call {k} ({_name(func)}) saves other tensors than in the recorded forward")
-        if entry is not None and not call.uninitialised and tape.check.differs(k, entry, made):
-            tape.pin(k, entry, made, given, call)
+                with _unseen():
+                    entry = prepared(
+                        func, args, kwargs, work.values, work.written, call.statistics, random=call.random
+                    )  # fmt: skip
+                    tape.check.before(k, given, call.reads, work.written)
+            if work.hooked:
+                tape.n_packs = call.packs[0]
+                out = tape.hooked(func, args, kwargs)
+                if tape.n_packs != call.packs[1]:
+                    tape.leave_path(f"call {k} ({name_of(func)}) saves other tensors than recorded")
+            else:
+                out = func(*args, **kwargs)
+        with _unseen():
+            self._take(k, work, func, given, entry, out)
         return out
 
-    def _is_as_recorded(self, call: Call, given: Sequence[Tensor], ready: bool) -> bool:
-        known, tape = self._tape.values.known_tensor, self._tape
-        if tape.n_packs != call.packs[0]:
+    def _is_as_recorded(self, work: Work, given: Sequence[Tensor]) -> bool:
+        known, call = self._tape.numbers.known_tensor, work.call
+        if self._script.loose and self._tape.n_packs != call.packs[0]:
             return False
-        if ready:
+        if work.ready:
+            if any(map(is_overridden, given)) or (_n_modes() and State.now().has_modes_of_others):
+                return False
             for position, value in call.reads:
                 if position >= len(given) or known(given[position]) != value:
                     return False
@@ -136,58 +128,60 @@ class Follow:
                 return False
         return True
 
-    def _prepared(self, call: Call, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor]) -> Entry:
-        state = State.now()
-        values = dict(call.reads)
-        written = {position for position, _, _ in call.written}
-        positions, outside = iter(range(len(given))), list[Outside]()
+    def _take(self, k: int, work: Work, func: Any, given: Sequence[Tensor], entry: Entry | None, out: Any) -> None:
+        """Know the values that a call has made and overwritten; hold what the tape itself needs of them."""
+        tape, call = self._tape, work.call
+        numbers, ledger = tape.numbers, tape.ledger
+        made = tensors_in(out)
+        if entry is not None:
+            entry.take(call.results, call.saved, call.written, draws_of(entry, made, call.results))
+            entry.stops = work.stops
+            ledger.enter(k, entry)
+        for position, old, new in call.written:
+            numbers.rebind_tensor(given[position], new)
+            tape.overwritten(old, new, given[position])
+        for i, value in call.results:
+            if i >= len(made) or numbers.known_tensor(made[i]) not in (None, value):
+                tape.leave_path(f"call {k} ({name_of(func)}) gives other tensors than recorded")
+                break
+            numbers.rebind_tensor(made[i], value)
+            if value in work.hold:
+                ledger.hold(value, local_of(made[i]).detach())
+        for position, _, new in call.written:
+            if new in work.hold and new not in ledger.held:
+                ledger.hold(new, local_of(given[position]).detach())
+        if entry is not None and not call.uninitialised and tape.check.differs(k, entry, made):
+            self._pin(entry, made, given, call)
 
-        def described(tensor: Tensor) -> Any:
-            i = next(positions)
-            value = values.get(i)
-            if value is not None:
-                return Made(value, Seen.of(tensor), tensor.requires_grad, i in written)
-            if i in call.statistics:
-                return Statistics(tensor)
-            outside.append(Outside(tensor))
-            return outside[-1]
-
-        generator = _generator_of(args, kwargs) if call.random else None
-        return Entry(
-            func, template(list(args), described), template_of(kwargs, described), state, generator,
-            None if generator is None else state_of(generator), tuple(dict.fromkeys(values.values())),
-            tuple(outside),
-        )  # fmt: skip
-
-    def _enter(self, k: int, entry: Entry, work: Work, made: Sequence[Tensor]) -> None:
-        call = work.call
-        entry.results, entry.saved, entry.stops = call.results, call.saved, work.stops
-        entry.in_place = tuple((new, old) for _, old, new in call.written)
-        if may_be_disturbed(entry.generator):
-            entry.draws = checksum(made[i].untyped_storage() for i, _ in call.results if i < len(made))
-        self._tape.ledger.enter(k, entry)
+    def _pin(self, entry: Entry, made: Sequence[Tensor], given: Sequence[Tensor], call: Call) -> None:
+        """Keep what a call has made: made again, it would be something else."""
+        tape = self._tape
+        for i, value in entry.results:
+            tape.ledger.hold(value, local_of(made[i]).detach())
+        for i, _, new in call.written:
+            tape.ledger.hold(new, local_of(given[i]).detach())
+        tape.backward.pinned.update(entry.makes)
 
     # ---- saved tensors -------------------------------------------------------------------------------------------
 
     def pack(self, j: int, tensor: Tensor) -> Any:
         """The tensor itself, or a handle where its memory may go."""
         tape = self._tape
-        value = self._packs[j] if j < self._n_packs else None
+        value = self._packs[j] if j < len(self._packs) else None
         if value is None:
             if is_parameter(tensor):
                 return tensor
             if j in self._script.hold_at:
                 self._hold_saved(j, tensor)
-            return Kept(tensor, tape, j) if j in self._script.asked else Kept(tensor)
-        storage = storage_of(local_of(tensor))
-        number = None if storage is None else tape.values.known(storage)
-        if storage is not None and number != value and self._is_saved_inside(j, value, number):
-            tape.values.rebind(storage, value)
+            return Kept(tensor, tape.backward, j) if j in self._script.asked else Kept(tensor)
+        number = tape.numbers.known_tensor(tensor)
+        if number != value and self._is_saved_inside(j, value, number):
+            tape.numbers.rebind_tensor(tensor, value)
             number = value
         if number != value:
-            tape.leave_path(f"saved tensor {j} is another one than in the recorded forward")
+            tape.leave_path(f"saved tensor {j} is another one than recorded")
             return tape.policy.pack(j, tensor)
-        handle = Handle(tape, j, tensor)
+        handle = Handle(tape.backward, j, tensor)
         handle.value = value
         tape.passes.made(handle)
         if value in self._script.hold and value not in tape.ledger.held:
@@ -196,10 +190,9 @@ class Follow:
 
     def _hold_saved(self, j: int, tensor: Tensor) -> None:
         """Hold a value that is made and saved inside a call."""
-        value, storage = self._script.hold_at[j], storage_of(local_of(tensor))
-        if storage is not None:
-            self._tape.values.rebind(storage, value)
-            self._tape.ledger.hold(value, local_of(tensor).detach())
+        value = self._script.hold_at[j]
+        self._tape.numbers.rebind_tensor(tensor, value)
+        self._tape.ledger.hold(value, local_of(tensor).detach())
 
     def _is_saved_inside(self, j: int, value: int, number: int | None) -> bool:
         """Whether the call that runs now makes this value, and saves it at this place; ``number`` is what it was."""
@@ -211,14 +204,18 @@ class Follow:
             return any((old, new) == (number, value) for _, old, new in work.call.written)
         return (j - work.call.packs[0], value) in work.call.saved or any(v == value for _, v in work.call.results)
 
+    def has_changed(self, value: int, tensor: Tensor) -> None:
+        """Something that torch does not see has changed a value."""
+        self._tape.ledger.hold(value, local_of(tensor).detach())
+
+    def end(self) -> None:
+        """The forward is over, well or not: nothing more will be heard."""
+        del self._tape
+
     def finish(self) -> None:
-        """The forward is over."""
+        """The forward has come to its end."""
         tape = self._tape
         if tape.n_calls < self._n_funcs:
             tape.leave_path(f"the forward ended after {tape.n_calls} of {self._n_funcs} calls")
-        elif tape.n_packs != self._n_packs:
-            tape.leave_path(f"autograd saved {tape.n_packs} tensors, {self._n_packs} in the recorded forward")
-
-
-def _name(func: Any) -> str:
-    return str(getattr(func, "__name__", func))
+        elif self._script.loose and tape.n_packs != len(self._packs):
+            tape.leave_path(f"autograd saved {tape.n_packs} tensors, {len(self._packs)} in the recorded forward")

@@ -11,18 +11,18 @@ from autoremat.engines.torch.eager.arguments import Seen, modified, version_of
 from autoremat.record.local import local_of
 
 if TYPE_CHECKING:
-    from autoremat.engines.torch.eager.tape import Tape
+    from autoremat.engines.torch.eager.backward import Backward
 
 
 class Kept:
     """A saved tensor itself; with the number of its pack where the plan does something when it is asked for."""
 
-    __slots__ = ("pack", "tape", "tensor", "version")
+    __slots__ = ("backward", "pack", "tensor", "version")
 
-    def __init__(self, tensor: Tensor, tape: Tape | None = None, pack: int = -1) -> None:
+    def __init__(self, tensor: Tensor, backward: Backward | None = None, pack: int = -1) -> None:
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = version_of(self.tensor)
-        self.tape, self.pack = tape, pack
+        self.backward, self.pack = backward, pack
 
     def get(self) -> Tensor:
         """The tensor; raises what autograd would raise if it has been modified in place since."""
@@ -37,10 +37,10 @@ class Handle:
     Its probe shares the version counter with the tensor, and no memory, so it is noticed when somebody overwrites that.
     """
 
-    __slots__ = ("pack", "probe", "seen", "served", "stays", "tape", "value", "version")
+    __slots__ = ("backward", "pack", "probe", "seen", "served", "stays", "value", "version")
 
-    def __init__(self, tape: Tape, pack: int, tensor: Tensor) -> None:
-        self.tape, self.pack, self.value = tape, pack, _NOT_KNOWN
+    def __init__(self, backward: Backward, pack: int, tensor: Tensor) -> None:
+        self.backward, self.pack, self.value = backward, pack, _NOT_KNOWN
         self.seen = Seen.of(tensor)
         local = local_of(tensor)
         self.version = version_of(local)
@@ -58,7 +58,7 @@ class Handle:
 
     def __del__(self) -> None:
         if self.value != _NOT_KNOWN:
-            self.tape.released(self)
+            self.backward.released(self)
 
 
 _NOT_KNOWN = -(1 << 62)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from time import perf_counter
 
 import torch
 from torch import Tensor
 
-from autoremat.engines.torch.eager.arguments import ModifiedInPlace, Outside, modified, version_of
+from autoremat.engines.torch.eager.arguments import ModifiedInPlace, modified, version_of
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Replay
-from autoremat.record.local import local_of
-from autoremat.record.values import View, storage_of
+from autoremat.record.values import View
 
 Loss = Callable[[int], RuntimeError]
 
@@ -38,7 +37,11 @@ class Ledger:
         self.remade: set[int] = set()
         """Values in memory that are not those of the forward, but made again."""
         self.reruns = 0
+        self.meter: Meter | None = None
+        """Where somebody wants to know how much is held."""
         self._versions: dict[int, int] = {}
+        self.where: Sequence[str] = ()
+        """For messages: what every call is, and where it stands."""
         self._on_rerun, self._on_made = on_rerun, on_made
 
     def enter(self, call: int, entry: Entry) -> None:
@@ -47,19 +50,25 @@ class Ledger:
         for value in entry.makes:
             self.maker[value] = call
 
-    def withdraw(self, call: int) -> None:
+    def withdraw(self, call: int) -> Entry:
         """A call cannot be made again after all."""
         entry = self.entries.pop(call)
         for value in entry.makes:
-            self.maker.pop(value, None)
+            if self.maker.get(value) == call:
+                del self.maker[value]
+        return entry
 
     def hold(self, value: int, tensor: Tensor) -> None:
         """Keep a value of the forward in memory."""
+        if self.meter is not None:
+            self.meter.replaced(self.held.get(value), tensor)
         self.held[value] = tensor
 
     def let_go(self, value: int) -> None:
         """Keep it no longer."""
-        self.held.pop(value, None)
+        tensor = self.held.pop(value, None)
+        if self.meter is not None:
+            self.meter.replaced(tensor, None)
         self.remade.discard(value)
         self._versions.pop(value, None)
 
@@ -143,32 +152,42 @@ class Ledger:
         try:
             made = entry.run(memory, replay, wanted)
         except ModifiedInPlace as error:
-            raise ModifiedInPlace(f"{error} {_needed_for(entry)}") from None
+            where = self.where[call] if call < len(self.where) else ""
+            raise ModifiedInPlace(f"{error} {_needed_for(entry, where)}") from None
         self._on_made(call, entry, made)
         for value, tensor in made.items():
             if value in wanted and value not in self.held:
-                self.held[value] = tensor
+                self.hold(value, tensor)
                 self.remade.add(value)
         self.reruns += 1
         self._on_rerun(perf_counter() - begin)
 
-    def readers_of(self, tensor: Tensor) -> list[int]:
-        """The calls that, made again, would read this memory from outside the step."""
-        storage = storage_of(local_of(tensor))
-        if storage is None:
-            return []
-        address = storage._cdata
-        return [k for k, entry in self.entries.items() if any(_is_at(o, address) for o in entry.outside)]
 
-    def bytes_of(self, values: Iterable[int]) -> int:
-        """Bytes of the memory of some values that are held, each storage once."""
-        storages = (self.held[v].untyped_storage() for v in values)
-        return sum({s._cdata: s.nbytes() for s in storages}.values())
+class Meter:
+    """Counts the bytes of what a ledger holds, each storage once, in constant time for each change."""
 
+    def __init__(self, held: Iterable[Tensor]) -> None:
+        self.nbytes = 0
+        self._uses: dict[int, list[int]] = {}
+        """For every storage, by address, how many tensors are held on it, and its bytes when the first one came."""
+        for tensor in held:
+            self.replaced(None, tensor)
 
-def _is_at(outside: Outside, address: int) -> bool:
-    storage = storage_of(local_of(outside.tensor))
-    return storage is not None and storage._cdata == address
+    def replaced(self, old: Tensor | None, new: Tensor | None) -> None:
+        """A tensor that was held has gone, another one has come."""
+        if new is not None:
+            storage = new.untyped_storage()
+            use = self._uses.setdefault(storage._cdata, [0, storage.nbytes()])
+            use[0] += 1
+            if use[0] == 1:
+                self.nbytes += use[1]
+        if old is not None:
+            address = old.untyped_storage()._cdata
+            use = self._uses[address]
+            use[0] -= 1
+            if not use[0]:
+                self.nbytes -= use[1]
+                del self._uses[address]
 
 
 def copy_of(tensor: Tensor) -> Tensor:
@@ -177,11 +196,12 @@ def copy_of(tensor: Tensor) -> Tensor:
         return View.of(tensor).on(tensor.untyped_storage().clone())
 
 
-def _needed_for(entry: Entry) -> str:
-    name = getattr(entry.func, "__name__", str(entry.func))
+def _needed_for(entry: Entry, where: str) -> str:
+    where = where or f"the call of {getattr(entry.func, '__name__', entry.func)}"
+    name = where.split()[0] if "." in where else f"*{getattr(entry.func, '__name__', entry.func)}*"
     return (
-        f"autoremat needs it as it was to make the call of {name} again. Change it after the backward, hand over a "
-        f'clone of it, or have what this call makes kept (keep="*{name}*").'
+        f"autoremat needs it as it was to run {where} again. Change it after the backward, hand over a clone of it, or "
+        f'have what this operator makes kept (keep="{name}").'
     )
 
 

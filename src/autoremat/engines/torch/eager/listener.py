@@ -9,9 +9,11 @@ import types
 from collections.abc import Callable
 from typing import Any, Final
 
+import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
+is_compiling = torch.compiler.is_compiling
 _ONE_KERNEL: Final = frozenset(
     f
     for name in (
@@ -34,12 +36,14 @@ class Listener(TorchFunctionMode):
 
     def __init__(self, heard: Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]) -> None:
         super().__init__()
-        self._heard = heard
+        self.heard = heard
         self._inside: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Hand on one call, or what it is made of."""
-        return self._heard(func, args, kwargs or {})
+        """Hand on one call, or what it is made of; torch.compile sees through this, and compiles what is called."""
+        if is_compiling():
+            return func(*args, **(kwargs or {}))
+        return self.heard(func, args, kwargs or {})
 
     def is_made_of_others(self, func: Any) -> bool:
         """Whether a function is looked into: torch wrote it in Python, and its calls come one by one."""

@@ -6,48 +6,28 @@ import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
-import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from autoremat.engines.torch.eager.arguments import (
-    Made,
-    Outside,
-    Seen,
-    Statistics,
-    template,
-    tensors_given,
-    tensors_in,
-    version_of,
-)
-from autoremat.engines.torch.eager.entry import Entry, may_be_disturbed
+from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
+from autoremat.engines.torch.eager.calls import ESCAPES, is_out_of_sight, is_pass, name_of, only_looks
+from autoremat.engines.torch.eager.entry import Entry, draws_of, generators_of, prepared
 from autoremat.engines.torch.eager.facts import CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call
-from autoremat.engines.torch.eager.state import DRAWING, Replay, State
+from autoremat.engines.torch.eager.purity import gives_the_same, sums_of
+from autoremat.engines.torch.eager.state import DRAWING, State
+from autoremat.record.compiled import in_compiled_code
 from autoremat.record.local import local_of
 from autoremat.record.values import is_parameter, storage_of
-from autoremat.run.entry import _generator_of, checksum
 from autoremat.run.settings import state_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape
 
-LOOKS: Final = frozenset(
-    {"size", "dim", "stride", "numel", "nelement", "element_size", "is_contiguous", "storage_offset", "__len__",
-     "is_floating_point", "is_complex", "ndimension", "get_device", "__repr__", "__format__", "__hash__", "item",
-     "tolist", "__bool__", "__int__", "__float__", "__index__", "is_same_size", "is_nonzero", "is_signed", "equal",
-     "allclose", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_", "__contains__",
-     "is_storage", "is_tensor", "is_inference", "is_conj", "is_neg", "is_pinned", "is_shared", "result_type",
-     "broadcast_shapes", "_is_view", "is_distributed", "has_names", "dim_order", "sym_size", "__dir__"}
-)  # fmt: skip
-"""Calls that only look, and make no tensor."""
-ESCAPES: Final = frozenset(
-    {"data_ptr", "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "_typed_storage", "share_memory_",
-     "to_dlpack", "__array_wrap__", "__cuda_array_interface__"}
-)  # fmt: skip
-"""Calls after which something else than torch may know, and change, the memory of a tensor."""
 _UNREPEATABLE: Final = "reads what is not there any more, or makes nothing that can be told apart"
-_PASSES: Final = frozenset({"backward", "grad"})
+_OVERWRITES: Final = "overwrites what the step did not make"
+_PASS: Final = CallFacts(once="a pass of its own", leaves=True)
+Written = list[tuple[int, int, int]]
 
 
 class Noting:
@@ -56,13 +36,15 @@ class Noting:
     Args:
         tape: whose forward it is.
         path: where the calls are listed; None where nobody wants to know.
+        is_kept: whether the user wants what an operator of this module and name makes kept.
     """
 
     is_following = False
 
-    def __init__(self, tape: Tape, path: list[Call] | None) -> None:
-        self._tape, self._path = tape, path
-        self._overwritten_outside: set[int] = set()
+    def __init__(
+        self, tape: Tape, path: list[Call] | None = None, is_kept: Callable[[str, str], bool] = lambda m, n: False
+    ) -> None:
+        self._tape, self.path, self._is_kept = tape, path, is_kept
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy = False
 
@@ -70,159 +52,102 @@ class Noting:
 
     def heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call and take note of it."""
-        name = getattr(func, "__name__", "")
-        if name in LOOKS or torch._C._functorch.peek_interpreter_stack() is not None:
-            return func(*args, **kwargs)  # what is done within torch.func stays out of sight
-        if name == "__get__" and not _gives_tensor(func):
+        name = name_of(func)
+        if only_looks(func, name) or is_out_of_sight():
             return func(*args, **kwargs)
-        if self._tape.listener.is_made_of_others(func):
-            return self._tape.listener.look_into(func, args, kwargs)
-        if name == "__set__" and not _sets_data(func):
-            return func(*args, **kwargs)
-        return self._noted(func, name, args, kwargs)
-
-    def _noted(self, func: Any, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        tape = self._tape
+        listener = self._tape.listener
+        if listener.is_made_of_others(func):
+            return listener.look_into(func, args, kwargs)
+        if in_compiled_code():
+            self._tape.met_compiled_code()
         given = tensors_given(args, kwargs)
-        if any(map(torch.nn.parameter.is_lazy, given)):
+        if any(map(nn.parameter.is_lazy, given)):
             return func(*args, **kwargs)
-        state = State.now()
-        numbers = [tape.number(t) for t in given]
-        if tape.check.is_looking:
-            tape.look_at(given)
-        facts = CallFacts(once="a pass of its own") if _is_pass(func) else facts_of_call(func, args, kwargs, state)
+        numbers = [self._tape.numbers.of(t) for t in given]
+        if self._tape.check.is_looking:
+            self._tape.look_at(given)
         if name in ESCAPES:
-            tape.escape([n for n in numbers if n is not None])
-        if facts.written or facts.statistics:
-            touched = [given[i] for i in (*facts.written, *facts.statistics)]
-            self._rescue([numbers[i] for i in facts.written], [numbers[i] for i in facts.statistics], touched)
-        tape.make_room(facts.nbytes)
+            self._tape.keeping.escape([n for n in numbers if n is not None and n >= 0])
+        facts = _PASS if is_pass(func, name) else facts_of_call(func, args, kwargs, State.now())
+        return self._noted(func, args, kwargs, given, numbers, facts)
+
+    def _noted(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor],
+        numbers: Sequence[int | None], facts: CallFacts,
+    ) -> Any:  # fmt: skip
+        tape = self._tape
+        for i in (*facts.written, *facts.statistics):
+            if (n := numbers[i]) is not None:
+                tape.keeping.before_writing(n, given[i], statistics=i in facts.statistics)
+        tape.room.make(facts.nbytes)
         call, first = tape.n_calls, tape.n_packs
         tape.n_calls += 1
         before = [version_of(t) for t in given]
         with DRAWING if facts.random else contextlib.nullcontext():
-            drawn = _generators(args, kwargs)
-            entry = self._prepared(func, args, kwargs, given, numbers, state, facts)
+            drawn = [(g, state_of(g)) for g in generators_of(args, kwargs)]
+            entry = self._prepared(func, args, kwargs, given, numbers, facts)
+            untouched = sums_of(given) if facts.foreign and entry is not None else None
             self._busy = True
             try:
-                out = func(*args, **kwargs)
+                out = tape.hooked(func, args, kwargs)
             finally:
                 self._busy = False
-        drew = [g for g, s in drawn if state_of(g) != s]
-        if drew and not facts.random and entry is not None:
+        if not facts.random and any(state_of(g) != s for g, s in drawn):
             entry = None
         written = {i for i, t in enumerate(given) if version_of(t) != before[i]}.union(facts.written)
-        tape.shadowed(func, args, kwargs, out, range(first, tape.n_packs))
-        self._take(call, func, given, numbers, sorted(written), facts, entry, out, first)
+        tape.witness.made(func, args, kwargs, out, range(first, tape.n_packs), call)
+        if entry is not None and any(self._is_kept(*names) for names in tape.witness.names_of(call)):
+            entry = None
+        changes, effects = self._overwritten(given, numbers, sorted(written), facts)
+        if entry is not None and not set(effects) <= set(facts.statistics):
+            entry = None
+        made = tensors_in(out)
+        results, saved = self._numbered(made, first)
+        if entry is not None:
+            entry.take(results, saved, changes, draws_of(entry, made, results))
+            if not entry.makes or (
+                untouched is not None and not gives_the_same(entry, given, numbers, made, untouched)
+            ):
+                entry = None
+        if facts.uninitialised:
+            tape.keeping.uninitialised.update(v for _, v in results)
+        self._enter(call, entry, facts, effects)
+        self._listed(Call(
+            func, tuple((i, n) for i, n in enumerate(numbers) if n is not None and n >= 0), results, saved,
+            tuple(changes), tuple(effects), facts.statistics, facts.random, facts.uninitialised, facts.leaves,
+            (first, tape.n_packs),
+        ), given, made)  # fmt: skip
+        tape.online.noted(call, facts.seconds)
+        tape.online.used([n for n in (*numbers, *(v for _, v in results)) if n is not None and n >= 0])
+        tape.room.shrink()
         return out
 
     def _prepared(
-        self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], numbers: Sequence[int | None], state: State,
+        self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], numbers: Sequence[int | None],
         facts: CallFacts,
     ) -> Entry | None:  # fmt: skip
         """All that another run needs, if there may be one."""
-        tape = self._tape
-        if facts.once or None in numbers or any(n is not None and n < 0 for n in (numbers[i] for i in facts.written)):
+        keeping, ledger = self._tape.keeping, self._tape.ledger
+        if facts.once:
             return None
         for i, (tensor, n) in enumerate(zip(given, numbers, strict=True)):
-            if (
-                n is None
-                or n in tape.escaped
-                or n in self._overwritten_outside
-                or (n < 0 and not tape.is_outside(tensor))
-            ):
+            if n is None or not keeping.is_readable(n, tensor):
                 return None
-            if i in facts.written and n not in tape.ledger.maker:
+            if i in facts.written and n not in ledger.maker:
                 return None  # what it overwrites will not be there any more
-            if n in tape.uninitialised and i not in facts.covered:
+            if n in keeping.uninitialised and i not in facts.covered:
                 return None
-            if n >= 0 and n not in tape.ledger.held and n not in tape.ledger.maker:
-                tape.ledger.hold(n, local_of(tensor).detach())
-        positions, outside = iter(range(len(given))), list[Outside]()
-
-        def described(tensor: Tensor) -> Any:
-            i = next(positions)
-            n = numbers[i]
-            assert n is not None
-            if n >= 0:
-                return Made(n, Seen.of(tensor), tensor.requires_grad, i in facts.written)
-            if i in facts.statistics:
-                return Statistics(tensor)
-            outside.append(Outside(tensor))
-            return outside[-1]
-
-        generator = _generator_of(args, kwargs) if facts.random else None
-        return Entry(
-            func, template(list(args), described), template_of(kwargs, described), state, generator,
-            None if generator is None else state_of(generator),
-            tuple(dict.fromkeys(n for n in numbers if n is not None and n >= 0)), tuple(outside),
-        )  # fmt: skip
-
-    def _take(
-        self, call: int, func: Any, given: Sequence[Tensor], numbers: Sequence[int | None], written: Sequence[int],
-        facts: CallFacts, entry: Entry | None, out: Any, first: int,
-    ) -> None:  # fmt: skip
-        """Number what a call has made and overwritten; hold what autograd has saved of it."""
-        tape = self._tape
-        overwritten, effects = self._overwritten(given, numbers, written, facts)
-        results = []
-        for i, tensor in enumerate(tensors_in(out)):
-            number = tape.number_new(tensor)
-            if number is not None:
-                results.append((i, number))
-        saved = []
-        for j, _, tensor in self._fresh:
-            number = tape.number_new(tensor, j)
-            if number is not None:
-                saved.append((j - first, number))
-        if entry is not None and (not effects or set(effects) <= set(facts.statistics)):
-            entry.results, entry.saved = tuple(results), tuple(saved)
-            entry.in_place = tuple((new, old) for _, old, new in overwritten)
-            if may_be_disturbed(entry.generator):
-                tensors = tensors_in(out)
-                entry.draws = checksum(tensors[i].untyped_storage() for i, _ in results)
-            if entry.makes and (not facts.foreign or self._gives_the_same(entry, given, numbers, out)):
-                tape.ledger.enter(call, entry)
-        if facts.uninitialised:
-            tape.uninitialised.update(n for _, n in results)
-        if call not in tape.ledger.entries:
-            tape.once(call, facts.once or ("overwrites what the step did not make" if effects else _UNREPEATABLE))
-        for position, old, new in overwritten:
-            tape.overwritten(old, new, given[position])
-        if tape.check.is_looking and not facts.uninitialised:
-            tape.check.noted(call, results, tensors_in(out))
-        for _, handle, tensor in self._fresh:
-            self._hold(handle, tensor)
-        self._fresh.clear()
-        tape.online.noted(call, facts.seconds)
-        tape.online.used([n for n in numbers if n is not None and n >= 0])
-        tape.online.used([n for _, n in results])
-        if self._path is not None:
-            reads = tuple((i, n) for i, n in enumerate(numbers) if n is not None and n >= 0)
-            self._path.append(
-                Call(func, reads, tuple(results), tuple(saved), tuple(overwritten), tuple(effects), facts.statistics,
-                     facts.random, facts.uninitialised, (first, tape.n_packs))
-            )  # fmt: skip
-        tape.shrink()
-
-    def _gives_the_same(self, entry: Entry, given: Sequence[Tensor], numbers: Sequence[int | None], out: Any) -> bool:
-        """Whether a call that is not torch's gives the same when it is made again."""
-        memory = {n: local_of(t).detach() for n, t in zip(numbers, given, strict=True) if n is not None and n >= 0}
-        first = tensors_in(out)
-        try:
-            with Replay() as replay:
-                again = entry.run(memory, replay, [v for _, v in entry.results])
-        except Exception:  # noqa: BLE001 - whatever somebody else's kernel does not like
-            return False
-        return all(
-            checksum([again[v].untyped_storage()]) == checksum([first[i].untyped_storage()]) for i, v in entry.results
-        )
+        for tensor, n in zip(given, numbers, strict=True):
+            if n is not None and n >= 0 and n not in ledger.held and n not in ledger.maker:
+                ledger.hold(n, local_of(tensor).detach())
+        values = {i: n for i, n in enumerate(numbers) if n is not None and n >= 0}
+        return prepared(func, args, kwargs, values, facts.written, facts.statistics, random=facts.random)
 
     def _overwritten(
         self, given: Sequence[Tensor], numbers: Sequence[int | None], written: Sequence[int], facts: CallFacts
-    ) -> tuple[list[tuple[int, int, int]], list[int]]:
+    ) -> tuple[Written, list[int]]:
         """Triples (position, before, after), each memory once; and positions of what is from outside."""
-        found: list[tuple[int, int, int]] = []
+        found: Written = []
         effects = list(facts.statistics)
         done: set[int] = set()
         for i in written:
@@ -230,31 +155,41 @@ class Noting:
             if old is None or old in done:
                 continue
             done.add(old)
+            new = old if old < 0 else self._tape.numbers.after_write(given[i], old)
             if old < 0:
                 effects.append(i)
-            else:
-                new = self._tape.renumber(given[i], old)
-                if new != old:
-                    found.append((i, old, new))
+            elif new != old:
+                found.append((i, old, new))
         return found, effects
 
-    def _rescue(
-        self, numbers: Sequence[int | None], statistics: Sequence[int | None], given: Sequence[Tensor]
-    ) -> None:  # fmt: skip
-        """See to what calls made again would read, and the next call is about to overwrite.
+    def _numbered(self, made: Sequence[Tensor], first: int) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """Pairs of position and number of what a call has made: in its result, and saved inside."""
+        number = self._tape.numbers.of_new
+        results = tuple((i, n) for i, t in enumerate(made) if (n := number(t)) is not None)
+        saved = tuple((j - first, n) for j, _, t in self._fresh if (n := number(t, j)) is not None)
+        return results, saved
 
-        What is from outside is overwritten again by the next forward, perhaps before this one's backward: so nothing
-        that has read it can be made again.
-        """
+    def _enter(self, call: int, entry: Entry | None, facts: CallFacts, effects: Sequence[int]) -> None:
         tape = self._tape
-        tensors = {n: t for n, t in zip((*numbers, *statistics), given, strict=True) if n is not None}
-        for n in tensors:
-            if n < 0:
-                if n not in statistics:
-                    self._overwritten_outside.add(n)
-                tape.freeze(tape.ledger.readers_of(tensors[n]))
-            elif n in tape.ledger.held and n not in tape.ledger.maker:
-                tape.rescue(n)
+        if entry is None:
+            tape.witness.once(call, facts.once or (_OVERWRITES if effects else _UNREPEATABLE))
+            return
+        tape.ledger.enter(call, entry)
+        tape.keeping.enter(call)
+
+    def _listed(self, call: Call, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+        """Take note of what a call has overwritten and made, and hold what autograd has saved of it."""
+        tape = self._tape
+        for position, old, new in call.written:
+            tape.keeping.overwritten(old, new, given[position])
+            tape.check.forget(old)
+        if tape.check.is_looking and not call.uninitialised:
+            tape.check.noted(tape.n_calls - 1, call.results, made)
+        for _, handle, tensor in self._fresh:
+            self._hold(handle, tensor)
+        self._fresh.clear()
+        if self.path is not None:
+            self.path.append(call)
 
     # ---- saved tensors -------------------------------------------------------------------------------------------
 
@@ -262,14 +197,13 @@ class Noting:
         """A handle for what autograd wants to save."""
         tape = self._tape
         storage = storage_of(local_of(tensor))
-        number = None if storage is None else tape.values.known(storage)
-        if tape.shadow is not None:
-            tape.saved(j, tensor, self._busy)
+        number = None if storage is None else tape.numbers.known(storage)
+        tape.witness.saved(j, tensor, inside=self._busy)
         if storage is None or is_parameter(tensor) or (number is not None and number < 0):
             return Kept(tensor)
         if number is None and not self._busy:
             return Kept(tensor)  # made out of sight
-        handle = Handle(tape, j, tensor)
+        handle = Handle(tape.backward, j, tensor)
         if number is None:
             self._fresh.append((j, handle, tensor))
         else:
@@ -279,44 +213,24 @@ class Noting:
     def _hold(self, handle: Handle, tensor: Tensor) -> None:
         """Hold the value that a handle stands for."""
         tape = self._tape
-        storage = storage_of(local_of(tensor))
-        number = None if storage is None else tape.values.known(storage)
-        assert number is not None
-        handle.value = number
+        value = tape.numbers.known_tensor(tensor)
+        if value is None or value < 0:  # a constant of its call: it stays as long as the handle does
+            value = tape.numbers.of_nobody()
+        handle.value = value
         tape.passes.made(handle)
-        tape.hold_saved(number, tensor)
-        tape.online.used([number])
+        if value not in tape.ledger.held:
+            local = local_of(tensor)
+            tape.ledger.hold(value, local.detach())
+            tape.has_saved(value, local.untyped_storage().nbytes())
+        tape.online.used([value])
+
+    def has_changed(self, value: int, tensor: Tensor) -> None:
+        """Something that torch does not see has changed a value."""
+        self._tape.keeping.has_changed(value, tensor)
 
     def finish(self) -> None:
-        """The forward is over."""
+        """The forward has come to its end."""
 
-
-def template_of(kwargs: dict[str, Any], change: Callable[[Tensor], Any]) -> dict[str, Any]:
-    """Keyword arguments as templates."""
-    return {k: template(v, change) for k, v in kwargs.items()}
-
-
-def _is_pass(func: Any) -> bool:
-    name = getattr(func, "__name__", "")
-    return name in _PASSES and getattr(func, "__module__", "") in (
-        "torch.autograd",
-        "torch._tensor",
-        "torch.autograd.functional",
-    )
-
-
-def _generators(args: Any, kwargs: Any) -> list[tuple[torch.Generator, bytearray]]:
-    """The generators that a call may draw from, with their states."""
-    given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
-    return [(g, state_of(g)) for g in (*given, torch.default_generator)]
-
-
-_GETTERS: Final = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad", "_base"})
-
-
-def _gives_tensor(getter: Any) -> bool:
-    return getattr(getter.__self__, "__name__", "") in _GETTERS
-
-
-def _sets_data(setter: Any) -> bool:
-    return getattr(setter.__self__, "__name__", "") == "data"
+    def end(self) -> None:
+        """The forward is over, well or not: nothing more will be heard."""
+        del self._tape

@@ -1,18 +1,19 @@
-"""The online policy's choice: what to let go of where no plan says it, in a first step or off the path.
+"""The online policy: what to let go of where no plan says it, in a first step or off the path.
 
 After DTR (Kirisame et al. 2021, "Dynamic Tensor Rematerialization", ICLR, section 4.1): the value with the least cost
-per byte and staleness goes first; its cost is that of its call and of what would have to be made again before it. Where
-room is needed, a little more than that goes at once, so that all searches together take time about linear in the number
-of calls. And what is made again is bounded: after ``MOST_RERUNS`` times as many calls as there were, nothing is let go
-of any more.
+per byte and staleness goes first; its cost is that of its call and of what would have to be made again before it.
+
+Searches are rare: where room is needed, a little more than that goes at once, and where nothing could be let go of,
+nobody looks again before more is held. So all of them together take time about linear in the number of calls. And what
+is made again is bounded: after ``MOST_RERUNS`` times as many calls as there were, nothing is let go of any more.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Final
 
-from autoremat.engines.torch.eager.ledger import Ledger
+from autoremat.engines.torch.eager.ledger import Ledger, Meter
 
 MOST_RERUNS: Final = 3
 """Calls made again, for each call of the forward, after which the policy keeps what it has.
@@ -21,17 +22,26 @@ What is gone by then is made again at most once more, so that all in all it is l
 """
 SPARE: Final = 0.1
 """So much more than what is needed goes at once, as a share of what is allowed."""
+MORE: Final = 0.02
+"""By so much what is held must have grown before another search follows one in vain."""
 
 
 class Online:
-    """The heuristic of DTR on what a ledger holds."""
+    """The heuristic of DTR on what a ledger holds.
 
-    def __init__(self, ledger: Ledger) -> None:
-        self._ledger = ledger
+    Args:
+        ledger: of the step.
+        can_go: whether letting go of a value that is held gives its memory back.
+    """
+
+    def __init__(self, ledger: Ledger, can_go: Callable[[int], bool]) -> None:
+        self._ledger, self._can_go = ledger, can_go
         self._seconds: dict[int, float] = {}
         self._used: dict[int, int] = {}
         self._regrow: dict[int, float] = {}
         self._clock = 0
+        self._in_vain_bytes = 0
+        """Up to so many bytes held another search would not find anything."""
 
     def noted(self, call: int, seconds: float) -> None:
         """Take note of what a call takes."""
@@ -43,18 +53,25 @@ class Online:
         self._used.update(dict.fromkeys(values, self._clock))
 
     def shrink(self, allowed: float, locked: Collection[int] = ()) -> None:
-        """Let go of values that can be made again until what is held is within what is allowed."""
+        """Let go of values that can be made again until what is held is within what is allowed, in bytes."""
         ledger = self._ledger
-        excess = ledger.bytes_of(ledger.held) - allowed
-        if excess <= 0 or ledger.reruns > MOST_RERUNS * max(len(self._seconds), 16):
+        if ledger.meter is None:
+            ledger.meter = Meter(ledger.held.values())
+        meter = ledger.meter
+        if meter.nbytes <= max(allowed, self._in_vain_bytes) or self._is_exhausted():
             return
-        excess += SPARE * max(allowed, 0.0)
+        target = allowed - SPARE * max(allowed, 0.0)
         for _, value in sorted((self._score(v), v) for v in ledger.held if v in ledger.maker and v not in locked):
-            excess -= self._bytes(value)
-            self._regrow[value] = self._cost(value)
-            ledger.let_go(value)
-            if excess <= 0:
-                return
+            if self._can_go(value):
+                self._regrow[value] = self._cost(value)
+                ledger.let_go(value)
+                if meter.nbytes <= target:
+                    self._in_vain_bytes = 0
+                    return
+        self._in_vain_bytes = int((1 + MORE) * meter.nbytes)
+
+    def _is_exhausted(self) -> bool:
+        return self._ledger.reruns > MOST_RERUNS * max(len(self._seconds), 16)
 
     def _bytes(self, value: int) -> int:
         return max(1, self._ledger.held[value].untyped_storage().nbytes())

@@ -23,6 +23,7 @@ class Call:
         statistics: positions of running statistics.
         random: it draws from a generator.
         uninitialised: its result is whatever the memory held before.
+        leaves: it may have left something behind that nobody sees.
         packs: number of the first thing that autograd saves in it, and of the first after it.
     """
 
@@ -35,6 +36,7 @@ class Call:
     statistics: tuple[int, ...]
     random: bool
     uninitialised: bool
+    leaves: bool
     packs: tuple[int, int]
 
 

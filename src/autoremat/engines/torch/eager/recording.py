@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from autoremat.engines.torch.eager.facts import unseen
+from autoremat.engines.torch.eager.facts import generators_kept, unseen
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.program import Program
@@ -53,6 +53,7 @@ def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], m
     names = {id(shadow.twin(t)): n for n, _, t in named_tensors(modules) if not nn.parameter.is_lazy(t)}
     del result, outputs
     with ExitStack() as stack:
+        stack.enter_context(generators_kept())
         stack.enter_context(unseen())
         stack.enter_context(torch.enable_grad())
         stack.enter_context(shadow.mode)

@@ -6,7 +6,7 @@ Pure data but for the functions that are called.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Any
@@ -56,12 +56,18 @@ class Work:
         ready: be ready to make it again.
         hold: values that it makes and the tape itself holds on to.
         stops: values after which a run of it may end, once they have been saved inside it.
+        hooked: something is to be done about what autograd saves in it.
     """
 
     call: Call
     ready: bool
     hold: frozenset[int]
     stops: frozenset[int]
+    hooked: bool = True
+    values: dict[int, int] = field(default_factory=dict)
+    """What it reads: by position among the tensors given, the value."""
+    written: frozenset[int] = frozenset()
+    """Positions of what it overwrites."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +92,7 @@ class Script:
         fixed_bytes: what is always there.
         watch: the forward is known to write memory in ways that torch does not see.
         where: for every call its operator, module and line, for messages.
+        loose: something is to be done about what autograd saves outside of all calls, for a custom function.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -103,6 +110,7 @@ class Script:
     beside_bytes: tuple[int, ...] = (0,)
     fixed_bytes: int = 0
     where: tuple[str, ...] = ()
+    loose: bool = False
 
 
 @dataclass
@@ -143,17 +151,22 @@ class _Compiler:
         ready = frozenset(r.call for r in reruns)
         hold = frozenset(self.number[v] for v, ss in self.stays.items() if ss[0].last_read is not None)
         matter = self._matter(ready, packs) | hold
+        asked = frozenset(a.pack for a in acts if a.pack >= 0 and packs[a.pack] is None)
+        held_at = {
+            c.packs[0] + i: v for c in path.calls for i, v in c.saved if v in hold and packs[c.packs[0] + i] is None
+        }
+        hooked = {j for j, v in enumerate(packs) if v is not None} | asked | held_at.keys()
+        inside = {j for c in path.calls for j in range(*c.packs)}
         return Script(
             funcs=tuple(c.func for c in path.calls),
-            works=tuple(self._work(k, c, ready, hold, matter) for k, c in enumerate(path.calls)),
+            works=tuple(self._work(k, c, ready, hold, matter, hooked) for k, c in enumerate(path.calls)),
             packs=packs,
-            asked=frozenset(a.pack for a in acts if a.pack >= 0 and packs[a.pack] is None),
+            asked=asked,
             acts=acts,
             hold=hold,
             kept=frozenset(v for j, v in enumerate(path.packed) if v is not None and packs[j] is None),
-            hold_at={
-                c.packs[0] + i: v for c in path.calls for i, v in c.saved if v in hold and packs[c.packs[0] + i] is None
-            },
+            hold_at=held_at,
+            loose=not hooked <= inside,
             twice=self._twice(ready, timeline),
             sizes={self.number[v]: program.values[v].nbytes for i in program.forward for v in program.ops[i].writes},
             spare_bytes=plan.budget_bytes - timeline.peak_bytes,
@@ -276,16 +289,16 @@ class _Compiler:
         return frozenset(read | {v for v in packs if v is not None})
 
     def _work(
-        self, k: int, call: Call, ready: frozenset[int], hold: frozenset[int], matter: frozenset[int]
-    ) -> Work | None:
+        self, k: int, call: Call, ready: frozenset[int], hold: frozenset[int], matter: frozenset[int],
+        hooked: Collection[int],
+    ) -> Work | None:  # fmt: skip
         makes = {v for _, v in call.results} | {new for _, _, new in call.written}
-        touched = {old for _, old, _ in call.written}
-        if k not in ready and not (makes | touched) & matter and not call.written and not call.effects:
-            return None
-        if k not in ready and not call.written and not call.effects and not makes & matter:
+        is_hooked = any(j in hooked for j in range(*call.packs))
+        if not (k in ready or is_hooked or call.written or call.effects or call.leaves or makes & matter):
             return None
         stops = frozenset(v for _, v in call.saved if v in self.stops)
-        return Work(call, k in ready, frozenset(makes & hold), stops)
+        written = frozenset(i for i, _, _ in call.written)
+        return Work(call, k in ready, frozenset(makes & hold), stops, is_hooked, dict(call.reads), written)
 
     def _twice(self, ready: frozenset[int], timeline: Timeline) -> frozenset[int]:
         """Calls whose results, and copies of what they overwrite, fit in once more at their first run."""

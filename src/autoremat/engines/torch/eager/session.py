@@ -20,14 +20,13 @@ from autoremat.engines.torch.eager.listener import is_listening
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
 from autoremat.engines.torch.eager.tape import Reports, Tape
-from autoremat.program import InfeasibleBudget, Plan, Program
+from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record.assemble import OPTIMIZER_STEP
-from autoremat.record.compiled import eagerly
 from autoremat.record.parallel import Parallel, check_supported, hidden, parallel_of
 from autoremat.record.record import NothingDifferentiable, check_devices
 from autoremat.record.world import named_tensors, reachable_modules
 from autoremat.run.measure import Measurement, meter_for
-from autoremat.run.memory import bytes_at, free_memory, is_out_of_memory, told, without_frames
+from autoremat.run.memory import free_memory, is_out_of_memory, told, without_frames
 from autoremat.run.session import (
     MAX_DEVIATIONS,
     MAX_MEASURED,
@@ -57,7 +56,10 @@ class Planner(Protocol):
     """Plans steps; knows the budget."""
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
-        """What the values held in a first step may take, given what plain training would hold by then."""
+        """What a first step may take beside what is there for good, given what plain training would take by then."""
+
+    def is_kept(self, module: str, name: str) -> bool:
+        """Whether the user wants what an operator of this module and name makes kept."""
 
     def assembled(self, first: FirstStep) -> Program:
         """The program of a first step; operators are measured within the budget."""
@@ -173,10 +175,12 @@ class Session:
         entry.is_new = entry.stale = False
         is_first = self._last is None
         check = SelfCheck((), lambda k, why: self._differs(entry, k, why))
-        step = FirstStep(self.fn, args, kwargs, entry.parallel, self.planner.first, self._reports(entry), check)
+        step = FirstStep(
+            self.fn, args, kwargs, entry.parallel, self.planner.first, self.planner.is_kept, self._reports(entry), check
+        )  # fmt: skip
         before = RandomStates.now()
         try:
-            with eagerly(), hidden(entry.parallel):
+            with hidden(entry.parallel):
                 result = step.forward()
         except BaseException as error:
             if isinstance(error, RuntimeError) and _NO_HOOKS in str(error):
@@ -188,11 +192,20 @@ class Session:
                 return self.fn(*args, **kwargs)
             entry.is_new = True  # this error is why it could not be recorded; the next call may be a good one
             raise
+        if step.tape.compiled:
+            self._refuse(
+                f"{step.tape.compiled} is compiled by torch.compile, and autoremat cannot see into compiled code; "
+                "leave torch.compile out there, or checkpoint only what is not compiled"
+            )
+            return result
         try:
             step.backward(result)
             program = self.planner.assembled(step)
             entry.path = step.path()
+            for k, reason in entry.differing.items():
+                self._tell_kept(program, k, reason)
             self._solve(entry, program, quick=not is_first and not entry.deviations)
+            entry.steps = 1
             if entry.script is not None:
                 step.tape.take_plan(entry.script)
         except NothingDifferentiable:
@@ -210,7 +223,7 @@ class Session:
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(entry), entry.plan, RandomStates.now()
             try:
-                with eagerly(), hidden(entry.parallel), tape.forward():
+                with hidden(entry.parallel), tape.forward():
                     result = self.fn(*args, **kwargs)
                 self._checked(entry, tape)
                 return result
@@ -223,7 +236,7 @@ class Session:
                 and not tape.has_effects
                 and not any(map(tape.has_made, _outlasting(self.fn, args, kwargs)))
             )
-            reached = tape.n_calls if tape.policy.is_following else None
+            reached = tape.n_calls - 1 if tape.policy.is_following else None
             del tape  # with the error's frames, all that the forward has made: now there is room to plan
             free_memory()
             try:
@@ -385,16 +398,14 @@ class Session:
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
         entry.differing[k] = reason
-        what = f"{self._where(entry, k)} must not run again: {reason}"
+        if entry.plan is not None:  # else it is told once the step has been recorded
+            self._tell_kept(entry.plan.program, k, reason)
+
+    def _tell_kept(self, program: Program, k: int, reason: str) -> None:
+        op = [op for op in program.ops if op.call == k][-1]
+        what = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}"
         self._counts.kept.append(what)
         self._warn(f"{what}. What it makes is kept from now on")
-
-    def _where(self, entry: _Entry, k: int) -> str:
-        if entry.plan is None:
-            return f"call {k}"
-        ops = [op for op in entry.plan.program.ops if op.call == k]
-        op = ops[-1]
-        return f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'})"
 
     def _deviated(self, entry: _Entry, reason: str) -> None:
         entry.deviations += 1
@@ -426,7 +437,7 @@ class Session:
         """
         plan = entry.plan
         assert plan is not None
-        had = plan.peak_bytes if reached is None else bytes_at(plan, reached)
+        had = plan.peak_bytes if reached is None else _bytes_at(plan, reached)
         before, self._at_most_bytes = self._at_most_bytes, int(TIGHTER * had)
         try:
             self._solve(entry, plan.program)
@@ -448,6 +459,13 @@ class Session:
         if kind not in self._counts.warned:
             self._counts.warned.add(kind)
             warnings.warn(f"autoremat: {message}", RuntimeWarning, stacklevel=2)
+
+
+def _bytes_at(plan: Plan, call: int) -> int:
+    """The most that the plan has in memory while this call is first made; its peak if there is no such call."""
+    ops = [i for i in plan.program.forward if plan.program.ops[i].call == call]
+    resident = simulate(plan.program, plan.schedule).resident_bytes
+    return max((resident[plan.schedule.order.index(i)] for i in ops), default=plan.peak_bytes)
 
 
 def _is_heard() -> bool:

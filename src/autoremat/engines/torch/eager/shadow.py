@@ -12,8 +12,9 @@ import warnings
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,18 +25,33 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
+from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
-from autoremat.engines.torch.eager.facts import is_torchs, unseen
+from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
+from autoremat.engines.torch.eager.state import heard_by_classes
 from autoremat.program.model import INSIDE
 from autoremat.record.facts import OpFacts, facts_of
-from autoremat.record.local import Description, PackedLocal, is_distributed, local_of
+from autoremat.record.local import (
+    Description,
+    Jagged,
+    PackedLocal,
+    has_inside,
+    is_distributed,
+    is_jagged,
+    knows_ragged_sizes,
+    local_of,
+)
 from autoremat.record.recorder import Recorder, _Packed, _user_line
 from autoremat.record.recording import RecordedOp
 from autoremat.record.values import storage_of
 
 _SMALL = 4096
 """So many numbers at most decide about sizes."""
+
+
+Blank = Callable[[], Tensor]
+"""Makes another fake tensor of some kind."""
 
 
 class Unlike(Exception):
@@ -61,11 +77,14 @@ class Shadow:
         self.saved: dict[int, int] = {}
         """For every pack of the real step the number of its value, if it was made in the step."""
         self._twins: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
-        self._nodes: dict[tuple[int, int], tuple[Tensor, torch.Size, torch.dtype, torch.device]] = {}
+        self._nodes: dict[tuple[int, int], tuple[Tensor, Blank]] = {}
         """Twins by the node of the real graph that made them; one whose tensor is gone has no memory any more."""
         self._node_of: dict[int, tuple[int, int]] = {}
+        self._memory: dict[int, tuple[weakref.ref[torch.UntypedStorage], weakref.ref[Tensor]]] = {}
+        """For the memory of a real tensor, by address, the twin that has been bound to it last."""
         self._gone: deque[int] = deque()
         self._packs: list[Any] = []
+        self._sizes: list[torch.Size] = []
         self._packed_once: set[int] = set()
         """Storages that the call that runs now has saved, by address."""
         self._saved_after: dict[int, int] = {}
@@ -121,17 +140,31 @@ class Shadow:
             return self._put_right(tensor, twin)
         return self._bind(tensor, self._met(tensor))
 
+    def _as_given(self, tensor: Tensor) -> Tensor:
+        """The twin of what a call was given, as it was then: the tensor itself may have been overwritten since."""
+        known = self._twins.get(id(tensor))
+        return known[1] if known is not None and known[0]() is tensor else self.twin(tensor)
+
     def number(self, tensor: Tensor) -> int:
         """The number of the value that a tensor looks at."""
         storage = storage_of(local_of(self.twin(tensor)))
         return -1 if storage is None else self.recorder.map.number(storage)
 
+    def revive(self, tensor: Tensor, number: int) -> None:
+        """Let the twin of a tensor be on the memory of a value of which nobody was known to look at it any more."""
+        storage = storage_of(local_of(self.twin(tensor)))
+        if storage is not None:
+            self.recorder.revive(storage, number)
+
     def _bind(self, tensor: Tensor, twin: Tensor) -> Tensor:
         key, gone = id(tensor), self._gone
         self._twins[key] = weakref.ref(tensor, lambda _: gone.append(key)), twin
+        storage = storage_of(local_of(tensor))
+        if storage is not None:
+            self._memory[storage._cdata] = weakref.ref(storage), weakref.ref(twin)
         if tensor.grad_fn is not None:
             where = tensor.grad_fn._sequence_nr(), tensor.output_nr
-            self._nodes[where] = twin, tensor.size(), tensor.dtype, tensor.device
+            self._nodes[where] = twin, _blank_of(twin)
             self._node_of[id(twin)] = where
         return twin
 
@@ -146,17 +179,21 @@ class Shadow:
     def _cut(self, twin: Tensor) -> None:
         """Take the memory away from a twin whose tensor is gone; what has been computed from it needs its history."""
         where = self._node_of.pop(id(twin), None)
-        if where is None or where not in self._nodes or twin.layout is not torch.strided:
+        if where is None or where not in self._nodes or not (twin.layout is torch.strided or is_jagged(twin)):
             return
-        with self._here():
-            meta = self._nodes[where][1:]
-            self._nodes[where] = _Tail.apply(self, meta, twin), torch.Size([0]), twin.dtype, twin.device
+        with self._here(), _without_duals():
+            tail = _Tail.apply(self, self._nodes[where][1], twin)
+            self._nodes[where] = tail, _blank_of(tail)
 
     def _met(self, tensor: Tensor) -> Tensor:
         """The twin of a tensor that no call was seen to make: from outside, or made out of sight from what is known."""
         with self._here():
             if tensor.grad_fn is not None and (found := self._of_node(tensor)) is not None:
                 return found
+            if is_jagged(tensor):
+                knows_ragged_sizes(self.mode)
+                inside = Jagged.of(tensor).converted(self.twin)
+                return inside.around(self.twin(local_of(tensor)).detach()).requires_grad_(tensor.requires_grad)
             if is_distributed(tensor):
                 return _around(tensor, self._as_fake(local_of(tensor).detach()))
             detached = tensor if tensor.is_leaf else tensor.detach()
@@ -172,29 +209,28 @@ class Shadow:
         found = [i for i in inputs if i is not None]
         if not found:
             return None
-        blank = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-        return self._stand_in([blank], found)[0]
+        alias = self._alias_of(tensor)
+        return self._stand_in([self._blank_like(tensor) if alias is None else alias], found)[0]
 
     def loose(self, j: int, tensor: Tensor) -> None:
         """Note what a custom function saves, outside of all calls."""
         self._loose.append((j, self.twin(tensor)))
 
-    def _input(self, node: Any, nr: int) -> tuple[Tensor, Any] | None:
+    def _input(self, node: Any, nr: int) -> tuple[Tensor, Blank] | None:
         if node is None:
             return None
         if hasattr(node, "variable"):
             twin = self.twin(node.variable)
-            return twin, (twin.size(), twin.dtype, twin.device)
-        known = self._nodes.get((node._sequence_nr(), nr))
-        return None if known is None else (known[0], known[1:])
+            return twin, _blank_of(twin)
+        return self._nodes.get((node._sequence_nr(), nr))
 
-    def _stand_in(self, results: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Any]]) -> list[Tensor]:
+    def _stand_in(self, results: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Blank]]) -> list[Tensor]:
         """Give fake results a history: one node behind these inputs, which has saved what is loose."""
         saved = [twin for _, twin in self._loose]
         self._packs = []
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
-        with torch.enable_grad(), hooks:
-            made = _StandIn.apply(self, list(results), saved, [meta for _, meta in inputs], *[t for t, _ in inputs])
+        with torch.enable_grad(), _without_duals(), hooks:
+            made = _StandIn.apply(self, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs])
         for packed, (j, _) in zip(self._packs, self._loose, strict=True):
             self._match(packed, j)
         self._loose = []
@@ -215,7 +251,7 @@ class Shadow:
             if stand_in is None:
                 raise Unlike("a tensor got a history that nobody has seen")
             storage, old = storage_of(stand_in), storage_of(twin)
-            if storage is not None and old is not None:  # the same memory, now with a history
+            if storage is not None and old is not None and storage._cdata != old._cdata:  # the same memory as before
                 with self.recorder.paused(), torch.no_grad():
                     stand_in.data = twin.detach()
             return self._bind(tensor, stand_in)
@@ -235,7 +271,7 @@ class Shadow:
     @contextmanager
     def _recording(self) -> Iterator[None]:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
-        with unseen(), self.mode, warnings.catch_warnings(), self.recorder, hooks:
+        with generators_kept(), unseen(), self.mode, warnings.catch_warnings(), self.recorder, hooks:
             warnings.simplefilter("ignore")
             yield
 
@@ -244,6 +280,7 @@ class Shadow:
             self.recorder.count(tensor)
         packed = self.recorder.pack(tensor)
         self._packs.append(packed)
+        self._sizes.append(local_of(tensor).size())
         inner = packed.packed if isinstance(packed, PackedLocal) else packed
         storage = storage_of(local_of(tensor))
         if isinstance(inner, _Packed) and storage is not None and storage._cdata not in self._packed_once:
@@ -267,7 +304,7 @@ class Shadow:
         self.settle()
         recorder, real = self.recorder, tensors_in(out)
         recorder.call, recorder.real = call, real
-        recorder.given = [(self.twin(t), t) for t in tensors_given(args, kwargs)]
+        recorder.given = [(self._as_given(t), t) for t in tensors_given(args, kwargs)]
         recorder.masks = [(t.size(), _count(t)) for _, t in recorder.given if not t.dtype.is_floating_point]
         numbers, _ = recorder.map.reads(local_of(twin) for twin, _ in recorder.given)
         begin = len(recorder.ops)
@@ -285,14 +322,14 @@ class Shadow:
         """The twins of what a call gives: by making it, or, where that cannot be done on fakes, by what it gave."""
         begin = len(self.recorder.ops)
         given = [t for _, t in self.recorder.given]
-        if is_torchs(func) and not any(map(_is_opaque, (*given, *real))):
-            for change in (self.twin, self._with_numbers):
+        if is_torchs(func) and not any(_is_opaque(t) or is_overridden(t) for t in (*given, *real)):
+            for change in (self._as_given, self._with_numbers):
                 try:
                     return self._on_fakes(func, mapped(args, change), mapped(kwargs, change), real, packs)
                 except Exception as error:  # noqa: BLE001 - whatever a fake kernel does not know
                     del self.recorder.ops[begin:]
                     self.once[self.recorder.call] = f"cannot be recorded ({type(error).__name__}: {error})"
-        return self._foreign(func, mapped(args, self.twin), mapped(kwargs, self.twin), real, packs)
+        return self._foreign(func, mapped(args, self._as_given), mapped(kwargs, self._as_given), real, packs)
 
     def _on_fakes(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Sequence[Tensor], packs: Sequence[int]
@@ -302,8 +339,8 @@ class Shadow:
         Raises:
             Unlike: it saves something else there, or gives something of another kind.
         """
-        self._packs, self._packed_once = [], set()
-        with self._recording():
+        self._packs, self._sizes, self._packed_once = [], [], set()
+        with self._recording(), heard_by_classes():
             made = tensors_in(func(*args, **kwargs))
         if len(made) != len(real):
             raise Unlike(f"{_name(func)} gives {len(made)} tensors on fake ones and {len(real)} on real ones")
@@ -316,7 +353,7 @@ class Shadow:
     def _with_numbers(self, tensor: Tensor) -> Any:
         """A tensor of which the call needs the numbers: real, or a number of Python where it is just one."""
         if not _is_small_index(tensor):
-            return self.twin(tensor)
+            return self._as_given(tensor)
         return tensor.item() if tensor.dim() == 0 else tensor
 
     def _read_all(self, begin: int, numbers: Sequence[int]) -> None:
@@ -351,9 +388,21 @@ class Shadow:
                     recorder.values[n].available = INSIDE
 
     def _match_packs(self, func: Any, packs: Sequence[int]) -> None:
-        if len(self._packs) != len(packs):
-            raise Unlike(f"{_name(func)} saves {len(self._packs)} tensors on fake ones and {len(packs)} on real ones")
-        for packed, j in zip(self._packs, packs, strict=True):
+        """Find out which of what was saved on fake tensors is what on real ones.
+
+        Subclasses of tensors may have their parts saved as well when they are fake: these are passed over.
+        """
+        if len(self._packs) == len(packs):
+            matched = zip(self._packs, packs, strict=True)
+        else:
+            rest = iter(zip(self._packs, self._sizes, strict=True))
+            sizes = {j: local_of(self.packed_here[j]).size() for j in packs}
+            found = [next((p for p, size in rest if size == sizes[j]), None) for j in packs]
+            if any(p is None for p in found):
+                saved = f"saves {len(self._packs)} tensors on fake ones and {len(packs)} on real ones"
+                raise Unlike(f"{_name(func)} {saved}")
+            matched = zip(found, packs, strict=True)
+        for packed, j in matched:
             self._match(packed, j)
 
     def _match(self, packed: Any, j: int) -> None:
@@ -369,13 +418,14 @@ class Shadow:
         recorder = self.recorder
         own = {id(t): twin for twin, t in recorder.given}
         with self._here():
-            made = [own[id(t)] if id(t) in own else self._blank_like(t) for t in real]
+            aliases = [own.get(id(t), self._alias_of(t)) for t in real]
+            made = [self._blank_like(t) if a is None else a for a, t in zip(aliases, real, strict=True)]
             numbers, _ = recorder.map.reads(inputs)
             recorder._know_outside(inputs)
             facts = replace(facts_of(torch.ops.aten.mul.Tensor), name=str(func))
             op = RecordedOp(str(func), list(numbers), (), (), False, facts, call=recorder.call,
                             module=recorder.module_path(), source=_user_line())  # fmt: skip
-            fresh = [t for t, r in zip(made, real, strict=True) if id(r) not in own]
+            fresh = [t for t, a in zip(made, aliases, strict=True) if a is None]
             seen = [(s, t) for t in fresh if (s := storage_of(t)) is not None]
             writes = [(recorder.map.bind_made(s), t) for s, t in seen]
             op.writes, op.opaque = tuple(n for n, _ in writes), len(seen) < len(fresh)
@@ -385,14 +435,25 @@ class Shadow:
             self._packs = []
             if not any(t.requires_grad for t in real):
                 return made
-            behind = [(t, (t.size(), t.dtype, t.device)) for t in inputs if t.requires_grad]
+            behind = [(t, _blank_of(t)) for t in inputs if t.requires_grad]
             loose, self._loose = self._loose, [(j, self._twin_of_pack(j)) for j in packs]
             made = self._stand_in(made, behind)
             self._loose = loose
             return made
 
+    def _alias_of(self, tensor: Tensor) -> Tensor | None:
+        """A fake tensor on the memory of a twin whose tensor is on the memory of this one, if there is such a twin."""
+        storage = storage_of(tensor)
+        real, own = _NONE if storage is None else self._memory.get(storage._cdata, _NONE)
+        twin = own()
+        if twin is None or real() is not storage or twin.dtype is not tensor.dtype or has_inside(twin):
+            return None
+        return twin.detach().as_strided(tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
     def _blank_like(self, tensor: Tensor) -> Tensor:
         """Another fake tensor of the same kind."""
+        if is_jagged(tensor):
+            return Jagged.of(tensor).converted(self.twin).around(self._blank_like(local_of(tensor)))
         if _is_opaque(tensor) or is_distributed(tensor):
             return self.mode.from_tensor(tensor.detach())
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -414,9 +475,9 @@ class _StandIn(torch.autograd.Function):
     """One node for all that happens out of sight between some tensors and a result."""
 
     @staticmethod
-    def forward(ctx: Any, shadow: Shadow, results: list[Tensor], saved: Any, metas: Any, *inputs: Tensor) -> Any:
+    def forward(ctx: Any, shadow: Shadow, results: list[Tensor], saved: Any, blanks: Any, *inputs: Tensor) -> Any:
         """The results; they have a history now."""
-        ctx.shadow, ctx.metas = shadow, metas
+        ctx.shadow, ctx.blanks = shadow, blanks
         ctx.save_for_backward(*saved)
         return tuple(results)
 
@@ -425,7 +486,7 @@ class _StandIn(torch.autograd.Function):
         """Ask for what was saved, and give each input a gradient of its size."""
         saved = ctx.saved_tensors
         with ctx.shadow.mode:
-            made = [torch.empty(size, dtype=dtype, device=device) for size, dtype, device in ctx.metas]
+            made = [blank() for blank in ctx.blanks]
         del saved
         return None, None, None, None, *made
 
@@ -499,17 +560,36 @@ class _Tail(torch.autograd.Function):
     """The history of a tensor without its memory."""
 
     @staticmethod
-    def forward(ctx: Any, shadow: Shadow, meta: Any, twin: Tensor) -> Any:
+    def forward(ctx: Any, shadow: Shadow, blank: Blank, twin: Tensor) -> Any:
         """A tensor without elements."""
-        ctx.shadow, ctx.meta = shadow, meta
+        ctx.shadow, ctx.blank = shadow, blank
         return torch.empty(0, dtype=twin.dtype, device=twin.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """A gradient of the tensor's size."""
-        size, dtype, device = ctx.meta
         with ctx.shadow.mode:
-            return None, None, torch.empty(size, dtype=dtype, device=device)
+            return None, None, ctx.blank()
+
+
+def _nothing() -> None:
+    return None
+
+
+_NONE: Any = _nothing, _nothing
+
+
+def _without_duals() -> AbstractContextManager[Any]:
+    """No forward-mode derivatives in this block: the nodes that stand in for others have none."""
+    return _set_fwd_grad_enabled(False)
+
+
+def _blank_of(tensor: Tensor) -> Blank:
+    """What makes another fake tensor of the same kind, without holding this one."""
+    if is_jagged(tensor):
+        inside, values = Jagged.of(tensor), _blank_of(local_of(tensor))
+        return lambda: inside.around(values())
+    return partial(torch.empty, tensor.size(), dtype=tensor.dtype, device=tensor.device)
 
 
 def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -518,7 +598,7 @@ def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
 
 def _count(tensor: Tensor) -> int:
     """How many elements of a mask are not zero; of what is no mask, its size."""
-    if tensor.dtype is not torch.bool or _is_opaque(tensor) or is_distributed(tensor):
+    if tensor.dtype is not torch.bool or _is_opaque(tensor) or has_inside(tensor):
         return tensor.numel()
     with unseen():
         return int(tensor.count_nonzero())
@@ -532,11 +612,13 @@ def _is_small_index(tensor: Tensor) -> bool:
 
 def _is_opaque(tensor: Tensor) -> bool:
     """Whether the memory of a tensor cannot be seen: sparse, quantized, nested or wrapped ones."""
-    return storage_of(tensor) is None and not is_distributed(tensor)
+    return storage_of(tensor) is None and not has_inside(tensor)
 
 
 def _is_like(twin: Tensor, tensor: Tensor) -> bool:
     """Whether two tensors differ in nothing but their numbers."""
+    if is_jagged(tensor):
+        return is_jagged(twin) and _is_like(local_of(twin), local_of(tensor))
     if twin.size() != tensor.size() or twin.dtype is not tensor.dtype or twin.layout is not tensor.layout:
         return False
     if tensor.layout is not torch.strided or is_distributed(tensor):

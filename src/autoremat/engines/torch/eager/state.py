@@ -12,6 +12,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch._C import _len_torch_function_stack as _n_modes
+from torch._C import _pop_torch_function_stack, _push_on_torch_function_stack
+from torch.overrides import _get_current_function_mode_stack
 
 from autoremat.run.settings import NumericSettings, set_state, state_of
 
@@ -27,16 +30,25 @@ class State(NamedTuple):
     settings: NumericSettings
     inference: bool
     autocast: tuple[tuple[str, torch.dtype], ...]
+    modes: tuple[Any, ...]
+    """Function modes that see the call, such as torch's own for a default device."""
 
     @staticmethod
     def now() -> State:
         """The state of this moment; some microseconds."""
         settings, inference = NumericSettings.now(), torch.is_inference_mode_enabled()
         autocast = tuple([(d, torch.get_autocast_dtype(d)) for d in _DEVICES if _autocast_is_on(d)])
+        modes = tuple(_get_current_function_mode_stack()) if _n_modes() else ()
+        now = State(settings, inference, autocast, modes)
         last = _LAST.state
-        if last is None or last.settings is not settings or last.inference != inference or last.autocast != autocast:
-            last = _LAST.state = State(settings, inference, autocast)
+        if last is None or last.settings is not settings or last[1:] != now[1:]:
+            last = _LAST.state = now
         return last
+
+    @property
+    def has_modes_of_others(self) -> bool:
+        """Whether a function mode sees the call that is not torch's own: making it again would run that, too."""
+        return any(not type(m).__module__.startswith("torch.") for m in self.modes)
 
 
 class _Last(threading.local):
@@ -52,7 +64,7 @@ class Replay:
     __slots__ = ("_before", "_cache", "_now", "_unseen")
 
     def __enter__(self) -> Replay:
-        self._unseen = torch._C.DisableTorchFunction()
+        self._unseen = without_function_modes()
         self._unseen.__enter__()
         self._before = self._now = State.now()
         self._cache = torch.is_autocast_cache_enabled()
@@ -68,7 +80,9 @@ class Replay:
         """Switch to the state of a call; the call is to be made inside what this returns."""
         if state is not self._now:
             self._switch(state)
-        return _NOTHING if state.inference == self._before.inference else torch.inference_mode(state.inference)
+        if state.inference == self._before.inference and not state.modes:
+            return _NOTHING
+        return _inside(state)
 
     def _switch(self, state: State) -> None:
         now, self._now = self._now, state
@@ -88,6 +102,38 @@ class Replay:
 
 
 _NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _inside(state: State) -> Iterator[None]:
+    with contextlib.ExitStack() as stack:
+        if torch.is_inference_mode_enabled() != state.inference:
+            stack.enter_context(torch.inference_mode(state.inference))
+        for mode in state.modes:
+            stack.enter_context(mode)
+        yield
+
+
+class without_function_modes:  # noqa: N801 - a block
+    """The block that no function mode sees, and in which no subclass of tensors hears of a call."""
+
+    __slots__ = ("_off", "_unseen")
+
+    def __enter__(self) -> None:
+        self._unseen = torch._C.DisableTorchFunction()
+        self._unseen.__enter__()
+        self._off: list[Any] = []
+        while _n_modes():
+            self._off.append(_pop_torch_function_stack())
+
+    def __exit__(self, *error: object) -> None:
+        for mode in reversed(self._off):
+            _push_on_torch_function_stack(mode)
+        self._unseen.__exit__(*error)
+
+
+heard_by_classes = torch._C._EnableTorchFunction
+"""The block, in one without function modes, in which subclasses of tensors hear of a call, as they do in training."""
 
 
 @contextlib.contextmanager

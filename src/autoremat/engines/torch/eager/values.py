@@ -5,19 +5,27 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from autoremat.record.local import is_distributed, local_of
+from autoremat.engines.torch.eager.witness import Witness
+from autoremat.record.local import has_inside, local_of
 from autoremat.record.values import ValueMap, storage_of
 
 OWN: int = 1 << 40
 """Numbers from here on are given where no recording gives them."""
 
 
-class Values(ValueMap):
-    """Numbers of the storages of a real step; a storage may be asked for without becoming known."""
+class Numbers(ValueMap):
+    """Numbers of the storages of a real step; in a first step those of its recording.
 
-    def __init__(self) -> None:
+    Args:
+        witness: that records; where nobody does, numbers are given here.
+    """
+
+    def __init__(self, witness: Witness) -> None:
         super().__init__()
         self.made = OWN
+        self._witness = witness
+
+    # ---- looking -------------------------------------------------------------------------------------------------
 
     def known(self, storage: torch.UntypedStorage) -> int | None:
         """The number of a storage; None if it is not known."""
@@ -25,8 +33,56 @@ class Values(ValueMap):
 
     def known_tensor(self, tensor: Tensor) -> int | None:
         """The number of the value that a tensor looks at; None if it is not known, or cannot be seen."""
-        storage = storage_of(local_of(tensor) if is_distributed(tensor) else tensor)
+        storage = storage_of(local_of(tensor) if has_inside(tensor) else tensor)
         return None if storage is None else self._known.get(storage._cdata)
+
+    # ---- in a step that is noted -----------------------------------------------------------------------------------
+
+    def of(self, tensor: Tensor) -> int | None:
+        """The number of the value that a tensor looks at; negative for one from outside; None if it cannot be seen."""
+        storage = storage_of(local_of(tensor))
+        if storage is None:
+            return None
+        known, recorded = self.known(storage), self._witness.number(tensor)
+        if known is None and recorded is not None:
+            self.rebind(storage, recorded)
+            return recorded
+        if recorded is not None and recorded < 0 <= (known or 0):
+            self._witness.revive(tensor, known or 0)
+        elif recorded is not None and recorded != known:
+            self._witness.give_up(RuntimeError("the memory of a tensor was exchanged out of sight"))
+        return self.number(storage) if known is None else known
+
+    def of_new(self, tensor: Tensor, pack: int | None = None) -> int | None:
+        """The number of a value that a call has just made; None if it was there before, or cannot be seen.
+
+        ``pack``: it was saved inside the call, as the pack of this number.
+        """
+        storage = storage_of(local_of(tensor))
+        if storage is None or self.known(storage) is not None:
+            return None
+        if self._witness.shadow is None:
+            return self.bind_made(storage)
+        number = self._witness.number(tensor) if pack is None else self._witness.number_of_pack(pack)
+        if number is None:
+            number = self.bind_outside(storage)
+        self.rebind(storage, number)
+        return number if number >= 0 else None  # a constant, such as torch.tensor makes
+
+    def of_nobody(self) -> int:
+        """A number that no storage has."""
+        self.made += 1
+        return self.made - 1
+
+    def after_write(self, tensor: Tensor, old: int) -> int:
+        """The number of the value that a memory holds after a call has overwritten it."""
+        storage = storage_of(local_of(tensor))
+        assert storage is not None
+        number = self._witness.number(tensor)
+        if number is None:
+            return self.bind_made(storage)
+        self.rebind(storage, number)
+        return number if number >= 0 else old  # what it is now is from outside, as far as can be seen
 
     def rebind_tensor(self, tensor: Tensor, number: int) -> None:
         """Let the memory of a tensor hold the value of this number."""

@@ -1,0 +1,253 @@
+"""The backward of one forward: answers what autograd asks for, by the plan's acts, or on demand.
+
+When a pass asks for a value that is gone, calls are made again: none of the user's code, the same random numbers, the
+same state, in-place calls on copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoremat.engines.torch.eager.handle import Handle, Kept
+from autoremat.engines.torch.eager.ledger import Ledger
+from autoremat.engines.torch.eager.online import Online
+from autoremat.engines.torch.eager.passes import Passes, in_backward, in_python_node
+from autoremat.engines.torch.eager.room import Room
+from autoremat.engines.torch.eager.script import Act, Script
+from autoremat.engines.torch.eager.state import Replay
+from autoremat.run.memory import free_memory, is_out_of_memory
+
+
+class Backward:
+    """Serves the passes over one graph.
+
+    Args:
+        ledger: what is in memory, and how the rest is made again.
+        passes: the handles and who waits for them.
+        online: decides what goes where no plan says it.
+        rebind: called with a tensor handed out within the forward, and its value.
+        out_of_memory: makes the error that tells of memory refused for good.
+        script: the plan's acts; None as long as there is no plan.
+    """
+
+    def __init__(
+        self, ledger: Ledger, passes: Passes, online: Online, rebind: Callable[[Tensor, int], None],
+        out_of_memory: Callable[[BaseException], BaseException], script: Script | None,
+    ) -> None:  # fmt: skip
+        self._ledger, self._passes, self._online = ledger, passes, online
+        self._rebind, self._out_of_memory = rebind, out_of_memory
+        self._script, self._cursor = script, 0
+        self._is_noted = script is None
+        """The forward was noted: what the plan keeps has handles, too."""
+        self._late: set[int] = set()
+        """Values that are due to go as soon as their last handle has."""
+        self.room: Room | None = None
+        """Where no plan says what is held."""
+        self.is_forward = True
+        self.pinned: set[int] = set()
+        """Values that the plan would drop and that turned out to be kept."""
+
+    # ---- between forward and backward ----------------------------------------------------------------------------
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the backward goes by a plan."""
+        return self._script is not None
+
+    def finish_forward(self) -> None:
+        """The forward is over."""
+        self._ledger.finish_forward()
+        self.is_forward = False
+        if not self.is_planned:
+            self._passes.needs.count()
+
+    def take_plan(self, script: Script, can_go: Callable[[int], bool]) -> None:
+        """Go on by a plan that was made of this very forward: hold what it keeps, let go of the rest."""
+        ledger = self._ledger
+        self._script, self._cursor = script, 0
+        kept = script.kept | script.hold
+        for value in list(ledger.held):
+            if value not in kept and value in ledger.maker and can_go(value):
+                ledger.let_go(value)
+        for value in sorted(kept):
+            if value not in ledger.held and value in ledger.maker and self._passes.needs.is_needed(value):
+                self._fetched(value)
+        ledger.meter = None
+
+    def improvise(self) -> None:
+        """From here on make values on demand, and hold what the budget has room for."""
+        self._script = None
+        if not self.is_forward:
+            self._passes.needs.count()
+
+    # ---- what a pass asks for ------------------------------------------------------------------------------------
+
+    def unpack(self, packed: Any) -> Tensor:
+        """The tensor that was saved, made again if it is gone."""
+        if isinstance(packed, Tensor):
+            return packed
+        with torch._C.DisableTorchFunction():
+            if isinstance(packed, Kept):
+                if packed.backward is not None and in_backward():
+                    packed.backward.asked(packed.pack)
+                return packed.get()
+            handle: Handle = packed
+            return handle.backward.unpacked(handle)
+
+    def unpacked(self, handle: Handle) -> Tensor:
+        """What a handle stands for; several threads may go backward through one graph."""
+        with self._passes.lock:
+            try:
+                handle.check_unchanged()
+                if not in_backward():  # somebody looks at grad_fn._saved_...
+                    return handle.seen.on(self._looked_up(self._passes.now(handle.value)))
+                self._notice_pass()
+                if handle.served == self._passes.number and handle.stays is not None:
+                    return handle.stays
+                value = self._passes.serve(handle)
+                self._shrink()
+                tensor = self._served(handle, value)
+                handle.stays = tensor if in_python_node() else None
+                if self.is_forward:  # a pass within the forward: what it does reads this value
+                    self._rebind(tensor, value)
+                return tensor
+            finally:
+                self._settle()
+
+    def asked(self, pack: int) -> None:
+        """A pass asks for something kept at which the plan does something."""
+        with self._passes.lock:
+            self._notice_pass()
+            if self._next_act(pack) is not None:
+                self._act()
+
+    def _notice_pass(self) -> None:
+        if self._passes.begins():
+            self._cursor = 0
+            for value in list(self._ledger.remade):
+                self._ledger.let_go(value)
+        if self._passes.was_differentiated and self.is_planned:  # a node may now run twice in one pass
+            self.improvise()
+
+    def _served(self, handle: Handle, value: int) -> Tensor:
+        try:
+            return self._answer(handle, value)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+        self.improvise()  # the device has no room for what the plan does next: hold as little as possible, once more
+        self._online.shrink(0.0)
+        free_memory()
+        try:
+            return self._answer(handle, value)
+        except (RuntimeError, MemoryError) as error:
+            raise (self._out_of_memory(error) if is_out_of_memory(error) else error) from None
+
+    def _answer(self, handle: Handle, value: int) -> Tensor:
+        if self._script is not None:
+            if self._next_act(handle.pack) is not None:
+                act = self._act()
+                tensor = handle.seen.on(self._fetched(value))
+                if act.drop:
+                    self._drop(value)
+                return tensor
+            packs = self._script.packs
+            if handle.pack < len(packs) and packs[handle.pack] is None:
+                return handle.seen.on(self._fetched(value))  # of a forward that was noted
+            self.improvise()  # another order than the plan's: make on demand from here on
+        tensor = handle.seen.on(self._fetched(value))
+        self._online.used([value])
+        return tensor
+
+    # ---- the plan ------------------------------------------------------------------------------------------------
+
+    def _next_act(self, pack: int) -> Act | None:
+        """What the plan does next, if it does that when this pack is asked for."""
+        if self._script is None or self._cursor >= len(self._script.acts):
+            return None
+        act = self._script.acts[self._cursor]
+        return act if act.pack == pack else None
+
+    def _act(self) -> Act:
+        assert self._script is not None
+        act = self._script.acts[self._cursor]
+        self._cursor += 1
+        if act.reruns:
+            waiting, held, entries = self._passes.waiting, self._ledger.held, self._ledger.entries
+            with Replay() as replay:
+                for rerun in act.reruns:
+                    entry = entries.get(rerun.call)
+                    if entry is None:
+                        continue  # of a forward that was noted: what the call makes has been kept
+                    for value in entry.reads:
+                        if value not in held:
+                            self._fetched(value)
+                    install = [v for v in rerun.install if v not in held]
+                    if install:
+                        ends = [v for v in rerun.drops if not waiting.get(v)]
+                        self._ledger.run(rerun.call, install, replay, ends)
+                    for value in rerun.drops:
+                        self._drop(value)
+        return act
+
+    def _drop(self, value: int) -> None:
+        """Let go of a value, unless the graph is to be gone through once more and it is the forward's own."""
+        ledger, is_own = self._ledger, value not in self._ledger.remade
+        if value in self.pinned:
+            return
+        if self._is_noted:
+            if value not in ledger.maker and self._passes.needs.is_needed(value):
+                return  # calls that may be needed begin with it
+            if is_own and value in self._passes.needs.handles:
+                self._late.add(value)
+                return
+        if value in ledger.held and not (self._passes.retained and is_own):
+            ledger.let_go(value)
+
+    # ---- on demand -----------------------------------------------------------------------------------------------
+
+    def _shrink(self, locked: Collection[int] = ()) -> None:
+        if not self.is_planned and self.room is not None:
+            self.room.shrink(locked, in_backward=not self.is_forward)
+
+    def _fetched(self, value: int) -> Tensor:
+        needs = self._passes.needs
+        if not self.is_planned:
+            return self._ledger.fetch(value, lambda v: v in needs.handles, self._shrink)
+        tensor = self._ledger.fetch(value, lambda v: False, lambda locked: None)
+        self._ledger.remade.discard(value)  # it takes the place of the forward's own
+        return tensor
+
+    def _looked_up(self, value: int) -> Tensor:
+        held = set(self._ledger.held)
+        tensor = self._ledger.fetch(value, lambda v: False, lambda locked: None)
+        for v in set(self._ledger.held) - held:
+            self._ledger.let_go(v)
+        return tensor
+
+    # ---- handles that are gone -----------------------------------------------------------------------------------
+
+    def released(self, handle: Handle) -> None:
+        """A handle is gone; what only handles needed may go when the last one has."""
+        self._passes.put_down(handle)
+        # A finalizer cannot wait: it may have interrupted who holds the lock.
+        if self._passes.lock.acquire(blocking=False):
+            try:
+                self._settle()
+            finally:
+                self._passes.lock.release()
+
+    def _settle(self) -> None:
+        for value in self._passes.settle():
+            if self.is_forward or value in self.pinned:
+                continue
+            if self._script is not None:
+                is_due = value in self._late or value not in self._script.hold
+                if is_due and value not in self._ledger.remade:
+                    self._drop(value)
+            elif not self._passes.needs.is_needed(value):
+                self._ledger.let_go(value)

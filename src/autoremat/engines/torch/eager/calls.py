@@ -1,0 +1,52 @@
+"""Which calls of torch's Python API make or change tensors, by what torch says of them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+
+LOOKS: Final = frozenset(
+    {"size", "dim", "stride", "numel", "nelement", "element_size", "is_contiguous", "storage_offset", "__len__",
+     "is_floating_point", "is_complex", "ndimension", "get_device", "__repr__", "__format__", "__hash__", "item",
+     "tolist", "__bool__", "__int__", "__float__", "__index__", "is_same_size", "is_nonzero", "is_signed", "equal",
+     "allclose", "register_hook", "register_post_accumulate_grad_hook", "retain_grad", "requires_grad_", "__contains__",
+     "is_storage", "is_tensor", "is_inference", "is_conj", "is_neg", "is_pinned", "is_shared", "result_type",
+     "broadcast_shapes", "_is_view", "is_distributed", "has_names", "dim_order", "sym_size", "__dir__"}
+)  # fmt: skip
+"""Calls that only look, and make no tensor."""
+ESCAPES: Final = frozenset(
+    {"data_ptr", "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "_typed_storage", "share_memory_",
+     "to_dlpack", "__array_wrap__", "__cuda_array_interface__"}
+)  # fmt: skip
+"""Calls after which something else than torch may know, and change, the memory of a tensor."""
+_PASSES: Final = frozenset({"backward", "grad"})
+_OF_AUTOGRAD: Final = ("torch.autograd", "torch._tensor", "torch.autograd.functional")
+_GETTERS: Final = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad", "_base"})
+
+
+def name_of(func: Any) -> str:
+    """The name of what is called."""
+    return str(getattr(func, "__name__", func))
+
+
+def only_looks(func: Any, name: str) -> bool:
+    """Whether a call makes no tensor and changes none."""
+    if name in LOOKS:
+        return True
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") not in _GETTERS
+    return name == "__set__" and getattr(func.__self__, "__name__", "") != "data"
+
+
+def is_pass(func: Any, name: str) -> bool:
+    """Whether a call is a backward pass."""
+    return name in _PASSES and getattr(func, "__module__", "") in _OF_AUTOGRAD
+
+
+def is_out_of_sight() -> bool:
+    """Whether a transform of torch.func is at work, or a dispatch mode of the user's: then nobody looks on."""
+    return _transform() is not None or _modes() > 0
+
+
+_transform, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack

@@ -1,0 +1,173 @@
+"""What may not be made again, or not be let go of: values that are overwritten, that escape, or that others hold."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from autoremat.engines.torch.eager.check import CHANGED
+from autoremat.engines.torch.eager.ledger import Ledger, copy_of
+from autoremat.engines.torch.eager.passes import Passes
+from autoremat.engines.torch.eager.witness import Witness
+from autoremat.record.local import local_of
+from autoremat.record.values import is_parameter, storage_of
+
+READS_OVERWRITTEN: Final = "reads what the step overwrites, or what something else than torch may change"
+_OURS: Final = 2
+"""References to a storage that nobody but the ledger holds: the ledger's tensor, and the object that asks."""
+
+
+class Keeping:
+    """Sees to it that a step that is noted stays one that can be made again.
+
+    Args:
+        ledger: of the step.
+        passes: who waits for which value.
+        witness: is told what must not be made again.
+        storages: of parameters, buffers, gradients and inputs, by address.
+    """
+
+    def __init__(
+        self, ledger: Ledger, passes: Passes, witness: Witness, storages: Collection[torch.UntypedStorage] = ()
+    ) -> None:
+        self._ledger, self._passes, self._witness = ledger, passes, witness
+        self._lasting = frozenset(s._cdata for s in storages)
+        self._overwritten_outside: set[int] = set()
+        self._readers: dict[int, set[int]] = {}
+        """For every value the calls that read it when they are made again."""
+        self._outside_readers: dict[int, set[int]] = {}
+        """The same for memory from outside, by the address of its storage."""
+        self._spans = _shared(storages)
+        """Where memory from outside lies that torch may not know to be shared, by the address of its storage."""
+        self.escaped: set[int] = set()
+        self.uninitialised: set[int] = set()
+        """Values that are whatever the memory held before: made again they would be something else."""
+
+    # ---- what may be read by a call that is made again -----------------------------------------------------------
+
+    def is_outside(self, tensor: Tensor) -> bool:
+        """Whether another run may take a tensor from outside as it is: it lives longer than the step."""
+        if is_parameter(tensor) or tensor.is_leaf:
+            return True
+        storage = storage_of(local_of(tensor))
+        return storage is not None and storage._cdata in self._lasting
+
+    def is_readable(self, number: int, tensor: Tensor) -> bool:
+        """Whether a call that is made again would still find what this argument is now."""
+        if number in self.escaped or number in self._overwritten_outside:
+            return False
+        return number >= 0 or self.is_outside(tensor)
+
+    def enter(self, call: int) -> None:
+        """A call can be made again from now on."""
+        entry = self._ledger.entries[call]
+        for value in entry.reads:
+            self._readers.setdefault(value, set()).add(call)
+        for outside in entry.outside:
+            storage = storage_of(local_of(outside.tensor))
+            if storage is not None:
+                self._outside_readers.setdefault(storage._cdata, set()).add(call)
+                if storage._cdata not in self._lasting and storage._cdata not in self._spans:
+                    self._spans[storage._cdata] = _span(storage)
+
+    def is_read(self, value: int) -> bool:
+        """Whether some call, made again, would read this value."""
+        return bool(self._readers.get(value))
+
+    # ---- overwriting ---------------------------------------------------------------------------------------------
+
+    def before_writing(self, number: int, tensor: Tensor, *, statistics: bool = False) -> None:
+        """See to what calls made again would read, and the next call is about to overwrite.
+
+        What is from outside is overwritten again by the next forward, perhaps before this one's backward: so nothing
+        that has read it can be made again.
+        """
+        storage = storage_of(local_of(tensor))
+        if storage is None:
+            return
+        if number < 0:
+            if not statistics:
+                self._overwritten_outside.add(number)
+            self.freeze(self._outside_readers.get(storage._cdata, ()))
+        elif number in self._ledger.held and number not in self._ledger.maker and self.is_read(number):
+            self._ledger.hold(number, copy_of(self._ledger.held[number]))
+        if self._spans and storage.device.type == "cpu":
+            begin, end = _span(storage)
+            for address, (other_begin, other_end) in self._spans.items():
+                if address != storage._cdata and other_begin < end and begin < other_end:
+                    self.freeze(self._outside_readers.get(address, ()))
+
+    def overwritten(self, old: int, new: int, tensor: Tensor) -> None:
+        """The memory of a value holds another one now."""
+        held = self._ledger.held.get(old)
+        local = local_of(tensor)
+        if held is not None and held.untyped_storage()._cdata == local.untyped_storage()._cdata:
+            self._ledger.let_go(old)
+        self._passes.move(old, new)
+        if new in self._passes.needs.handles and new not in self._ledger.held:
+            self._ledger.hold(new, local.detach())
+
+    # ---- escaping ------------------------------------------------------------------------------------------------
+
+    def escape(self, values: Sequence[int]) -> None:
+        """Something else than torch gets to know the memory of these values: they stay as they are."""
+        self.escaped.update(values)
+        makers = {self._ledger.maker[v] for v in values if v in self._ledger.maker}
+        self.freeze(makers.union(*(self._readers.get(v, ()) for v in values)))
+        self._witness.changed_unseen(values)
+
+    def freeze(self, calls: Iterable[int], why: str = READS_OVERWRITTEN) -> None:
+        """These calls cannot be made again any more: what they have made stays, and is made now if it is gone."""
+        calls = sorted(calls)
+        for k in calls:
+            for value in self._ledger.entries[k].makes:
+                if value not in self._ledger.held and (value in self._passes.needs.handles or self.is_read(value)):
+                    self._ledger.fetch(value, lambda v: False, lambda locked: None)
+                    self._ledger.remade.discard(value)
+        for k in calls:
+            entry = self._ledger.withdraw(k)
+            for value in entry.reads:
+                if value in self._readers:
+                    self._readers[value].discard(k)
+            for readers in self._outside_readers.values():
+                readers.discard(k)
+            self._witness.once(k, why)
+
+    def has_changed(self, value: int, tensor: Tensor) -> None:
+        """Something that torch does not see has changed a value: it stays as it is now."""
+        if value in self._ledger.maker:
+            self.freeze([self._ledger.maker[value]], CHANGED)
+        self._ledger.hold(value, local_of(tensor).detach())
+
+    # ---- letting go ----------------------------------------------------------------------------------------------
+
+    def can_go(self, value: int) -> bool:
+        """Whether letting go of a value that is held gives its memory back, and nothing is lost by it.
+
+        As long as somebody else holds the memory, nothing would be gained; and it could be written through torch's
+        back.
+        """
+        if value not in self._ledger.maker or value in self.uninitialised:
+            return False
+        held = self._ledger.held[value]
+        return bool(torch._C._storage_Use_Count(held.untyped_storage()._cdata) <= _OURS)
+
+
+def _span(storage: torch.UntypedStorage) -> tuple[int, int]:
+    begin = storage.data_ptr()
+    return begin, begin + storage.nbytes()
+
+
+def _shared(storages: Collection[torch.UntypedStorage]) -> dict[int, tuple[int, int]]:
+    """The storages that lie on memory of another one, by address."""
+    spans = sorted((*_span(s), s._cdata) for s in storages if s.device.type == "cpu" and s.nbytes())
+    found: dict[int, tuple[int, int]] = {}
+    widest = (0, 0, 0)
+    for begin, end, address in spans:
+        if begin < widest[1]:
+            found[address], found[widest[2]] = (begin, end), widest[:2]
+        widest = max(widest, (begin, end, address), key=lambda span: span[1])
+    return found

@@ -1,0 +1,45 @@
+"""Whether an operator that is not torch's own may be made again: it changes nothing unseen, and gives the same."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from autoremat.engines.torch.eager.entry import Entry
+from autoremat.engines.torch.eager.state import Replay
+from autoremat.record.local import local_of
+from autoremat.record.values import storage_of
+from autoremat.run.entry import checksum
+
+
+def sums_of(tensors: Sequence[Tensor]) -> list[int]:
+    """Checksums of the memory of some tensors."""
+    storages = (storage_of(local_of(t)) for t in tensors)
+    return [0 if s is None else checksum([s]) for s in storages]
+
+
+def gives_the_same(
+    entry: Entry, given: Sequence[Tensor], numbers: Sequence[int | None], made: Sequence[Tensor],
+    before: Sequence[int],
+) -> bool:  # fmt: skip
+    """Whether a call that has just been made gives the same when it is made again, and changes none of its arguments.
+
+    Args:
+        entry: that makes it again.
+        given: the tensors among its arguments.
+        numbers: of the values that they look at.
+        made: the tensors that it gave.
+        before: checksums of what it was given, taken before it was made.
+    """
+    if entry.in_place or sums_of(given) != before:
+        return False
+    memory = {n: local_of(t).detach() for n, t in zip(numbers, given, strict=True) if n is not None and n >= 0}
+    try:
+        with Replay() as replay:
+            again = entry.run(memory, replay, [v for _, v in entry.results])
+    except Exception:  # noqa: BLE001 - whatever somebody else's kernel does not like
+        return False
+    if sums_of(given) != before:
+        return False
+    return all(sums_of([again[v]]) == sums_of([made[i]]) for i, v in entry.results)
