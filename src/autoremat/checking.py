@@ -93,13 +93,14 @@ def check(
     time_limit_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Check:
-    """Run one step plainly and one checkpointed, and compare what they leave behind, bit by bit.
+    """Run one step plainly and two checkpointed, and compare what they leave behind, bit by bit.
 
-    Both start from the same parameters, buffers and generator states and from no gradients; the checkpointed one runs
-    with the self-check of a first step. Afterwards everything is as before; hooks on leaves, which may step an
-    optimizer, do not run. The backward starts from the loss, or from the sum of everything returned that requires grad,
-    and ends at the arguments. Takes the memory of a plain step, and that of the parameters and buffers once more. Where
-    a process may be forked, each runs in a child with one thread, and leaves nothing behind.
+    All start from the same parameters, buffers and generator states and from no gradients. Of the checkpointed ones the
+    first is recorded and planned, the second follows the plan, both with the self-check. Afterwards everything is as
+    before; hooks on leaves, which may step an optimizer, do not run. The backward starts from the loss, or from the sum
+    of everything returned that requires grad, and ends at the arguments. Takes the memory of a plain step, and that of
+    the parameters and buffers once more. Where a process may be forked, each runs in a child with one thread, and
+    leaves nothing behind.
 
     Args:
         target: a module or callable, checkpointed by autoremat already or not.
@@ -136,12 +137,10 @@ def check(
     modules = reachable_modules(plain, args, kwargs)
     _refuse_unreal(modules, args, kwargs)
     options = Options(budget or 1.0, optimizer, keep, recompute, time_limit_seconds)
-    planner: Any = options if known is None else known.planner  # for either engine it is what a user asked for
-    session = Session(plain, planner)
+    session = Session(plain, options if known is None else known.planner)
     args, kwargs = map_tensors((args, kwargs), _without_history)
     with torch.enable_grad(), _all_as_before(_named(modules, args, kwargs).values()) as start_anew:
         start_anew()
-        session.prepare(args, kwargs)
         reference = _apart(lambda: _run(plain, session, modules, args, kwargs, start_anew))
         return _apart(lambda: _compared(reference, session, modules, args, kwargs, start_anew))
 
@@ -174,16 +173,17 @@ def _compared(
 ) -> Check:  # fmt: skip
     """What comes of a step under the session's plan, beside what came of a plain one."""
     expected, plain_peak = reference
-    seen, peak = _run(lambda *a, **k: session.call(a, k), session, modules, args, kwargs, start_anew)
+    steps = [_run(lambda *a, **k: session.call(a, k), session, modules, args, kwargs, start_anew) for _ in range(2)]
     stats = session.stats()
     values = stats.plan.program.values if stats.plan is not None else ()
     beside = sum(v.nbytes for v in values if v.kind == "optimizer")
+    wrong = {n: _distance(a, seen[n]) for seen, _ in steps for n, a in expected.items() if not _is_same(a, seen[n])}
     return Check(
         stats.plan,
         {kind: sum(name.startswith(kind) for name in expected) for kind in _KINDS},
-        tuple(Difference(n, _distance(a, seen[n])) for n, a in expected.items() if not _is_same(a, seen[n])),
+        tuple(Difference(n, wrong[n]) for n in expected if n in wrong),
         plain_peak + beside,
-        peak + beside,
+        max(peak for _, peak in steps) + beside,
         session.kept(),
         stats.deviations,
     )

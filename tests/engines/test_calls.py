@@ -27,7 +27,6 @@ WIDTH = 32
 
 @pytest.fixture(autouse=True)
 def engine_of_calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setenv("AUTOREMAT_ENGINE", "calls")
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

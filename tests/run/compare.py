@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 import autoremat
 import autoremat.api
-from autoremat.engines.torch.eager.entry import Entry as CallEntry
+from autoremat.engines.torch.eager.entry import Entry
+from autoremat.engines.torch.eager.script import Script
+from autoremat.engines.torch.eager.tape import Tape
 from autoremat.plan.unroll import unroll
 from autoremat.program import Plan, Program, Schedule, simulate
 from autoremat.record.timing import Cost
-from autoremat.run import Stats, Tape
-from autoremat.run.entry import Entry
-from autoremat.run.instructions import Instructions
+from autoremat.run import Stats
 
 FRACTIONS: tuple[float, ...] = ()
 """The budgets of this test, beside the floor."""
@@ -121,30 +121,15 @@ def bytes_of(t: Tensor) -> Tensor:
 
 
 def off_path() -> Tape:
-    """A tape whose first op leaves the path, and whose budget has room for nothing."""
-    return Tape(Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0))
+    """A tape whose first call leaves the path, and whose budget has room for nothing."""
+    return Tape(Script((), (), (), frozenset(), (), frozenset(), budget_bytes=0))
 
 
 def off_by_a_bit(monkeypatch: pytest.MonkeyPatch, when: Callable[[Any], bool] = lambda entry: True) -> None:
-    """Ops that run again give something else than the first time: one bit of each result."""
-    _calls_off_by_a_bit(monkeypatch, when)
+    """Calls that are made again give something else than the first time: one bit of each result."""
     plain = Entry.run
 
-    def run(self: Entry, memory: Any, replay: Any) -> Any:
-        made = plain(self, memory, replay)
-        for storage in made.values():
-            if storage.nbytes() and when(self):
-                storage[0] = storage[0] ^ 1
-        return made
-
-    monkeypatch.setattr(Entry, "run", run)
-
-
-def _calls_off_by_a_bit(monkeypatch: pytest.MonkeyPatch, when: Callable[[Any], bool] = lambda entry: True) -> None:
-    """Calls made again give something else than the first time: one bit of each result."""
-    plain = CallEntry.run
-
-    def run(self: CallEntry, memory: Any, replay: Any, wanted: Any) -> Any:
+    def run(self: Entry, memory: Any, replay: Any, wanted: Any) -> Any:
         made = plain(self, memory, replay, wanted)
         for tensor in made.values():
             storage = tensor.untyped_storage()
@@ -152,7 +137,7 @@ def _calls_off_by_a_bit(monkeypatch: pytest.MonkeyPatch, when: Callable[[Any], b
                 storage[0] = storage[0] ^ 1
         return made
 
-    monkeypatch.setattr(CallEntry, "run", run)
+    monkeypatch.setattr(Entry, "run", run)
 
 
 def assert_same(got: list[Any], plain: list[Any]) -> None:

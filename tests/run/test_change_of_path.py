@@ -97,7 +97,7 @@ def test_branches_on_data_stay_within_the_budget() -> None:
 
 
 class LooksAtItsTensors(nn.Module):
-    """Leaves out a mask that masks nothing, but not while it is traced: as the masks of transformers do."""
+    """Leaves out a mask that masks nothing, but not on fake tensors: as the masks of transformers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -111,7 +111,7 @@ class LooksAtItsTensors(nn.Module):
         return x.square().mean()
 
 
-def test_another_path_on_fake_tensors_is_recorded_on_real_ones() -> None:
+def test_the_path_of_the_real_step_is_planned_not_that_on_fake_tensors() -> None:
     torch.manual_seed(0)
     x = torch.randn(512, WIDTH)
     model = LooksAtItsTensors()
@@ -119,7 +119,8 @@ def test_another_path_on_fake_tensors_is_recorded_on_real_ones() -> None:
     budget = int(0.6 * autoremat.plan(model, x, mask, budget=1.0, timing="measure").plain_peak_bytes)
     peaks = both(model, budget, [(x, mask)] * 4, lambda m, b: m(*b))
     stats = both.stats  # type: ignore[attr-defined]
-    assert (stats.planned, stats.deviations, stats.plan.program.recorded) == (1, 0, "real")
+    assert (stats.planned, stats.deviations) == (1, 0)
+    assert len(stats.plan.program.ops) < len(autoremat.plan(model, x, ~mask, budget=1.0).program.ops)
     assert max(peaks) <= budget
 
 

@@ -188,7 +188,7 @@ def test_a_module_compiled_after_the_first_step_is_noticed() -> None:
     model = autoremat.checkpoint(network(), budget=0.7)
     step(model)
     assert autoremat.stats(model).plans == 1
-    model[1].compile(backend="eager")
+    model[1].compile(backend="aot_eager")
     with pytest.warns(RuntimeWarning, match="leave torch.compile out there"):
         step(model)
     assert autoremat.stats(model).unplanned == 1

@@ -50,15 +50,15 @@ def test_a_loss_keeps_the_memory_of_its_kernel(
 
 
 @pytest.mark.parametrize(
-    ("precision", "budget", "recorded"),
+    ("precision", "budget", "looks"),
     [
-        pytest.param(torch.float32, 350_000, "fake", marks=pytest.mark.slow),
-        pytest.param(torch.bfloat16, 330_000, "fake", marks=pytest.mark.slow),
-        (torch.float32, 350_000, "real"),
+        pytest.param(torch.float32, 350_000, False, marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, 330_000, False, marks=pytest.mark.slow),
+        (torch.float32, 350_000, True),
     ],
 )
 def test_every_micro_step_is_within_the_budget(
-    precision: torch.dtype, budget: int, recorded: str, monkeypatch: pytest.MonkeyPatch
+    precision: torch.dtype, budget: int, looks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first with its recording, its measuring and its self-check, the second under the plan that is found first."""
     monkeypatch.setattr(timing, "_MEASURED", {})
@@ -69,7 +69,7 @@ def test_every_micro_step_is_within_the_budget(
 
     def loss_of(x: Tensor, y: Tensor) -> Tensor:
         with torch.autocast("cpu", precision, enabled=precision is not torch.float32):
-            assert recorded == "fake" or x.abs().sum() > 0  # needs the numbers
+            assert not looks or x.abs().sum() > 0  # needs the numbers
             return F.mse_loss(model(x), y)
 
     call = autoremat.checkpoint(loss_of, budget=budget, optimizer=optimizer, time_limit_seconds=0.1)
@@ -83,7 +83,6 @@ def test_every_micro_step_is_within_the_budget(
         peak = account(step, resident(model, x, y) + state_bytes).peak_bytes
         plan = autoremat.stats(call).plan
         assert plan is not None
-        assert plan.program.recorded == recorded
         assert plan.peak_bytes <= peak <= budget, f"step {k}"
         assert k < 2 or peak == plan.peak_bytes
         if k % 2:

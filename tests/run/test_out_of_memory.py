@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
+from autoremat.engines.torch.eager import entry
 
 WIDTH = 64
 
@@ -129,17 +130,15 @@ class RefusesAgain:
     """Lets the n-th op that runs again fail for want of memory, ``times`` times."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, n: int, times: int) -> None:
-        from autoremat.run import entry
-
         plain: Callable[..., Any] = entry.Entry.run
         self.count, self.left = 0, times
 
-        def run(this: Any, memory: Any, replay: Any) -> Any:
+        def run(this: Any, memory: Any, replay: Any, wanted: Any) -> Any:
             self.count += 1
             if self.count >= n and self.left:
                 self.left -= 1
                 raise RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")
-            return plain(this, memory, replay)
+            return plain(this, memory, replay, wanted)
 
         monkeypatch.setattr(entry.Entry, "run", run)
 

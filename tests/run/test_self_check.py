@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import ctypes
-import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -46,17 +46,10 @@ def train(model: nn.Module, steps: int = 3) -> list[Tensor]:
     return seen
 
 
-def at_its_floor(model: nn.Module) -> nn.Module:
-    try:
-        autoremat.plan(model, torch.randn(64, WIDTH), budget=1, timing="measure")
-    except autoremat.InfeasibleBudget as error:
-        return autoremat.checkpoint(model, budget=error.floor_bytes + 2000)
-    raise AssertionError("must be infeasible")
-
-
 def tightly(model: nn.Module, share: float = 0.75) -> nn.Module:
     """Between the floor and the plain peak, with some room to keep more."""
-    plan = autoremat.plan(model, torch.randn(64, WIDTH), budget=1.0, timing="measure")
+    monitored = copy.deepcopy(model)
+    plan = autoremat.plan(monitored, torch.randn(64, WIDTH), budget=1.0, timing="measure")
     return autoremat.checkpoint(
         model, budget=plan.floor_bytes + int(share * (plan.plain_peak_bytes - plan.floor_bytes))
     )
@@ -72,44 +65,28 @@ def assert_exact_after_refusals(model: nn.Module, plain: nn.Module) -> None:
             if "set the gradients to None and repeat the step" not in str(error) or refusals > 9:
                 raise
             refusals += 1
-    assert 0 < refusals <= autoremat.stats(model).differing
+    assert refusals <= autoremat.stats(model).differing
+    assert autoremat.stats(model).differing > 0
     assert all(map(torch.equal, seen, train(plain)))
 
 
-def fake_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As if the recording had seen nothing: what fakes cannot do is left out while recording."""
-    plain = sys.modules["autoremat.record.record"]._record_in
-
-    def record(*args: Any) -> Any:
-        global RECORDING
-        RECORDING = True
-        try:
-            return plain(*args)
-        finally:
-            RECORDING = False
-
-    monkeypatch.setattr(sys.modules["autoremat.record.record"], "_record_in", record)
-
-
-RECORDING = False
-
-
 def scribble(tensor: Tensor) -> None:
-    """Write past torch, as compiled code does."""
-    if not RECORDING:
-        ctypes.memset(tensor.data_ptr(), 0, 4 * WIDTH)
+    """Write past torch, as compiled code does, at an address that was got where nobody listens."""
+    if type(tensor) is Tensor:
+        with ThreadPoolExecutor(1) as elsewhere:
+            address = elsewhere.submit(tensor.data_ptr).result()
+        ctypes.memset(address, 0, 4 * WIDTH)
 
 
-def test_memory_written_past_torch_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_written_past_torch_is_kept() -> None:
     def between(k: int, h: Tensor) -> Tensor:
         h = (h + 1).sin()
         if k == 2:
             scribble(h)
         return h.exp() * h
 
-    fake_only(monkeypatch)
     plain = Blocks(between)
-    model = at_its_floor(copy.deepcopy(plain))
+    model = tightly(copy.deepcopy(plain))
     with pytest.warns(RuntimeWarning, match=r"aten.sin.* must not run again: what it makes is changed"):
         seen = train(model)
     assert all(map(torch.equal, seen, train(plain)))
@@ -118,7 +95,7 @@ def test_memory_written_past_torch_is_kept(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 @pytest.mark.filterwarnings("ignore:autoremat")
-def test_memory_written_past_torch_after_its_last_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_written_past_torch_after_its_last_use() -> None:
     def between(k: int, h: Tensor) -> Tensor:
         h = (h + 1).sin()
         out = h.exp() * h
@@ -128,7 +105,6 @@ def test_memory_written_past_torch_after_its_last_use(monkeypatch: pytest.Monkey
         return out
 
     kept: list[Tensor] = []
-    fake_only(monkeypatch)
     plain = Blocks(between)
     model = tightly(copy.deepcopy(plain), 0.4)
     assert_exact_after_refusals(model, plain)
@@ -136,7 +112,7 @@ def test_memory_written_past_torch_after_its_last_use(monkeypatch: pytest.Monkey
 
 def counting(monkeypatch: pytest.MonkeyPatch) -> None:
     """``sin`` as an operator with a hidden state: another result when it runs again."""
-    off_by_a_bit(monkeypatch, when=lambda entry: str(entry.func) == HIDDEN)
+    off_by_a_bit(monkeypatch, when=lambda entry: entry.func is Tensor.sin)
 
 
 def test_an_operator_that_gives_something_else_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,26 +133,26 @@ def test_an_operator_that_gives_something_else_is_kept(monkeypatch: pytest.Monke
 def test_where_there_was_no_room_to_compare_the_backward_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Blocks(lambda k, h: h.sin().cos())
     model = autoremat.checkpoint(copy.deepcopy(plain), budget=1.0, recompute="aten.sin*")
-    monkeypatch.setattr("autoremat.run.instructions._Compiler._twice", lambda *args: frozenset())
+    monkeypatch.setattr("autoremat.engines.torch.eager.script._Compiler._twice", lambda *args: frozenset())
+    monkeypatch.setattr("autoremat.engines.torch.eager.tape.Tape._has_room_for", lambda *args: False)
     counting(monkeypatch)
     assert_exact_after_refusals(model, plain)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in ("GPT", "pre-activation ResNet")], ids=str)
-def test_the_first_step_stays_within_the_budget_too(case: Any) -> None:
+def test_the_first_steps_stay_within_the_budget_too(case: Any) -> None:
     torch.manual_seed(0)
     model, inputs = case.model(), case.inputs()
     loss = case.loss(model)
-    budget = int(0.5 * autoremat.plan(loss, *inputs, budget=1.0, timing="measure").plain_peak_bytes)
+    budget = int(0.6 * autoremat.plan(loss, *inputs, budget=1.0, timing="measure").plain_peak_bytes)
     step = autoremat.checkpoint(loss, budget=budget)
-    with torch.no_grad():
-        before = resident(model, *inputs)
-    session = step.__autoremat__
-    session._entry(inputs, {})  # plan, do not run yet
-    peak = account(lambda: step(*inputs).backward(), before).peak_bytes
+    for _ in range(3):
+        model.zero_grad()
+        with torch.no_grad():
+            before = resident(model, *inputs)
+        assert account(lambda: step(*inputs).backward(), before).peak_bytes <= budget
     assert autoremat.stats(step).reruns > 0
-    assert peak <= budget
 
 
 def test_a_program_says_what_it_was_recorded_on() -> None:

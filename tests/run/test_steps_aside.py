@@ -53,7 +53,8 @@ def deprecated() -> Iterator[None]:
 
 def scripted() -> nn.Sequential:
     torch.manual_seed(0)
-    return nn.Sequential(*[torch.jit.script(Act()) for _ in range(3)], nn.Linear(32, 8))
+    plain = [m for _ in range(4) for m in (nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32), nn.Tanh())]
+    return nn.Sequential(*[torch.jit.script(Act()) for _ in range(3)], *plain, nn.Linear(32, 8))
 
 
 @pytest.mark.usefixtures("deprecated")
@@ -64,7 +65,7 @@ def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str) -> 
     with refused:
         autoremat.plan(net, x, budget=1.0, time_limit_seconds=0.2)
     assert {n: p.data_ptr() for n, p in net.named_parameters()} == parameters
-    step = autoremat.checkpoint(lambda x: net(x).square().mean(), budget=0.7, time_limit_seconds=0.5)
+    step = autoremat.checkpoint(lambda x: net(x).square().mean(), budget=0.85, time_limit_seconds=0.5)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     losses = []
     for _ in range(4):
@@ -75,12 +76,12 @@ def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str) -> 
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-        if way == "here" and len(losses) == 1:
-            assert sum("ScriptModule" in str(w.message) for w in caught) == 1
+        assert not [w for w in caught if "autoremat" in str(w.message)]
     assert losses == sorted(losses, reverse=True)
     assert {n: p.data_ptr() for n, p in net.named_parameters()} == parameters
     stats = autoremat.stats(step)
-    assert (stats.unplanned > 0) == (way == "here")
+    assert stats.unplanned == 0
+    assert stats.reruns > 0
 
 
 SCRIPTED = """
@@ -92,7 +93,7 @@ torch.set_num_threads(1)
 net = scripted(); x = torch.randn(256, 32)
 step = lambda x: net(x).square().mean()
 if sys.argv[1] == "checkpointed":
-    step = autoremat.checkpoint(step, budget=0.7, time_limit_seconds=0.5)
+    step = autoremat.checkpoint(step, budget=0.85, time_limit_seconds=0.5)
 optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
 for _ in range(4):
     optimizer.zero_grad(); loss = step(x); loss.backward(); optimizer.step()

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import autoremat
+from autoremat.engines.torch.eager.tape import Tape
 from autoremat.run.account import account
-from autoremat.run.tape import Tape
 from tests.run.compare import World, exact, quick
 from tests.run.test_hostile import WIDTH, check_body, data
 from tests.run.test_hostile_use import Saves, check_step, net
@@ -125,7 +125,7 @@ def test_kept_operators_do_not_run_again() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, plain, strict=True))
 
 
-def test_custom_operator_runs_once() -> None:
+def test_custom_operator_runs_again_once_it_has_been_seen_to_give_the_same() -> None:
     calls: list[int] = []
     with torch.library._scoped_library("autoremat_demands", "FRAGMENT"):
 
@@ -156,7 +156,7 @@ def test_custom_operator_runs_once() -> None:
         calls.clear()
         before = checkpointed.reruns
         (got,) = torch.autograd.grad(checkpointed(x), x)
-        assert len(calls) == 3
+        assert len(calls) > 3
         assert checkpointed.reruns > before
         assert torch.equal(got, plain)
 
@@ -244,7 +244,7 @@ def test_error_and_then_a_good_call() -> None:
 
 def test_wrong_arguments_are_the_callables_error() -> None:
     model = autoremat.checkpoint(Layers(), budget=0.9)
-    with pytest.raises(TypeError, match="positional argument"), pytest.warns(RuntimeWarning, match="not be recorded"):
+    with pytest.raises(TypeError, match="positional argument"):
         model()
     with pytest.raises(TypeError, match="positional arguments"):
         model(data(), data())
@@ -742,7 +742,8 @@ def test_graph_and_values_die_with_the_result() -> None:
 
     x = torch.randn(64, 64, requires_grad=True)
     checkpointed = Floor(step)
-    checkpointed(x).sum().backward()
+    for _ in range(2):  # without a gradient, and with one
+        checkpointed(x).sum().backward()
     gc.collect()
     gc.disable()
     try:

@@ -19,6 +19,7 @@ from autoremat.engines.torch.eager.path import Pair
 from autoremat.engines.torch.eager.state import Replay
 from autoremat.record.local import local_of
 from autoremat.record.values import fingerprint, storage_of
+from autoremat.run.memory import is_out_of_memory
 
 DIFFERS: Final = "gives something else when it runs again"
 CHANGED: Final = "what it makes is changed by something that torch does not see"
@@ -38,6 +39,10 @@ class NoCheck:
 
     def noted(self, k: int, results: Sequence[Pair], made: Sequence[Tensor]) -> None:
         """After a call that has made these values."""
+
+    def still_gives(self, k: int, entry: Entry, value: int, memory: dict[int, Tensor]) -> bool:
+        """Whether a call gives the same value when it is made again."""
+        return True
 
     def has_changed(self, value: int, tensor: Tensor) -> bool:
         """Whether a value is not what its call made, although no call has changed it since."""
@@ -85,12 +90,30 @@ class SelfCheck(NoCheck):
         if k not in self._twice:
             return False
         wanted = {v for v in entry.makes if v in self._sums}
-        with Replay() as replay:
-            again = entry.run(memory, replay, wanted)
-        if all(self._sum(v, t) == self._sums[v] for v, t in again.items() if v in self._sums):
+        if self._is_made_again(entry, memory, wanted):
             return False
         self._report(k, DIFFERS)
         return True
+
+    def _is_made_again(self, entry: Entry, memory: dict[int, Tensor], wanted: Collection[int]) -> bool:
+        """Whether a second run gives what the first one gave; so it seems, too, where the device has no room for it."""
+        try:
+            with Replay() as replay:
+                again = entry.run(memory, replay, wanted)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return True
+            raise
+        return all(self._sum(v, t) == self._sums[v] for v, t in again.items() if v in self._sums)
+
+    def still_gives(self, k: int, entry: Entry, value: int, memory: dict[int, Tensor]) -> bool:
+        """Whether a call gives the same value when it is made again, from this memory."""
+        if value not in self._sums:
+            return True
+        if self._is_made_again(entry, memory, {value}):
+            return True
+        self._report(k, DIFFERS)
+        return False
 
     def noted(self, k: int, results: Sequence[Pair], made: Sequence[Tensor]) -> None:
         """Remember what a call has made."""

@@ -85,46 +85,41 @@ class Entry:
         """
         found: dict[int, Tensor] = {}
         inner = {i: v for i, v in self.saved if v in wanted}
-        whole = not self.stops.issuperset(wanted)
+        enough = len(inner) if self.stops.issuperset(wanted) else None
         if self.generator is None or self.generator_state is None:
             with replay.use(self.state):
-                self._call(memory, inner, whole, found, wanted)
+                out = self._made(memory, inner, enough, found)
         else:
             with generator_at(self.generator, self.generator_state), replay.use(self.state):
-                self._call(memory, inner, whole, found, wanted)
-        if self.draws is not None and whole and self.draws != _sum(found, self.results):
+                out = self._made(memory, inner, enough, found)
+        if out is None:
+            return found
+        if self.draws is not None and self.draws != _sum(out, self.results):
             raise _disturbed(self.func)
+        for i, value in self.results:
+            if value in wanted:
+                found[value] = local_of(out[i]).detach()
+        for new, old in self.in_place:
+            found[new] = memory[old]
         return found
 
-    def _call(
-        self, memory: dict[int, Tensor], inner: dict[int, int], whole: bool, found: dict[int, Tensor],
-        wanted: Collection[int],
-    ) -> None:  # fmt: skip
+    def _made(
+        self, memory: Mapping[int, Tensor], inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]
+    ) -> list[Tensor] | None:
+        """The tensors that the call gives; None where it has been ended because all that is wanted has been saved."""
         args = [resolved(a, memory) for a in self.args]
         kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()}
         if not self.state.settings.grad_enabled:
             with heard_by_classes():
-                out = self.func(*args, **kwargs)
-            self._take(out, memory, found, wanted)
-            return
-        _push_hooks(_catcher(inner, None if whole else len(inner), found), _never)
+                return tensors_in(self.func(*args, **kwargs))
+        _push_hooks(_catcher(inner, enough, found), _never)
         try:
             with heard_by_classes():
-                out = self.func(*args, **kwargs)
-            self._take(out, memory, found, wanted)
+                return tensors_in(self.func(*args, **kwargs))
         except Enough:
-            return
+            return None
         finally:
             _pop_hooks()
-
-    def _take(self, out: Any, memory: Mapping[int, Tensor], found: dict[int, Tensor], wanted: Collection[int]) -> None:
-        if self.results:
-            tensors = tensors_in(out)
-            for i, value in self.results:
-                if value in wanted:
-                    found[value] = local_of(tensors[i]).detach()
-        for new, old in self.in_place:
-            found[new] = memory[old]
 
 
 def prepared(
@@ -172,12 +167,10 @@ def generators_of(args: Any, kwargs: Any) -> list[torch.Generator]:
 
 def draws_of(entry: Entry, made: Sequence[Tensor], results: Sequence[tuple[int, int]]) -> int | None:
     """A checksum of what a call drew, where another thread may have drawn in between."""
-    if not may_be_disturbed(entry.generator):
-        return None
-    return checksum(made[i].untyped_storage() for i, _ in results if i < len(made))
+    return _sum(made, results) if may_be_disturbed(entry.generator) else None
 
 
-def _catcher(inner: dict[int, int], enough: int | None, found: dict[int, Tensor]) -> Callable[[Tensor], None]:
+def _catcher(inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]) -> Callable[[Tensor], None]:
     """A pack hook that keeps what is wanted and lets go of everything else; raises ``Enough`` after the last one."""
     n = 0
 
@@ -197,8 +190,8 @@ def _never(packed: Any) -> Tensor:
     raise RuntimeError("autoremat: nobody goes backward through a call that is made again; this is a bug in autoremat")
 
 
-def _sum(found: Mapping[int, Tensor], results: tuple[tuple[int, int], ...]) -> int:
-    return checksum(found[v].untyped_storage() for _, v in results if v in found)
+def _sum(made: Sequence[Tensor], results: Sequence[tuple[int, int]]) -> int:
+    return checksum(local_of(made[i]).untyped_storage() for i, _ in results if i < len(made))
 
 
 def may_be_disturbed(generator: torch.Generator | None) -> bool:

@@ -128,7 +128,7 @@ class FirstStep:
     ) -> Program:  # fmt: skip
         """The program of the step."""
         return program_of(
-            self._shadow, getattr(self.fn, "__name__", type(self.fn).__name__),
+            self._shadow, self.tape.path, getattr(self.fn, "__name__", type(self.fn).__name__),
             optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,
             parallel=self.parallel, progress=progress, limit=limit,
         )  # fmt: skip

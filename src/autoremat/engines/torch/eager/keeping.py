@@ -106,8 +106,7 @@ class Keeping:
         local = local_of(tensor)
         if held is not None and held.untyped_storage()._cdata == local.untyped_storage()._cdata:
             self._ledger.let_go(old)
-        self._passes.move(old, new)
-        if new in self._passes.needs.handles and new not in self._ledger.held:
+        if self._passes.move(old, new) and new not in self._ledger.held:
             self._ledger.hold(new, local.detach())
 
     # ---- escaping ------------------------------------------------------------------------------------------------

@@ -56,16 +56,18 @@ class Passes:
             value = self.moved[value]
         return value
 
-    def move(self, old: int, new: int) -> None:
-        """The memory of a value holds another one: that is what its handles stand for.
+    def move(self, old: int, new: int) -> bool:
+        """The memory of a value holds another one: that is what its handles stand for; whether it had any.
 
         Overwriting a saved tensor is an error of the user's that shows in the backward, unless it is another part of
         the memory that is overwritten, with a version counter of its own (``unsafe_chunk``, ``tensor.data``).
         """
-        if old in self.needs.handles:
-            self.needs.move_handles(old, new)
-            self.waiting[new] = self.waiting.get(new, 0) + self.waiting.pop(old, 0)
-            self.moved[old] = new
+        if old not in self.needs.handles:
+            return False
+        self.needs.move_handles(old, new)
+        self.waiting[new] = self.waiting.get(new, 0) + self.waiting.pop(old, 0)
+        self.moved[old] = new
+        return True
 
     def serve(self, handle: Handle) -> int:
         """A pass asks for what a handle stands for; the value."""

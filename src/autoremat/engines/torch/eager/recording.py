@@ -77,14 +77,18 @@ def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], m
 
 
 def program_of(
-    shadow: Shadow, name: str, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int, parallel: Parallel,
-    progress: Progress | None, limit: Callable[[Program], int] | None,
+    shadow: Shadow, calls: Sequence[Call], name: str, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int,
+    parallel: Parallel, progress: Progress | None, limit: Callable[[Program], int] | None,
 ) -> Program:  # fmt: skip
     """The program of a recorded step, with measured costs where there is room to measure."""
     recorder = shadow.recorder
-    for k, op in enumerate(recorder.ops):
-        if op.call in shadow.once and op.facts is not None and not op.backward:
-            recorder.ops[k].facts = replace(op.facts, never_again=op.facts.never_again or shadow.once[op.call])
+    for op in recorder.ops:
+        if op.facts is None or op.backward or op.call < 0:
+            continue
+        if op.facts.uninitialised and not calls[op.call].uninitialised:
+            op.facts = replace(op.facts, uninitialised=False)  # the call itself fills it
+        if op.call in shadow.once:
+            op.facts = replace(op.facts, never_again=op.facts.never_again or shadow.once[op.call])
     whole = Whole(
         name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, resident_bytes(parallel), True, limit, progress
     )

@@ -164,6 +164,9 @@ class Shadow:
             self._memory[storage._cdata] = weakref.ref(storage), weakref.ref(twin)
         if tensor.grad_fn is not None:
             where = tensor.grad_fn._sequence_nr(), tensor.output_nr
+            before = self._node_of.get(id(twin))
+            if before is not None and before != where:  # it has been overwritten
+                self._nodes.pop(before, None)
             self._nodes[where] = twin, _blank_of(twin)
             self._node_of[id(twin)] = where
         return twin

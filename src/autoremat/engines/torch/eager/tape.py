@@ -171,7 +171,30 @@ class Tape:
     def take_plan(self, script: Script) -> None:
         """Go on by a plan that was made of this very forward."""
         self.script, self.ledger.where = script, script.where
-        self.backward.take_plan(script, self.keeping.can_go)
+        with torch._C.DisableTorchFunction():
+            self.backward.take_plan(script, self._may_go)
+
+    def _may_go(self, value: int) -> bool:
+        """Whether a value that the plan does not keep can be made again as it is, if there is room to find out."""
+        call = self.ledger.maker[value]
+        entry = self.ledger.entries[call]
+        if not self.keeping.can_go(value):
+            return False
+        if not self.check.is_looking or entry.in_place or any(v not in self.ledger.held for v in entry.reads):
+            return True
+        if not self._has_room_for(value):
+            return True
+        if self.check.still_gives(call, entry, value, {v: self.ledger.held[v] for v in entry.reads}):
+            return True
+        self.backward.pinned.add(value)
+        return False
+
+    def _has_room_for(self, value: int) -> bool:
+        """Whether a value fits into the budget once more, at the end of a first forward."""
+        assert self.script is not None
+        nbytes, meter = self.ledger.held[value].untyped_storage().nbytes(), self.ledger.meter
+        budget, beside = self.script.budget_bytes, self.script.fixed_bytes
+        return budget is None or beside + (0 if meter is None else meter.nbytes) + nbytes <= budget
 
     # ---- what happens to values ------------------------------------------------------------------------------------
 
