@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from autoremat.api import Options, session_of
+from autoremat.engines.torch.eager.check import Differs
+from autoremat.engines.torch.eager.session import Session
 from autoremat.plan.constraints import Patterns
 from autoremat.program import Plan
 from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
@@ -27,7 +29,6 @@ from autoremat.record.world import (
     undisturbed,
 )
 from autoremat.run.account import measured_peak
-from autoremat.run.session import Session
 from autoremat.run.settings import RandomStates
 
 
@@ -162,9 +163,13 @@ def _run(
     kwargs: dict[str, Any], start_anew: Callable[[], None],
 ) -> _Seen:  # fmt: skip
     """Run one step from the start."""
-    start_anew()
-    with undisturbed(modules, session.fn, args, kwargs):
-        return _observed(lambda: call(*args, **kwargs), modules, _named(modules, args, kwargs))
+    while True:
+        start_anew()
+        with (
+            contextlib.suppress(Differs),
+            undisturbed(modules, session.fn, args, kwargs),
+        ):  # one is found at a time, and kept
+            return _observed(lambda: call(*args, **kwargs), modules, _named(modules, args, kwargs))
 
 
 def _compared(

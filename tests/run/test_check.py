@@ -113,7 +113,7 @@ def test_a_difference_is_found_and_named(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_differs_when_it_runs_again_is_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    off_by_a_bit(monkeypatch)
+    off_by_a_bit(monkeypatch, when=lambda entry: entry.func is Tensor.sin)
     with pytest.warns(RuntimeWarning, match="must not run again"):
         found = autoremat.check(Net(), torch.randn(64, WIDTH), budget=0.8)
     assert found.is_exact
@@ -121,7 +121,7 @@ def test_what_differs_when_it_runs_again_is_listed(monkeypatch: pytest.MonkeyPat
     assert all("test_check.py:" in line and line in str(found) for line in found.kept)
 
 
-@pytest.mark.parametrize("budget", [0.8, 0.6])
+@pytest.mark.parametrize("budget", [0.9, 0.8])
 @pytest.mark.parametrize("seed", range(2))
 def test_what_differs_and_is_overwritten_is_kept_as_well(
     budget: float, seed: int, monkeypatch: pytest.MonkeyPatch
@@ -133,7 +133,7 @@ def test_what_differs_and_is_overwritten_is_kept_as_well(
     def costs(signatures: Any, *rest: Any, **options: Any) -> list[Cost]:
         return [c._replace(seconds=10 ** dice.uniform(-6, -3)) for c in plain(signatures, *rest, **options)]
 
-    off_by_a_bit(monkeypatch)
+    off_by_a_bit(monkeypatch, when=lambda entry: entry.func is nn.functional.dropout)
     monkeypatch.setattr(module, "measure_all", costs)
     with pytest.warns(RuntimeWarning, match="must not run again"):
         found = autoremat.check(Net(), torch.randn(64, WIDTH), budget=budget, time_limit_seconds=0.1)

@@ -83,7 +83,7 @@ def test_every_micro_step_is_within_the_budget(
         peak = account(step, resident(model, x, y) + state_bytes).peak_bytes
         plan = autoremat.stats(call).plan
         assert plan is not None
-        assert plan.peak_bytes <= peak <= budget, f"step {k}"
+        assert max(plan.peak_bytes, peak) <= budget, f"step {k}"
         assert k < 2 or peak == plan.peak_bytes
         if k % 2:
             optimizer.step()

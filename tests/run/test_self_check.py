@@ -134,7 +134,7 @@ def test_where_there_was_no_room_to_compare_the_backward_stops(monkeypatch: pyte
     plain = Blocks(lambda k, h: h.sin().cos())
     model = autoremat.checkpoint(copy.deepcopy(plain), budget=1.0, recompute="aten.sin*")
     monkeypatch.setattr("autoremat.engines.torch.eager.script._Compiler._twice", lambda *args: frozenset())
-    monkeypatch.setattr("autoremat.engines.torch.eager.tape.Tape._has_room_for", lambda *args: False)
+    monkeypatch.setattr("autoremat.engines.torch.eager.room.Room.has", lambda *args: False)
     counting(monkeypatch)
     assert_exact_after_refusals(model, plain)
 

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.ledger import Ledger
-from autoremat.engines.torch.eager.online import Online
 from autoremat.engines.torch.eager.passes import Passes, in_backward, in_python_node
-from autoremat.engines.torch.eager.room import Room
+from autoremat.engines.torch.eager.room import Nothing, Room
 from autoremat.engines.torch.eager.script import Act, Script
 from autoremat.engines.torch.eager.state import Replay
 from autoremat.run.memory import free_memory, is_out_of_memory
@@ -28,17 +27,16 @@ class Backward:
     Args:
         ledger: what is in memory, and how the rest is made again.
         passes: the handles and who waits for them.
-        online: decides what goes where no plan says it.
         rebind: called with a tensor handed out within the forward, and its value.
         out_of_memory: makes the error that tells of memory refused for good.
         script: the plan's acts; None as long as there is no plan.
     """
 
     def __init__(
-        self, ledger: Ledger, passes: Passes, online: Online, rebind: Callable[[Tensor, int], None],
+        self, ledger: Ledger, passes: Passes, rebind: Callable[[Tensor, int], None],
         out_of_memory: Callable[[BaseException], BaseException], script: Script | None,
     ) -> None:  # fmt: skip
-        self._ledger, self._passes, self._online = ledger, passes, online
+        self._ledger, self._passes = ledger, passes
         self._rebind, self._out_of_memory = rebind, out_of_memory
         self._script, self._cursor = script, 0
         self._is_noted = script is None
@@ -69,14 +67,17 @@ class Backward:
         """Go on by a plan that was made of this very forward: hold what it keeps, let go of the rest."""
         ledger = self._ledger
         self._script, self._cursor = script, 0
+        for call, entry in ledger.entries.items():
+            work = script.works[call]
+            entry.stops = entry.stops if work is None else work.stops
         kept = script.kept | script.hold
         for value in list(ledger.held):
             if value not in kept and value in ledger.maker and can_go(value):
                 ledger.let_go(value)
-        for value in sorted(kept):
-            if value not in ledger.held and value in ledger.maker and self._passes.needs.is_needed(value):
-                self._fetched(value)
-        ledger.meter = None
+        gone = [v for v in kept if v not in ledger.held and v in ledger.maker and self._passes.needs.is_needed(v)]
+        if self.room is None or self.room.fits(ledger.missing(gone)):  # else it is made again when it is asked for
+            ledger.make_again(gone, kept.__contains__, lambda call, locked: None)
+            ledger.remade -= kept  # they take the place of the forward's own
 
     def improvise(self) -> None:
         """From here on make values on demand, and hold what the budget has room for."""
@@ -140,7 +141,9 @@ class Backward:
             if not is_out_of_memory(error):
                 raise
         self.improvise()  # the device has no room for what the plan does next: hold as little as possible, once more
-        self._online.shrink(0.0)
+        if self.room is None:
+            self.room = Room(Nothing(), self._ledger, self._passes, self._ledger.maker.__contains__)
+        self.room.online.shrink(0.0)
         free_memory()
         try:
             return self._answer(handle, value)
@@ -160,7 +163,8 @@ class Backward:
                 return handle.seen.on(self._fetched(value))  # of a forward that was noted
             self.improvise()  # another order than the plan's: make on demand from here on
         tensor = handle.seen.on(self._fetched(value))
-        self._online.used([value])
+        if self.room is not None:
+            self.room.online.used([value])
         return tensor
 
     # ---- the plan ------------------------------------------------------------------------------------------------
@@ -202,7 +206,8 @@ class Backward:
         if self._is_noted:
             if value not in ledger.maker and self._passes.needs.is_needed(value):
                 return  # calls that may be needed begin with it
-            if is_own and value in self._passes.needs.handles:
+            kept = self._script is None or value in self._script.kept
+            if is_own and kept and value in self._passes.needs.handles:
                 self._late.add(value)
                 return
         if value in ledger.held and not (self._passes.retained and is_own):
@@ -218,8 +223,11 @@ class Backward:
         needs = self._passes.needs
         if not self.is_planned:
             return self._ledger.fetch(value, lambda v: v in needs.handles, self._shrink)
-        tensor = self._ledger.fetch(value, lambda v: False, lambda locked: None)
-        self._ledger.remade.discard(value)  # it takes the place of the forward's own
+        script = self._script
+        assert script is not None
+        tensor = self._ledger.fetch(value, lambda v: v in script.kept or v in script.hold, lambda locked: None)
+        self._ledger.remade.difference_update(script.kept | script.hold)  # they take the place of the forward's own
+        self._ledger.remade.discard(value)
         return tensor
 
     def _looked_up(self, value: int) -> Tensor:

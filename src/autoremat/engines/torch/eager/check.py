@@ -25,12 +25,18 @@ DIFFERS: Final = "gives something else when it runs again"
 CHANGED: Final = "what it makes is changed by something that torch does not see"
 
 
+class Differs(RuntimeError):
+    """A call that was made again gave something else than the first time, and it is too late to keep that."""
+
+
 class NoCheck:
     """Compares nothing."""
 
     is_looking = False
 
-    def before(self, k: int, given: Sequence[Tensor], reads: Sequence[Pair], written: Collection[int]) -> None:
+    def before(
+        self, k: int, given: Sequence[Tensor], reads: Sequence[Pair], written: Collection[int], *, has_room: bool = True
+    ) -> None:  # fmt: skip
         """Before a call that may be made again."""
 
     def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
@@ -39,10 +45,6 @@ class NoCheck:
 
     def noted(self, k: int, results: Sequence[Pair], made: Sequence[Tensor]) -> None:
         """After a call that has made these values."""
-
-    def still_gives(self, k: int, entry: Entry, value: int, memory: dict[int, Tensor]) -> bool:
-        """Whether a call gives the same value when it is made again."""
-        return True
 
     def has_changed(self, value: int, tensor: Tensor) -> bool:
         """Whether a value is not what its call made, although no call has changed it since."""
@@ -59,24 +61,27 @@ class SelfCheck(NoCheck):
     """Checksums of what one forward made, and the comparisons.
 
     Args:
-        twice: calls for whose second run, right after the first, there is room.
+        twice: calls for whose second run, right after the first, there is room; None where nobody knows that yet.
         on_difference: called with the call and the reason why it must not be made again.
     """
 
     is_looking = True
 
-    def __init__(self, twice: Collection[int], on_difference: Callable[[int, str], None]) -> None:
+    def __init__(self, twice: Collection[int] | None, on_difference: Callable[[int, str], None]) -> None:
         self._twice, self._report = twice, on_difference
         self._sums: dict[int, int] = {}
         self._parts: dict[int, slice] = {}
         """Where in its memory a value is: some kernels leave bytes beside it that mean nothing."""
         self._maker: dict[int, int] = {}
-        self._memory: dict[int, Tensor] = {}
+        self._memory: dict[int, Tensor] | None = None
 
-    def before(self, k: int, given: Sequence[Tensor], reads: Sequence[Pair], written: Collection[int]) -> None:
+    def before(
+        self, k: int, given: Sequence[Tensor], reads: Sequence[Pair], written: Collection[int], *, has_room: bool = True
+    ) -> None:  # fmt: skip
         """Before a call: the memory that a second run will read; copies of what the first overwrites."""
-        self._memory = {}
-        if k in self._twice:
+        self._memory = None
+        if has_room and (self._twice is None or k in self._twice):
+            self._memory = {}
             overwritten = {value for i, value in reads if i in written}
             for i, value in reads:
                 if value not in self._memory:
@@ -86,8 +91,8 @@ class SelfCheck(NoCheck):
     def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
         """After the first run: remember what it made, and run again where there is room; whether that differs."""
         self.noted(k, entry.results, made)
-        memory, self._memory = self._memory, {}
-        if k not in self._twice:
+        memory, self._memory = self._memory, None
+        if memory is None:
             return False
         wanted = {v for v in entry.makes if v in self._sums}
         if self._is_made_again(entry, memory, wanted):
@@ -106,11 +111,21 @@ class SelfCheck(NoCheck):
             raise
         return all(self._sum(v, t) == self._sums[v] for v, t in again.items() if v in self._sums)
 
-    def still_gives(self, k: int, entry: Entry, value: int, memory: dict[int, Tensor]) -> bool:
-        """Whether a call gives the same value when it is made again, from this memory."""
-        if value not in self._sums:
-            return True
-        if self._is_made_again(entry, memory, {value}):
+    def _is_made_again(self, entry: Entry, memory: dict[int, Tensor], wanted: Collection[int]) -> bool:
+        """Whether a second run gives what the first one gave; so it seems, too, where the device has no room for it."""
+        try:
+            with Replay() as replay:
+                again = entry.run(memory, replay, wanted)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                return True
+            raise
+        return all(self._sum(v, t) == self._sums[v] for v, t in again.items() if v in self._sums)
+
+    def still_gives(self, k: int, entry: Entry, memory: dict[int, Tensor]) -> bool:
+        """Whether a call gives the same when it is made again, from this memory."""
+        known = {v for v in entry.makes if v in self._sums}
+        if not known or self._is_made_again(entry, memory, known):
             return True
         self._report(k, DIFFERS)
         return False
@@ -140,13 +155,13 @@ class SelfCheck(NoCheck):
         """In the backward: what was made again, beside what the forward made.
 
         Raises:
-            RuntimeError: they differ; the call is reported first, so that the next step keeps what it makes.
+            Differs: they do; the call is reported first, so that the next step keeps what it makes.
         """
         for value, tensor in made.items():
             if value in self._sums and self._sums[value] != self._sum(value, tensor):
                 self._report(k, DIFFERS)
                 name = getattr(entry.func, "__name__", str(entry.func))
-                raise RuntimeError(
+                raise Differs(
                     f"autoremat's check of this first step with a plan: {name} gave something else when it ran again "
                     "than in the forward, so this backward cannot go on. Its result is kept from now on: set the "
                     "gradients to None and repeat the step"

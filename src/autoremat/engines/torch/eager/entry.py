@@ -36,7 +36,7 @@ class Entry:
         state: in which it was made.
         generator: that it draws from.
         generator_state: of that before the call.
-        reads: values among its arguments.
+        positions: for those of the tensors among its arguments, by position, that look at a value, that value.
         outside: those of its arguments that the step did not make.
         results: pairs (position among the tensors of the result, value).
         saved: pairs (position among what autograd saves inside the call, value), for values made and saved inside.
@@ -50,7 +50,7 @@ class Entry:
     state: State
     generator: torch.Generator | None
     generator_state: bytearray | None
-    reads: tuple[int, ...]
+    positions: Mapping[int, int]
     outside: tuple[Outside, ...] = ()
     results: tuple[tuple[int, int], ...] = ()
     saved: tuple[tuple[int, int], ...] = ()
@@ -66,6 +66,11 @@ class Entry:
         """Take note of what the call has made, once it has been made."""
         self.results, self.saved, self.draws = results, saved, draws
         self.in_place = tuple([(new, old) for _, old, new in written])
+
+    @property
+    def reads(self) -> tuple[int, ...]:
+        """The values among its arguments."""
+        return tuple(dict.fromkeys(self.positions.values()))
 
     @property
     def makes(self) -> tuple[int, ...]:
@@ -155,7 +160,7 @@ def prepared(
     return Entry(
         func, [template(a, described) for a in args], {k: template(a, described) for k, a in kwargs.items()},
         State.now(), generator, None if generator is None else state_of(generator),
-        tuple(dict.fromkeys(values.values())), tuple(outside),
+        values, tuple(outside),
     )  # fmt: skip
 
 

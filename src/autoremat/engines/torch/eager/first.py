@@ -100,6 +100,11 @@ class FirstStep:
                 leaf.grad = gradient
             raise
 
+    @property
+    def compiled(self) -> str:
+        """Where compiled code was met that runs inside; "" if none was."""
+        return self.tape.compiled or self._shadow.compiled
+
     def backward(self, result: Any) -> None:
         """Record the backward on fake tensors.
 

@@ -143,7 +143,7 @@ class Keeping:
 
     # ---- letting go ----------------------------------------------------------------------------------------------
 
-    def can_go(self, value: int) -> bool:
+    def may_go(self, value: int) -> bool:
         """Whether letting go of a value that is held gives its memory back, and nothing is lost by it.
 
         As long as somebody else holds the memory, nothing would be gained; and it could be written through torch's

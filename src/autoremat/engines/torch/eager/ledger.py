@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import partial
 from time import perf_counter
 
 import torch
@@ -38,7 +40,7 @@ class Ledger:
         """Values in memory that are not those of the forward, but made again."""
         self.reruns = 0
         self.meter: Meter | None = None
-        """Where somebody wants to know how much is held."""
+        """Where somebody wants to know how much there is."""
         self._versions: dict[int, int] = {}
         self.where: Sequence[str] = ()
         """For messages: what every call is, and where it stands."""
@@ -61,14 +63,12 @@ class Ledger:
     def hold(self, value: int, tensor: Tensor) -> None:
         """Keep a value of the forward in memory."""
         if self.meter is not None:
-            self.meter.replaced(self.held.get(value), tensor)
+            self.meter.add(tensor)
         self.held[value] = tensor
 
     def let_go(self, value: int) -> None:
         """Keep it no longer."""
-        tensor = self.held.pop(value, None)
-        if self.meter is not None:
-            self.meter.replaced(tensor, None)
+        self.held.pop(value, None)
         self.remade.discard(value)
         self._versions.pop(value, None)
 
@@ -84,14 +84,14 @@ class Ledger:
             raise modified(tensor, version)
         return tensor
 
-    def missing(self, value: int) -> dict[int, set[int]]:
-        """The calls to make again for a value, in order, and what is wanted of each.
+    def missing(self, values: Collection[int]) -> dict[int, set[int]]:
+        """The calls to make again for some values, in order, and what is wanted of each.
 
         Raises:
             LookupError: one of the values on the way is lost.
         """
         wanted: dict[int, set[int]] = {}
-        pending = [value]
+        pending = list(values)
         while pending:
             v = pending.pop()
             if v in self.held:
@@ -113,24 +113,36 @@ class Ledger:
             stays: whether a value that was made on the way stays in memory.
             after_each: called after every call with the values that are still needed on the way.
         """
-        if value in self.held:
-            return self.memory(value)
+        if value not in self.held:
+            self.make_again((value,), stays, lambda call, locked: after_each(locked))
+        return self.memory(value)
+
+    def make_again(
+        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[int, Collection[int]], None]
+    ) -> None:
+        """Make values again that are gone, each call once: O(calls).
+
+        Args:
+            values: which.
+            stays: whether another value that was made on the way stays in memory.
+            after_each: called after every call with that and the values that are still needed on the way.
+        """
         try:
-            missing = self.missing(value)
+            missing = self.missing(values)
         except LookupError as lost:
             raise _lost(lost.args[0]) from None
         uses = Counter(v for k in missing for v in self.entries[k].reads)
-        made: list[int] = []
+        asked, made = set(values), set[int]()
         with Replay() as replay:
             for k, wanted in missing.items():
                 self.run(k, wanted, replay)
-                made += wanted
-                uses.subtract(self.entries[k].reads)
-                for v in [v for v in made if not uses[v] and v != value and not stays(v)]:
-                    self.let_go(v)
-                made = [v for v in made if v in self.held]
-                after_each({value, *(v for v, n in uses.items() if n > 0)})
-        return self.memory(value)
+                made |= wanted
+                reads = self.entries[k].reads
+                uses.subtract(reads)
+                for v in (*wanted, *(v for v in reads if v in made)):
+                    if not uses[v] and v not in asked and not stays(v):
+                        self.let_go(v)
+                after_each(k, asked | {v for v, n in uses.items() if n > 0})
 
     def run(self, call: int, wanted: Collection[int], replay: Replay, ends: Collection[int] = ()) -> None:
         """Make a call again; what is wanted of it is held from now on.
@@ -164,30 +176,25 @@ class Ledger:
 
 
 class Meter:
-    """Counts the bytes of what a ledger holds, each storage once, in constant time for each change."""
+    """Counts the bytes of what a step has made and somebody still holds, each storage once."""
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         self.nbytes = 0
-        self._uses: dict[int, list[int]] = {}
-        """For every storage, by address, how many tensors are held on it, and its bytes when the first one came."""
+        self._living: dict[int, weakref.ref[torch.UntypedStorage]] = {}
         for tensor in held:
-            self.replaced(None, tensor)
+            self.add(tensor)
 
-    def replaced(self, old: Tensor | None, new: Tensor | None) -> None:
-        """A tensor that was held has gone, another one has come."""
-        if new is not None:
-            storage = new.untyped_storage()
-            use = self._uses.setdefault(storage._cdata, [0, storage.nbytes()])
-            use[0] += 1
-            if use[0] == 1:
-                self.nbytes += use[1]
-        if old is not None:
-            address = old.untyped_storage()._cdata
-            use = self._uses[address]
-            use[0] -= 1
-            if not use[0]:
-                self.nbytes -= use[1]
-                del self._uses[address]
+    def add(self, tensor: Tensor) -> None:
+        """This has been made, or was there before."""
+        storage = tensor.untyped_storage()
+        address, nbytes = storage._cdata, storage.nbytes()
+        if address not in self._living:
+            self.nbytes += nbytes
+            self._living[address] = weakref.ref(storage, partial(self._died, address, nbytes))
+
+    def _died(self, address: int, nbytes: int, reference: object) -> None:
+        if self._living.pop(address, None) is not None:
+            self.nbytes -= nbytes
 
 
 def copy_of(tensor: Tensor) -> Tensor:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from torch import Tensor, nn
 
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.calls import ESCAPES, is_out_of_sight, is_pass, name_of, only_looks
+from autoremat.engines.torch.eager.check import DIFFERS
 from autoremat.engines.torch.eager.entry import Entry, draws_of, generators_of, prepared
 from autoremat.engines.torch.eager.facts import CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
@@ -44,7 +46,8 @@ class Noting:
     def __init__(
         self, tape: Tape, path: list[Call] | None = None, is_kept: Callable[[str, str], bool] = lambda m, n: False
     ) -> None:
-        self._tape, self.path, self._is_kept = tape, path, is_kept
+        assert tape.backward.room is not None
+        self._tape, self._room, self.path, self._is_kept = tape, tape.backward.room, path, is_kept
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy = False
 
@@ -79,13 +82,16 @@ class Noting:
         for i in (*facts.written, *facts.statistics):
             if (n := numbers[i]) is not None:
                 tape.keeping.before_writing(n, given[i], statistics=i in facts.statistics)
-        tape.room.make(facts.nbytes)
+        self._room.make(facts.nbytes)
         call, first = tape.n_calls, tape.n_packs
         tape.n_calls += 1
         before = [version_of(t) for t in given]
         with DRAWING if facts.random else contextlib.nullcontext():
             drawn = [(g, state_of(g)) for g in generators_of(args, kwargs)]
             entry = self._prepared(func, args, kwargs, given, numbers, facts)
+            if entry is not None and not facts.uninitialised:
+                reads = tuple(entry.positions.items())
+                tape.check.before(call, given, reads, facts.written, has_room=self._room.has(3 * facts.nbytes))
             untouched = sums_of(given) if facts.foreign and entry is not None else None
             self._busy = True
             try:
@@ -103,9 +109,13 @@ class Noting:
             entry = None
         made = tensors_in(out)
         results, saved = self._numbered(made, first)
+        for tensor in (*(made[i] for i, _ in results), *(t for _, _, t in self._fresh)):
+            self._room.made(tensor)
         if entry is not None:
             entry.take(results, saved, changes, draws_of(entry, made, results))
-            if not entry.makes or (
+            if not facts.uninitialised and tape.check.differs(call, entry, made):
+                facts, entry = replace(facts, once=DIFFERS), None
+            elif not entry.makes or (
                 untouched is not None and not gives_the_same(entry, given, numbers, made, untouched)
             ):
                 entry = None
@@ -117,9 +127,9 @@ class Noting:
             tuple(changes), tuple(effects), facts.statistics, facts.random, facts.uninitialised, facts.leaves,
             (first, tape.n_packs),
         ), given, made)  # fmt: skip
-        tape.online.noted(call, facts.seconds)
-        tape.online.used([n for n in (*numbers, *(v for _, v in results)) if n is not None and n >= 0])
-        tape.room.shrink()
+        self._room.online.noted(call, facts.seconds, facts.nbytes)
+        self._room.online.used([n for n in (*numbers, *(v for _, v in results)) if n is not None and n >= 0])
+        self._room.shrink()
         return out
 
     def _prepared(
@@ -183,7 +193,7 @@ class Noting:
         for position, old, new in call.written:
             tape.keeping.overwritten(old, new, given[position])
             tape.check.forget(old)
-        if tape.check.is_looking and not call.uninitialised:
+        if tape.check.is_looking and not call.uninitialised and tape.n_calls - 1 not in tape.ledger.entries:
             tape.check.noted(tape.n_calls - 1, call.results, made)
         for _, handle, tensor in self._fresh:
             self._hold(handle, tensor)
@@ -222,7 +232,7 @@ class Noting:
             local = local_of(tensor)
             tape.ledger.hold(value, local.detach())
             tape.has_saved(value, local.untyped_storage().nbytes())
-        tape.online.used([value])
+        self._room.online.used([value])
 
     def has_changed(self, value: int, tensor: Tensor) -> None:
         """Something that torch does not see has changed a value."""

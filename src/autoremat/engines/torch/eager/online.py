@@ -30,22 +30,25 @@ class Online:
     """The heuristic of DTR on what a ledger holds.
 
     Args:
-        ledger: of the step.
+        ledger: of the step; from now on it is counted what there is.
         can_go: whether letting go of a value that is held gives its memory back.
     """
 
     def __init__(self, ledger: Ledger, can_go: Callable[[int], bool]) -> None:
         self._ledger, self._can_go = ledger, can_go
         self._seconds: dict[int, float] = {}
+        self.nbytes: dict[int, int] = {}
+        """For every call what it makes and takes beside."""
         self._used: dict[int, int] = {}
         self._regrow: dict[int, float] = {}
         self._clock = 0
+        self.meter = ledger.meter = Meter(ledger.held.values())
         self._in_vain_bytes = 0
         """Up to so many bytes held another search would not find anything."""
 
-    def noted(self, call: int, seconds: float) -> None:
+    def noted(self, call: int, seconds: float, nbytes: int) -> None:
         """Take note of what a call takes."""
-        self._seconds[call] = seconds
+        self._seconds[call], self.nbytes[call] = seconds, nbytes
 
     def used(self, values: Collection[int]) -> None:
         """Take note of values that are needed now."""
@@ -53,11 +56,8 @@ class Online:
         self._used.update(dict.fromkeys(values, self._clock))
 
     def shrink(self, allowed: float, locked: Collection[int] = ()) -> None:
-        """Let go of values that can be made again until what is held is within what is allowed, in bytes."""
-        ledger = self._ledger
-        if ledger.meter is None:
-            ledger.meter = Meter(ledger.held.values())
-        meter = ledger.meter
+        """Let go of values that can be made again until all that the step has made is within what is allowed."""
+        ledger, meter = self._ledger, self.meter
         if meter.nbytes <= max(allowed, self._in_vain_bytes) or self._is_exhausted():
             return
         target = allowed - SPARE * max(allowed, 0.0)

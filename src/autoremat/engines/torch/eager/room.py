@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
 from math import ceil
 from typing import Final, Protocol
 
+from torch import Tensor
+
+from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.online import Online
 from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.script import Script
+from autoremat.record.local import local_of
 
 _SLACK: Final = 0.05
 """How far apart the backward of the plan and one off its path may be, as a share of all requests ..."""
+_SCRATCH: Final = 0.3
+"""The most that is left for what kernels take beside, as a share of what a first step may take."""
 _MORE: Final = 8
 """... and so many requests more."""
 
 
 class Allowance(Protocol):
-    """What the budget leaves for what the ledger holds."""
+    """What the budget leaves for what a step makes."""
+
+    def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
+        """What room is left for, given what the next call makes, and the largest so far."""
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
-        """Bytes that may be held; None: any number.
+        """Bytes of what the step has made that there may be; None: any number.
 
         Args:
             taken_bytes: what is left for what runs.
@@ -41,6 +50,10 @@ class OfFirstStep:
         """What plain training would hold by now."""
         self._saved: set[int] = set()
 
+    def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
+        """A plan will say what is held in the backward; but kernels take more than they give."""
+        return needed_bytes + min(2 * needed_bytes, int(_SCRATCH * max(0.0, self._share(self._plain_bytes))))
+
     def saved(self, value: int, nbytes: int) -> None:
         """Autograd saves a value; it may have been saved before."""
         if value not in self._saved:
@@ -58,6 +71,10 @@ class OfScript:
     def __init__(self, script: Script) -> None:
         self._budget, self._beside = script.budget_bytes, script.beside_bytes
 
+    def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
+        """Nobody knows what will have to be made again at once."""
+        return needed_bytes + 2 * largest_bytes
+
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """What the plan takes for everything else is left for that."""
         if self._budget is None:
@@ -69,17 +86,31 @@ class OfScript:
         return self._budget - max(self._beside[max(0, begin) : end]) - taken_bytes
 
 
+class Nothing:
+    """Where the device has no room: nothing may be held that can be made again."""
+
+    def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
+        """Whatever it is."""
+        return 0
+
+    def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
+        """None at all."""
+        return 0.0
+
+
 class Room:
-    """Keeps what is held within what is allowed, by the online policy.
+    """Keeps all that a step has made within what is allowed, by the online policy.
 
     Args:
         allowance: what is allowed.
-        online: what to let go of.
+        ledger: what is held.
         passes: how far the backward is.
+        may_go: whether letting go of a value that is held gives its memory back, and nothing is lost by it.
     """
 
-    def __init__(self, allowance: Allowance, online: Online, passes: Passes) -> None:
-        self._allowance, self._online, self._passes = allowance, online, passes
+    def __init__(self, allowance: Allowance, ledger: Ledger, passes: Passes, may_go: Callable[[int], bool]) -> None:
+        self._allowance, self._passes = allowance, passes
+        self.online = Online(ledger, may_go)
         self._largest_bytes = 0
 
     def make(self, nbytes: int) -> None:
@@ -87,9 +118,23 @@ class Room:
         self._largest_bytes = max(self._largest_bytes, nbytes)
         self.shrink(needed=nbytes)
 
+    def made(self, tensor: Tensor) -> None:
+        """A call has made this."""
+        self.online.meter.add(local_of(tensor))
+
+    def fits(self, calls: Iterable[int]) -> bool:
+        """Whether there is room to make these calls again, one after the other."""
+        return self.has(3 * max((self.online.nbytes.get(k, 0) for k in calls), default=0))
+
+    def has(self, nbytes: int) -> bool:
+        """Whether there is room for so many bytes."""
+        allowed = self._allowance.allowed_bytes(nbytes, None)
+        return allowed is None or self.online.meter.nbytes <= allowed
+
     def shrink(self, locked: Collection[int] = (), *, needed: int = 0, in_backward: bool = False) -> None:
-        """Let go of what can be made again until what is held is within what is allowed."""
+        """Let go of what can be made again until what there is is within what is allowed."""
         progress = self._passes.n_served / max(1, self._passes.n_made) if in_backward else None
-        allowed = self._allowance.allowed_bytes(2 * self._largest_bytes + needed, progress)
+        taken = self._allowance.taken_bytes(needed, self._largest_bytes)
+        allowed = self._allowance.allowed_bytes(taken, progress)
         if allowed is not None:
-            self._online.shrink(allowed, locked)
+            self.online.shrink(allowed, locked)

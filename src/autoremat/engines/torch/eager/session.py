@@ -174,7 +174,7 @@ class Session:
         """The first step of a kind: noted, within the budget; planned at the end of its forward."""
         entry.is_new = entry.stale = False
         is_first = self._last is None
-        check = SelfCheck((), lambda k, why: self._differs(entry, k, why))
+        check = SelfCheck(None, lambda k, why: self._differs(entry, k, why))
         step = FirstStep(
             self.fn, args, kwargs, entry.parallel, self.planner.first, self.planner.is_kept, self._reports(entry), check
         )  # fmt: skip
@@ -192,9 +192,9 @@ class Session:
                 return self.fn(*args, **kwargs)
             entry.is_new = True  # this error is why it could not be recorded; the next call may be a good one
             raise
-        if step.tape.compiled:
+        if step.compiled:
             self._refuse(
-                f"{step.tape.compiled} is compiled by torch.compile, and autoremat cannot see into compiled code; "
+                f"{step.compiled} is compiled by torch.compile, and autoremat cannot see into compiled code; "
                 "leave torch.compile out there, or checkpoint only what is not compiled"
             )
             return result

@@ -46,6 +46,8 @@ from autoremat.record.recorder import Recorder, _Packed, _user_line
 from autoremat.record.recording import RecordedOp
 from autoremat.record.values import storage_of
 
+_COMPILED = "CompiledFunctionBackward"
+"""What the compiler calls the node of what it has compiled."""
 _SMALL = 4096
 """So many numbers at most decide about sizes."""
 
@@ -68,6 +70,8 @@ class Shadow:
     def __init__(self, module_path: Callable[[], str]) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.recorder = _Told(_blank, self._as_fake, lambda tensor: None, module_path)
+        self.compiled = ""
+        """Where something was met that compiled code has made."""
         self.once: dict[int, str] = {}
         """For calls that must not be made again, why."""
         self.seconds: dict[int, float] = {}
@@ -208,6 +212,8 @@ class Shadow:
     def _of_node(self, tensor: Tensor) -> Tensor | None:
         """The twin of a tensor with a history: a node of a custom function, with the twins of its inputs before it."""
         node: Any = tensor.grad_fn
+        if type(node).__name__ == _COMPILED:
+            self.compiled = self.compiled or _user_line() or "a function"
         inputs = [self._input(n, nr) for n, nr in node.next_functions]
         found = [i for i in inputs if i is not None]
         if not found:

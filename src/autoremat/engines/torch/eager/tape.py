@@ -21,7 +21,6 @@ from autoremat.engines.torch.eager.keeping import Keeping
 from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.listener import Listener
 from autoremat.engines.torch.eager.noting import Noting
-from autoremat.engines.torch.eager.online import Online
 from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.room import OfFirstStep, OfScript, Room
@@ -79,37 +78,28 @@ class Tape:
         self.passes = Passes(self.ledger)
         self.has_effects = False
         self.n_calls = self.n_packs = 0
+        self.allowance: OfFirstStep | None = None
         self.compiled = ""
         """Where compiled code was met that runs inside."""
         first = script if isinstance(script, First) else None
         self.script = None if isinstance(script, First) else script
         self.witness = Witness() if first is None else Witness(first.shadow, self.reports.unlike)
         self.numbers = Numbers(self.witness)
-        self._note(first)
+        storages = () if first is None else first.storages
+        self.keeping = Keeping(self.ledger, self.passes, self.witness, storages)
         self.backward = Backward(
-            self.ledger, self.passes, self.online, self.numbers.rebind_tensor, self.reports.out_of_memory, self.script
+            self.ledger, self.passes, self.numbers.rebind_tensor, self.reports.out_of_memory, self.script
         )
         self.policy: Follow | Noting
         if self.script is None:
             assert first is not None
-            self.policy, self.backward.room = Noting(self, [], first.is_kept), self.room
+            self.allowance = OfFirstStep(first.room)
+            self.backward.room = Room(self.allowance, self.ledger, self.passes, self.keeping.may_go)
+            self.policy = Noting(self, [], first.is_kept)
         else:
             self.policy, self.ledger.where = Follow(self, self.script), self.script.where
         self._throughout = self.script is None or self.script.loose
         self.listener = Listener(self._heard())
-
-    def _note(self, first: First | None) -> None:
-        """Have at hand what noting takes."""
-        storages = () if first is None else first.storages
-        self.keeping = Keeping(self.ledger, self.passes, self.witness, storages)
-        self.online = Online(self.ledger, self.keeping.can_go)
-        self._allowance: OfFirstStep | OfScript
-        if first is None:
-            assert self.script is not None
-            self._allowance = OfScript(self.script)
-        else:
-            self._allowance = OfFirstStep(first.room)
-        self.room = Room(self._allowance, self.online, self.passes)
 
     # ---- the forward ---------------------------------------------------------------------------------------------
 
@@ -161,7 +151,9 @@ class Tape:
         """Go on without the plan: from now on note every call, and hold what the budget has room for."""
         if isinstance(self.policy, Noting):
             return
-        self.policy, self.backward.room = Noting(self), self.room
+        assert self.script is not None
+        self.backward.room = Room(OfScript(self.script), self.ledger, self.passes, self.keeping.may_go)
+        self.policy = Noting(self)
         for call in self.ledger.entries:
             self.keeping.enter(call)
         self.listener.heard = self._heard()
@@ -172,36 +164,14 @@ class Tape:
         """Go on by a plan that was made of this very forward."""
         self.script, self.ledger.where = script, script.where
         with torch._C.DisableTorchFunction():
-            self.backward.take_plan(script, self._may_go)
-
-    def _may_go(self, value: int) -> bool:
-        """Whether a value that the plan does not keep can be made again as it is, if there is room to find out."""
-        call = self.ledger.maker[value]
-        entry = self.ledger.entries[call]
-        if not self.keeping.can_go(value):
-            return False
-        if not self.check.is_looking or entry.in_place or any(v not in self.ledger.held for v in entry.reads):
-            return True
-        if not self._has_room_for(value):
-            return True
-        if self.check.still_gives(call, entry, value, {v: self.ledger.held[v] for v in entry.reads}):
-            return True
-        self.backward.pinned.add(value)
-        return False
-
-    def _has_room_for(self, value: int) -> bool:
-        """Whether a value fits into the budget once more, at the end of a first forward."""
-        assert self.script is not None
-        nbytes, meter = self.ledger.held[value].untyped_storage().nbytes(), self.ledger.meter
-        budget, beside = self.script.budget_bytes, self.script.fixed_bytes
-        return budget is None or beside + (0 if meter is None else meter.nbytes) + nbytes <= budget
+            self.backward.take_plan(script, self.keeping.may_go)
 
     # ---- what happens to values ------------------------------------------------------------------------------------
 
     def has_saved(self, value: int, nbytes: int) -> None:
         """Autograd has saved a value for the first time."""
-        if isinstance(self._allowance, OfFirstStep):
-            self._allowance.saved(value, nbytes)
+        if self.allowance is not None:
+            self.allowance.saved(value, nbytes)
 
     def overwritten(self, old: int, new: int, tensor: Tensor) -> None:
         """The memory of a value holds another one now."""
