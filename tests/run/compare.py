@@ -18,7 +18,8 @@ import autoremat
 import autoremat.api
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.script import Script
-from autoremat.engines.torch.eager.tape import Tape
+from autoremat.engines.torch.eager.tape import Reports, Tape
+from autoremat.plan.calls import planned_as, unfolded
 from autoremat.plan.unroll import unroll
 from autoremat.program import Plan, Program, Schedule, simulate
 from autoremat.record.timing import Cost
@@ -120,9 +121,9 @@ def bytes_of(t: Tensor) -> Tensor:
     return t.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8)
 
 
-def off_path() -> Tape:
+def off_path(reports: Reports | None = None) -> Tape:
     """A tape whose first call leaves the path, and whose budget has room for nothing."""
-    return Tape(Script((), (), (), frozenset(), (), frozenset(), budget_bytes=0))
+    return Tape(Script((), (), (), frozenset(), (), frozenset(), budget_bytes=0), reports)
 
 
 def off_by_a_bit(monkeypatch: pytest.MonkeyPatch, when: Callable[[Any], bool] = lambda entry: True) -> None:
@@ -210,7 +211,9 @@ def exact(
 
 def plan_that_keeps_nothing(program: Program) -> Plan:
     """Whatever may be computed again is, and what was computed again once more at the next demand."""
-    everything = frozenset(range(len(program.values)))
-    schedule = Schedule.from_order(program, unroll(program, frozenset(), drop_again=(everything,)))
+    planned = planned_as(program)
+    everything = frozenset(range(len(planned.values)))
+    order = unroll(planned, frozenset(), drop_again=(everything,))
+    schedule = unfolded(program, Schedule.from_order(planned, order))
     peak, plain_peak = simulate(program, schedule).peak_bytes, simulate(program).peak_bytes
     return Plan(program, schedule, peak, peak, plain_peak, peak, 0.0, 0.0, "keep nothing")

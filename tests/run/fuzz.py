@@ -27,17 +27,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import autoremat
+from autoremat.engines.torch.eager.first import FirstStep
+from autoremat.engines.torch.eager.session import Session
+from autoremat.engines.torch.eager.tape import Reports
+from autoremat.plan.calls import planned_as, unfolded
 from autoremat.plan.tables import tables_of
 from autoremat.plan.unroll import unroll
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
-from autoremat.record import record, timing
-from autoremat.record.record import UnusableInput
+from autoremat.record import timing
 from autoremat.record.timing import Cost
-from autoremat.run import Tape
 from autoremat.run.account import account, resident
-from autoremat.run.instructions import Instructions
-from autoremat.run.session import NotPlannable, Session
-from tests.run.compare import frozen, plan_that_keeps_nothing, same
+from tests.run.compare import frozen, off_path, plan_that_keeps_nothing, same
 
 WIDTH = 8
 SCALARS_BYTES = 64
@@ -707,17 +707,20 @@ class Planner:
     def __init__(self, way: Way) -> None:
         self.way = way
 
-    def record(self, fn: Any, args: Any, kwargs: Any, *, real: bool, compare: bool, later: Any = None) -> Program:
+    def first(self, fixed_bytes: int) -> Callable[[int], float]:
+        share = 0.0 if self.way.mode == "nothing" else self.way.share
+        return lambda plain_bytes: share * plain_bytes
+
+    def is_kept(self, module: str, name: str) -> bool:
+        return False
+
+    def assembled(self, first: FirstStep) -> Program:
         measured = self.way.mode == "measured"
-        try:
-            with scratch_only() if measured else nullcontext():
-                real = real or self.way.seed % 3 > 0
-                timing = "measure" if measured else "estimate"
-                return record(fn, args, kwargs, timing=timing, real=real, compare=compare)
-        except UnusableInput:
-            raise
-        except Exception as error:
-            raise NotPlannable(f"could not be recorded ({type(error).__name__}: {error})") from error
+        with scratch_only() if measured else nullcontext():
+            return first.program(
+                optimizer_state_bytes=0, optimizer_scratch_bytes=0, progress=None, limit=None,
+                timing="measure" if measured else "estimate",
+            )  # fmt: skip
 
     def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
         if self.way.mode == "nothing":
@@ -736,10 +739,11 @@ class Planner:
 
 def random_plan(program: Program, random: random.Random) -> Plan:
     """Values stay, go, and go again at random."""
-    droppable = sorted(tables_of(program).droppable)
+    planned = planned_as(program)
+    droppable = sorted(tables_of(planned).droppable)
     keep = frozenset(v for v in droppable if random.random() < 0.3)
     again = tuple(frozenset(v for v in droppable if random.random() < 0.5) for _ in range(random.randrange(3)))
-    schedule = Schedule.from_order(program, unroll(program, keep, drop_again=again))
+    schedule = unfolded(program, Schedule.from_order(planned, unroll(planned, keep, drop_again=again)))
     peak, plain_peak = simulate(program, schedule).peak_bytes, simulate(program).peak_bytes
     return Plan(program, schedule, peak, peak, plain_peak, peak, 0.0, 0.0, "random")
 
@@ -787,15 +791,13 @@ def examine(script: Script) -> Outcome:
 
 
 def _online(model: Model, outcome: Outcome) -> Call:
-    nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
-
     def rerun(seconds: float) -> None:
         outcome.reruns += 1
 
     def call(*args: Any) -> Any:
         if not torch.is_grad_enabled():
             return model(*args)
-        with Tape(nowhere, on_rerun=rerun).forward():
+        with off_path(Reports(rerun=rerun)).forward():
             return model(*args)
 
     return call

@@ -18,11 +18,10 @@ from torch.testing._internal.opinfo.core import OpInfo, SampleInput
 from torch.testing._utils import wrapper_set_seed
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import Plan
-from autoremat.record import record
-from autoremat.run import Tape, instructions_for
-from autoremat.run.selfcheck import SelfCheck
 from tests.run.compare import off_path, plan_that_keeps_nothing, same
+from tests.run.follow import following, recorded, reruns_of
 
 torch.backends.__allow_nonbracketed_mutation_flag = True  # torch's own test code forbids it to the whole process
 
@@ -179,18 +178,19 @@ def examine_step(step: Step, args: Any, kwargs: Any) -> Outcome | None:
         return Outcome(refused=str(error))
     if plain is None:
         return None
+    torch.manual_seed(SEED)
     with unchanged(step, args, kwargs):
-        plan = plan_that_keeps_nothing(record(step, args, kwargs, timing="estimate"))
+        program, path = recorded(step, args, kwargs)
+    plan = plan_that_keeps_nothing(program)
     wrong: list[str] = []
-    reruns: list[None] = []
-    instructions = instructions_for(plan)
-    check = SelfCheck(instructions.again, lambda k, reason: wrong.append(f"op {k} {reason}"))
-    tape = Tape(instructions, wrong.append, lambda seconds: reruns.append(None), check=check)
+    reruns: list[float] = []
+    tape = following(plan, path, Reports(wrong.append, reruns.append), check=True)
     got = observe(step, args, kwargs, tape)
     assert got is not None
+    assert tape.script is not None
     wrong += [name for name, value in plain.items() if not same(got[name], value)]
-    if len(reruns) != len(plan.schedule.order) - len(plan.program.ops):
-        wrong.append(f"{len(reruns)} ops ran again")
+    if len(reruns) != reruns_of(tape.script):
+        wrong.append(f"{len(reruns)} calls were made again in place of {reruns_of(tape.script)}")
     drawn = not same(plain["generator"], torch.Generator().manual_seed(SEED).get_state())
     return account_of(plan, tuple(wrong), drawn)
 

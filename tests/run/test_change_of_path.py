@@ -14,8 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
+from autoremat.engines.torch.eager.session import MAX_DEVIATIONS, MAX_PLANS
 from autoremat.run.account import account, resident
-from autoremat.run.session import MAX_DEVIATIONS, MAX_PLANS
 
 WIDTH = 64
 
@@ -247,7 +247,7 @@ def test_variable_lengths_for_200_steps() -> None:
 
 @pytest.mark.slow
 def test_the_cache_of_plans_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("autoremat.run.session.MAX_PLANS", 2)
+    monkeypatch.setattr("autoremat.engines.torch.eager.session.MAX_PLANS", 2)
     model = nn.Sequential(*blocks(2))
     step = autoremat.checkpoint(lambda x: model(x).square().mean(), budget=0.9, time_limit_seconds=1.0)
     for n in (256, 320, 384, 448):

@@ -10,15 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager import handle
 from autoremat.record import record
-from autoremat.run import Instructions, Tape, instructions_for, tape
-from tests.run.compare import plan_that_keeps_nothing
+from tests.run.compare import off_path, plan_that_keeps_nothing
+from tests.run.follow import following, recorded
 from tests.run.fuzz import NOT_PLANNED, Do, If, In, Script, Step, Way, examine
 
 
 def test_what_dies_in_the_middle_of_the_forward_is_no_op_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The tape takes the memory of what Python lets go of; that is not to be seen as an op, and left the path."""
-    monkeypatch.setattr(tape, "_EMPTY", {})  # as in a process that has not met these types yet
+    monkeypatch.setattr(handle, "_EMPTY", {})  # as in a process that has not met these types yet
     body = (Do("where", to=1, a=3, b=1), Do("relu", to=1, a=0))
     assert examine(Script(body, steps=(Step(),) * 2)).wrong == []
 
@@ -121,9 +122,9 @@ def test_what_dies_in_inference_mode_within_autocast_is_no_op_of_the_forward(mon
     monkeypatch.setattr(sys, "unraisablehook", lost.append)
     for way in ("nothing", "online"):
         weight.grad = None
-        program = record(loss_fn, (x,), timing="estimate")
-        nowhere = Instructions((), *[frozenset[int]()] * 4, (), budget_bytes=0)
-        with Tape(instructions_for(plan_that_keeps_nothing(program)) if way == "nothing" else nowhere).forward():
+        program, path = recorded(loss_fn, (x,))
+        tape = following(plan_that_keeps_nothing(program), path) if way == "nothing" else off_path()
+        with tape.forward():
             loss = loss_fn(x)
         loss.backward()
         assert torch.equal(weight.grad, gradient)

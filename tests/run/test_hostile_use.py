@@ -24,7 +24,7 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 import autoremat
-from autoremat.run.tape import Tape
+from autoremat.engines.torch.eager.tape import Tape
 from tests.run.compare import World, at_the_floor, exact, quick, seeded
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, data, training
 

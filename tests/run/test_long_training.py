@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.run.tape import Handle, Tape
+from autoremat.engines.torch.eager.backward import Backward
+from autoremat.engines.torch.eager.handle import Handle
 
 STEPS, EVERY = 2000, 250
 OTHER_PATHS = (50, 100, 150)
@@ -41,7 +42,7 @@ def resident_bytes() -> int:
 
 
 def is_tape(o: object) -> bool:
-    return type(o) in (Tape, Handle)
+    return type(o) in (Backward, Handle)
 
 
 def census() -> dict[str, int]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.testing._internal.common_modules import ModuleInfo
 
-from autoremat.run.selfcheck import SelfCheck
+from autoremat.engines.torch.eager.check import SelfCheck
 from tests.run.compare import off_by_a_bit
 from tests.run.module_sweep import DTYPES, MODULES, beside, cases, sweep, wrong_at
 from tests.run.sweep import PLACES, Outcome, quiet
@@ -66,6 +66,6 @@ def test_statistics_that_are_updated_twice_are_seen(form: str) -> None:
 
 def test_the_sweep_sees_a_wrong_gradient_of_a_parameter(monkeypatch: pytest.MonkeyPatch) -> None:
     off_by_a_bit(monkeypatch, when=lambda entry: torch._C._current_graph_task_id() >= 0)  # in the backward
-    monkeypatch.setattr(SelfCheck, "compare", lambda *args: None)
+    monkeypatch.setattr(SelfCheck, "remade", lambda *args: None)
     wrong = [w for outcome in sweep(NAMED["nn.Linear"], torch.float32, at_most=1) for w in outcome.wrong]
     assert "gradient of operator.call.weight" in wrong, wrong

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import autoremat
-from autoremat.run import Session, measure
+from autoremat.engines.torch.eager.session import Session
+from autoremat.run import measure
 from autoremat.run.account import account, resident
 from autoremat.run.measure import CudaMeter, Measurement
 

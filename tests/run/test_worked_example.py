@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager.tape import Reports
 from autoremat.plan.unroll import unroll
 from autoremat.program import Plan, Program, Schedule, simulate, verify
 from autoremat.record import record
-from autoremat.run import Tape, instructions_for
-from autoremat.run.instructions import Instructions
+from tests.run.follow import following, recorded
 
 
 def parameters() -> list[Tensor]:
@@ -60,15 +60,16 @@ def plan_keeping_a1(program: Program) -> Plan:
 
 def test_gradients_by_hand_and_by_autoremat_are_equal() -> None:
     x, w = torch.randn(8, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), parameters()
-    plan = plan_keeping_a1(record(lambda x: forward(x, w), (x,), timing="estimate"))
+    program, path = recorded(lambda x: forward(x, w), (x,))
+    plan = plan_keeping_a1(program)
     assert verify(plan.program, plan) == ()
     again = [plan.program.ops[i].name for i, _ in simulate(plan.program, plan).repeats]
     assert again == ["aten.mm.default", "aten.sigmoid.default"]  # A2, from A1, and nothing else
 
-    instructions = instructions_for(plan)
-    assert len(instructions.keep) == len(instructions.forget) == 1  # A1 stays, A2 goes
-    reruns: list[None] = []
-    tape = Tape(instructions, on_rerun=lambda seconds: reruns.append(None))
+    reruns: list[float] = []
+    tape = following(plan, path, Reports(rerun=reruns.append))
+    assert tape.script is not None
+    assert len({v for v in tape.script.packs if v is not None}) == 1  # A1 stays, A2 goes
     with tape.forward():
         loss = forward(x, w)
     loss.backward()
@@ -90,4 +91,3 @@ def test_a_tape_that_forgets_both_would_need_a1_too() -> None:
     program = record(lambda x: forward(x, w), (x,), timing="estimate")
     schedule = Schedule.from_order(program, unroll(program, frozenset()))
     assert len(schedule.order) - len(program.ops) == 4
-    assert isinstance(instructions_for(plan_keeping_a1(program)), Instructions)

@@ -47,7 +47,7 @@ class Made(NamedTuple):
         tensor = self.seen.on(memory[self.value])
         if not self.requires_grad:
             return tensor
-        return _inner(tensor) if self.written else tensor.requires_grad_()
+        return _inner(tensor) if self.written else requiring_grad(tensor)
 
 
 class Outside:
@@ -71,7 +71,7 @@ class Outside:
         tensor = self.get()
         if is_freed(tensor):
             raise freed(tensor)
-        return tensor if tensor.requires_grad or not self.requires_grad else tensor.detach().requires_grad_()
+        return tensor if tensor.requires_grad or not self.requires_grad else requiring_grad(tensor.detach())
 
 
 class Statistics(Outside):
@@ -102,6 +102,14 @@ def _inner(tensor: Tensor) -> Tensor:
     anchor = torch.empty(0, dtype=tensor.dtype, device=tensor.device, requires_grad=True)
     made: Tensor = _Inner.apply(anchor, [tensor])
     return made
+
+
+def requiring_grad(tensor: Tensor) -> Tensor:
+    """The tensor, which requires grad from now on; torch lets inference tensors do so in inference mode alone."""
+    if not tensor.is_inference():
+        return tensor.requires_grad_()
+    with torch.inference_mode():
+        return tensor.requires_grad_()
 
 
 class Nest(NamedTuple):

@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack,
 )
 
-from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
+from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
 from autoremat.engines.torch.eager.state import State, heard_by_classes, without_function_modes
 from autoremat.record.facts import RUNNING_STATISTICS, TRAINING, facts_of
 from autoremat.record.local import (
@@ -278,9 +278,9 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
         elif id(tensor) not in fakes:
             made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
             if tensor.requires_grad and tensor.is_leaf:
-                made.requires_grad_()
+                made = requiring_grad(made)
             elif tensor.requires_grad:
-                made = made.requires_grad_().clone()
+                made = requiring_grad(made).clone()
             fakes[id(tensor)] = made
         return fakes[id(tensor)]
 

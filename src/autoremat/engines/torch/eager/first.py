@@ -129,13 +129,13 @@ class FirstStep:
 
     def program(
         self, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int, progress: Progress | None,
-        limit: Callable[[Program], int] | None,
+        limit: Callable[[Program], int] | None, timing: str = "measure",
     ) -> Program:  # fmt: skip
         """The program of the step."""
         return program_of(
             self._shadow, self.tape.path, getattr(self.fn, "__name__", type(self.fn).__name__),
             optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,
-            parallel=self.parallel, progress=progress, limit=limit,
+            parallel=self.parallel, progress=progress, limit=limit, timing=timing,
         )  # fmt: skip
 
     def path(self) -> Path:

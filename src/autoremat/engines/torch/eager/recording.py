@@ -78,9 +78,9 @@ def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], m
 
 def program_of(
     shadow: Shadow, calls: Sequence[Call], name: str, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int,
-    parallel: Parallel, progress: Progress | None, limit: Callable[[Program], int] | None,
+    parallel: Parallel, progress: Progress | None, limit: Callable[[Program], int] | None, timing: str = "measure",
 ) -> Program:  # fmt: skip
-    """The program of a recorded step, with measured costs where there is room to measure."""
+    """The program of a recorded step; operators are measured, where there is room for that, or estimated."""
     recorder = shadow.recorder
     for op in recorder.ops:
         if op.facts is None or op.backward or op.call < 0:
@@ -89,9 +89,11 @@ def program_of(
             op.facts = replace(op.facts, uninitialised=False)  # the call itself fills it
         if op.call in shadow.once:
             op.facts = replace(op.facts, never_again=op.facts.never_again or shadow.once[op.call])
+    is_measured = timing == "measure"
+    beside = resident_bytes(parallel)
     whole = Whole(
-        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, resident_bytes(parallel), True, limit, progress
-    )
+        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, beside, is_measured, limit, progress
+    )  # fmt: skip
     return whole.program(recorder.recording())
 
 

@@ -52,7 +52,7 @@ class OfFirstStep:
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
         """A plan will say what is held in the backward; but kernels take more than they give."""
-        return needed_bytes + min(2 * needed_bytes, int(_SCRATCH * max(0.0, self._share(self._plain_bytes))))
+        return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * max(0.0, self._share(self._plain_bytes))))
 
     def saved(self, value: int, nbytes: int) -> None:
         """Autograd saves a value; it may have been saved before."""

@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
-from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in
+from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
 from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
 from autoremat.engines.torch.eager.state import heard_by_classes
 from autoremat.program.model import INSIDE
@@ -206,7 +206,7 @@ class Shadow:
             detached = tensor if tensor.is_leaf else tensor.detach()
             twin: Tensor = self.mode.from_tensor(detached)
             if tensor.requires_grad and not twin.requires_grad:
-                twin = twin.requires_grad_()
+                twin = requiring_grad(twin)
             return twin
 
     def _of_node(self, tensor: Tensor) -> Tensor | None:
@@ -253,7 +253,7 @@ class Shadow:
             if tensor.is_leaf:
                 if not twin.is_leaf:
                     twin = twin.detach()
-                return self._bind(tensor, twin.requires_grad_(tensor.requires_grad))
+                return self._bind(tensor, requiring_grad(twin) if tensor.requires_grad else twin.requires_grad_(False))
             if not tensor.requires_grad:
                 return self._bind(tensor, twin.detach())
             stand_in = self._of_node(tensor)
