@@ -462,7 +462,7 @@ def test_a_file_that_cannot_be_written_to_its_end_stays_as_it_was(
 
 
 def test_a_warning_of_a_check_is_one_line(steps: Path) -> None:
-    result = call("check", "steps.py:warns", "--budget", "100%")
+    result = call("check", "steps.py:warns", "--budget", "1MB")
     assert result.exit_code == 0, result.output
     assert [line for line in result.stderr.splitlines() if "rows" in line] == ["Warning: odd rows"]
 

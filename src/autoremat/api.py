@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import math
 import os
 import sys
 import types
@@ -380,6 +381,8 @@ class Options:
         whole = parse_budget(budget, 1 << 60)
         if whole == parse_budget(budget, 1 << 59):
             return lambda plain_bytes: whole - fixed_bytes
+        if whole >= 1 << 60:
+            return lambda plain_bytes: math.inf
         return lambda plain_bytes: parse_budget(budget, fixed_bytes + plain_bytes) - fixed_bytes
 
     def is_kept(self, module: str, name: str) -> bool:

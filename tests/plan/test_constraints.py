@@ -171,7 +171,7 @@ def step_of(model: torch.nn.Module):
     ("options", "again", "never"),
     [
         ({"recompute": "blocks.0.*", "budget": 1.0}, {"blocks.0"}, {"blocks.1", "blocks.2"}),
-        ({"keep": ("blocks.0", "aten.bernoulli_"), "budget": 0.7}, {"blocks.1"}, {"blocks.0"}),
+        ({"keep": ("blocks.0", "aten.gelu"), "budget": 0.8}, {"blocks.1"}, {"blocks.0"}),
         ({"keep": "blocks.1", "recompute": ("blocks.2",), "budget": 0.8}, {"blocks.2"}, {"blocks.1"}),
     ],
     ids=["recompute", "keep", "both"],

@@ -39,4 +39,4 @@ def following(plan: Plan, path: Path, reports: Reports | None = None, *, check: 
 
 def reruns_of(script: Script) -> int:
     """How many calls a plan makes again."""
-    return sum(len(act.reruns) for act in script.acts)
+    return sum(bool(rerun.install) for act in script.acts for rerun in act.reruns)

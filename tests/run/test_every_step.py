@@ -73,7 +73,7 @@ def test_every_micro_step_is_within_the_budget(
             return F.mse_loss(model(x), y)
 
     call = autoremat.checkpoint(loss_of, budget=budget, optimizer=optimizer, time_limit_seconds=0.1)
-    for k in range(4):
+    for k in range(6):
         x, y = torch.randn(2, ROWS, WIDTH)
 
         def step(x: Tensor = x, y: Tensor = y) -> None:
@@ -84,7 +84,7 @@ def test_every_micro_step_is_within_the_budget(
         plan = autoremat.stats(call).plan
         assert plan is not None
         assert max(plan.peak_bytes, peak) <= budget, f"step {k}"
-        assert k < 2 or peak == plan.peak_bytes
+        assert k < 4 or peak == plan.peak_bytes  # of both kinds, two are compared
         if k % 2:
             optimizer.step()
             optimizer.zero_grad()

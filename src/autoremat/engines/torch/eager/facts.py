@@ -5,6 +5,7 @@ Nothing of the user's runs for that: of operators that are not torch's own, the 
 
 from __future__ import annotations
 
+import random
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -42,7 +43,6 @@ from autoremat.record.recorder import _covers_storage
 from autoremat.record.signature import freeze, signature_of
 from autoremat.record.timing import estimate
 from autoremat.record.values import storage_of
-from autoremat.run.settings import RandomStates
 
 OPAQUE = "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
 UNKNOWN = "what it does is not known: it cannot be made on fake tensors"
@@ -203,12 +203,12 @@ def unseen() -> Iterator[None]:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Whatever torch draws in this block, no generator of the user's is further than before."""
-    before = RandomStates.now()
+    """Whatever torch's Python code draws in this block, no generator of the user's is further than before."""
+    before = random.getstate()
     try:
         yield
     finally:
-        before.restore()
+        random.setstate(before)
 
 
 @dataclass

@@ -87,7 +87,8 @@ class Noting:
         tape.n_calls += 1
         before = [version_of(t) for t in given]
         with DRAWING if facts.random else contextlib.nullcontext():
-            drawn = [(g, state_of(g)) for g in generators_of(args, kwargs)]
+            unknown = facts.foreign or bool(facts.once)
+            drawn = [(g, state_of(g)) for g in generators_of(args, kwargs)] if unknown else []
             entry = self._prepared(func, args, kwargs, given, numbers, facts)
             if entry is not None and not facts.uninitialised:
                 reads = tuple(entry.positions.items())

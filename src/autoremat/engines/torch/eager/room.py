@@ -16,6 +16,8 @@ from autoremat.record.local import local_of
 
 _SLACK: Final = 0.05
 """How far apart the backward of the plan and one off its path may be, as a share of all requests ..."""
+_MARGIN: Final = 0.02
+"""What a first step leaves for what nobody counts, as a share of what it may take."""
 _SCRATCH: Final = 0.3
 """The most that is left for what kernels take beside, as a share of what a first step may take."""
 _MORE: Final = 8
@@ -62,7 +64,7 @@ class OfFirstStep:
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """Plain training would take that for what runs, too."""
-        return self._share(self._plain_bytes + taken_bytes) - taken_bytes
+        return (1 - _MARGIN) * self._share(self._plain_bytes + taken_bytes) - taken_bytes
 
 
 class OfScript:

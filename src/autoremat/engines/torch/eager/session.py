@@ -45,6 +45,7 @@ from autoremat.run.session import (
     _Turns,
     input_signature,
 )
+from autoremat.run.session import Session as SessionOfOperators
 from autoremat.run.settings import RandomStates
 from autoremat.run.stats import Stats
 
@@ -54,6 +55,12 @@ _NO_HOOKS: Final = "don't yet support saved tensor hooks"
 
 class Planner(Protocol):
     """Plans steps; knows the budget."""
+
+    def record(
+        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool,
+        later: Callable[[Program], None] | None = None,
+    ) -> Program:  # fmt: skip
+        """The program of a call that is not made, by its operators."""
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, given what plain training would take by then."""
@@ -133,6 +140,8 @@ class Session:
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
         self._measurement: Measurement | None = None
+        self._by_operators: SessionOfOperators | None = None
+        """What runs the callable where parameters come and go (fully_shard): the engine that watches operators."""
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
@@ -164,6 +173,8 @@ class Session:
             return self._run(entry, args, kwargs)
 
     def _run(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if self._by_operators is not None:
+            return self._by_operators.call(args, kwargs)
         if entry is not None and entry.is_new:
             return self._first(entry, args, kwargs)
         if entry is None or entry.script is None:
@@ -285,6 +296,8 @@ class Session:
 
     def stats(self) -> Stats:
         """What has happened so far."""
+        if self._by_operators is not None:
+            return self._by_operators.stats()
         if self._measurement is not None:
             self._end_measurement()
         c = self._counts
@@ -378,6 +391,8 @@ class Session:
         try:
             check_supported(entry.parallel, modules)
             entry.is_new = True
+            if entry.parallel.units and self._by_operators is None:
+                self._by_operators = SessionOfOperators(self.fn, self.planner, measure=self.measure)
         except Exception as obstacle:  # noqa: BLE001 - it says in words what it cannot deal with
             self._warn(
                 f"the step could not be recorded ({type(obstacle).__name__}: {obstacle}); it runs without checkpointing"

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
+from autoremat.engines.torch.eager.calls import is_pass, name_of
 from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
 from autoremat.engines.torch.eager.state import heard_by_classes
 from autoremat.program.model import INSIDE
@@ -323,7 +324,10 @@ class Shadow:
             self._take_size(tensor, twin)
         recorder.real, recorder.given, recorder.masks = [], [], []
         self._read_all(begin, numbers)
-        self._note_what_leaves(begin, made)
+        if is_pass(func, name_of(func)):
+            self._note_pass(begin)
+        else:
+            self._note_what_leaves(begin, made)
 
     def _made(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Sequence[Tensor], packs: Sequence[int]
@@ -375,11 +379,8 @@ class Shadow:
         """Note when another run of the call could hand out what it has made, where it is made up of several ops."""
         recorder = self.recorder
         ops = recorder.ops[begin:]
-        if any(op.backward for op in ops):  # a pass of its own: what it asks for stands between its ops
-            for op in ops:
-                op.call = -1
-                if op.facts is not None:
-                    op.facts = replace(op.facts, never_again="computed by a backward pass in the forward")
+        if any(op.backward for op in ops):
+            self._note_pass(begin)
             return
         if len(ops) < 2:
             return
@@ -395,6 +396,13 @@ class Shadow:
                     recorder.values[n].available = last
                 else:
                     recorder.values[n].available = INSIDE
+
+    def _note_pass(self, begin: int) -> None:
+        """Take the ops of a pass of its own for no call: what the pass asks for stands between them."""
+        for op in self.recorder.ops[begin:]:
+            op.call = -1
+            if op.facts is not None:
+                op.facts = replace(op.facts, never_again="computed by a backward pass in the forward")
 
     def _match_packs(self, func: Any, packs: Sequence[int]) -> None:
         """Find out which of what was saved on fake tensors is what on real ones.
