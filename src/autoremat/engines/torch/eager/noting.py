@@ -70,7 +70,10 @@ class Noting:
         if self._tape.check.is_looking:
             self._tape.look_at(given)
         if name in ESCAPES:
-            self._tape.keeping.escape([n for n in numbers if n is not None and n >= 0])
+            known = [n for n in numbers if n is not None and n >= 0]
+            self._tape.keeping.escape(known)
+            for n in known:
+                self._tape.check.forget(n)
         facts = _PASS if is_pass(func, name) else facts_of_call(func, args, kwargs, State.now())
         return self._noted(func, args, kwargs, given, numbers, facts)
 
@@ -90,7 +93,8 @@ class Noting:
             unknown = facts.foreign or bool(facts.once)
             drawn = [(g, state_of(g)) for g in generators_of(args, kwargs)] if unknown else []
             entry = self._prepared(func, args, kwargs, given, numbers, facts)
-            if entry is not None and not facts.uninitialised:
+            is_tried = not facts.uninitialised and not facts.foreign
+            if entry is not None and is_tried:
                 reads = tuple(entry.positions.items())
                 tape.check.before(call, given, reads, facts.written, has_room=self._room.has(3 * facts.nbytes))
             untouched = sums_of(given) if facts.foreign and entry is not None else None
@@ -114,7 +118,7 @@ class Noting:
             self._room.made(tensor)
         if entry is not None:
             entry.take(results, saved, changes, draws_of(entry, made, results))
-            if not facts.uninitialised and tape.check.differs(call, entry, made):
+            if is_tried and tape.check.differs(call, entry, made):
                 facts, entry = replace(facts, once=DIFFERS), None
             elif not entry.makes or (
                 untouched is not None and not gives_the_same(entry, given, numbers, made, untouched)
