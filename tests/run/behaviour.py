@@ -224,7 +224,8 @@ class Gates(nn.Module):
         self.cell = nn.GRUCell(WIDTH, WIDTH)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.cell(x.sin(), x.cos()).sin()
+        h = self.cell(x.sin(), x.cos()).sin()
+        return (h.exp() * h).sin() * h.cos()
 
 
 # ---- worlds ----------------------------------------------------------------------------------------------------------

@@ -17,6 +17,9 @@ from autoremat.run.account import account, resident
 
 WIDTH, ROWS = 32, 128
 
+SCALARS_BYTES = 256
+"""What numbers that Python takes from tensors may take beside."""
+
 
 def network() -> nn.Module:
     def layer() -> nn.Module:
@@ -84,7 +87,7 @@ def test_every_micro_step_is_within_the_budget(
         plan = autoremat.stats(call).plan
         assert plan is not None
         assert max(plan.peak_bytes, peak) <= budget, f"step {k}"
-        assert k < 4 or peak == plan.peak_bytes  # of both kinds, two are compared
+        assert k < 4 or abs(peak - plan.peak_bytes) <= SCALARS_BYTES  # of both kinds, two steps are compared
         if k % 2:
             optimizer.step()
             optimizer.zero_grad()

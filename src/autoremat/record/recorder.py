@@ -148,7 +148,9 @@ class Recorder(TorchDispatchMode):
         storage = storage_of(local_of(tensor))
         if storage is None:
             return
-        value = self.values[self.map.number(storage)]
+        value = self.values.get(self.map.number(storage))
+        if value is None:  # it was there before, or came up unseen
+            return
         value.kind = "gradient"
         if label:
             value.label, value.module = f"{label} {value.text}", module
@@ -156,8 +158,9 @@ class Recorder(TorchDispatchMode):
     def leave_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Note that these gradients leave their memory as soon as they are complete."""
         for storage in filter(None, map(storage_of, gradients)):
-            value = self.values[self.map.number(storage)]
-            value.forever, value.died = False, None
+            value = self.values.get(self.map.number(storage))
+            if value is not None:
+                value.forever, value.died = False, None
 
     def recording(self) -> Recording:
         """What has been seen, as plain data."""

@@ -111,25 +111,6 @@ class SelfCheck(NoCheck):
             raise
         return all(self._sum(v, t) == self._sums[v] for v, t in again.items() if v in self._sums)
 
-    def _is_made_again(self, entry: Entry, memory: dict[int, Tensor], wanted: Collection[int]) -> bool:
-        """Whether a second run gives what the first one gave; so it seems, too, where the device has no room for it."""
-        try:
-            with Replay() as replay:
-                again = entry.run(memory, replay, wanted)
-        except (RuntimeError, MemoryError) as error:
-            if is_out_of_memory(error):
-                return True
-            raise
-        return all(self._sum(v, t) == self._sums[v] for v, t in again.items() if v in self._sums)
-
-    def still_gives(self, k: int, entry: Entry, memory: dict[int, Tensor]) -> bool:
-        """Whether a call gives the same when it is made again, from this memory."""
-        known = {v for v in entry.makes if v in self._sums}
-        if not known or self._is_made_again(entry, memory, known):
-            return True
-        self._report(k, DIFFERS)
-        return False
-
     def noted(self, k: int, results: Sequence[Pair], made: Sequence[Tensor]) -> None:
         """Remember what a call has made."""
         for i, value in results:

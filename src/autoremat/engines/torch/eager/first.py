@@ -11,7 +11,13 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.check import NoCheck
 from autoremat.engines.torch.eager.path import Path
-from autoremat.engines.torch.eager.recording import know_the_world, path_of, program_of, record_backward
+from autoremat.engines.torch.eager.recording import (
+    know_the_world,
+    largest_op_bytes,
+    path_of,
+    program_of,
+    record_backward,
+)
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.program import Program
@@ -131,11 +137,16 @@ class FirstStep:
         self, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int, progress: Progress | None,
         limit: Callable[[Program], int] | None, timing: str = "measure",
     ) -> Program:  # fmt: skip
-        """The program of the step."""
+        """The program of the step; where operators are measured, what the step holds by now takes room, too."""
+        room = self.tape.backward.room
+        assert room is not None
+        room.make(largest_op_bytes(self._shadow))
+        there = room.online.meter.nbytes
         return program_of(
             self._shadow, self.tape.path, getattr(self.fn, "__name__", type(self.fn).__name__),
             optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,
-            parallel=self.parallel, progress=progress, limit=limit, timing=timing,
+            parallel=self.parallel, progress=progress, timing=timing,
+            limit=None if limit is None else lambda program: limit(program) - there,
         )  # fmt: skip
 
     def path(self) -> Path:

@@ -97,6 +97,12 @@ def program_of(
     return whole.program(recorder.recording())
 
 
+def largest_op_bytes(shadow: Shadow) -> int:
+    """The most that an op of the recording reads and makes: what measuring it alone takes."""
+    values = shadow.recorder.values
+    return max((sum(values[n].nbytes for n in (*op.reads, *op.writes)) for op in shadow.recorder.ops), default=0)
+
+
 def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int) -> Path:
     """The path of the forward, with what autograd saved and what the passes asked for."""
     recorder = shadow.recorder

@@ -129,7 +129,7 @@ class without_function_modes:  # noqa: N801 - a block
     def __exit__(self, *error: object) -> None:
         for mode in reversed(self._off):
             _push_on_torch_function_stack(mode)
-        self._unseen.__exit__(*error)
+        self._unseen.__exit__(None, None, None)
 
 
 heard_by_classes = torch._C._EnableTorchFunction
