@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from autoremat.engines.torch.eager.first import FirstStep
-from autoremat.engines.torch.eager.session import Session as SessionOfCalls
+from autoremat.engines.torch.eager.session import Session
 from autoremat.plan import Frontier, parse_budget, solve
 from autoremat.plan import frontier as frontier_of
 from autoremat.plan.constraints import Patterns, is_matched, still_possible
@@ -26,7 +26,7 @@ from autoremat.record.optimizer import optimizer_bytes
 from autoremat.record.record import Scripted
 from autoremat.record.timing import Progress
 from autoremat.record.versions import warn_if_untested
-from autoremat.run import Session, Stats
+from autoremat.run import Stats
 from autoremat.run.selfcheck import CHANGED, DIFFERS
 from autoremat.run.session import NotPlannable
 from autoremat.show.explanation import Explanation, explanation_of
@@ -56,10 +56,10 @@ def checkpoint(
 ) -> Any:  # fmt: skip
     """Make a module or a callable train within a memory budget.
 
-    At the first call with a kind of input, the step (forward and backward) is recorded on fake tensors, its operators
-    are timed one by one, and a plan is made: which values stay in memory for the backward and which are computed
-    again. From then on every call follows it. Loss, gradients, buffers and random generators are bit for bit those of
-    plain training.
+    The first call with a kind of input runs within the budget, too. While it runs, it is recorded; at the end of its
+    forward, its operators are timed one by one, and a plan is made: which values stay in memory for the backward and
+    which are computed again. From then on every call follows it. User code runs as often as it is called. Loss,
+    gradients, buffers and random generators are bit for bit those of plain training.
 
     Args:
         target: a module, which stays the same object, or any callable that returns the loss or outputs (then a
@@ -84,7 +84,7 @@ def checkpoint(
     Raises:
         ValueError: a malformed budget, a module without trainable parameters or one that is checkpointed already; at
             the first call, a pattern that matches nothing.
-        InfeasibleBudget: at the first call, when no plan fits; names the smallest budget that does.
+        InfeasibleBudget: at the end of the first call, when no plan fits; names the smallest budget that does.
 
     Example:
         >>> import torch, autoremat
@@ -434,7 +434,7 @@ class _Forward:
         plain = self.replaced or types.MethodType(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
         self.__wrapped__ = plain  # already bound: the signature is that of a call
-        self.session = _session(_PlainForward(self.module, plain), self.options)
+        self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.session.call(args, kwargs)
@@ -471,17 +471,6 @@ class _PlainForward:
         return self._forward(*args, **kwargs)
 
 
-ENGINE: Final = "AUTOREMAT_ENGINE"
-"""Environment variable: ``calls`` for the engine that is to take over, the tape of calls."""
-
-
-def _session(fn: Callable[..., Any], options: Options) -> Session | SessionOfCalls:
-    """What runs a callable under plans."""
-    if os.environ.get(ENGINE) == "operators":
-        return Session(fn, options, measure=options.measure)
-    return SessionOfCalls(fn, options, measure=options.measure)
-
-
 def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
@@ -493,7 +482,7 @@ def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
 
 
 def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    session = _session(fn, options)
+    session = Session(fn, options, measure=options.measure)
 
     @functools.wraps(fn)
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
@@ -503,7 +492,7 @@ def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[.
     return checkpointed
 
 
-def session_of(target: Any) -> Session | SessionOfCalls | None:
+def session_of(target: Any) -> Session | None:
     """What a checkpointed module or callable runs under; None for all others."""
     if isinstance(target, nn.Module):
         forward = vars(target).get("forward")
@@ -511,7 +500,7 @@ def session_of(target: Any) -> Session | SessionOfCalls | None:
             forward = getattr(forward, "__wrapped__", None)  # a library may have wrapped it once more
         return forward.session if isinstance(forward, _Forward) and forward.module is target else None
     session = getattr(target, _MARK, None)
-    return session if isinstance(session, (Session, SessionOfCalls)) else None
+    return session if isinstance(session, Session) else None
 
 
 def _check_budget(budget: Budget) -> None:
