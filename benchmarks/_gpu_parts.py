@@ -209,7 +209,7 @@ def _by_blocks(model: nn.Module, plain: Loss) -> Loss:
 
 def budgets_between(floor_bytes: int, plain_peak_bytes: int) -> list[int]:
     """Evenly from just above the floor to 90 % of the plain peak, or to just below it where the floor is higher."""
-    margin = (plain_peak_bytes - floor_bytes) // 50
+    margin = (plain_peak_bytes - floor_bytes) // 8  # calls that are made again whole have a higher floor
     low, high = floor_bytes + margin, int(SHARE * plain_peak_bytes)
     if high <= low:
         high = plain_peak_bytes - margin

@@ -24,10 +24,9 @@ from torch import Tensor, nn
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig, ResNet, ResNetConfig, checkpoint_every_block
 from autoremat.program import Plan
-from autoremat.record import record
-from autoremat.run import Tape, instructions_for
 from autoremat.run.account import account, resident
 from autoremat.show.text import format_bytes
+from tests.run.follow import following, recorded
 
 
 @dataclass(frozen=True)
@@ -124,11 +123,11 @@ def _feasible(network: Network, budget: int) -> bool:
 def tape_cost(network: Network, rounds: int) -> None:
     """Print what the tape costs when it keeps everything."""
     loss = network.loss(network.model)
-    plan: Plan = autoremat.solve(record(loss, network.inputs), 1.0)
-    instructions = instructions_for(plan)
+    program, path = recorded(loss, network.inputs, timing="measure")
+    plan: Plan = autoremat.solve(program, 1.0)
 
     def taped() -> Any:
-        with Tape(instructions).forward():
+        with following(plan, path).forward():
             value = loss(*network.inputs)
         return value.backward()
 

@@ -1,11 +1,12 @@
-"""What the tape costs on operators so small that nothing else matters: microseconds per operator.
+"""What the tape costs on operators so small that nothing else matters: microseconds per call.
 
 A chain of small products, sines and views, trained plainly; under a dispatch mode that does nothing (what torch itself
-takes to show every operator to Python); under a tape that keeps everything; under one with a plan for a smaller budget;
-and under the same one ready to leave its path, as for a step that looks at its data. Processor time, the least of many
-rounds, the variants taking turns.
+takes to show every operator to Python); under a function mode that does nothing (every call); following a plan that
+keeps everything; and following one for a smaller budget. Then a GPT of operators of some 10 us, beside
+``torch.utils.checkpoint`` of every block, at the peak that has. Processor time, the least of many rounds, the variants
+taking turns.
 
-Run: ``python benchmarks/tape.py [--rounds N]``.
+Run: ``PYTHONPATH=. python benchmarks/tape.py [--rounds N]``.
 """
 
 from __future__ import annotations
@@ -17,13 +18,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 import autoremat
-from autoremat.record import record
-from autoremat.run import Tape, instructions_for
-from autoremat.run.instructions import Instructions
+from autoremat.program import Plan
+from autoremat.run.account import account, resident
+from tests.run.follow import following, recorded
 
 LAYERS = 60
 WIDTH = 16
@@ -38,6 +41,14 @@ class Onlooker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator."""
+        return func(*args, **(kwargs or {}))
+
+
+class Listener(TorchFunctionMode):
+    """Does nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Make one call."""
         return func(*args, **(kwargs or {}))
 
 
@@ -70,39 +81,96 @@ def seconds_of(forwards: dict[str, Callable[[], Tensor]], rounds: int) -> dict[s
     return best
 
 
-def main() -> None:
-    """Print the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=40)
-    rounds = parser.parse_args().rounds
-    torch.manual_seed(0)
+class Gpt(nn.Module):
+    """Blocks of the usual kind, each checkpointed by torch where that is asked for."""
+
+    def __init__(self, width: int, blocks: int, *, by_torch: bool) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(width, 4, 4 * width, 0.1, "gelu", batch_first=True, norm_first=True)
+            for _ in range(blocks)
+        )
+        self.head, self.by_torch = nn.Linear(width, 64), by_torch
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The loss."""
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.by_torch else block(x)
+        return self.head(x).square().mean()
+
+
+def table(title: str, seconds: dict[str, float], n: int, unit: str) -> None:
+    """Print what each variant takes more than the plain one."""
+    plain = seconds["plain"]
+    print(f"{title}: {n} {unit}, plain {plain * 1e3:.2f} ms")
+    for name, value in seconds.items():
+        more = value - plain
+        print(f"  {name:34s} {more / plain:+7.1%}, {more / n * 1e6:5.1f} us more per {unit[:-1]}")
+
+
+def of_chain(rounds: int) -> None:
+    """The chain of small operators."""
     loss, x = chain(), torch.randn(WIDTH, WIDTH)
-    program = record(loss, (x,))
-    low = autoremat.solve(program, 0.7)
+    program, path = recorded(loss, (x,), timing="measure")
 
-    def watched() -> Tensor:
-        with Onlooker():
-            return loss(x)
-
-    def under(instructions: Instructions) -> Callable[[], Tensor]:
+    def under(around: Callable[[], Any]) -> Callable[[], Tensor]:
         def forward() -> Tensor:
-            with Tape(instructions).forward():
+            with around():
                 return loss(x)
 
         return forward
 
+    def at(share: float) -> Callable[[], Tensor]:
+        plan: Plan = autoremat.solve(program, share)
+        return under(lambda: following(plan, path).forward())
+
     seconds = seconds_of({
         "plain": lambda: loss(x),
-        "a mode that does nothing": watched,
-        "everything kept": under(instructions_for(autoremat.solve(program, 1.0))),
-        "70 % of the plain peak": under(instructions_for(low)),
-        "70 %, ready to leave the path": under(instructions_for(low, may_vary=True)),
+        "a dispatch mode that does nothing": under(Onlooker),
+        "a function mode that does nothing": under(Listener),
+        "everything kept": at(1.0),
+        "70 % of the plain peak": at(0.7),
     }, rounds)  # fmt: skip
-    reruns, n = len(low.schedule.order) - len(program.ops), len(program.forward)
-    print(f"{n} operators in the forward, {reruns} of them run again at 70 %")
-    for name, value in seconds.items():
-        more = (value - seconds["plain"]) / n
-        print(f"  {name:30s} {value * 1e3:6.2f} ms a step, {more * 1e6:5.1f} us more per operator of the forward")
+    table("chain", seconds, len(path.calls), "calls")
+
+
+def of_gpt(width: int, tokens: int, batch: int, rounds: int) -> None:
+    """A GPT, at the peak that ``torch.utils.checkpoint`` of every block has."""
+    x = torch.randn(batch, tokens, width)
+    model, theirs = Gpt(width, 12, by_torch=False), Gpt(width, 12, by_torch=True)
+    theirs.load_state_dict(model.state_dict())
+    program, path = recorded(model, (x,), timing="measure")
+    before = resident(model, x)
+    peak = account(lambda: theirs(x).backward(), before).peak_bytes
+    theirs.zero_grad()
+    plans: dict[str, Plan] = {"everything kept": autoremat.solve(program, 1.0)}
+    try:
+        plans["at the peak of torch.utils.checkpoint"] = autoremat.solve(program, peak)
+    except autoremat.InfeasibleBudget as error:
+        plans["at the floor, which is higher"] = autoremat.solve(program, error.floor_bytes)
+
+    def under(plan: Plan) -> Callable[[], Tensor]:
+        def forward() -> Tensor:
+            with following(plan, path).forward():
+                return model(x)
+
+        return forward
+
+    variants = {name: under(plan) for name, plan in plans.items()}
+    seconds = seconds_of({"plain": lambda: model(x), "torch.utils.checkpoint": lambda: theirs(x), **variants}, rounds)
+    table(f"GPT of width {width}, {tokens} tokens, batch {batch}", seconds, len(path.calls), "calls")
+
+
+def main() -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=40)
+    rounds = parser.parse_args().rounds
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    of_chain(rounds)
+    of_gpt(32, 16, 2, rounds)
+    of_gpt(64, 32, 4, rounds)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pickle
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ def check(
     time_limit_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Check:
-    """Run one step plainly and two checkpointed, and compare what they leave behind, bit by bit.
+    """Run two steps plainly and two checkpointed, and compare what they leave behind, bit by bit.
 
     All start from the same parameters, buffers and generator states and from no gradients. Of the checkpointed ones the
     first is recorded and planned, the second follows the plan, both with the self-check. Afterwards everything is as
@@ -143,10 +143,12 @@ def check(
     args, kwargs = map_tensors((args, kwargs), _without_history)
     with torch.enable_grad(), _all_as_before(_named(modules, args, kwargs).values()) as start_anew:
         start_anew()
-        reference = _apart(lambda: _run(plain, session, modules, args, kwargs, start_anew))
+        reference = _apart(lambda: [_run(plain, session, modules, args, kwargs, start_anew) for _ in range(_STEPS)])
         return _apart(lambda: _compared(reference, session, modules, args, kwargs, start_anew))
 
 
+_STEPS: Final = 2
+"""One that is recorded, and one that follows the plan: whatever the callable counts, both kinds of steps count on."""
 _Seen = tuple[dict[str, Tensor], int]
 """What a step leaves behind, by name, and its peak by the allocator's account."""
 
@@ -174,16 +176,21 @@ def _run(
 
 
 def _compared(
-    reference: _Seen, session: Session, modules: Sequence[nn.Module], args: Sequence[Any], kwargs: dict[str, Any],
-    start_anew: Callable[[], None],
+    reference: Sequence[_Seen], session: Session, modules: Sequence[nn.Module], args: Sequence[Any],
+    kwargs: dict[str, Any], start_anew: Callable[[], None],
 ) -> Check:  # fmt: skip
     """What comes of a step under the session's plan, beside what came of a plain one."""
-    expected, plain_peak = reference
-    steps = [_run(lambda *a, **k: session.call(a, k), session, modules, args, kwargs, start_anew) for _ in range(2)]
+    expected, plain_peak = reference[0]
+    steps = [_run(lambda *a, **k: session.call(a, k), session, modules, args, kwargs, start_anew) for _ in reference]
     stats = session.stats()
     values = stats.plan.program.values if stats.plan is not None else ()
     beside = sum(v.nbytes for v in values if v.kind == "optimizer")
-    wrong = {n: _distance(a, seen[n]) for seen, _ in steps for n, a in expected.items() if not _is_same(a, seen[n])}
+    wrong = {
+        n: _distance(a, seen[n])
+        for (plain, _), (seen, _) in zip(reference, steps, strict=True)
+        for n, a in plain.items()
+        if not _is_same(a, seen[n])
+    }
     return Check(
         stats.plan,
         {kind: sum(name.startswith(kind) for name in expected) for kind in _KINDS},

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -19,8 +20,9 @@ from autoremat.engines.torch.eager.facts import facts_of_call
 from autoremat.engines.torch.eager.listener import Listener
 from autoremat.engines.torch.eager.online import MOST_RERUNS
 from autoremat.engines.torch.eager.state import State
-from autoremat.engines.torch.eager.tape import First, Tape
+from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.run.account import account, resident
+from tests.run.follow import following, recorded
 
 WIDTH = 32
 
@@ -368,3 +370,28 @@ def test_arguments_are_templates_without_memory() -> None:
     assert made.content[1] == "text"
     assert made.content[0].content[0] == 0
     assert Made  # what stands for a tensor of the step in real templates
+
+
+def test_what_was_made_again_stays_until_the_plan_drops_it() -> None:
+    """Its last handle may go before a later call that is made again reads it."""
+    torch.manual_seed(0)
+    layers = [nn.TransformerEncoderLayer(WIDTH, 4, 4 * WIDTH, 0.1, "gelu", batch_first=True) for _ in range(6)]
+    model, x = nn.Sequential(*layers), torch.randn(4, 16, WIDTH)
+    program, path = recorded(lambda x: model(x).square().mean(), (x,))
+    with pytest.raises(autoremat.InfeasibleBudget) as caught:
+        autoremat.solve(program, 1)
+    plan = autoremat.solve(program, caught.value.floor_bytes)
+    left: list[str] = []
+    reruns: list[float] = []
+    for tape in (None, following(plan, path, Reports(left.append, reruns.append))):
+        torch.manual_seed(1)
+        model.zero_grad()
+        with tape.forward() if tape is not None else nullcontext():
+            loss = model(x).square().mean()
+        loss.backward()
+        seen = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+        if tape is None:
+            plain = seen
+    assert all(map(torch.equal, seen, plain))
+    assert not left
+    assert len(reruns) > 6

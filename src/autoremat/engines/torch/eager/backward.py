@@ -223,6 +223,8 @@ class Backward:
         needs = self._passes.needs
         if not self.is_planned:
             return self._ledger.fetch(value, lambda v: v in needs.handles, self._shrink)
+        if value in self._ledger.held:
+            return self._ledger.memory(value)
         script = self._script
         assert script is not None
         tensor = self._ledger.fetch(value, lambda v: v in script.kept or v in script.hold, lambda locked: None)

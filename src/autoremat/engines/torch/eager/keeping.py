@@ -127,18 +127,33 @@ class Keeping:
                     self._ledger.fetch(value, lambda v: False, lambda locked: None)
                     self._ledger.remade.discard(value)
         for k in calls:
-            entry = self._ledger.withdraw(k)
-            for value in entry.reads:
-                if value in self._readers:
-                    self._readers[value].discard(k)
-            for readers in self._outside_readers.values():
-                readers.discard(k)
-            self._witness.once(k, why)
+            self._withdraw(k, why)
+
+    def _withdraw(self, call: int, why: str) -> None:
+        entry = self._ledger.withdraw(call)
+        for value in entry.reads:
+            if value in self._readers:
+                self._readers[value].discard(call)
+        for readers in self._outside_readers.values():
+            readers.discard(call)
+        self._witness.once(call, why)
 
     def has_changed(self, value: int, tensor: Tensor) -> None:
-        """Something that torch does not see has changed a value: it stays as it is now."""
+        """Something that torch does not see has changed a value: it stays as it is now.
+
+        What has been made from what it was before is made now if it is gone: later it could not be.
+        """
+        readers = list(self._readers.get(value, ()))
         if value in self._ledger.maker:
-            self.freeze([self._ledger.maker[value]], CHANGED)
+            self._ledger.let_go(value)  # its memory holds something else by now
+            self.freeze(readers, CHANGED)
+            self._ledger.let_go(value)
+            maker = self._ledger.maker.get(value)
+            if maker is not None:
+                self.freeze([maker], CHANGED)
+        else:
+            for call in readers:
+                self._withdraw(call, CHANGED)
         self._ledger.hold(value, local_of(tensor).detach())
 
     # ---- letting go ----------------------------------------------------------------------------------------------

@@ -50,6 +50,8 @@ class Noting:
         self._tape, self._room, self.path, self._is_kept = tape, tape.backward.room, path, is_kept
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy = False
+        self._versions: dict[int, int] = {}
+        """For every value the version of its memory after the last call that was heard to change it."""
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
@@ -69,6 +71,11 @@ class Noting:
         numbers = [self._tape.numbers.of(t) for t in given]
         if self._tape.check.is_looking:
             self._tape.look_at(given)
+        for tensor, n in zip(given, numbers, strict=True):
+            if n is not None and self._versions.get(n, -1) not in (-1, version_of(local_of(tensor))):
+                self._tape.keeping.has_changed(n, tensor)  # where nobody listens: in another thread, in a hook
+                self._tape.check.forget(n)
+                self._versions[n] = version_of(local_of(tensor))
         if name in ESCAPES:
             known = [n for n in numbers if n is not None and n >= 0]
             self._tape.keeping.escape(known)
@@ -195,6 +202,8 @@ class Noting:
     def _listed(self, call: Call, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
         """Take note of what a call has overwritten and made, and hold what autograd has saved of it."""
         tape = self._tape
+        self._versions.update((n, version_of(local_of(made[i]))) for i, n in call.results)
+        self._versions.update((new, version_of(local_of(given[i]))) for i, _, new in call.written)
         for position, old, new in call.written:
             tape.keeping.overwritten(old, new, given[position])
             tape.check.forget(old)

@@ -155,6 +155,10 @@ class Shadow:
         storage = storage_of(local_of(self.twin(tensor)))
         return -1 if storage is None else self.recorder.map.number(storage)
 
+    def forget(self, tensor: Tensor) -> None:
+        """The twin of a tensor is that of something else: the next one is made anew."""
+        self._twins.pop(id(tensor), None)
+
     def revive(self, tensor: Tensor, number: int) -> None:
         """Let the twin of a tensor be on the memory of a value of which nobody was known to look at it any more."""
         storage = storage_of(local_of(self.twin(tensor)))

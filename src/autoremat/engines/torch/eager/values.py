@@ -47,6 +47,8 @@ class Numbers(ValueMap):
         if known is None and recorded is not None:
             self.rebind(storage, recorded)
             return recorded
+        if recorded is not None and recorded != known:  # it was given other memory, out of sight
+            recorded = self._witness.number_anew(tensor)
         if recorded is not None and recorded < 0 <= (known or 0):
             self._witness.revive(tensor, known or 0)
         elif recorded is not None and recorded != known:

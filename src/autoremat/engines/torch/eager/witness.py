@@ -38,6 +38,12 @@ class Witness:
             self.give_up(error)
             return None
 
+    def number_anew(self, tensor: Tensor) -> int | None:
+        """As ``number``, of a tensor that is not what it was."""
+        if self.shadow is not None:
+            self.shadow.forget(tensor)
+        return self.number(tensor)
+
     def revive(self, tensor: Tensor, number: int) -> None:
         """A tensor of which the recording does not know looks at the memory of this value."""
         if self.shadow is not None:
