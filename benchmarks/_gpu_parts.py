@@ -209,7 +209,7 @@ def _by_blocks(model: nn.Module, plain: Loss) -> Loss:
 
 def budgets_between(floor_bytes: int, plain_peak_bytes: int) -> list[int]:
     """Evenly from just above the floor to 90 % of the plain peak, or to just below it where the floor is higher."""
-    margin = (plain_peak_bytes - floor_bytes) // 8  # calls that are made again whole have a higher floor
+    margin = (plain_peak_bytes - floor_bytes) // 50
     low, high = floor_bytes + margin, int(SHARE * plain_peak_bytes)
     if high <= low:
         high = plain_peak_bytes - margin
@@ -218,7 +218,8 @@ def budgets_between(floor_bytes: int, plain_peak_bytes: int) -> list[int]:
 
 def _add_budgets(training: Training, data: Data, plain: Loss, whole: Plan) -> None:
     """Autoremat at its budgets, those that tell most first; what there is no time for is skipped."""
-    found = budgets_between(whole.floor_bytes, whole.plain_peak_bytes)
+    above = (whole.plain_peak_bytes - whole.floor_bytes) // 8  # what is made again are calls: their floor is higher
+    found = budgets_between(whole.floor_bytes + above, whole.plain_peak_bytes)
     wanted = {f"budget {k + 1} of {BUDGETS}": found[k] for k in (0, 4, 2, 1, 3)[: training.setting.budgets]}
     block = training.variants["every block"].data.get("peak")
     if block is not None:
