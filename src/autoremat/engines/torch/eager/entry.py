@@ -25,6 +25,10 @@ class Enough(Exception):
     """Ends a call that is made again as soon as what is wanted has been saved inside it."""
 
 
+class Disturbed(RuntimeError):
+    """Another thread drew from the same generator while a call did: its numbers cannot be drawn again."""
+
+
 @dataclass(slots=True)
 class Entry:
     """A call, ready to be made again. Not frozen: one is made for every such call of every forward.
@@ -204,8 +208,8 @@ def may_be_disturbed(generator: torch.Generator | None) -> bool:
     return generator is not None and generator.device.type == "cpu" and threading.active_count() > 1
 
 
-def _disturbed(func: Any) -> RuntimeError:
-    return RuntimeError(
+def _disturbed(func: Any) -> Disturbed:
+    return Disturbed(
         f"autoremat cannot draw the numbers of {func} again: another thread drew from the same generator at the same "
         "moment. Give that thread a torch.Generator of its own, or let the step use one"
     )
