@@ -94,7 +94,8 @@ class Entry:
         """
         found: dict[int, Tensor] = {}
         inner = {i: v for i, v in self.saved if v in wanted}
-        enough = len(inner) if self.stops.issuperset(wanted) else None
+        may_stop = self.draws is None and self.stops.issuperset(wanted)  # else its results tell what it drew
+        enough = len(inner) if may_stop else None
         if self.generator is None or self.generator_state is None:
             with replay.use(self.state):
                 out = self._made(memory, inner, enough, found)
