@@ -242,12 +242,12 @@ def _checkpointed(training: Training, plain: Loss, budget: int | str) -> Loss:
 
 
 def _add(training: Training, data: Data, name: str, loss: Loss, **known: Any) -> None:
-    """Add a variant and run it twice: the first step records and plans, and checks itself."""
+    """Add a variant and run it three times: the first step records and plans, and both that and the next one check."""
     variant = training.variants[name] = Variant(loss, known)
     data["variants"][name] = variant.data
     with variant.guarded():
         begin = time.monotonic()
-        for _ in range(2):
+        for _ in range(3):
             training.clear()
             training.step(variant)()
             variant.data.setdefault("first_step_seconds", time.monotonic() - begin)

@@ -18,7 +18,7 @@ from autoremat.engines.torch.eager.session import Session
 from autoremat.plan.constraints import Patterns
 from autoremat.program import Plan
 from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
-from autoremat.record.record import NothingDifferentiable, UnusableInput, differentiable_outputs, is_unreal
+from autoremat.record.record import NOTHING, NothingDifferentiable, UnusableInput, differentiable_outputs, is_unreal
 from autoremat.record.recorder import backward_from
 from autoremat.record.world import (
     gradients_kept,
@@ -266,10 +266,7 @@ def _observed(forward: Callable[[], Any], modules: Sequence[nn.Module], tensors:
     def step() -> None:
         outputs = differentiable_outputs(forward())
         if not outputs:
-            raise NothingDifferentiable(
-                "the callable returned nothing that requires grad, so there is no backward pass to compare; return the "
-                "loss (or the model's output), and check that some parameter has requires_grad=True"
-            )
+            raise NothingDifferentiable(NOTHING)
         leaves = leaves_of(outputs, since=first_node)
         seen.update({f"output {i}": t.detach() for i, t in enumerate(outputs)})  # held, as in the recording
         begin = backward_from(outputs)

@@ -78,6 +78,11 @@ class FakesLeft(UnusableInput):
     """Something of the user's holds fake tensors after a recording in this process."""
 
 
+NOTHING: Final = (
+    "the callable returned nothing that requires grad, so there is no backward pass to plan for; return the loss (or "
+    "the model's output), and check that some parameter has requires_grad=True"
+)
+"""What is told of a step without a backward pass."""
 _FINAL: Final = (NothingDifferentiable, CompiledCode, TrainsInside, Scripted, FakesLeft, RecordingDied)
 """Errors of a recording that the other way to record would not be spared."""
 
@@ -602,10 +607,7 @@ def _record_in(world: _World, step: _Step, progress: Progress | None, *, forward
         has_trained = _gradients(modules) - before
         if not outputs:
             refuse_training(has_trained)
-            raise NothingDifferentiable(
-                "the callable returned nothing that requires grad, so there is no backward pass to plan for; return "
-                "the loss (or the model's output), and check that some parameter has requires_grad=True"
-            )
+            raise NothingDifferentiable(NOTHING)
         leaves = leaves_of(outputs, since=first_node)
         with gradients_kept(leaves), recorder.seeded(outputs) as start:
             recorder.backward = True

@@ -76,7 +76,7 @@ class Backward:
                 ledger.let_go(value)
         gone = [v for v in kept if v not in ledger.held and v in ledger.maker and self._passes.needs.is_needed(v)]
         if self.room is None or self.room.fits(ledger.missing(gone)):  # else it is made again when it is asked for
-            ledger.make_again(gone, kept.__contains__, lambda call, locked: None)
+            ledger.make_again(gone, kept.__contains__, lambda locked: None)
             ledger.remade -= kept  # they take the place of the forward's own
 
     def improvise(self) -> None:

@@ -58,7 +58,7 @@ class FirstStep:
         reports.unlike = self._failed
         self._paths = ModulePaths(self.modules)
         self._shadow = Shadow(self._paths.current)
-        self._gradients = [(t, t.grad) for t in self._leaves()]
+        self._gradients = [(t, t.grad) for t in self._own() if t.is_leaf and t.requires_grad]
         self._versions = self._versions_of_gradients()
         storages = self._storages()
         fixed_bytes = sum(s.nbytes() for s in storages)
@@ -67,16 +67,16 @@ class FirstStep:
     def _failed(self, error: BaseException) -> None:
         self._failure = self._failure or error
 
-    def _leaves(self) -> list[Tensor]:
-        tensors = [t for _, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
-        return [t for t in tensors if t.is_leaf and t.requires_grad]
+    def _own(self) -> list[Tensor]:
+        """Parameters and buffers, as far as they are there."""
+        return [t for _, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
 
     def _versions_of_gradients(self) -> list[tuple[int, int] | None]:
         return [None if t.grad is None else (id(t.grad), t.grad._version) for t, _ in self._gradients]
 
     def _storages(self) -> list[torch.UntypedStorage]:
         """The memory that is there before the step."""
-        tensors = [t for _, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
+        tensors = self._own()
         tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
         tensors += [t for t in torch.utils._pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
         storages = map(storage_of, tensors)

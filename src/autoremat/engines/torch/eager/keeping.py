@@ -134,8 +134,10 @@ class Keeping:
         for value in entry.reads:
             if value in self._readers:
                 self._readers[value].discard(call)
-        for readers in self._outside_readers.values():
-            readers.discard(call)
+        for outside in entry.outside:
+            storage = storage_of(local_of(outside.tensor))
+            if storage is not None and storage._cdata in self._outside_readers:
+                self._outside_readers[storage._cdata].discard(call)
         self._witness.once(call, why)
 
     def has_changed(self, value: int, tensor: Tensor) -> None:
@@ -147,7 +149,6 @@ class Keeping:
         if value in self._ledger.maker:
             self._ledger.let_go(value)  # its memory holds something else by now
             self.freeze(readers, CHANGED)
-            self._ledger.let_go(value)
             maker = self._ledger.maker.get(value)
             if maker is not None:
                 self.freeze([maker], CHANGED)

@@ -16,8 +16,6 @@ from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Replay
 from autoremat.record.values import View
 
-Loss = Callable[[int], RuntimeError]
-
 
 class Ledger:
     """Values by number, calls by position.
@@ -114,18 +112,18 @@ class Ledger:
             after_each: called after every call with the values that are still needed on the way.
         """
         if value not in self.held:
-            self.make_again((value,), stays, lambda call, locked: after_each(locked))
+            self.make_again((value,), stays, after_each)
         return self.memory(value)
 
     def make_again(
-        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[int, Collection[int]], None]
+        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]
     ) -> None:
         """Make values again that are gone, each call once: O(calls).
 
         Args:
             values: which.
             stays: whether another value that was made on the way stays in memory.
-            after_each: called after every call with that and the values that are still needed on the way.
+            after_each: as for ``fetch``.
         """
         try:
             missing = self.missing(values)
@@ -142,7 +140,7 @@ class Ledger:
                 for v in (*wanted, *(v for v in reads if v in made)):
                     if not uses[v] and v not in asked and not stays(v):
                         self.let_go(v)
-                after_each(k, asked | {v for v, n in uses.items() if n > 0})
+                after_each(asked | {v for v, n in uses.items() if n > 0})
 
     def run(self, call: int, wanted: Collection[int], replay: Replay, ends: Collection[int] = ()) -> None:
         """Make a call again; what is wanted of it is held from now on.

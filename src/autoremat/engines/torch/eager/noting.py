@@ -63,7 +63,7 @@ class Noting:
         listener = self._tape.listener
         if listener.is_made_of_others(func):
             return listener.look_into(func, args, kwargs)
-        if in_compiled_code():
+        if not self._tape.compiled and in_compiled_code():
             self._tape.met_compiled_code()
         given = tensors_given(args, kwargs)
         if any(map(nn.parameter.is_lazy, given)):
@@ -205,8 +205,7 @@ class Noting:
         self._versions.update((n, version_of(local_of(made[i]))) for i, n in call.results)
         self._versions.update((new, version_of(local_of(given[i]))) for i, _, new in call.written)
         for position, old, new in call.written:
-            tape.keeping.overwritten(old, new, given[position])
-            tape.check.forget(old)
+            tape.overwritten(old, new, given[position])
         if tape.check.is_looking and not call.uninitialised and tape.n_calls - 1 not in tape.ledger.entries:
             tape.check.noted(tape.n_calls - 1, call.results, made)
         for _, handle, tensor in self._fresh:

@@ -16,7 +16,7 @@ from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.program import Program
 from autoremat.record.parallel import Parallel, resident_bytes
-from autoremat.record.record import NothingDifferentiable, Whole, differentiable_outputs
+from autoremat.record.record import NOTHING, NothingDifferentiable, Whole, differentiable_outputs
 from autoremat.record.timing import Progress
 from autoremat.record.world import named_tensors
 
@@ -43,10 +43,7 @@ def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], m
     """
     outputs = differentiable_outputs(result)
     if not outputs:
-        raise NothingDifferentiable(
-            "the callable returned nothing that requires grad, so there is no backward pass to plan for; return the "
-            "loss (or the model's output), and check that some parameter has requires_grad=True"
-        )
+        raise NothingDifferentiable(NOTHING)
     recorder = shadow.recorder
     cached, end = shadow.forward_ends(), len(recorder.ops)
     twins = [shadow.twin(t) for t in outputs]

@@ -16,12 +16,12 @@ from autoremat.record.local import local_of
 
 _SLACK: Final = 0.05
 """How far apart the backward of the plan and one off its path may be, as a share of all requests ..."""
+_MORE: Final = 8
+"""... and so many requests more."""
 _MARGIN: Final = 0.02
 """What a first step leaves for what nobody counts, as a share of what it may take."""
 _SCRATCH: Final = 0.3
 """The most that is left for what kernels take beside, as a share of what a first step may take."""
-_MORE: Final = 8
-"""... and so many requests more."""
 
 
 class Allowance(Protocol):

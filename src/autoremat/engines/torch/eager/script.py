@@ -84,8 +84,6 @@ class Script:
         hold: values that the tape itself holds on to.
         hold_at: of those the ones made and saved inside a call, by the number of a pack that is kept.
         twice: calls for whose second run, right after the first, the budget has room.
-        sizes: bytes of every value of the forward.
-        spare_bytes: by how much the budget exceeds the plan's peak.
         budget_bytes: the budget; None: a step off the path may take what it likes.
         beside_bytes: what anything but the values that the tape holds takes at most: in the forward, then from each
             request of the backward to the next.
@@ -104,8 +102,6 @@ class Script:
     kept: frozenset[int] = frozenset()
     hold_at: dict[int, int] = field(default_factory=dict)
     twice: frozenset[int] = frozenset()
-    sizes: dict[int, int] = field(default_factory=dict)
-    spare_bytes: int = 0
     budget_bytes: int | None = None
     beside_bytes: tuple[int, ...] = (0,)
     fixed_bytes: int = 0
@@ -168,8 +164,6 @@ class _Compiler:
             hold_at=held_at,
             loose=not hooked <= inside,
             twice=self._twice(ready, timeline),
-            sizes={self.number[v]: program.values[v].nbytes for i in program.forward for v in program.ops[i].writes},
-            spare_bytes=plan.budget_bytes - timeline.peak_bytes,
             budget_bytes=plan.budget_bytes,
             beside_bytes=self._beside(timeline),
             fixed_bytes=program.fixed_bytes,

@@ -285,11 +285,6 @@ class Session:
                 entry.is_new = True  # this error is why it could not be recorded; the next call may be a good one
             raise
 
-    def prepare(self, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Plan for a call without running it."""
-        if not _obstacle():
-            self._entry(args, kwargs)
-
     def kept(self) -> tuple[str, ...]:
         """The operators that turned out to give something else when they run again: where, and why."""
         return tuple(self._counts.kept)
