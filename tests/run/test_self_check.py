@@ -164,3 +164,24 @@ def test_a_program_says_what_it_was_recorded_on() -> None:
     fake: Program = autoremat.plan(lambda x: (x * 2).sum(), x, budget=1.0).program
     assert (real.recorded, fake.recorded) == ("real", "fake")
     assert Program.from_json(real.to_json()).recorded == "real"
+
+
+def test_memory_that_is_looked_at_can_still_be_resized() -> None:
+    """As reversible networks do it, which give the memory of their inputs back."""
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def step(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = x.sin()
+            y = h.cos()
+            h.untyped_storage().resize_(0)
+        return (y @ weight).tanh().exp().sum()
+
+    checkpointed = autoremat.checkpoint(step, budget=1.0)
+    for _ in range(3):
+        weight.grad = None
+        x = torch.randn(64, WIDTH)
+        checkpointed(x).backward()
+        gradient, weight.grad = weight.grad, None
+        step(x).backward()
+        assert torch.equal(gradient, weight.grad)

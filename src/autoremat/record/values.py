@@ -7,6 +7,7 @@ inputs, constants) count -1, -2, ... in the order they are first met.
 
 from __future__ import annotations
 
+import ctypes
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -77,7 +78,10 @@ def fingerprint(storage: torch.UntypedStorage, part: slice = slice(None)) -> int
         return 0  # there are no contents
     whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[part]
     if storage.device.type == "cpu":
-        return zlib.crc32(whole.numpy().data)
+        if not whole.numel():
+            return 0
+        # An array of NumPy on it would make the storage one that its owner cannot resize any more.
+        return zlib.crc32((ctypes.c_ubyte * whole.numel()).from_address(whole.data_ptr()))
     wide = whole[: len(whole) // 8 * 8].clone().view(torch.int64)
     return (int(wide.sum()) ^ int(whole[wide.numel() * 8 :].sum())) % (1 << 64)
 
