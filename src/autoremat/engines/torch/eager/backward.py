@@ -38,7 +38,9 @@ class Backward:
     ) -> None:  # fmt: skip
         self._ledger, self._passes = ledger, passes
         self._rebind, self._out_of_memory = rebind, out_of_memory
-        self._script, self._cursor = script, 0
+        self._script, self._cursor, self._begin = script, 0, 0
+        self._is_through = False
+        """The pass after the forward has begun."""
         self._is_noted = script is None
         """The forward was noted: what the plan keeps has handles, too."""
         self._late: set[int] = set()
@@ -59,7 +61,7 @@ class Backward:
     def finish_forward(self) -> None:
         """The forward is over."""
         self._ledger.finish_forward()
-        self.is_forward = False
+        self.is_forward, self._begin = False, self._cursor
         if not self.is_planned:
             self._passes.needs.count()
 
@@ -127,12 +129,17 @@ class Backward:
                 self._act()
 
     def _notice_pass(self) -> None:
-        if self._passes.begins():
-            self._cursor = 0
-            for value in list(self._ledger.remade):
-                self._ledger.let_go(value)
-        if self._passes.was_differentiated and self.is_planned:  # a node may now run twice in one pass
+        """The passes within the forward and the first one after it are in the plan; others begin where that one did."""
+        if not self._passes.begins():
+            return
+        is_planned, self._is_through = self.is_forward or not self._is_through, not self.is_forward
+        if is_planned or not self._passes.is_again:
+            return
+        if self._passes.was_differentiated and self.is_planned:
             self.improvise()
+        self._cursor = self._begin
+        for value in list(self._ledger.remade):
+            self._ledger.let_go(value)
 
     def _served(self, handle: Handle, value: int) -> Tensor:
         try:
@@ -199,7 +206,7 @@ class Backward:
         return act
 
     def _drop(self, value: int) -> None:
-        """Let go of a value, unless the graph is to be gone through once more and it is the forward's own."""
+        """Let go of a value, unless the graph is to be gone through once more and nothing could make it again."""
         ledger, is_own = self._ledger, value not in self._ledger.remade
         if value in self.pinned:
             return
@@ -210,7 +217,7 @@ class Backward:
             if is_own and kept and value in self._passes.needs.handles:
                 self._late.add(value)
                 return
-        if value in ledger.held and not (self._passes.retained and is_own):
+        if value in ledger.held and not (self._passes.retained and is_own and value not in ledger.maker):
             ledger.let_go(value)
 
     # ---- on demand -----------------------------------------------------------------------------------------------

@@ -175,7 +175,8 @@ class Follow:
                 self._hold_saved(j, tensor)
             return Kept(tensor, tape.backward, j) if j in self._script.asked else Kept(tensor)
         number = tape.numbers.known_tensor(tensor)
-        if number != value and self._is_saved_inside(j, value, number):
+        is_new = number != value and self._is_saved_inside(j, value, number)
+        if is_new:
             tape.numbers.rebind_tensor(tensor, value)
             number = value
         if number != value:
@@ -184,7 +185,7 @@ class Follow:
         handle = Handle(tape.backward, j, tensor)
         handle.value = value
         tape.passes.made(handle)
-        if value in self._script.hold and value not in tape.ledger.held:
+        if is_new and value in self._script.hold:  # saved once more, the plan may have let go of it
             tape.ledger.hold(value, local_of(tensor).detach())
         return handle
 

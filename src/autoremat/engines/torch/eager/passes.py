@@ -79,12 +79,12 @@ class Passes:
         return value
 
     def begins(self) -> bool:
-        """Whether this is the first request of a new pass over a graph that has been through one."""
+        """Whether this is the first request of a new pass."""
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return False
-        again = self.retained
-        if again:
+        self.is_again = self.retained
+        if self.is_again:
             self.number += 1
             self.n_served = 0
             self.waiting = dict(self.needs.handles)
@@ -92,9 +92,9 @@ class Passes:
         self.was_differentiated = self.differentiated
         self.differentiated = torch.is_grad_enabled()
         self.retained = self.differentiated or torch._C._autograd._get_current_graph_task_keep_graph()
-        return again
+        return True
 
-    was_differentiated = False
+    was_differentiated = is_again = False
 
     def put_down(self, handle: Handle) -> None:
         """A handle is gone."""
