@@ -383,7 +383,7 @@ def test_what_was_made_again_stays_until_the_plan_drops_it() -> None:
     plan = autoremat.solve(program, caught.value.floor_bytes)
     left: list[str] = []
     reruns: list[float] = []
-    for tape in (None, following(plan, path, Reports(left.append, reruns.append))):
+    for tape in (None, following(plan, path, Reports(lambda reason, growth: left.append(reason), reruns.append))):
         torch.manual_seed(1)
         model.zero_grad()
         with tape.forward() if tape is not None else nullcontext():

@@ -33,7 +33,7 @@ def following(plan: Plan, path: Path, reports: Reports | None = None, *, check: 
     reports = reports or Reports()
     ready = [k for k, work in enumerate(script.works) if work is not None and work.ready]
     return Tape(
-        script, reports, SelfCheck(ready, lambda k, why: reports.deviated(f"call {k} {why}")) if check else None
+        script, reports, SelfCheck(ready, lambda k, why: reports.deviated(f"call {k} {why}", 1.0)) if check else None
     )
 
 

@@ -188,7 +188,7 @@ def examine_step(step: Step, args: Any, kwargs: Any) -> Outcome | None:
     plan = plan_that_keeps_nothing(program)
     wrong: list[str] = []
     reruns: list[float] = []
-    tape = following(plan, path, Reports(wrong.append, reruns.append), check=True)
+    tape = following(plan, path, Reports(lambda reason, growth: wrong.append(reason), reruns.append), check=True)
     got = observe(step, args, kwargs, tape)
     assert got is not None
     assert tape.script is not None

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager.arguments import tensors_in
 from autoremat.engines.torch.eager.check import NoCheck
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.recording import (
@@ -21,7 +23,7 @@ from autoremat.engines.torch.eager.recording import (
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.program import Program
-from autoremat.record.local import prepare_jagged
+from autoremat.record.local import local_of, prepare_jagged
 from autoremat.record.parallel import Parallel
 from autoremat.record.record import ModulePaths, NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
 from autoremat.record.timing import Progress
@@ -31,6 +33,26 @@ from autoremat.record.world import named_tensors, reachable_modules
 
 class NotRecorded(Exception):
     """The step could not be recorded; the message says why."""
+
+
+class Cached:
+    """What a forward may have cached: values that calls made and others read, but for those that it returned.
+
+    A step that finds them makes fewer calls than this one.
+    """
+
+    def __init__(self, tape: Tape, result: Any) -> None:
+        numbers, read = tape.numbers, {v for call in tape.path for _, v in call.reads}
+        given = {s._cdata for t in tensors_in(result) if (s := storage_of(local_of(t))) is not None}
+        found = [s for s in numbers.living() if numbers.known(s) in read and s._cdata not in given]
+        self._storages, self._passes = list(map(weakref.ref, found)), weakref.ref(tape.passes)
+
+    def outlive(self) -> bool:
+        """Whether some of them are still there, though the backward is over."""
+        passes = self._passes()
+        if passes is not None and passes.needs.handles:
+            return False
+        return any(storage() is not None for storage in self._storages)
 
 
 class FirstStep:
@@ -110,6 +132,10 @@ class FirstStep:
     def compiled(self) -> str:
         """Where compiled code was met that runs inside; "" if none was."""
         return self.tape.compiled or self._shadow.compiled
+
+    def cached(self, result: Any) -> Cached:
+        """What calls of the forward have made and others have read."""
+        return Cached(self.tape, result)
 
     def backward(self, result: Any) -> None:
         """Record the backward on fake tensors.

@@ -45,7 +45,7 @@ class Follow:
     def __init__(self, tape: Tape, script: Script) -> None:
         self._tape, self._script = tape, script
         self._funcs, self._works, self._packs = script.funcs, script.works, script.packs
-        self._n_funcs = len(script.funcs)
+        self._numels, self._n_funcs = script.numels, len(script.funcs)
 
     def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As ``heard``, in a step that is checked: look at all that a call is given before it is made."""
@@ -63,8 +63,12 @@ class Follow:
                 work = self._works[k]
                 if work is None:
                     tape.n_calls = k + 1
-                    return func(*args, **kwargs)
-                return self._at_work(k, work, func, args, kwargs)
+                    out = func(*args, **kwargs)
+                else:
+                    out = self._at_work(k, work, func, args, kwargs)
+                if type(out) is Tensor and out.numel() > self._numels[k] and tape.policy is self:
+                    self._outgrown(k, out.numel())
+                return out
         return self._other(func, args, kwargs)
 
     def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -76,6 +80,14 @@ class Follow:
         k = self._tape.n_calls
         wanted = "nothing more" if k >= self._n_funcs else name_of(self._funcs[k])
         return self._left(f"call {k} is {name_of(func)}, the recorded forward had {wanted}", func, args, kwargs)
+
+    def _outgrown(self, k: int, numel: int) -> None:
+        """A call gives more than recorded: the plan does not hold for that."""
+        recorded = self._numels[k]
+        where = self._script.where[k]
+        self._tape.leave_path(
+            f"{where or f'call {k}'} gives {numel:,} elements, {recorded:,} in the recorded forward", numel / recorded
+        )
 
     def _left(self, reason: str, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._tape.leave_path(reason)

@@ -137,7 +137,7 @@ class Noting:
         self._listed(Call(
             func, tuple((i, n) for i, n in enumerate(numbers) if n is not None and n >= 0), results, saved,
             tuple(changes), tuple(effects), facts.statistics, facts.random, facts.uninitialised, facts.leaves,
-            (first, tape.n_packs),
+            (first, tape.n_packs), out.numel() if type(out) is Tensor else 0,
         ), given, made)  # fmt: skip
         self._room.online.noted(call, facts.seconds, facts.nbytes)
         self._room.online.used([n for n in (*numbers, *(v for _, v in results)) if n is not None and n >= 0])

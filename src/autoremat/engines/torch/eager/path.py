@@ -25,6 +25,7 @@ class Call:
         uninitialised: its result is whatever the memory held before.
         leaves: it may have left something behind that nobody sees.
         packs: number of the first thing that autograd saves in it, and of the first after it.
+        numel: elements of the tensor that it gives, if it gives one.
     """
 
     func: Callable[..., Any]
@@ -38,6 +39,7 @@ class Call:
     uninitialised: bool
     leaves: bool
     packs: tuple[int, int]
+    numel: int = 0
 
 
 @dataclass(frozen=True)

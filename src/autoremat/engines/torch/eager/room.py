@@ -68,10 +68,17 @@ class OfFirstStep:
 
 
 class OfScript:
-    """What a step may hold that has left the path of a script, as far into its backward as it is."""
+    """What a step may hold that has left the path of a script, as far into its backward as it is.
 
-    def __init__(self, script: Script) -> None:
-        self._budget, self._beside = script.budget_bytes, script.beside_bytes
+    Args:
+        script: whose path.
+        n_calls: calls after which it was left.
+        growth: by so much what is made is larger than recorded.
+    """
+
+    def __init__(self, script: Script, n_calls: int = 0, growth: float = 1.0) -> None:
+        self._script, self._growth = script, growth
+        self._saved_bytes = script.saved_bytes[min(n_calls, len(script.saved_bytes) - 1)]
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
         """Nobody knows what will have to be made again at once."""
@@ -79,13 +86,15 @@ class OfScript:
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """What the plan takes for everything else is left for that."""
-        if self._budget is None:
+        script, beside = self._script, self._script.beside_bytes
+        if script.budget_bytes is None:
             return None
         begin, end = 0, 1
         if progress is not None:
-            last = len(self._beside) - 1
+            last = len(beside) - 1
             begin, end = int((progress - _SLACK) * last) - _MORE, 1 + ceil((progress + _SLACK) * last) + _MORE
-        return self._budget - max(self._beside[max(0, begin) : end]) - taken_bytes
+        made = max(beside[max(0, begin) : end]) - script.fixed_bytes + self._saved_bytes
+        return script.budget_bytes - script.fixed_bytes - self._growth * made - taken_bytes
 
 
 class Nothing:

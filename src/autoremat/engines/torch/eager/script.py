@@ -5,6 +5,7 @@ Pure data but for the functions that are called.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -91,6 +92,8 @@ class Script:
         watch: the forward is known to write memory in ways that torch does not see.
         where: for every call its operator, module and line, for messages.
         loose: something is to be done about what autograd saves outside of all calls, for a custom function.
+        numels: for every call the elements of the tensor that it gives; for a larger one there is no plan.
+        saved_bytes: what autograd itself keeps, after so many calls.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -107,6 +110,8 @@ class Script:
     fixed_bytes: int = 0
     where: tuple[str, ...] = ()
     loose: bool = False
+    numels: tuple[float, ...] = ()
+    saved_bytes: tuple[int, ...] = (0,)
 
 
 @dataclass
@@ -168,6 +173,8 @@ class _Compiler:
             beside_bytes=self._beside(timeline),
             fixed_bytes=program.fixed_bytes,
             where=self._where(),
+            numels=tuple(c.numel or math.inf for c in path.calls),
+            saved_bytes=self._saved(),
         )
 
     # ---- stays ---------------------------------------------------------------------------------------------------
@@ -326,6 +333,15 @@ class _Compiler:
                 found.append(0)
             found[-1] = max(found[-1], resident - held)
         return tuple(found)
+
+    def _saved(self) -> tuple[int, ...]:
+        """What is kept, and not by the tape, after so many calls."""
+        found = [0] * (len(self.path.calls) + 1)
+        for v, (first, *_) in self.stays.items():
+            call = self.program.ops[self.program.producer[v]].call
+            if first.last_read is None and first.asks and 0 <= call < len(self.path.calls):
+                found[call + 1] += self.program.values[v].nbytes
+        return tuple(accumulate(found))
 
     def _where(self) -> tuple[str, ...]:
         found = [""] * len(self.path.calls)

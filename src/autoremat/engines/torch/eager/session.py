@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.check import SelfCheck
-from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
+from autoremat.engines.torch.eager.first import Cached, FirstStep, NotRecorded
 from autoremat.engines.torch.eager.listener import is_listening
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
@@ -49,6 +49,8 @@ from autoremat.run.session import Session as SessionOfOperators
 from autoremat.run.settings import RandomStates
 from autoremat.run.stats import Stats
 
+_FORGIVEN: Final = 0.1
+"""So much less a kind of input strays with every step that stays on its path."""
 _NO_HOOKS: Final = "don't yet support saved tensor hooks"
 """What torch.func says where hooks are active."""
 
@@ -81,11 +83,13 @@ class _Entry:
 
     Attributes:
         plan: for it; None where it runs without checkpointing.
-        script: that carries it out; None where nothing runs again.
+        script: that carries it out; None where there is no plan.
         stale: it is to be recorded anew.
         quick: the plan is the first that was found, good for a kind of input that never comes back.
         checked: a step with this plan has been through the self-check.
         deviations: steps that left the path.
+        straying: how much of late: one for each, a tenth less for every other step.
+        growth: by so much what steps made was larger than recorded, at most.
         parallel: what torch.distributed does around the modules.
         steps: calls under this plan.
         measured_bytes: the measured peak of one of them.
@@ -99,6 +103,8 @@ class _Entry:
     quick: bool = False
     checked: bool = False
     deviations: int = 0
+    straying: float = 0.0
+    growth: float = 1.0
     parallel: Parallel = field(default_factory=Parallel)
     steps: int = 0
     measured_bytes: int | None = None
@@ -107,13 +113,14 @@ class _Entry:
     """New reasons why an op must not run again, by its number among the ops of the forward."""
 
     path: Path | None = None
+    cached: Cached | None = None
+    """What the first step may have left for the second one to find."""
 
     def follow(self, plan: Plan, *, quick: bool = False) -> None:
         """Take this plan from now on."""
         assert self.path is not None
-        reruns = len(plan.schedule.order) > len(plan.program.ops)
-        script = script_of(plan, self.path) if reruns or self.deviations > 0 else None
-        if script is not None and self.parallel.units:  # off the path nobody knows which parameters are there
+        script = script_of(plan, self.path)
+        if self.parallel.units:  # off the path nobody knows which parameters are there
             script = replace(script, budget_bytes=None)
         self.plan, self.script = plan, script
         self.quick, self.checked = quick, False
@@ -184,7 +191,7 @@ class Session:
     def _first(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The first step of a kind: noted, within the budget; planned at the end of its forward."""
         entry.is_new = entry.stale = False
-        is_first = self._last is None
+        is_first, known = self._last is None, entry.path
         check = SelfCheck(None, lambda k, why: self._differs(entry, k, why))
         step = FirstStep(
             self.fn, args, kwargs, entry.parallel, self.planner.first, self.planner.is_kept, self._reports(entry), check
@@ -213,10 +220,13 @@ class Session:
             step.backward(result)
             program = self.planner.assembled(step)
             entry.path = step.path()
+            if entry.plan is not None and entry.path == known:
+                step.tape.take_plan(entry.script)
+                return result
             for k, reason in entry.differing.items():
                 self._tell_kept(program, k, reason)
-            self._solve(entry, program, quick=not is_first and not entry.deviations)
-            entry.steps = 1
+            self._solve(entry, program, quick=not is_first and not entry.deviations and known is None)
+            entry.steps, entry.cached = 1, step.cached(result) if known is None else None
             if entry.script is not None:
                 step.tape.take_plan(entry.script)
         except NothingDifferentiable:
@@ -236,7 +246,7 @@ class Session:
             try:
                 with hidden(entry.parallel), tape.forward():
                     result = self.fn(*args, **kwargs)
-                self._checked(entry, tape)
+                self._checked(entry)
                 return result
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -262,7 +272,9 @@ class Session:
 
     def _reports(self, entry: _Entry) -> Reports:
         return Reports(
-            lambda reason: self._deviated(entry, reason), self._count_rerun, lambda error: self._ran_out(entry, error)
+            lambda reason, growth: self._deviated(entry, reason, growth),
+            self._count_rerun,
+            lambda error: self._ran_out(entry, error),
         )
 
     def _tape(self, entry: _Entry) -> Tape:
@@ -270,10 +282,15 @@ class Session:
         check = None
         if not entry.checked:
             check = SelfCheck(entry.script.twice, lambda k, why: self._differs(entry, k, why))
-        return Tape(entry.script, reports=self._reports(entry), check=check)
+        tape = Tape(entry.script, reports=self._reports(entry), check=check)
+        if entry.straying > MAX_DEVIATIONS:
+            tape.note_all(entry.growth)
+            self._counts.deviations += 1
+        return tape
 
-    def _checked(self, entry: _Entry, tape: Tape) -> None:
+    def _checked(self, entry: _Entry) -> None:
         entry.checked = True
+        entry.straying = max(0.0, entry.straying - _FORGIVEN)
 
     def _without_tape(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
@@ -362,11 +379,13 @@ class Session:
                 entry = self._entries[key] = self._new(args, kwargs, entry)
                 while len(self._entries) > MAX_PLANS:
                     self._entries.popitem(last=False)
+            elif entry.cached is not None and entry.cached.outlive():
+                entry.is_new = True  # the second step will make other calls than the first one
             elif entry.plan is not None and (entry.quick or entry.differing):
                 self._solve(entry, entry.plan.program)
             elif entry.plan is not None:
                 self._counts.hits += 1
-            entry.steps += 1
+            entry.steps, entry.cached = entry.steps + 1, None
             self._entries.move_to_end(key)
             self._last = entry.plan or self._last
             return entry
@@ -375,7 +394,9 @@ class Session:
         """A kind of input that has never been met, or is to be recorded anew."""
         modules = reachable_modules(self.fn, args, kwargs)
         check_devices(modules, args, kwargs)
-        entry = _Entry(deviations=before.deviations if before is not None else 0, parallel=parallel_of(modules))
+        entry = _Entry(parallel=parallel_of(modules))
+        if before is not None:
+            entry.deviations, entry.straying = before.deviations, before.straying
         if switched_on := _own_checkpointing(self.fn, args, kwargs):
             self._warn(
                 f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
@@ -417,8 +438,10 @@ class Session:
         self._counts.kept.append(what)
         self._warn(f"{what}. What it makes is kept from now on")
 
-    def _deviated(self, entry: _Entry, reason: str) -> None:
+    def _deviated(self, entry: _Entry, reason: str, growth: float) -> None:
         entry.deviations += 1
+        entry.straying += 1 + _FORGIVEN
+        entry.growth = max(entry.growth, growth)
         self._counts.deviations += 1
         entry.stale = entry.deviations <= MAX_DEVIATIONS
         self._warn(
@@ -427,9 +450,9 @@ class Session:
         )
         if not entry.stale:
             self._warn(
-                f"the forward has left its recorded path {entry.deviations} times for the same kind of input (it "
-                "depends on the data or on state outside); it is not recorded again: steps that leave the path of the "
-                "last recording go on under the online policy"
+                f"the forward leaves its recorded path again and again for the same kind of input ({entry.deviations} "
+                "times so far: it depends on the data or on state outside); it is not recorded again: such steps run "
+                "under the online policy"
             )
 
     def _ran_out(self, entry: _Entry, error: BaseException) -> BaseException:

@@ -40,7 +40,7 @@ _hooks_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_mes
 class Reports:
     """What the tape tells others: a deviation, a call made again, memory refused for good, a recording that failed."""
 
-    deviated: Callable[[str], None] = lambda reason: None
+    deviated: Callable[[str, float], None] = lambda reason, growth: None
     rerun: Callable[[float], None] = lambda seconds: None
     out_of_memory: Callable[[BaseException], BaseException] = lambda error: error
     unlike: Callable[[BaseException], None] = lambda error: None
@@ -147,18 +147,26 @@ class Tape:
         with torch._C.DisableTorchFunction():
             return self.policy.pack(j, tensor)
 
-    def leave_path(self, reason: str) -> None:
-        """Go on without the plan: from now on note every call, and hold what the budget has room for."""
+    def leave_path(self, reason: str, growth: float = 1.0) -> None:
+        """Go on without the plan: from now on note every call, and hold what the budget has room for.
+
+        ``growth``: by so much what is made is larger than recorded.
+        """
         if isinstance(self.policy, Noting):
             return
+        self.note_all(growth)
+        self.reports.deviated(reason, growth)
+
+    def note_all(self, growth: float = 1.0) -> None:
+        """Note every call from here on, and make on demand what the backward asks for."""
         assert self.script is not None
-        self.backward.room = Room(OfScript(self.script), self.ledger, self.passes, self.keeping.may_go)
+        allowance = OfScript(self.script, self.n_calls, growth)
+        self.backward.room = Room(allowance, self.ledger, self.passes, self.keeping.may_go)
         self.policy = Noting(self)
         for call in self.ledger.entries:
             self.keeping.enter(call)
         self.listener.heard = self._heard()
         self.backward.improvise()
-        self.reports.deviated(reason)
 
     def take_plan(self, script: Script) -> None:
         """Go on by a plan that was made of this very forward."""
