@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import math
@@ -36,8 +35,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Budget = int | float | str
 _MARK = "__autoremat__"
 warn_if_untested(torch.__version__)  # here, so that it is said once, at the first use
-QUICK: Final = 0.2
-"""The part of the time for a plan in which the quick one must be found; it is made again from scratch otherwise."""
+QUICK: Final = 0.01
+"""The part of the time for a plan that goes into a better one, once one is found, while a training waits."""
 
 
 @overload
@@ -402,16 +401,13 @@ class Options:
         budget = in_bytes(self.budget, program.fixed_bytes)
         if at_most_bytes is not None:
             budget = min(self._in_bytes(program), at_most_bytes)
-        if quick and not self.keep and not self.recompute:
-            with contextlib.suppress(InfeasibleBudget):
-                return solve(program, budget, solver="dtr", time_limit_seconds=QUICK * self.time_limit_seconds)
+        seconds = QUICK * self.time_limit_seconds if quick else self.time_limit_seconds
         found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
         recompute = still_possible(program, self.recompute) if found_out else self.recompute
         with progress_bar() as progress:
             return solve(
-                program, budget, keep=self.keep, recompute=recompute, time_limit_seconds=self.time_limit_seconds,
-                progress=progress,
-            )  # fmt: skip
+                program, budget, keep=self.keep, recompute=recompute, time_limit_seconds=seconds, progress=progress
+            )
 
     def _in_bytes(self, program: Program) -> int:
         return parse_budget(in_bytes(self.budget, program.fixed_bytes), simulate(program).peak_bytes)

@@ -32,10 +32,11 @@ class Online:
     Args:
         ledger: of the step; from now on it is counted what there is.
         can_go: whether letting go of a value that is held gives its memory back.
+        n_calls: calls of the forward that were made before.
     """
 
-    def __init__(self, ledger: Ledger, can_go: Callable[[int], bool]) -> None:
-        self._ledger, self._can_go = ledger, can_go
+    def __init__(self, ledger: Ledger, can_go: Callable[[int], bool], n_calls: int = 0) -> None:
+        self._ledger, self._can_go, self._n_calls = ledger, can_go, n_calls
         self._seconds: dict[int, float] = {}
         self.nbytes: dict[int, int] = {}
         """For every call what it makes and takes beside."""
@@ -71,7 +72,7 @@ class Online:
         self._in_vain_bytes = int((1 + MORE) * meter.nbytes)
 
     def _is_exhausted(self) -> bool:
-        return self._ledger.reruns > MOST_RERUNS * max(len(self._seconds), 16)
+        return self._ledger.reruns > MOST_RERUNS * max(self._n_calls + len(self._seconds), 16)
 
     def _bytes(self, value: int) -> int:
         return max(1, self._ledger.held[value].untyped_storage().nbytes())

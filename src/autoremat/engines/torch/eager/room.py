@@ -117,11 +117,14 @@ class Room:
         ledger: what is held.
         passes: how far the backward is.
         may_go: whether letting go of a value that is held gives its memory back, and nothing is lost by it.
+        n_calls: calls of the forward that were made before.
     """
 
-    def __init__(self, allowance: Allowance, ledger: Ledger, passes: Passes, may_go: Callable[[int], bool]) -> None:
+    def __init__(
+        self, allowance: Allowance, ledger: Ledger, passes: Passes, may_go: Callable[[int], bool], n_calls: int = 0
+    ) -> None:
         self._allowance, self._passes = allowance, passes
-        self.online = Online(ledger, may_go)
+        self.online = Online(ledger, may_go, n_calls)
         self._largest_bytes = 0
 
     def make(self, nbytes: int) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from time import perf_counter
 from typing import Any, Final, Protocol
 
 import torch
@@ -51,6 +52,8 @@ from autoremat.run.stats import Stats
 
 _FORGIVEN: Final = 0.1
 """So much less a kind of input strays with every step that stays on its path."""
+_PATIENCE: Final = 3
+"""A quick plan serves for so many times as long as a better one takes to be found."""
 _NO_HOOKS: Final = "don't yet support saved tensor hooks"
 """What torch.func says where hooks are active."""
 
@@ -86,9 +89,12 @@ class _Entry:
         script: that carries it out; None where there is no plan.
         stale: it is to be recorded anew.
         quick: the plan is the first that was found, good for a kind of input that never comes back.
+        since_seconds: when it was made.
         checked: a step with this plan has been through the self-check.
         deviations: steps that left the path.
         straying: how much of late: one for each, a tenth less for every other step.
+        left_at: where the last step left the path; "" if it did not.
+        records: how often it has been recorded.
         growth: by so much what steps made was larger than recorded, at most.
         parallel: what torch.distributed does around the modules.
         steps: calls under this plan.
@@ -101,9 +107,12 @@ class _Entry:
     stale: bool = False
     is_new: bool = False
     quick: bool = False
+    since_seconds: float = 0.0
     checked: bool = False
     deviations: int = 0
     straying: float = 0.0
+    left_at: str = ""
+    records: int = 0
     growth: float = 1.0
     parallel: Parallel = field(default_factory=Parallel)
     steps: int = 0
@@ -123,7 +132,7 @@ class _Entry:
         if self.parallel.units:  # off the path nobody knows which parameters are there
             script = replace(script, budget_bytes=None)
         self.plan, self.script = plan, script
-        self.quick, self.checked = quick, False
+        self.quick, self.since_seconds, self.checked = quick, perf_counter(), False
         self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
 
 
@@ -146,6 +155,8 @@ class Session:
         self._last: Plan | None = None
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
+        self._planning_seconds = 0.0
+        """What the last plan took that was not quick."""
         self._measurement: Measurement | None = None
         self._by_operators: SessionOfOperators | None = None
         """What runs the callable where parameters come and go (fully_shard): the engine that watches operators."""
@@ -225,7 +236,7 @@ class Session:
                 return result
             for k, reason in entry.differing.items():
                 self._tell_kept(program, k, reason)
-            self._solve(entry, program, quick=not is_first and not entry.deviations and known is None)
+            self._solve(entry, program, quick=not is_first and known is None)
             entry.steps, entry.cached = 1, step.cached(result) if known is None else None
             if entry.script is not None:
                 step.tape.take_plan(entry.script)
@@ -246,7 +257,7 @@ class Session:
             try:
                 with hidden(entry.parallel), tape.forward():
                     result = self.fn(*args, **kwargs)
-                self._checked(entry)
+                self._through(entry, tape)
                 return result
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -288,9 +299,14 @@ class Session:
             self._counts.deviations += 1
         return tape
 
-    def _checked(self, entry: _Entry) -> None:
+    def _through(self, entry: _Entry, tape: Tape) -> None:
+        """A forward has come to its end."""
         entry.checked = True
         entry.straying = max(0.0, entry.straying - _FORGIVEN)
+        if tape.policy.is_following:
+            entry.left_at = ""
+        elif tape.compiled:
+            entry.stale = True
 
     def _without_tape(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         try:
@@ -381,7 +397,7 @@ class Session:
                     self._entries.popitem(last=False)
             elif entry.cached is not None and entry.cached.outlive():
                 entry.is_new = True  # the second step will make other calls than the first one
-            elif entry.plan is not None and (entry.quick or entry.differing):
+            elif entry.plan is not None and (entry.differing or (entry.quick and self._is_worth_planning(entry))):
                 self._solve(entry, entry.plan.program)
             elif entry.plan is not None:
                 self._counts.hits += 1
@@ -396,7 +412,8 @@ class Session:
         check_devices(modules, args, kwargs)
         entry = _Entry(parallel=parallel_of(modules))
         if before is not None:
-            entry.deviations, entry.straying = before.deviations, before.straying
+            entry.deviations, entry.straying, entry.records = before.deviations, before.straying, before.records
+        entry.records += 1
         if switched_on := _own_checkpointing(self.fn, args, kwargs):
             self._warn(
                 f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
@@ -424,8 +441,15 @@ class Session:
                 if op.call in entry.differing and not op.repeatable:
                     ops[i] = replace(op, repeatable=entry.differing[op.call])
             program, entry.differing = replace(program, ops=tuple(ops)), {}
+        begin = perf_counter()
         entry.follow(self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick), quick=quick)
         self._counts.planned += 1
+        if not quick:
+            self._planning_seconds = perf_counter() - begin
+
+    def _is_worth_planning(self, entry: _Entry) -> bool:
+        """Whether the training has gone on with a quick plan for so long that a better one costs little beside."""
+        return perf_counter() - entry.since_seconds > _PATIENCE * self._planning_seconds
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
         entry.differing[k] = reason
@@ -443,16 +467,16 @@ class Session:
         entry.straying += 1 + _FORGIVEN
         entry.growth = max(entry.growth, growth)
         self._counts.deviations += 1
-        entry.stale = entry.deviations <= MAX_DEVIATIONS
+        has_changed = growth > 1 or reason == entry.left_at  # for good, it seems: the last step did the same
+        entry.stale, entry.left_at = has_changed and entry.records <= MAX_DEVIATIONS, reason
         self._warn(
             f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(entry.parallel)}; its "
-            "gradients are exact. The next step of this kind is recorded anew"
+            "gradients are exact. When steps leave it for good, the next one is recorded anew"
         )
-        if not entry.stale:
+        if entry.straying > MAX_DEVIATIONS or (has_changed and not entry.stale):
             self._warn(
                 f"the forward leaves its recorded path again and again for the same kind of input ({entry.deviations} "
-                "times so far: it depends on the data or on state outside); it is not recorded again: such steps run "
-                "under the online policy"
+                "times so far: it depends on the data or on state outside); such steps run under the online policy"
             )
 
     def _ran_out(self, entry: _Entry, error: BaseException) -> BaseException:

@@ -161,7 +161,7 @@ class Tape:
         """Note every call from here on, and make on demand what the backward asks for."""
         assert self.script is not None
         allowance = OfScript(self.script, self.n_calls, growth)
-        self.backward.room = Room(allowance, self.ledger, self.passes, self.keeping.may_go)
+        self.backward.room = Room(allowance, self.ledger, self.passes, self.keeping.may_go, self.n_calls)
         self.policy = Noting(self)
         for call in self.ledger.entries:
             self.keeping.enter(call)
