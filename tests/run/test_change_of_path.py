@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -274,3 +275,133 @@ def test_switches_between_training_and_evaluation() -> None:
         assert torch.equal(a, d)
         assert all(map(torch.equal, b + c, e + f))
     assert autoremat.stats(model).deviations == 0
+
+
+class Graph:
+    """Tensors in an object of the user's: their sizes are not part of the kind of input."""
+
+    def __init__(self, n: int) -> None:
+        self.x = torch.randn(n, WIDTH)
+
+
+def test_larger_tensors_in_an_object_are_noticed() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*blocks(6))
+    sizes = (256, 200, 300, 256, 400, 410, 380)
+
+    def loss_of(model: nn.Module, graph: Graph) -> Tensor:
+        return model(graph.x).sin().square().mean()
+
+    budget = int(0.6 * autoremat.plan(lambda: loss_of(model, Graph(410)), budget=1.0).plain_peak_bytes)
+    peaks = both(model, budget, [Graph(n) for n in sizes], loss_of)
+    stats = both.stats  # type: ignore[attr-defined]
+    assert stats.deviations > 0
+    assert max(peaks) <= budget
+
+
+@dataclass(slots=True)
+class Cache:
+    """A table that the first call makes."""
+
+    table: Tensor | None = None
+
+
+def test_what_the_first_step_caches_makes_no_deviation_of_the_second() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*blocks(6))
+    cache = {nn.Module: Cache()}
+
+    def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+        if type(model) not in cache:
+            cache[type(model)] = Cache()
+        held = cache[type(model)]
+        if held.table is None:
+            held.table = torch.arange(WIDTH, dtype=torch.float32).cos().exp()
+        return model(x * held.table).sin().square().mean()
+
+    x = torch.randn(512, WIDTH)
+    budget = int(0.6 * autoremat.plan(lambda: loss_of(model, x), budget=1.0).plain_peak_bytes)
+    cache.clear()
+    peaks = both(model, budget, [x] * 4, loss_of)
+    stats = both.stats  # type: ignore[attr-defined]
+    assert (stats.deviations, stats.unplanned) == (0, 0)
+    assert stats.reruns > 0
+    assert max(peaks) <= budget
+
+
+class Seldom(nn.Module):
+    """Revives, now and then, what is dead: a branch that steps take one at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*blocks(6))
+
+    def forward(self, x: Tensor, is_dead: Tensor) -> Tensor:
+        y = self.blocks(x)
+        if is_dead:
+            y = y.tanh() * 0.5
+        return y.sin().square().mean()
+
+
+def test_a_branch_taken_now_and_then_costs_no_recording() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(512, WIDTH), Seldom()
+    budget = int(0.6 * autoremat.plan(model, x, torch.tensor(False), budget=1.0).plain_peak_bytes)
+    batches = [(x, torch.tensor(k % 3 == 2)) for k in range(8)]
+    peaks = both(model, budget, batches, lambda m, b: m(*b))
+    stats = both.stats  # type: ignore[attr-defined]
+    assert (stats.planned, stats.deviations) == (1, 2)
+    assert max(peaks) <= budget
+
+
+def test_a_branch_that_stays_is_recorded() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(512, WIDTH), Seldom()
+    budget = int(0.6 * autoremat.plan(model, x, torch.tensor(False), budget=1.0).plain_peak_bytes)
+    batches = [(x, torch.tensor(k > 1)) for k in range(8)]
+    peaks = both(model, budget, batches, lambda m, b: m(*b))
+    stats = both.stats  # type: ignore[attr-defined]
+    assert (stats.planned, stats.deviations) == (2, 2)
+    assert max(peaks) <= budget
+
+
+def of_second_derivatives(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss as of physics-informed networks."""
+    x = x.detach().requires_grad_()
+    u = model(x)
+    first = torch.autograd.grad(u.sum(), x, create_graph=True)[0]
+    second = torch.autograd.grad(first[:, 0].sum(), x, create_graph=True)[0][:, 0]
+    return (first[:, 1] - 0.1 * second + u[:, 0] * first[:, 0]).square().mean()
+
+
+def of_inner_steps(model: nn.Module, x: Tensor) -> Tensor:
+    """A loss after two steps of training inside: the outer gradient goes through all of it."""
+    weights = dict(model.named_parameters())
+    for _ in range(2):
+        loss = torch.func.functional_call(model, weights, (x,)).square().mean()
+        gradients = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+        weights = {n: w - 0.1 * g for (n, w), g in zip(weights.items(), gradients, strict=True)}
+    return torch.func.functional_call(model, weights, (x,)).square().mean()
+
+
+@pytest.mark.parametrize("loss_of", [of_second_derivatives, of_inner_steps])
+@pytest.mark.parametrize("share", [0.05, 0.6])
+def test_passes_within_the_forward_are_in_the_plan(
+    loss_of: Callable[[nn.Module, Tensor], Tensor], share: float
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[m for _ in range(4) for m in (nn.Linear(WIDTH, WIDTH), nn.Tanh())], nn.Linear(WIDTH, 1))
+    x = torch.randn(512, WIDTH)
+    plan = autoremat.plan(lambda: loss_of(model, x), budget=1.0)
+    floor = plan.floor_bytes
+    while True:
+        try:
+            budget = int(floor + share * (plan.plain_peak_bytes - floor))
+            peaks = both(model, budget, [x] * 3, loss_of)
+            break
+        except autoremat.InfeasibleBudget as error:
+            floor = error.floor_bytes
+    stats = both.stats  # type: ignore[attr-defined]
+    assert (stats.deviations, stats.unplanned) == (0, 0)
+    assert stats.reruns > 0
+    assert max(peaks) <= budget

@@ -231,7 +231,7 @@ class Session:
             step.backward(result)
             program = self.planner.assembled(step)
             entry.path = step.path()
-            if entry.plan is not None and entry.path == known:
+            if entry.script is not None and entry.path == known:
                 step.tape.take_plan(entry.script)
                 return result
             for k, reason in entry.differing.items():
