@@ -396,9 +396,16 @@ class Options:
                 optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, progress=progress, limit=self._in_bytes
             )
 
-    def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
+    def budget_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+        """The budget, where plain training has this peak."""
+        return parse_budget(in_bytes(self.budget, program.fixed_bytes), plain_peak_bytes)
+
+    def solve(
+        self, program: Program, *, at_most_bytes: int | None = None, within_bytes: int | None = None,
+        quick: bool = False,
+    ) -> Plan:  # fmt: skip
         """A plan within the budget, and within what else is known of the device."""
-        budget = in_bytes(self.budget, program.fixed_bytes)
+        budget = in_bytes(self.budget, program.fixed_bytes) if within_bytes is None else within_bytes
         if at_most_bytes is not None:
             budget = min(self._in_bytes(program), at_most_bytes)
         seconds = QUICK * self.time_limit_seconds if quick else self.time_limit_seconds

@@ -8,6 +8,7 @@ call or a saved tensor that differs is noticed before anything wrong can be hand
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -185,7 +186,10 @@ class Follow:
                 return tensor
             if j in self._script.hold_at:
                 self._hold_saved(j, tensor)
-            return Kept(tensor, tape.backward, j) if j in self._script.asked else Kept(tensor)
+            kept = Kept(tensor, tape.backward, j) if j in self._script.asked else Kept(tensor)
+            if j == self._script.last:
+                tape.last = weakref.ref(kept)
+            return kept
         number = tape.numbers.known_tensor(tensor)
         is_new = number != value and self._is_saved_inside(j, value, number)
         if is_new:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class Kept:
     """A saved tensor itself; with the number of its pack where the plan does something when it is asked for."""
 
-    __slots__ = ("backward", "pack", "tensor", "version")
+    __slots__ = ("__weakref__", "backward", "pack", "tensor", "version")
 
     def __init__(self, tensor: Tensor, backward: Backward | None = None, pack: int = -1) -> None:
         self.tensor = tensor if tensor.is_leaf else tensor.detach()

@@ -48,23 +48,23 @@ class OfFirstStep:
 
     def __init__(self, share: Callable[[int], float]) -> None:
         self._share = share
-        self._plain_bytes = 0
+        self.plain_bytes = 0
         """What plain training would hold by now."""
         self._saved: set[int] = set()
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
         """A plan will say what is held in the backward; but kernels take more than they give."""
-        return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * max(0.0, self._share(self._plain_bytes))))
+        return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * max(0.0, self._share(self.plain_bytes))))
 
     def saved(self, value: int, nbytes: int) -> None:
         """Autograd saves a value; it may have been saved before."""
         if value not in self._saved:
             self._saved.add(value)
-            self._plain_bytes += nbytes
+            self.plain_bytes += nbytes
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """Plain training would take that for what runs, too."""
-        return (1 - _MARGIN) * self._share(self._plain_bytes + taken_bytes) - taken_bytes
+        return (1 - _MARGIN) * self._share(self.plain_bytes + taken_bytes) - taken_bytes
 
 
 class OfScript:
@@ -74,10 +74,11 @@ class OfScript:
         script: whose path.
         n_calls: calls after which it was left.
         growth: by so much what is made is larger than recorded.
+        others_bytes: of the graphs of earlier calls.
     """
 
-    def __init__(self, script: Script, n_calls: int = 0, growth: float = 1.0) -> None:
-        self._script, self._growth = script, growth
+    def __init__(self, script: Script, n_calls: int = 0, growth: float = 1.0, others_bytes: int = 0) -> None:
+        self._script, self._growth, self._others_bytes = script, growth, others_bytes
         self._saved_bytes = script.saved_bytes[min(n_calls, len(script.saved_bytes) - 1)]
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
@@ -94,7 +95,7 @@ class OfScript:
             last = len(beside) - 1
             begin, end = int((progress - _SLACK) * last) - _MORE, 1 + ceil((progress + _SLACK) * last) + _MORE
         made = max(beside[max(0, begin) : end]) - script.fixed_bytes + self._saved_bytes
-        return script.budget_bytes - script.fixed_bytes - self._growth * made - taken_bytes
+        return script.budget_bytes - script.fixed_bytes - self._growth * made - self._others_bytes - taken_bytes
 
 
 class Nothing:

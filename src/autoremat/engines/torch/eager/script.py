@@ -13,6 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from autoremat.engines.torch.eager.path import Call, Path
+from autoremat.engines.torch.eager.several import held_bytes
 from autoremat.program import Plan, Program, Timeline, simulate
 
 
@@ -94,6 +95,8 @@ class Script:
         loose: something is to be done about what autograd saves outside of all calls, for a custom function.
         numels: for every call the elements of the tensor that it gives; for a larger one there is no plan.
         saved_bytes: what autograd itself keeps, after so many calls.
+        held_bytes: what there is between forward and backward, beside what is always there; in plain training.
+        last: number of the pack that is asked for last.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -112,6 +115,8 @@ class Script:
     loose: bool = False
     numels: tuple[float, ...] = ()
     saved_bytes: tuple[int, ...] = (0,)
+    held_bytes: tuple[int, int] = (0, 0)
+    last: int = -1
 
 
 @dataclass
@@ -152,7 +157,8 @@ class _Compiler:
         ready = frozenset(r.call for r in reruns)
         hold = frozenset(self.number[v] for v, ss in self.stays.items() if ss[0].last_read is not None)
         matter = self._matter(ready, packs) | hold
-        asked = frozenset(a.pack for a in acts if a.pack >= 0 and packs[a.pack] is None)
+        last = next((j for j in reversed(path.asks) if 0 <= j < len(packs)), -1)
+        asked = frozenset(j for j in (last, *(a.pack for a in acts)) if j >= 0 and packs[j] is None)
         held_at = {
             c.packs[0] + i: v for c in path.calls for i, v in c.saved if v in hold and packs[c.packs[0] + i] is None
         }
@@ -175,6 +181,8 @@ class _Compiler:
             where=self._where(),
             numels=tuple(c.numel or math.inf for c in path.calls),
             saved_bytes=self._saved(),
+            held_bytes=(held_bytes(program, plan.schedule), held_bytes(program)),
+            last=last,
         )
 
     # ---- stays ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import threading
 import warnings
 from collections import OrderedDict
@@ -20,11 +21,14 @@ from autoremat.engines.torch.eager.first import Cached, FirstStep, NotRecorded
 from autoremat.engines.torch.eager.listener import is_listening
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
+from autoremat.engines.torch.eager.several import Calls, Living, Load, plan_for, waiting_bytes
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record.assemble import OPTIMIZER_STEP
+from autoremat.record.local import local_of
 from autoremat.record.parallel import Parallel, check_supported, hidden, parallel_of
 from autoremat.record.record import NothingDifferentiable, check_devices
+from autoremat.record.values import storage_of
 from autoremat.record.world import named_tensors, reachable_modules
 from autoremat.run.measure import Measurement, meter_for
 from autoremat.run.memory import free_memory, is_out_of_memory, told, without_frames
@@ -76,8 +80,17 @@ class Planner(Protocol):
     def assembled(self, first: FirstStep) -> Program:
         """The program of a first step; operators are measured within the budget."""
 
-    def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
-        """A plan within the budget, and within ``at_most_bytes``; ``quick``: the first that is found."""
+    def budget_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+        """The budget, where plain training has this peak."""
+
+    def solve(
+        self, program: Program, *, at_most_bytes: int | None = None, within_bytes: int | None = None,
+        quick: bool = False,
+    ) -> Plan:  # fmt: skip
+        """A plan within the budget, and within ``at_most_bytes``; ``quick``: the first that is found.
+
+        ``within_bytes``: in place of the budget.
+        """
 
 
 @dataclass
@@ -95,6 +108,7 @@ class _Entry:
         straying: how much of late: one for each, a tenth less for every other step.
         left_at: where the last step left the path; "" if it did not.
         records: how often it has been recorded.
+        together: calls before one backward that the plan is for.
         growth: by so much what steps made was larger than recorded, at most.
         parallel: what torch.distributed does around the modules.
         steps: calls under this plan.
@@ -113,6 +127,7 @@ class _Entry:
     straying: float = 0.0
     left_at: str = ""
     records: int = 0
+    together: int = 1
     growth: float = 1.0
     parallel: Parallel = field(default_factory=Parallel)
     steps: int = 0
@@ -125,10 +140,10 @@ class _Entry:
     cached: Cached | None = None
     """What the first step may have left for the second one to find."""
 
-    def follow(self, plan: Plan, *, quick: bool = False) -> None:
-        """Take this plan from now on."""
+    def follow(self, plan: Plan, budget_bytes: int, *, quick: bool = False) -> None:
+        """Take this plan from now on; all calls before one backward have so many bytes."""
         assert self.path is not None
-        script = script_of(plan, self.path)
+        script = replace(script_of(plan, self.path), budget_bytes=budget_bytes)
         if self.parallel.units:  # off the path nobody knows which parameters are there
             script = replace(script, budget_bytes=None)
         self.plan, self.script = plan, script
@@ -157,6 +172,8 @@ class Session:
         """What the device turned out to have, if it was less than the budget."""
         self._planning_seconds = 0.0
         """What the last plan took that was not quick."""
+        self._living, self._load = Living(), Load()
+        self._inputs: dict[int, int] = {}
         self._measurement: Measurement | None = None
         self._by_operators: SessionOfOperators | None = None
         """What runs the callable where parameters come and go (fully_shard): the engine that watches operators."""
@@ -184,6 +201,8 @@ class Session:
             self._refuse(obstacle)
         elif torch.is_grad_enabled():
             self._counts.calls += 1
+            self._inputs = _bytes_by_address(args, kwargs)
+            self._load = self._living.next_call(self._inputs)
             entry = self._entry(args, kwargs)
         with self._turns.call():
             if entry is not None and entry.to_measure and entry.steps > 1:
@@ -205,7 +224,7 @@ class Session:
         is_first, known = self._last is None, entry.path
         check = SelfCheck(None, lambda k, why: self._differs(entry, k, why))
         step = FirstStep(
-            self.fn, args, kwargs, entry.parallel, self.planner.first, self.planner.is_kept, self._reports(entry), check
+            self.fn, args, kwargs, entry.parallel, self._room, self.planner.is_kept, self._reports(entry), check
         )  # fmt: skip
         before = RandomStates.now()
         try:
@@ -248,7 +267,19 @@ class Session:
             self._warn(f"the step could not be recorded ({obstacle}); it runs without checkpointing")
             self._counts.unplanned += 1
         self._last = entry.plan or self._last
+        self._waits(entry, step.tape)
         return result
+
+    def _waits(self, entry: _Entry, tape: Tape) -> None:
+        """A forward is over, and its graph waits for its backward."""
+        beside = 0 if entry.plan is None else waiting_bytes(entry.plan.program)
+        held, plain = tape.held_bytes
+        self._living.add(tape.life(), held + beside, plain + beside, self._inputs)
+
+    def _room(self, fixed_bytes: int) -> Callable[[int], float]:
+        """What a first step may take beside what is there for good, and beside the graphs of earlier calls."""
+        share, load = self.planner.first(fixed_bytes), self._load
+        return lambda plain_bytes: share(plain_bytes + load.plain_bytes) - load.held_bytes
 
     def _with_tape(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The forward under the plan, under tighter ones where the device runs out of memory."""
@@ -258,6 +289,7 @@ class Session:
                 with hidden(entry.parallel), tape.forward():
                     result = self.fn(*args, **kwargs)
                 self._through(entry, tape)
+                self._waits(entry, tape)
                 return result
             except Exception as error:
                 if not is_out_of_memory(error):
@@ -293,10 +325,14 @@ class Session:
         check = None
         if not entry.checked:
             check = SelfCheck(entry.script.twice, lambda k, why: self._differs(entry, k, why))
-        tape = Tape(entry.script, reports=self._reports(entry), check=check)
+        assert entry.plan is not None
+        others_bytes = self._load.held_bytes
+        tape = Tape(entry.script, reports=self._reports(entry), check=check, others_bytes=others_bytes)
         if entry.straying > MAX_DEVIATIONS:
             tape.note_all(entry.growth)
             self._counts.deviations += 1
+        elif others_bytes and entry.plan.peak_bytes + others_bytes > (entry.script.budget_bytes or math.inf):
+            tape.note_all()
         return tape
 
     def _through(self, entry: _Entry, tape: Tape) -> None:
@@ -397,8 +433,8 @@ class Session:
                     self._entries.popitem(last=False)
             elif entry.cached is not None and entry.cached.outlive():
                 entry.is_new = True  # the second step will make other calls than the first one
-            elif entry.plan is not None and (entry.differing or (entry.quick and self._is_worth_planning(entry))):
-                self._solve(entry, entry.plan.program)
+            elif entry.plan is not None and self._has_to_plan(entry):
+                self._solve(entry, entry.plan.program, quick=entry.together < self._living.usual)
             elif entry.plan is not None:
                 self._counts.hits += 1
             entry.steps, entry.cached = entry.steps + 1, None
@@ -442,14 +478,40 @@ class Session:
                     ops[i] = replace(op, repeatable=entry.differing[op.call])
             program, entry.differing = replace(program, ops=tuple(ops)), {}
         begin = perf_counter()
-        entry.follow(self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick), quick=quick)
+        n = entry.together = max(entry.together, self._living.usual)
+        if n > 1:
+            calls = Calls(n, self._living.input_bytes)
+            budget_bytes = self.planner.budget_bytes(program, calls.plain_peak_bytes(program))
+            plan = self._plan_for_several(program, calls, budget_bytes, quick)
+        else:
+            plan = self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick)
+            budget_bytes = plan.budget_bytes
+        entry.follow(plan, budget_bytes, quick=quick)
         self._counts.planned += 1
         if not quick:
             self._planning_seconds = perf_counter() - begin
 
-    def _is_worth_planning(self, entry: _Entry) -> bool:
-        """Whether the training has gone on with a quick plan for so long that a better one costs little beside."""
-        return perf_counter() - entry.since_seconds > _PATIENCE * self._planning_seconds
+    def _plan_for_several(self, program: Program, calls: Calls, most: int, quick: bool) -> Plan:
+        """The plan for one of several calls before one backward."""
+        most = most if self._at_most_bytes is None else min(most, self._at_most_bytes)
+        plan = plan_for(
+            calls, most, lambda b, first: self.planner.solve(program, within_bytes=b, quick=first), quick=quick
+        )  # fmt: skip
+        if (needed := calls.needed_bytes(plan)) > most:
+            self._warn(
+                f"{calls.n} calls wait for one backward, and no plan keeps all of them within the budget (the smallest "
+                f"that was found takes {needed:,} bytes, the budget is {most:,}): go backward after fewer calls, or "
+                "give them more"
+            )
+        return plan
+
+    def _has_to_plan(self, entry: _Entry) -> bool:
+        """Whether the plan is to be made anew of what is recorded.
+
+        A quick plan is, once the training has gone on with it for so long that a better one costs little beside.
+        """
+        is_worth = perf_counter() - entry.since_seconds > _PATIENCE * self._planning_seconds
+        return bool(entry.differing) or entry.together < self._living.usual or (entry.quick and is_worth)
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
         entry.differing[k] = reason
@@ -516,6 +578,12 @@ class Session:
         if kind not in self._counts.warned:
             self._counts.warned.add(kind)
             warnings.warn(f"autoremat: {message}", RuntimeWarning, stacklevel=2)
+
+
+def _bytes_by_address(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, int]:
+    """The memory of the tensors among the arguments."""
+    given = (t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
+    return {s._cdata: s.nbytes() for t in given if (s := storage_of(local_of(t))) is not None}
 
 
 def _bytes_at(plan: Plan, call: int) -> int:

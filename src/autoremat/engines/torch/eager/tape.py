@@ -7,6 +7,7 @@ handles. Afterwards the handles hold what the backward needs.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from autoremat.engines.torch.eager.backward import Backward
 from autoremat.engines.torch.eager.check import NoCheck
 from autoremat.engines.torch.eager.follow import Follow
+from autoremat.engines.torch.eager.handle import Kept
 from autoremat.engines.torch.eager.keeping import Keeping
 from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.listener import Listener
@@ -70,15 +72,22 @@ class Tape:
         script: what to follow; in a first step, what that has instead.
         reports: whom to tell.
         check: compares what runs again with what ran first.
+        others_bytes: what the graphs of earlier calls hold.
     """
 
-    def __init__(self, script: Script | First, reports: Reports | None = None, check: NoCheck | None = None) -> None:
+    def __init__(
+        self, script: Script | First, reports: Reports | None = None, check: NoCheck | None = None,
+        others_bytes: int = 0,
+    ) -> None:  # fmt: skip
+        self._others_bytes = others_bytes
         self.reports, self.check = reports or Reports(), check or NoCheck()
         self.ledger = Ledger(self.reports.rerun, self.check.remade)
         self.passes = Passes(self.ledger)
         self.has_effects = False
         self.n_calls = self.n_packs = 0
         self.allowance: OfFirstStep | None = None
+        self.last: weakref.ref[Kept] | None = None
+        """What stands for the tensor that the backward asks for last, where that is kept."""
         self.compiled = ""
         """Where compiled code was met that runs inside."""
         first = script if isinstance(script, First) else None
@@ -160,7 +169,7 @@ class Tape:
     def note_all(self, growth: float = 1.0) -> None:
         """Note every call from here on, and make on demand what the backward asks for."""
         assert self.script is not None
-        allowance = OfScript(self.script, self.n_calls, growth)
+        allowance = OfScript(self.script, self.n_calls, growth, self._others_bytes)
         self.backward.room = Room(allowance, self.ledger, self.passes, self.keeping.may_go, self.n_calls)
         self.policy = Noting(self)
         for call in self.ledger.entries:
@@ -206,6 +215,24 @@ class Tape:
         self.compiled = self.compiled or _user_line() or "a function"
 
     # ---- afterwards ------------------------------------------------------------------------------------------------
+
+    def life(self) -> Callable[[], bool]:
+        """What tells whether the graph of this forward is still waiting for its backward; keeps nothing alive."""
+        last, passes = self.last, weakref.ref(self.passes)
+
+        def is_alive() -> bool:
+            there = passes()
+            return (last is not None and last() is not None) or (there is not None and bool(there.needs.handles))
+
+        return is_alive
+
+    @property
+    def held_bytes(self) -> tuple[int, int]:
+        """What the graph of this forward holds, and would hold in plain training."""
+        if self.backward.room is not None:
+            held = self.backward.room.online.meter.nbytes
+            return held, held if self.allowance is None else self.allowance.plain_bytes
+        return (0, 0) if self.script is None else self.script.held_bytes
 
     def has_made(self, tensor: Tensor) -> bool:
         """Whether this forward has made what the tensor looks at."""

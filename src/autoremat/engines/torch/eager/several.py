@@ -1,0 +1,154 @@
+"""Several calls before one backward: they share the budget.
+
+Contrastive views, carried state, chunks of a sequence: the graphs of earlier calls are still there when a call comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
+
+_TRIES: Final = 8
+"""Budgets of one call that are tried, each halving what is open."""
+
+
+@dataclass(frozen=True)
+class Load:
+    """The graphs that are there when a call comes.
+
+    Attributes:
+        n: how many.
+        held_bytes: what they hold, with the inputs of their calls.
+        plain_bytes: what they would hold in plain training.
+    """
+
+    n: int = 0
+    held_bytes: int = 0
+    plain_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class _Graph:
+    is_alive: Callable[[], bool]
+    held_bytes: int
+    plain_bytes: int
+    inputs: Mapping[int, int]
+    """Bytes of the input's memory, by address."""
+
+
+class Living:
+    """The graphs of earlier calls whose backward is still to come."""
+
+    def __init__(self) -> None:
+        self._graphs: list[_Graph] = []
+        self.usual, self._most = 1, 1
+        """How many calls there were before one backward in the step before, and are by now in this one."""
+        self.input_bytes = 0
+        """What the input of a call that waits takes, where it is not also that of the one that runs."""
+
+    def add(self, is_alive: Callable[[], bool], held_bytes: int, plain_bytes: int, inputs: Mapping[int, int]) -> None:
+        """A forward is over: what its graph holds, and would hold in plain training; its input's bytes by address."""
+        self._graphs.append(_Graph(is_alive, held_bytes, plain_bytes, inputs))
+
+    def next_call(self, inputs: Mapping[int, int]) -> Load:
+        """What there is when the next call comes, with this input."""
+        self._graphs = graphs = [g for g in self._graphs if g.is_alive()]
+        if not graphs:
+            self.usual, self._most = self._most, 1
+            return Load()
+        self._most = max(self._most, len(graphs) + 1)
+        others = {k: v for g in graphs for k, v in g.inputs.items() if k not in inputs}
+        beside = sum(others.values())
+        self.input_bytes = max(self.input_bytes, beside // len(graphs))
+        held, plain = sum(g.held_bytes for g in graphs), sum(g.plain_bytes for g in graphs)
+        return Load(len(graphs), held + beside, plain + beside)
+
+
+def held_bytes(program: Program, schedule: Schedule | None = None) -> int:
+    """What a step holds between its forward and its backward, beside what is always there."""
+    schedule = schedule or Schedule.plain(program)
+    begin = max((i for i in program.forward), default=-1)
+    at = schedule.order.index(begin)
+    later = simulate(program, schedule).resident_bytes[at + 1 : at + 2]
+    return max(later, default=program.fixed_bytes) - program.fixed_bytes
+
+
+def waiting_bytes(program: Program) -> int:
+    """What there is beside for every call that waits, while the backward goes through another one: an estimate.
+
+    The gradient of its output is there before anybody needs it, and the loss has made something of that output.
+    """
+    outputs = {v for v in range(len(program.values)) if program.values[v].held is not None}
+    last = max(program.forward, default=-1)
+    outputs = {v for v in outputs if 0 <= program.producer[v] <= last < program.hold[v]}
+    return 2 * sum(program.values[v].nbytes for v in outputs)
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Calls before one backward.
+
+    Attributes:
+        n: how many.
+        input_bytes: what the input of each takes that waits.
+    """
+
+    n: int
+    input_bytes: int = 0
+
+    def needed_bytes(self, plan: Plan) -> int:
+        """Their peak, each under this plan."""
+        return plan.peak_bytes + self._beside(plan.program, plan.schedule)
+
+    def plain_peak_bytes(self, program: Program) -> int:
+        """Their peak in plain training."""
+        return simulate(program).peak_bytes + self._beside(program, None)
+
+    def _beside(self, program: Program, schedule: Schedule | None) -> int:
+        return (self.n - 1) * (held_bytes(program, schedule) + waiting_bytes(program) + self.input_bytes)
+
+
+def plan_for(calls: Calls, budget_bytes: int, solve: Callable[[int, bool], Plan], *, quick: bool) -> Plan:
+    """The plan for one of so many calls before one backward, all of which have one budget.
+
+    What a plan holds between forward and backward counts for every call, its peak for the last one. A smaller budget
+    for a call makes both smaller, so it is searched for the largest with which all of them fit.
+
+    Args:
+        calls: before one backward.
+        budget_bytes: of all of them.
+        solve: a plan within a budget; whether the first that is found will do.
+        quick: it will do for the result, too.
+
+    Returns:
+        The plan; where nothing fits, the smallest, which the caller can tell by ``Calls.needed_bytes``.
+    """
+    plan = solve(budget_bytes, True)
+    if calls.needed_bytes(plan) <= budget_bytes:
+        return plan
+    low, high, best = plan.floor_bytes, budget_bytes, None
+    for _ in range(_TRIES):
+        middle = (low + high) // 2
+        try:
+            plan = solve(middle, True)
+        except InfeasibleBudget:
+            low = middle
+            continue
+        if calls.needed_bytes(plan) <= budget_bytes:
+            low, best = middle, plan
+        else:
+            high = middle
+    if best is None:
+        return _smallest(low, high, solve)
+    better = solve(best.budget_bytes, quick)
+    return better if calls.needed_bytes(better) <= budget_bytes else best
+
+
+def _smallest(low: int, high: int, solve: Callable[[int, bool], Plan]) -> Plan:
+    try:
+        return solve(low, True)
+    except InfeasibleBudget as error:
+        return solve(max(high, error.floor_bytes), True)
