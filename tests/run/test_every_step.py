@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -93,6 +94,18 @@ def test_every_micro_step_is_within_the_budget(
             optimizer.zero_grad()
     assert autoremat.stats(call).reruns > 0
     assert autoremat.stats(call).deviations == 0
+
+
+def test_a_thread_beside_does_not_change_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where another thread may draw, too, random calls that run again are checked; that takes no memory."""
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        test_every_micro_step_is_within_the_budget(torch.float32, 350_000, True, monkeypatch)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_operators_are_measured_under_a_profiler_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -204,8 +204,8 @@ def test_gradients_accumulate_over_forwards_in_any_order() -> None:
         for i in (2, 0, 3, 1):
             losses[i].backward()
 
-    check_step(step)
-    check_step(lambda call, x: sum(call(x * k).square().mean() for k in (1, 2, 3)).backward())
+    check_step(step, waits=True)
+    check_step(lambda call, x: sum(call(x * k).square().mean() for k in (1, 2, 3)).backward(), waits=True)
 
 
 def test_gradients_kept_from_the_step_before() -> None:

@@ -91,8 +91,8 @@ def test_calls_that_wait_for_one_backward_share_the_budget(loss_of: Loss, share:
     stats = autoremat.stats(call)
     assert (stats.deviations, stats.unplanned) == (0, 0)
     assert stats.reruns > 0
-    assert max(peaks[1:]) <= budget
-    assert peaks[0] <= 1.25 * budget  # nobody knows yet how many will come
+    assert max(peaks[2:]) <= budget
+    assert max(peaks) <= 1.25 * budget  # nobody knows yet how many will come
 
 
 def test_calls_that_go_backward_at_once_have_the_budget_alone() -> None:
@@ -117,7 +117,7 @@ def test_a_loss_that_is_still_there_does_not_count() -> None:
 
 
 def test_too_many_calls_are_told_in_words() -> None:
-    net, batches = network(), data(3, 24)
+    net, batches = network(), data(4, 24)
     budget = autoremat.plan(lambda x: net(x).square().mean(), batches[0][0], budget=1.0).plain_peak_bytes
     call = autoremat.checkpoint(net, budget=budget)
     with pytest.warns(RuntimeWarning, match="24 calls wait for one backward"):

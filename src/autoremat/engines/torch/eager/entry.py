@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,7 +45,7 @@ class Entry:
         results: pairs (position among the tensors of the result, value).
         saved: pairs (position among what autograd saves inside the call, value), for values made and saved inside.
         in_place: pairs (made, overwritten).
-        draws: a checksum of what it drew, where other threads might have drawn in between.
+        draws: for values that it made a checksum, where other threads might have drawn in between.
     """
 
     func: Callable[..., Any]
@@ -59,13 +59,13 @@ class Entry:
     results: tuple[tuple[int, int], ...] = ()
     saved: tuple[tuple[int, int], ...] = ()
     in_place: tuple[tuple[int, int], ...] = ()
-    draws: int | None = None
+    draws: Mapping[int, int] | None = None
     stops: frozenset[int] = frozenset()
     """Values after which a run may end as soon as they have been saved: nothing overwrites them later in the call."""
 
     def take(
         self, results: tuple[tuple[int, int], ...], saved: tuple[tuple[int, int], ...],
-        written: Sequence[tuple[int, int, int]], draws: int | None,
+        written: Sequence[tuple[int, int, int]], draws: Mapping[int, int] | None,
     ) -> None:  # fmt: skip
         """Take note of what the call has made, once it has been made."""
         self.results, self.saved, self.draws = results, saved, draws
@@ -94,7 +94,9 @@ class Entry:
         """
         found: dict[int, Tensor] = {}
         inner = {i: v for i, v in self.saved if v in wanted}
-        may_stop = self.draws is None and self.stops.issuperset(wanted)  # else its results tell what it drew
+        may_stop = self.stops.issuperset(wanted)
+        if self.draws is not None and not self.draws.keys() >= set(wanted):
+            may_stop = False  # its results tell what it drew
         enough = len(inner) if may_stop else None
         if self.generator is None or self.generator_state is None:
             with replay.use(self.state):
@@ -102,15 +104,14 @@ class Entry:
         else:
             with generator_at(self.generator, self.generator_state), replay.use(self.state):
                 out = self._made(memory, inner, enough, found)
-        if out is None:
-            return found
-        if self.draws is not None and self.draws != _sum(out, self.results):
-            raise _disturbed(self.func)
-        for i, value in self.results:
-            if value in wanted:
+        for i, value in self.results if out is not None else ():
+            if value in wanted or self.draws is not None:
+                assert out is not None
                 found[value] = local_of(out[i]).detach()
-        for new, old in self.in_place:
+        for new, old in self.in_place if out is not None else ():
             found[new] = memory[old]
+        if self.draws is not None and any(self.draws.get(v, s) != s for v, s in _sums(found.items()).items()):
+            raise _disturbed(self.func)
         return found
 
     def _made(
@@ -175,9 +176,15 @@ def generators_of(args: Any, kwargs: Any) -> list[torch.Generator]:
     return [*given, torch.default_generator]
 
 
-def draws_of(entry: Entry, made: Sequence[Tensor], results: Sequence[tuple[int, int]]) -> int | None:
-    """A checksum of what a call drew, where another thread may have drawn in between."""
-    return _sum(made, results) if may_be_disturbed(entry.generator) else None
+def draws_of(
+    entry: Entry, results: Sequence[tuple[int, int]], made: Sequence[Tensor],
+    written: Sequence[tuple[int, int, int]], given: Sequence[Tensor], inside: Iterable[tuple[int, Tensor]],
+) -> dict[int, int] | None:  # fmt: skip
+    """Checksums of what a call made, by value, where another thread may have drawn in between."""
+    if not may_be_disturbed(entry.generator):
+        return None
+    found = _sums((v, made[i]) for i, v in results if i < len(made))
+    return found | _sums((new, given[i]) for i, _, new in written) | _sums(inside)
 
 
 def _catcher(inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]) -> Callable[[Tensor], None]:
@@ -200,8 +207,8 @@ def _never(packed: Any) -> Tensor:
     raise RuntimeError("autoremat: nobody goes backward through a call that is made again; this is a bug in autoremat")
 
 
-def _sum(made: Sequence[Tensor], results: Sequence[tuple[int, int]]) -> int:
-    return checksum(local_of(made[i]).untyped_storage() for i, _ in results if i < len(made))
+def _sums(made: Iterable[tuple[int, Tensor]]) -> dict[int, int]:
+    return {v: checksum([local_of(t).untyped_storage()]) for v, t in made}
 
 
 def may_be_disturbed(generator: torch.Generator | None) -> bool:

@@ -46,6 +46,8 @@ class Follow:
     def __init__(self, tape: Tape, script: Script) -> None:
         self._tape, self._script = tape, script
         self._funcs, self._works, self._packs = script.funcs, script.works, script.packs
+        self._inside: list[tuple[int, Tensor]] = []
+        """What the call that runs has made and saved inside."""
         self._numels, self._n_funcs = script.numels, len(script.funcs)
 
     def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -96,6 +98,7 @@ class Follow:
 
     def _at_work(self, k: int, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape, call = self._tape, work.call
+        self._inside.clear()
         with _unseen():
             given = tensors_given(args, kwargs)
             is_right = self._is_as_recorded(work, given)
@@ -147,7 +150,9 @@ class Follow:
         numbers, ledger = tape.numbers, tape.ledger
         made = tensors_in(out)
         if entry is not None:
-            entry.take(call.results, call.saved, call.written, draws_of(entry, made, call.results))
+            draws = draws_of(entry, call.results, made, call.written, given, self._inside)
+            entry.take(call.results, call.saved, call.written, draws)
+            self._inside.clear()
             entry.stops = work.stops
             ledger.enter(k, entry)
         for position, old, new in call.written:
@@ -193,6 +198,7 @@ class Follow:
         number = tape.numbers.known_tensor(tensor)
         is_new = number != value and self._is_saved_inside(j, value, number)
         if is_new:
+            self._inside.append((value, tensor))
             tape.numbers.rebind_tensor(tensor, value)
             number = value
         if number != value:

@@ -124,7 +124,9 @@ class Noting:
         for tensor in (*(made[i] for i, _ in results), *(t for _, _, t in self._fresh)):
             self._room.made(tensor)
         if entry is not None:
-            entry.take(results, saved, changes, draws_of(entry, made, results))
+            inside = dict(saved)
+            drawn_now = ((v, t) for j, _, t in self._fresh if (v := inside.get(j - first)) is not None)
+            entry.take(results, saved, changes, draws_of(entry, results, made, changes, given, drawn_now))
             if is_tried and tape.check.differs(call, entry, made):
                 facts, entry = replace(facts, once=DIFFERS), None
             elif not entry.makes or (

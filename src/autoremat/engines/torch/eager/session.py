@@ -151,6 +151,19 @@ class _Entry:
         self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
 
 
+class _Here(threading.local):
+    """What belongs to one thread: whether it is in a call, and which graphs wait for their backward."""
+
+    def __init__(self) -> None:
+        self.inside = False
+        self.living, self.load = Living(), Load()
+        self.inputs: dict[int, int] = {}
+
+    def next_call(self, inputs: dict[int, int]) -> None:
+        """A call comes, with this input."""
+        self.inputs, self.load = inputs, self.living.next_call(inputs)
+
+
 class Session:
     """Calls ``fn`` under the plan for its input; makes the plan at the first call of a kind.
 
@@ -166,14 +179,14 @@ class Session:
         self._counts = _Counts()
         self._lock = threading.RLock()
         self._turns = _Turns()
-        self._here = threading.local()
+        self._here = _Here()
         self._last: Plan | None = None
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
+        self._told: set[tuple[int, str]] = set()
+        """What is known to be kept: the call, and the words for it."""
         self._planning_seconds = 0.0
         """What the last plan took that was not quick."""
-        self._living, self._load = Living(), Load()
-        self._inputs: dict[int, int] = {}
         self._measurement: Measurement | None = None
         self._by_operators: SessionOfOperators | None = None
         """What runs the callable where parameters come and go (fully_shard): the engine that watches operators."""
@@ -184,7 +197,7 @@ class Session:
             self._counts.unplanned += 1
             _tell_compiled()
             return self.fn(*args, **kwargs)
-        if getattr(self._here, "inside", False) or _is_heard() or _is_traced():
+        if self._here.inside or _is_heard() or _is_traced():
             return self.fn(*args, **kwargs)
         self._here.inside = True
         try:
@@ -201,8 +214,7 @@ class Session:
             self._refuse(obstacle)
         elif torch.is_grad_enabled():
             self._counts.calls += 1
-            self._inputs = _bytes_by_address(args, kwargs)
-            self._load = self._living.next_call(self._inputs)
+            self._here.next_call(_bytes_by_address(args, kwargs))
             entry = self._entry(args, kwargs)
         with self._turns.call():
             if entry is not None and entry.to_measure and entry.steps > 1:
@@ -274,11 +286,11 @@ class Session:
         """A forward is over, and its graph waits for its backward."""
         beside = 0 if entry.plan is None else waiting_bytes(entry.plan.program)
         held, plain = tape.held_bytes
-        self._living.add(tape.life(), held + beside, plain + beside, self._inputs)
+        self._here.living.add(tape.life(), held + beside, plain + beside, self._here.inputs)
 
     def _room(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, and beside the graphs of earlier calls."""
-        share, load = self.planner.first(fixed_bytes), self._load
+        share, load = self.planner.first(fixed_bytes), self._here.load
         return lambda plain_bytes: share(plain_bytes + load.plain_bytes) - load.held_bytes
 
     def _with_tape(self, entry: _Entry, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -326,7 +338,7 @@ class Session:
         if not entry.checked:
             check = SelfCheck(entry.script.twice, lambda k, why: self._differs(entry, k, why))
         assert entry.plan is not None
-        others_bytes = self._load.held_bytes
+        others_bytes = self._here.load.held_bytes
         tape = Tape(entry.script, reports=self._reports(entry), check=check, others_bytes=others_bytes)
         if entry.straying > MAX_DEVIATIONS:
             tape.note_all(entry.growth)
@@ -431,10 +443,10 @@ class Session:
                 entry = self._entries[key] = self._new(args, kwargs, entry)
                 while len(self._entries) > MAX_PLANS:
                     self._entries.popitem(last=False)
-            elif entry.cached is not None and entry.cached.outlive():
+            elif entry.cached is not None and not entry.differing and entry.cached.outlive():
                 entry.is_new = True  # the second step will make other calls than the first one
             elif entry.plan is not None and self._has_to_plan(entry):
-                self._solve(entry, entry.plan.program, quick=entry.together < self._living.usual)
+                self._solve(entry, entry.plan.program, quick=entry.together < self._here.living.usual)
             elif entry.plan is not None:
                 self._counts.hits += 1
             entry.steps, entry.cached = entry.steps + 1, None
@@ -478,15 +490,15 @@ class Session:
                     ops[i] = replace(op, repeatable=entry.differing[op.call])
             program, entry.differing = replace(program, ops=tuple(ops)), {}
         begin = perf_counter()
-        n = entry.together = max(entry.together, self._living.usual)
+        n = entry.together = max(entry.together, self._here.living.usual)
         if n > 1:
-            calls = Calls(n, self._living.input_bytes)
+            calls = Calls(n, self._here.living.input_bytes)
             budget_bytes = self.planner.budget_bytes(program, calls.plain_peak_bytes(program))
             plan = self._plan_for_several(program, calls, budget_bytes, quick)
         else:
             plan = self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick)
             budget_bytes = plan.budget_bytes
-        entry.follow(plan, budget_bytes, quick=quick)
+        entry.follow(plan, budget_bytes, quick=quick and n == 1)
         self._counts.planned += 1
         if not quick:
             self._planning_seconds = perf_counter() - begin
@@ -511,7 +523,7 @@ class Session:
         A quick plan is, once the training has gone on with it for so long that a better one costs little beside.
         """
         is_worth = perf_counter() - entry.since_seconds > _PATIENCE * self._planning_seconds
-        return bool(entry.differing) or entry.together < self._living.usual or (entry.quick and is_worth)
+        return bool(entry.differing) or entry.together < self._here.living.usual or (entry.quick and is_worth)
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
         entry.differing[k] = reason
@@ -521,7 +533,9 @@ class Session:
     def _tell_kept(self, program: Program, k: int, reason: str) -> None:
         op = [op for op in program.ops if op.call == k][-1]
         what = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}"
-        self._counts.kept.append(what)
+        if (k, what) not in self._told:  # recorded twice, it is found twice
+            self._told.add((k, what))
+            self._counts.kept.append(what)
         self._warn(f"{what}. What it makes is kept from now on")
 
     def _deviated(self, entry: _Entry, reason: str, growth: float) -> None:

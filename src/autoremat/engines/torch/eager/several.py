@@ -11,6 +11,7 @@ from typing import Final
 
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
 
+_FEW: Final = 2
 _TRIES: Final = 8
 """Budgets of one call that are tried, each halving what is open."""
 
@@ -44,10 +45,15 @@ class Living:
 
     def __init__(self) -> None:
         self._graphs: list[_Graph] = []
-        self.usual, self._most = 1, 1
-        """How many calls there were before one backward in the step before, and are by now in this one."""
+        self._before, self._last, self._most = 1, 1, 1
+        """How many calls waited for one backward in the last two steps, and do by now in this one."""
         self.input_bytes = 0
         """What the input of a call that waits takes, where it is not also that of the one that runs."""
+
+    @property
+    def usual(self) -> int:
+        """How many calls wait for one backward; two only if twice in a row, lest an error be taken for a habit."""
+        return self._last if self._last > _FEW else min(self._before, self._last)
 
     def add(self, is_alive: Callable[[], bool], held_bytes: int, plain_bytes: int, inputs: Mapping[int, int]) -> None:
         """A forward is over: what its graph holds, and would hold in plain training; its input's bytes by address."""
@@ -57,7 +63,7 @@ class Living:
         """What there is when the next call comes, with this input."""
         self._graphs = graphs = [g for g in self._graphs if g.is_alive()]
         if not graphs:
-            self.usual, self._most = self._most, 1
+            self._before, self._last, self._most = self._last, self._most, 1
             return Load()
         self._most = max(self._most, len(graphs) + 1)
         others = {k: v for g in graphs for k, v in g.inputs.items() if k not in inputs}
