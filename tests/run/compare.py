@@ -186,7 +186,7 @@ def exact(
         reruns: at the floor operators must have run again.
         deviates: some step leaves the recorded path; None: it may, or not.
         unplanned: the step cannot be planned; it must run plainly, with a warning; None: it may, or not.
-        waits: several calls wait for one backward; the budgets here are for one, and it may be said that they do not fit.
+        waits: several calls wait for one backward; it may be said that they do not fit into a budget for one.
         differs: the self-check of the first step finds something that must not run again, and warns.
     """
     world = seeded(build)

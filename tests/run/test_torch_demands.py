@@ -336,7 +336,7 @@ def test_many_calls_and_one_backward(input_requires_grad: bool) -> None:
 
         return World(model, step)
 
-    exact(build)
+    exact(build, waits=True)
 
 
 # ---- arguments and results -------------------------------------------------------------------------------------------

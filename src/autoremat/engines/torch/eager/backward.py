@@ -268,3 +268,5 @@ class Backward:
                     self._drop(value)
             elif not self._passes.needs.is_needed(value):
                 self._ledger.let_go(value)
+            if not self._passes.needs.handles:
+                self._ledger.close()

@@ -70,6 +70,13 @@ class Ledger:
         self.remade.discard(value)
         self._versions.pop(value, None)
 
+    def close(self) -> None:
+        """Nothing will be asked for any more: hold nothing, and nothing that calls were given."""
+        for value in list(self.held):
+            self.let_go(value)
+        self.entries.clear()
+        self.maker.clear()
+
     def finish_forward(self) -> None:
         """From now on whoever overwrites a value of the forward does so behind our back."""
         self._versions = {v: version_of(t) for v, t in self.held.items() if v not in self.remade}
