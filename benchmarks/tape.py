@@ -24,9 +24,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import autoremat
+from autoremat.engines.torch.eager.script import script_of
+from autoremat.engines.torch.eager.tape import Tape
 from autoremat.program import Plan
 from autoremat.run.account import account, resident
-from tests.run.follow import following, recorded
+from tests.run.follow import recorded
 
 LAYERS = 60
 WIDTH = 16
@@ -121,8 +123,8 @@ def of_chain(rounds: int) -> None:
         return forward
 
     def at(share: float) -> Callable[[], Tensor]:
-        plan: Plan = autoremat.solve(program, share)
-        return under(lambda: following(plan, path).forward())
+        script = script_of(autoremat.solve(program, share), path)
+        return under(lambda: Tape(script).forward())
 
     seconds = seconds_of({
         "plain": lambda: loss(x),
@@ -150,8 +152,10 @@ def of_gpt(width: int, tokens: int, batch: int, rounds: int) -> None:
         plans["at the floor, which is higher"] = autoremat.solve(program, error.floor_bytes)
 
     def under(plan: Plan) -> Callable[[], Tensor]:
+        script = script_of(plan, path)
+
         def forward() -> Tensor:
-            with following(plan, path).forward():
+            with Tape(script).forward():
                 return model(x)
 
         return forward

@@ -10,11 +10,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+
+PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+"""Types of tensors in which there is no other one: a look at the type is much the fastest."""
 
 
 def _class(module: str, name: str) -> Any:
@@ -36,7 +39,7 @@ def is_jagged(tensor: Any) -> bool:
 
 def has_inside(tensor: Any) -> bool:
     """Whether in memory there is another tensor, inside this one."""
-    return is_jagged(tensor) or is_distributed(tensor)
+    return type(tensor) not in PLAIN and (is_jagged(tensor) or is_distributed(tensor))
 
 
 def prepare_jagged() -> None:
@@ -74,6 +77,8 @@ def is_taken_apart(types: Collection[type]) -> bool:
 
 def local_of(tensor: Tensor) -> Tensor:
     """What is in memory of a DTensor, complete, or of a nested one; any other tensor itself."""
+    if type(tensor) in PLAIN:
+        return tensor
     if is_jagged(tensor):
         values: Tensor = tensor._values  # type: ignore[assignment]
         return values

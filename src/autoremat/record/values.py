@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from autoremat.record.facts import OpFacts
+from autoremat.record.local import PLAIN
 
 _new_tuple: Any = tuple.__new__
 """Makes a named tuple in a third of the time."""
-_PLAIN_TYPES = (Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
 class View(NamedTuple):
@@ -49,7 +49,7 @@ class View(NamedTuple):
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
     """The storage of an ordinary tensor; None for sparse, quantized, nested and wrapped tensors, which stay opaque."""
-    if type(tensor) not in _PLAIN_TYPES and (torch.nn.parameter.is_lazy(tensor) or _wraps(tensor)):
+    if type(tensor) not in PLAIN and (torch.nn.parameter.is_lazy(tensor) or _wraps(tensor)):
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return None
