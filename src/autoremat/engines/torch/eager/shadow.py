@@ -377,7 +377,8 @@ class Shadow:
         def fresh(t: Tensor) -> Tensor:
             return torch.empty_like(t).requires_grad_(t.requires_grad) if isinstance(t, FakeTensor) else t
 
-        with generators_kept(), unseen(), self.mode, heard_by_classes(), torch.enable_grad():
+        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # in place of the tape's
+        with generators_kept(), unseen(), self.mode, heard_by_classes(), torch.enable_grad(), hooks:
             args, kwargs = mapped(args, fresh), mapped(kwargs, fresh)
             inputs = [t for t in tensors_given(args, kwargs) if t.requires_grad]
             if not inputs:
