@@ -110,7 +110,7 @@ class Entry:
                 found[value] = local_of(out[i]).detach()
         for new, old in self.in_place if out is not None else ():
             found[new] = memory[old]
-        if self.draws is not None and any(self.draws.get(v, s) != s for v, s in _sums(found.items()).items()):
+        if self.draws is not None and any(self.draws.get(v, s) != s for v, s in checksums_of(found.items()).items()):
             raise _disturbed(self.func)
         return found
 
@@ -178,13 +178,16 @@ def generators_of(args: Any, kwargs: Any) -> list[torch.Generator]:
 
 def draws_of(
     entry: Entry, results: Sequence[tuple[int, int]], made: Sequence[Tensor],
-    written: Sequence[tuple[int, int, int]], given: Sequence[Tensor], inside: Iterable[tuple[int, Tensor]],
+    written: Sequence[tuple[int, int, int]], given: Sequence[Tensor], inside: Mapping[int, int],
 ) -> dict[int, int] | None:  # fmt: skip
-    """Checksums of what a call made, by value, where another thread may have drawn in between."""
+    """Checksums of what a call made, by value, where another thread may have drawn in between.
+
+    ``inside``: those of what it made and saved inside, taken when it was saved: nobody holds it for that.
+    """
     if not may_be_disturbed(entry.generator):
         return None
-    found = _sums((v, made[i]) for i, v in results if i < len(made))
-    return found | _sums((new, given[i]) for i, _, new in written) | _sums(inside)
+    found = checksums_of((v, made[i]) for i, v in results if i < len(made))
+    return found | checksums_of((new, given[i]) for i, _, new in written) | dict(inside)
 
 
 def _catcher(inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]) -> Callable[[Tensor], None]:
@@ -207,7 +210,8 @@ def _never(packed: Any) -> Tensor:
     raise RuntimeError("autoremat: nobody goes backward through a call that is made again; this is a bug in autoremat")
 
 
-def _sums(made: Iterable[tuple[int, Tensor]]) -> dict[int, int]:
+def checksums_of(made: Iterable[tuple[int, Tensor]]) -> dict[int, int]:
+    """Checksums of memory, by value."""
     return {v: checksum([local_of(t).untyped_storage()]) for v, t in made}
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in
 from autoremat.engines.torch.eager.calls import is_out_of_sight, name_of, only_looks
-from autoremat.engines.torch.eager.entry import Entry, draws_of, prepared
+from autoremat.engines.torch.eager.entry import Entry, checksums_of, draws_of, may_be_disturbed, prepared
 from autoremat.engines.torch.eager.facts import is_overridden
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call
@@ -46,8 +46,8 @@ class Follow:
     def __init__(self, tape: Tape, script: Script) -> None:
         self._tape, self._script = tape, script
         self._funcs, self._works, self._packs = script.funcs, script.works, script.packs
-        self._inside: list[tuple[int, Tensor]] = []
-        """What the call that runs has made and saved inside."""
+        self._inside: dict[int, int] | None = None
+        """Checksums of what a random call makes and saves inside, while it runs and other threads may draw, too."""
         self._numels, self._n_funcs = script.numels, len(script.funcs)
 
     def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -98,7 +98,6 @@ class Follow:
 
     def _at_work(self, k: int, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape, call = self._tape, work.call
-        self._inside.clear()
         with _unseen():
             given = tensors_given(args, kwargs)
             is_right = self._is_as_recorded(work, given)
@@ -115,6 +114,7 @@ class Follow:
                         func, args, kwargs, work.values, work.written, call.statistics, random=call.random
                     )  # fmt: skip
                     tape.check.before(k, given, call.reads, work.written)
+                    self._inside = {} if may_be_disturbed(entry.generator) else None
             if work.hooked:
                 tape.n_packs = call.packs[0]
                 out = tape.hooked(func, args, kwargs)
@@ -150,9 +150,9 @@ class Follow:
         numbers, ledger = tape.numbers, tape.ledger
         made = tensors_in(out)
         if entry is not None:
-            draws = draws_of(entry, call.results, made, call.written, given, self._inside)
+            draws = draws_of(entry, call.results, made, call.written, given, self._inside or {})
             entry.take(call.results, call.saved, call.written, draws)
-            self._inside.clear()
+            self._inside = None
             entry.stops = work.stops
             ledger.enter(k, entry)
         for position, old, new in call.written:
@@ -198,7 +198,8 @@ class Follow:
         number = tape.numbers.known_tensor(tensor)
         is_new = number != value and self._is_saved_inside(j, value, number)
         if is_new:
-            self._inside.append((value, tensor))
+            if self._inside is not None:
+                self._inside |= checksums_of([(value, tensor)])
             tape.numbers.rebind_tensor(tensor, value)
             number = value
         if number != value:

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.calls import ESCAPES, is_out_of_sight, is_pass, name_of, only_looks
 from autoremat.engines.torch.eager.check import DIFFERS
-from autoremat.engines.torch.eager.entry import Entry, draws_of, generators_of, prepared
+from autoremat.engines.torch.eager.entry import (
+    Entry,
+    checksums_of,
+    draws_of,
+    generators_of,
+    may_be_disturbed,
+    prepared,
+)
 from autoremat.engines.torch.eager.facts import CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call
@@ -125,8 +132,9 @@ class Noting:
             self._room.made(tensor)
         if entry is not None:
             inside = dict(saved)
-            drawn_now = ((v, t) for j, _, t in self._fresh if (v := inside.get(j - first)) is not None)
-            entry.take(results, saved, changes, draws_of(entry, results, made, changes, given, drawn_now))
+            fresh = ((v, t) for j, _, t in self._fresh if (v := inside.get(j - first)) is not None)
+            sums = checksums_of(fresh) if may_be_disturbed(entry.generator) else {}
+            entry.take(results, saved, changes, draws_of(entry, results, made, changes, given, sums))
             if is_tried and tape.check.differs(call, entry, made):
                 facts, entry = replace(facts, once=DIFFERS), None
             elif not entry.makes or (
