@@ -722,7 +722,13 @@ class Planner:
                 timing="measure" if measured else "estimate",
             )  # fmt: skip
 
-    def solve(self, program: Program, *, at_most_bytes: int | None = None, quick: bool = False) -> Plan:
+    def budget_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+        return plain_peak_bytes
+
+    def solve(
+        self, program: Program, *, at_most_bytes: int | None = None, within_bytes: int | None = None,
+        quick: bool = False,
+    ) -> Plan:  # fmt: skip
         if self.way.mode == "nothing":
             return plan_that_keeps_nothing(program)
         if self.way.mode == "random":

@@ -344,7 +344,7 @@ def test_cached_parametrization() -> None:
 
         return World(model, step)
 
-    exact(build, deviates=True)
+    exact(build)
 
 
 def test_tied_weights() -> None:

@@ -342,8 +342,6 @@ class Shadow:
         if is_torchs(func) and not any(_is_opaque(t) or is_overridden(t) for t in (*given, *real)):
             for change in (self._as_given, self._with_numbers):
                 try:
-                    if any(map(_is_small_index, given)):
-                        self._try_backward(func, mapped(args, change), mapped(kwargs, change))
                     made = self._on_fakes(func, mapped(args, change), mapped(kwargs, change), real, packs)
                     self.once.pop(self.recorder.call, None)
                     return made
@@ -370,22 +368,6 @@ class Shadow:
                 raise Unlike(f"{_name(func)} gives something of another shape, or history, on fake tensors")
         self._match_packs(func, packs)
         return made
-
-    def _try_backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Go backward through such a call on fresh fake tensors: its backward may need numbers, and raise without."""
-
-        def fresh(t: Tensor) -> Tensor:
-            return torch.empty_like(t).requires_grad_(t.requires_grad) if isinstance(t, FakeTensor) else t
-
-        hooks = torch.autograd.graph.saved_tensors_hooks(lambda t: t, lambda t: t)  # in place of the tape's
-        with generators_kept(), unseen(), self.mode, heard_by_classes(), torch.enable_grad(), hooks:
-            args, kwargs = mapped(args, fresh), mapped(kwargs, fresh)
-            inputs = [t for t in tensors_given(args, kwargs) if t.requires_grad]
-            if not inputs:
-                return
-            made = [t for t in tensors_in(func(*args, **kwargs)) if t.requires_grad]
-            if made and inputs:
-                torch.autograd.grad(made, inputs, list(map(torch.empty_like, made)), allow_unused=True)
 
     def _with_numbers(self, tensor: Tensor) -> Any:
         """A tensor of which the call needs the numbers: real, or a number of Python where it is just one."""
