@@ -104,12 +104,12 @@ class Entry:
         else:
             with generator_at(self.generator, self.generator_state), replay.use(self.state):
                 out = self._made(memory, inner, enough, found)
-        for i, value in self.results if out is not None else ():
-            if value in wanted or self.draws is not None:
-                assert out is not None
-                found[value] = local_of(out[i]).detach()
-        for new, old in self.in_place if out is not None else ():
-            found[new] = memory[old]
+        if out is not None:
+            for i, value in self.results:
+                if value in wanted or self.draws is not None:
+                    found[value] = local_of(out[i]).detach()
+            for new, old in self.in_place:
+                found[new] = memory[old]
         if self.draws is not None and any(self.draws.get(v, s) != s for v, s in checksums_of(found.items()).items()):
             raise _disturbed(self.func)
         return found

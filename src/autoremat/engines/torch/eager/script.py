@@ -13,7 +13,7 @@ from itertools import accumulate
 from typing import Any
 
 from autoremat.engines.torch.eager.path import Call, Path
-from autoremat.engines.torch.eager.several import held_bytes
+from autoremat.engines.torch.eager.several import held_bytes, waiting_bytes
 from autoremat.program import Plan, Program, Timeline, simulate
 
 
@@ -96,6 +96,7 @@ class Script:
         numels: for every call the elements of the tensor that it gives; for a larger one there is no plan.
         saved_bytes: what autograd itself keeps, after so many calls.
         held_bytes: what there is between forward and backward, beside what is always there; in plain training.
+        waiting_bytes: what there is beside that, while the backward goes through another call.
         last: number of the pack that is asked for last.
     """
 
@@ -116,6 +117,7 @@ class Script:
     numels: tuple[float, ...] = ()
     saved_bytes: tuple[int, ...] = (0,)
     held_bytes: tuple[int, int] = (0, 0)
+    waiting_bytes: int = 0
     last: int = -1
 
 
@@ -181,7 +183,8 @@ class _Compiler:
             where=self._where(),
             numels=tuple(c.numel or math.inf for c in path.calls),
             saved_bytes=self._saved(),
-            held_bytes=(held_bytes(program, plan.schedule), held_bytes(program)),
+            held_bytes=(held_bytes(program, plan.schedule, timeline), held_bytes(program)),
+            waiting_bytes=waiting_bytes(program),
             last=last,
         )
 

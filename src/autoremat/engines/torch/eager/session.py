@@ -21,7 +21,7 @@ from autoremat.engines.torch.eager.first import Cached, FirstStep, NotRecorded
 from autoremat.engines.torch.eager.listener import is_listening
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
-from autoremat.engines.torch.eager.several import Calls, Living, Load, plan_for, waiting_bytes
+from autoremat.engines.torch.eager.several import Calls, Living, Load, plan_for
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record.assemble import OPTIMIZER_STEP
@@ -284,7 +284,7 @@ class Session:
 
     def _waits(self, entry: _Entry, tape: Tape) -> None:
         """A forward is over, and its graph waits for its backward."""
-        beside = 0 if entry.plan is None else waiting_bytes(entry.plan.program)
+        beside = 0 if entry.script is None else entry.script.waiting_bytes
         held, plain = tape.held_bytes
         self._here.living.add(tape.life(), held + beside, plain + beside, self._here.inputs)
 

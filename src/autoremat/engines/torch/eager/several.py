@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
-from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
+from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Timeline, simulate
 
 _FEW: Final = 2
 _TRIES: Final = 8
@@ -73,12 +73,14 @@ class Living:
         return Load(len(graphs), held + beside, plain + beside)
 
 
-def held_bytes(program: Program, schedule: Schedule | None = None) -> int:
-    """What a step holds between its forward and its backward, beside what is always there."""
+def held_bytes(program: Program, schedule: Schedule | None = None, timeline: Timeline | None = None) -> int:
+    """What a step holds between its forward and its backward, beside what is always there.
+
+    ``timeline``: of this schedule, where it is known already.
+    """
     schedule = schedule or Schedule.plain(program)
-    begin = max((i for i in program.forward), default=-1)
-    at = schedule.order.index(begin)
-    later = simulate(program, schedule).resident_bytes[at + 1 : at + 2]
+    at = schedule.order.index(max(program.forward, default=-1))
+    later = (timeline or simulate(program, schedule)).resident_bytes[at + 1 : at + 2]
     return max(later, default=program.fixed_bytes) - program.fixed_bytes
 
 
@@ -87,9 +89,8 @@ def waiting_bytes(program: Program) -> int:
 
     The gradient of its output is there before anybody needs it, and the loss has made something of that output.
     """
-    outputs = {v for v in range(len(program.values)) if program.values[v].held is not None}
     last = max(program.forward, default=-1)
-    outputs = {v for v in outputs if 0 <= program.producer[v] <= last < program.hold[v]}
+    outputs = (v for v, p in enumerate(program.producer) if 0 <= p <= last < program.hold[v])
     return 2 * sum(program.values[v].nbytes for v in outputs)
 
 
