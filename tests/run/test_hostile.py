@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -432,6 +433,26 @@ def test_dropout(inplace: bool) -> None:
 def test_every_dropout_and_random_layer() -> None:
     modules = [nn.AlphaDropout(0.2), nn.FeatureAlphaDropout(0.2), nn.Dropout1d(0.3), nn.RReLU(), nn.RReLU(inplace=True)]
     check_body(lambda i, h: modules[i](h * 2).sin(), steps=3)
+
+
+@pytest.mark.parametrize("test", ["rrelu", "rnn"])
+def test_random_layers_beside_a_thread(test: str) -> None:
+    """Where another thread may draw, numbers drawn again are compared: those that are final when they are saved.
+
+    ``rrelu`` saves its noise before it draws it, recurrent layers save parts of gates that they then compute in place.
+    """
+    stop = threading.Event()
+    thread = threading.Thread(target=stop.wait)
+    thread.start()
+    try:
+        if test == "rrelu":
+            test_every_dropout_and_random_layer()
+        else:
+            for kind in (nn.LSTM, nn.GRU):
+                test_recurrent_layers(kind, packed=False)
+    finally:
+        stop.set()
+        thread.join()
 
 
 def test_random_operators() -> None:

@@ -13,7 +13,8 @@ from typing import Final
 
 from torch import Tensor
 
-from autoremat.engines.torch.eager.entry import Disturbed, Entry
+from autoremat.engines.torch.eager.draws import Disturbed
+from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.ledger import copy_of
 from autoremat.engines.torch.eager.path import Pair
 from autoremat.engines.torch.eager.state import Replay

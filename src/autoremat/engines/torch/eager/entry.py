@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +10,10 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import Made, Outside, Seen, Statistics, resolved, template, tensors_in
+from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.state import Replay, State, generator_at, heard_by_classes
 from autoremat.record.local import local_of
-from autoremat.run.entry import _generator_of, checksum
+from autoremat.run.entry import _generator_of
 from autoremat.run.settings import state_of
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Any]]
@@ -22,11 +22,7 @@ _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 class Enough(Exception):
-    """Ends a call that is made again as soon as what is wanted has been saved inside it."""
-
-
-class Disturbed(RuntimeError):
-    """Another thread drew from the same generator while a call did: its numbers cannot be drawn again."""
+    """Ends a call that is made again as soon as what is wanted has been saved inside it; with the position of that."""
 
 
 @dataclass(slots=True)
@@ -45,7 +41,7 @@ class Entry:
         results: pairs (position among the tensors of the result, value).
         saved: pairs (position among what autograd saves inside the call, value), for values made and saved inside.
         in_place: pairs (made, overwritten).
-        draws: for values that it made a checksum, where other threads might have drawn in between.
+        draws: what tells that it has drawn the same numbers again, where other threads might have drawn in between.
     """
 
     func: Callable[..., Any]
@@ -59,16 +55,16 @@ class Entry:
     results: tuple[tuple[int, int], ...] = ()
     saved: tuple[tuple[int, int], ...] = ()
     in_place: tuple[tuple[int, int], ...] = ()
-    draws: Mapping[int, int] | None = None
+    draws: Draws | None = None
     stops: frozenset[int] = frozenset()
     """Values after which a run may end as soon as they have been saved: nothing overwrites them later in the call."""
 
     def take(
         self, results: tuple[tuple[int, int], ...], saved: tuple[tuple[int, int], ...],
-        written: Sequence[tuple[int, int, int]], draws: Mapping[int, int] | None,
+        written: Sequence[tuple[int, int, int]],
     ) -> None:  # fmt: skip
         """Take note of what the call has made, once it has been made."""
-        self.results, self.saved, self.draws = results, saved, draws
+        self.results, self.saved = results, saved
         self.in_place = tuple([(new, old) for _, old, new in written])
 
     @property
@@ -94,43 +90,37 @@ class Entry:
         """
         found: dict[int, Tensor] = {}
         inner = {i: v for i, v in self.saved if v in wanted}
-        may_stop = self.stops.issuperset(wanted)
-        if self.draws is not None and not self.draws.keys() >= set(wanted):
-            may_stop = False  # its results tell what it drew
-        enough = len(inner) if may_stop else None
+        enough = len(inner) if self.stops.issuperset(wanted) else None
         if self.generator is None or self.generator_state is None:
             with replay.use(self.state):
-                out = self._made(memory, inner, enough, found)
+                self._make(memory, inner, enough, found)
         else:
             with generator_at(self.generator, self.generator_state), replay.use(self.state):
-                out = self._made(memory, inner, enough, found)
-        if out is not None:
-            for i, value in self.results:
-                if value in wanted or self.draws is not None:
-                    found[value] = local_of(out[i]).detach()
-            for new, old in self.in_place:
-                found[new] = memory[old]
-        if self.draws is not None and any(self.draws.get(v, s) != s for v, s in checksums_of(found.items()).items()):
-            raise _disturbed(self.func)
-        return found
+                stopped_at = self._make(memory, inner, enough, found)
+                if self.draws is not None:
+                    self.draws.check(found, self.draws.state(), stopped_at, self.func)
+        return {v: t for v, t in found.items() if v in wanted}
 
-    def _made(
+    def _make(
         self, memory: Mapping[int, Tensor], inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]
-    ) -> list[Tensor] | None:
-        """The tensors that the call gives; None where it has been ended because all that is wanted has been saved."""
+    ) -> int | None:
+        """Make the call and add to ``found``; where it ended early, the position of what was saved last."""
         args = [resolved(a, memory) for a in self.args]
         kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()}
-        if not self.state.settings.grad_enabled:
-            with heard_by_classes():
-                return tensors_in(self.func(*args, **kwargs))
-        _push_hooks(_catcher(inner, enough, found), _never)
+        hooked = self.state.settings.grad_enabled
+        if hooked:
+            _push_hooks(_catcher(inner, enough, found), _never)
         try:
             with heard_by_classes():
-                return tensors_in(self.func(*args, **kwargs))
-        except Enough:
-            return None
+                out = tensors_in(self.func(*args, **kwargs))
+        except Enough as end:
+            return int(end.args[0])
         finally:
-            _pop_hooks()
+            if hooked:
+                _pop_hooks()
+        found.update((value, local_of(out[i]).detach()) for i, value in self.results)
+        found.update((new, memory[old]) for new, old in self.in_place)
+        return None
 
 
 def prepared(
@@ -163,10 +153,11 @@ def prepared(
         return outside[-1]
 
     generator = _generator_of(args, kwargs) if random else None
+    draws = Draws.of(generator)  # before a look at the generator: a thread that starts in between is told of
     return Entry(
         func, [template(a, described) for a in args], {k: template(a, described) for k, a in kwargs.items()},
         State.now(), generator, None if generator is None else state_of(generator),
-        values, tuple(outside),
+        values, tuple(outside), draws=draws,
     )  # fmt: skip
 
 
@@ -176,20 +167,6 @@ def generators_of(args: Any, kwargs: Any) -> list[torch.Generator]:
     return [*given, torch.default_generator]
 
 
-def draws_of(
-    entry: Entry, results: Sequence[tuple[int, int]], made: Sequence[Tensor],
-    written: Sequence[tuple[int, int, int]], given: Sequence[Tensor], inside: Mapping[int, int],
-) -> dict[int, int] | None:  # fmt: skip
-    """Checksums of what a call made, by value, where another thread may have drawn in between.
-
-    ``inside``: those of what it made and saved inside, taken when it was saved: nobody holds it for that.
-    """
-    if not may_be_disturbed(entry.generator):
-        return None
-    found = checksums_of((v, made[i]) for i, v in results if i < len(made))
-    return found | checksums_of((new, given[i]) for i, _, new in written) | dict(inside)
-
-
 def _catcher(inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]) -> Callable[[Tensor], None]:
     """A pack hook that keeps what is wanted and lets go of everything else; raises ``Enough`` after the last one."""
     n = 0
@@ -197,31 +174,14 @@ def _catcher(inner: Mapping[int, int], enough: int | None, found: dict[int, Tens
     def catch(tensor: Tensor) -> None:
         nonlocal n
         value = inner.get(n)
-        n += 1
         if value is not None:
             found[value] = local_of(tensor).detach()
             if enough is not None and len(found) >= enough:
-                raise Enough
+                raise Enough(n)
+        n += 1
 
     return catch
 
 
 def _never(packed: Any) -> Tensor:
     raise RuntimeError("autoremat: nobody goes backward through a call that is made again; this is a bug in autoremat")
-
-
-def checksums_of(made: Iterable[tuple[int, Tensor]]) -> dict[int, int]:
-    """Checksums of memory, by value."""
-    return {v: checksum([local_of(t).untyped_storage()]) for v, t in made}
-
-
-def may_be_disturbed(generator: torch.Generator | None) -> bool:
-    """Whether a thread that knows no tape may draw between our look at the generator and the call."""
-    return generator is not None and generator.device.type == "cpu" and threading.active_count() > 1
-
-
-def _disturbed(func: Any) -> Disturbed:
-    return Disturbed(
-        f"autoremat cannot draw the numbers of {func} again: another thread drew from the same generator at the same "
-        "moment. Give that thread a torch.Generator of its own, or let the step use one"
-    )

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in
 from autoremat.engines.torch.eager.calls import is_out_of_sight, name_of, only_looks
-from autoremat.engines.torch.eager.entry import Entry, checksums_of, draws_of, may_be_disturbed, prepared
+from autoremat.engines.torch.eager.draws import Draws
+from autoremat.engines.torch.eager.entry import Entry, prepared
 from autoremat.engines.torch.eager.facts import is_overridden
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call
@@ -46,8 +47,8 @@ class Follow:
     def __init__(self, tape: Tape, script: Script) -> None:
         self._tape, self._script = tape, script
         self._funcs, self._works, self._packs = script.funcs, script.works, script.packs
-        self._inside: dict[int, int] | None = None
-        """Checksums of what a random call makes and saves inside, while it runs and other threads may draw, too."""
+        self._draws: Draws | None = None
+        """Of the random call that runs now, where other threads may draw, too."""
         self._numels, self._n_funcs = script.numels, len(script.funcs)
 
     def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -114,7 +115,7 @@ class Follow:
                         func, args, kwargs, work.values, work.written, call.statistics, random=call.random
                     )  # fmt: skip
                     tape.check.before(k, given, call.reads, work.written)
-                    self._inside = {} if may_be_disturbed(entry.generator) else None
+                    self._draws = entry.draws
             if work.hooked:
                 tape.n_packs = call.packs[0]
                 out = tape.hooked(func, args, kwargs)
@@ -150,9 +151,10 @@ class Follow:
         numbers, ledger = tape.numbers, tape.ledger
         made = tensors_in(out)
         if entry is not None:
-            draws = draws_of(entry, call.results, made, call.written, given, self._inside or {})
-            entry.take(call.results, call.saved, call.written, draws)
-            self._inside = None
+            entry.take(call.results, call.saved, call.written)
+            if entry.draws is not None:
+                entry.draws.end(call.results, made, call.written, given)
+                self._draws = None
             entry.stops = work.stops
             ledger.enter(k, entry)
         for position, old, new in call.written:
@@ -198,8 +200,8 @@ class Follow:
         number = tape.numbers.known_tensor(tensor)
         is_new = number != value and self._is_saved_inside(j, value, number)
         if is_new:
-            if self._inside is not None:
-                self._inside |= checksums_of([(value, tensor)])
+            if self._draws is not None:
+                self._note_draws(self._draws, j, value, tensor)
             tape.numbers.rebind_tensor(tensor, value)
             number = value
         if number != value:
@@ -211,6 +213,13 @@ class Follow:
         if is_new and value in self._script.hold:  # saved once more, the plan may have let go of it
             tape.ledger.hold(value, local_of(tensor).detach())
         return handle
+
+    def _note_draws(self, draws: Draws, j: int, value: int, tensor: Tensor) -> None:
+        """Note what tells that the call that runs has drawn the same numbers again by the time it saves a value."""
+        work = self._works[self._tape.n_calls - 1]
+        if work is not None and value in work.stops:
+            draws.at(j - work.call.packs[0])
+            draws.note(value, tensor)
 
     def _hold_saved(self, j: int, tensor: Tensor) -> None:
         """Hold a value that is made and saved inside a call."""

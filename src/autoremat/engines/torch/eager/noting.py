@@ -12,14 +12,8 @@ from torch import Tensor, nn
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.calls import ESCAPES, is_out_of_sight, is_pass, name_of, only_looks
 from autoremat.engines.torch.eager.check import DIFFERS
-from autoremat.engines.torch.eager.entry import (
-    Entry,
-    checksums_of,
-    draws_of,
-    generators_of,
-    may_be_disturbed,
-    prepared,
-)
+from autoremat.engines.torch.eager.draws import Draws
+from autoremat.engines.torch.eager.entry import Entry, generators_of, prepared
 from autoremat.engines.torch.eager.facts import CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call
@@ -56,7 +50,8 @@ class Noting:
         assert tape.backward.room is not None
         self._tape, self._room, self.path, self._is_kept = tape, tape.backward.room, path, is_kept
         self._fresh: list[tuple[int, Handle, Tensor]] = []
-        self._busy = False
+        self._busy: tuple[int, Draws | None] | None = None
+        """While a call runs: the number of what it saves first, and what to note of its random numbers."""
         self._versions: dict[int, int] = {}
         """For every value the version of its memory after the last call that was heard to change it."""
 
@@ -112,11 +107,11 @@ class Noting:
                 reads = tuple(entry.positions.items())
                 tape.check.before(call, given, reads, facts.written, has_room=self._room.has(3 * facts.nbytes))
             untouched = sums_of(given) if facts.foreign and entry is not None else None
-            self._busy = True
+            self._busy = first, None if entry is None else entry.draws
             try:
                 out = tape.hooked(func, args, kwargs)
             finally:
-                self._busy = False
+                self._busy = None
         if not facts.random and any(state_of(g) != s for g, s in drawn):
             entry = None
         written = {i for i, t in enumerate(given) if version_of(t) != before[i]}.union(facts.written)
@@ -131,10 +126,13 @@ class Noting:
         for tensor in (*(made[i] for i, _ in results), *(t for _, _, t in self._fresh)):
             self._room.made(tensor)
         if entry is not None:
-            inside = dict(saved)
-            fresh = ((v, t) for j, _, t in self._fresh if (v := inside.get(j - first)) is not None)
-            sums = checksums_of(fresh) if may_be_disturbed(entry.generator) else {}
-            entry.take(results, saved, changes, draws_of(entry, results, made, changes, given, sums))
+            entry.take(results, saved, changes)
+            if entry.draws is not None:
+                inside = dict(saved)
+                for j, _, tensor in self._fresh:
+                    if j - first in inside:
+                        entry.draws.note(inside[j - first], tensor)
+                entry.draws.end(results, made, changes, given)
             if is_tried and tape.check.differs(call, entry, made):
                 facts, entry = replace(facts, once=DIFFERS), None
             elif not entry.makes or (
@@ -231,14 +229,16 @@ class Noting:
         tape = self._tape
         storage = storage_of(local_of(tensor))
         number = None if storage is None else tape.numbers.known(storage)
-        tape.witness.saved(j, tensor, inside=self._busy)
+        tape.witness.saved(j, tensor, inside=self._busy is not None)
         if storage is None or is_parameter(tensor) or (number is not None and number < 0):
             return Kept(tensor)
-        if number is None and not self._busy:
+        if number is None and self._busy is None:
             return Kept(tensor)  # made out of sight
         handle = Handle(tape.backward, j, tensor)
         if number is None:
             self._fresh.append((j, handle, tensor))
+            if self._busy is not None and self._busy[1] is not None:
+                self._busy[1].at(j - self._busy[0])
         else:
             self._hold(handle, tensor)
         return handle

@@ -1,0 +1,105 @@
+"""Whether a call that draws random numbers draws the same ones again, where other threads may draw beside it."""
+
+from __future__ import annotations
+
+import threading
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoremat.record.local import local_of
+from autoremat.run.entry import checksum
+from autoremat.run.settings import state_of
+
+
+class Disturbed(RuntimeError):
+    """Another thread drew from the same generator while a call did: its numbers cannot be drawn again."""
+
+
+@dataclass(slots=True)
+class Draws:
+    """What tells that a call has drawn the same numbers again.
+
+    The generator ends where it did: nobody drew in between. Or another thread drew after the call, before we looked:
+    then what the call has made is the same. Bytes that a call leaves as it found them differ from run to run, so what
+    it has made decides only where the generator does not.
+
+    Attributes:
+        generator: that the call draws from.
+        saved: a checksum of the state of the generator, by position among what autograd saves inside the call.
+        after: one of its state after the call.
+        contents: checksums of what the call makes, by value, of what nothing overwrites before the call is over.
+    """
+
+    generator: torch.Generator
+    saved: dict[int, int] = field(default_factory=dict)
+    after: int = 0
+    contents: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, generator: torch.Generator | None) -> Draws | None:
+        """For a call that is about to draw; None where no thread that knows no tape may draw beside it."""
+        if generator is None or generator.device.type != "cpu" or threading.active_count() == 1:
+            return None
+        return cls(generator)
+
+    def state(self) -> int:
+        """A checksum of the state of the generator."""
+        return zlib.crc32(state_of(self.generator))
+
+    def at(self, position: int) -> None:
+        """Take note of where the generator is when something is saved."""
+        self.saved[position] = self.state()
+
+    def note(self, value: int, tensor: Tensor) -> None:
+        """Take note of what is in a value that nothing overwrites any more."""
+        self.contents[value] = content_of(tensor)
+
+    def end(
+        self, results: Iterable[tuple[int, int]], made: Sequence[Tensor],
+        written: Iterable[tuple[int, int, int]], given: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        """Take note of where the generator is after the call, and of what the call has made.
+
+        Args:
+            results: pairs (position among the tensors of the result, value).
+            made: the tensors of the result.
+            written: triples (position among the arguments, before, after).
+            given: the tensors among the arguments.
+        """
+        self.after = self.state()
+        for i, value in results:
+            if i < len(made):
+                self.note(value, made[i])
+        for i, _, new in written:
+            self.note(new, given[i])
+
+    def check(self, found: Mapping[int, Tensor], state: int, stopped_at: int | None, func: Any) -> None:
+        """Compare another run with the first one.
+
+        Args:
+            found: what the other run has made, by value.
+            state: of the generator after it.
+            stopped_at: position of the saved tensor after which the other run ended; None if it was made whole.
+            func: what was called.
+
+        Raises:
+            Disturbed: the other run has drawn other numbers.
+        """
+        if state == (self.after if stopped_at is None else self.saved.get(stopped_at)):
+            return
+        told = found.keys() & self.contents.keys()
+        if not told or any(content_of(found[v]) != self.contents[v] for v in told):
+            raise Disturbed(
+                f"autoremat cannot draw the numbers of {func} again: another thread drew from the same generator at "
+                "the same moment. Give that thread a torch.Generator of its own, or let the step use one"
+            )
+
+
+def content_of(tensor: Tensor) -> int:
+    """A checksum of all the memory that a tensor looks into."""
+    return checksum([local_of(tensor).untyped_storage()])
