@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -122,3 +123,48 @@ def test_operators_are_measured_under_a_profiler_too(monkeypatch: pytest.MonkeyP
         watched = memory()
     assert watched == memory()
     assert any(watched[0])
+
+
+class Reversible(torch.autograd.Function):
+    """Gives back the memory of its input, as reversible blocks do, and computes it from the output in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+        with torch.no_grad():
+            h = torch.tanh(x @ w)
+            h = torch.tanh(torch.tanh(h) * 2)
+            y = x + h.mean(1, keepdim=True)
+        ctx.w, ctx.x = w, x.detach()
+        ctx.kept = x.detach().clone().half()
+        x.untyped_storage().resize_(0)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            x = ctx.kept.float().requires_grad_()
+            y = x + torch.tanh(torch.tanh(torch.tanh(x @ ctx.w)) * 2).mean(1, keepdim=True)
+            return torch.autograd.grad(y, (x, ctx.w), gradient)
+
+
+def test_what_is_handed_out_brings_back_nothing_that_nobody_waits_for() -> None:
+    """What a call without gradients made on the way to what stays is not made again to be kept for nobody."""
+    weights = [torch.randn(WIDTH, 4 * WIDTH, requires_grad=True) for _ in range(4)]
+    head, x = nn.Sequential(*[nn.Linear(WIDTH, WIDTH), nn.Tanh()] * 4), torch.randn(4 * ROWS, WIDTH)
+
+    def loss() -> Tensor:
+        h = x * 1.0
+        for w in weights:
+            h = Reversible.apply(h, w)
+        return head(h).square().mean()
+
+    plain = account(lambda: loss().backward()).peak_bytes
+    for p in (*head.parameters(), *weights):
+        p.grad = None
+    call = autoremat.checkpoint(loss, budget=1.0)
+    peaks = []
+    for _ in range(3):
+        peaks.append(account(lambda: call().backward()).peak_bytes)
+        for p in (*head.parameters(), *weights):
+            p.grad = None
+    assert max(peaks) <= plain

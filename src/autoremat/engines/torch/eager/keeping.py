@@ -120,14 +120,41 @@ class Keeping:
 
     def freeze(self, calls: Iterable[int], why: str = READS_OVERWRITTEN) -> None:
         """These calls cannot be made again any more: what they have made stays, and is made now if it is gone."""
-        calls = sorted(calls)
-        for k in calls:
+        frozen = self._beyond(calls)
+        for k in sorted(frozen):
             for value in self._ledger.entries[k].makes:
-                if value not in self._ledger.held and (value in self._passes.needs.handles or self.is_read(value)):
+                if value not in self._ledger.held and self._is_waited_for(value):
                     self._ledger.fetch(value, lambda v: False, lambda locked: None)
                     self._ledger.remade.discard(value)
-        for k in calls:
+        for k in sorted(frozen):
             self._withdraw(k, why)
+
+    def _beyond(self, calls: Iterable[int]) -> set[int]:
+        """These calls, and those that read what only these could make, as far as nobody waits for anything of it."""
+        found = set[int]()
+        pending = list(calls)
+        while pending:
+            k = pending.pop()
+            if k in found or k not in self._ledger.entries:
+                continue
+            found.add(k)
+            for value in self._ledger.entries[k].makes:
+                if value not in self._ledger.held and not self._is_waited_for(value):
+                    pending += self._readers.get(value, ())
+        return found
+
+    def _is_waited_for(self, value: int) -> bool:
+        """Whether somebody waits for a value that is gone, or for one that is gone and made out of it."""
+        seen, pending = {value}, [value]
+        while pending:
+            v = pending.pop()
+            if v in self._passes.needs.handles:
+                return True
+            for k in self._readers.get(v, ()):
+                made = {m for m in self._ledger.entries[k].makes if m not in self._ledger.held} - seen
+                seen |= made
+                pending += made
+        return False
 
     def _withdraw(self, call: int, why: str) -> None:
         entry = self._ledger.withdraw(call)
