@@ -128,7 +128,7 @@ def _run(part: Part, left: float, options: argparse.Namespace) -> Data:
         return {
             "skipped": f"{left:.0f} s are left of {options.seconds:.0f}, and it asks for {part.seconds + start:.0f}"
         }
-    seconds = min(part.seconds, left - start)
+    seconds = left - start if options.dry_run else min(part.seconds, left - start)  # a CPU takes what it takes
     if alone:
         return in_process(part, seconds, options)
     data: Data = {}

@@ -109,10 +109,11 @@ class Backward:
                 if not in_backward():  # somebody looks at grad_fn._saved_...
                     return handle.seen.on(self._looked_up(self._passes.now(handle.value)))
                 self._notice_pass()
-                if handle.served == self._passes.number and handle.stays is not None:
+                if handle.stays is not None and handle.served == self._passes.number:
                     return handle.stays
                 value = self._passes.serve(handle)
-                self._shrink()
+                if self._script is None:
+                    self._shrink()
                 tensor = self._served(handle, value)
                 handle.stays = tensor if in_python_node() else None
                 if self.is_forward:  # a pass within the forward: what it does reads this value
@@ -223,17 +224,16 @@ class Backward:
     # ---- on demand -----------------------------------------------------------------------------------------------
 
     def _shrink(self, locked: Collection[int] = ()) -> None:
-        if not self.is_planned and self.room is not None:
+        if self._script is None and self.room is not None:
             self.room.shrink(locked, in_backward=not self.is_forward)
 
     def _fetched(self, value: int) -> Tensor:
-        needs = self._passes.needs
-        if not self.is_planned:
+        script = self._script
+        if script is None:
+            needs = self._passes.needs
             return self._ledger.fetch(value, lambda v: v in needs.handles, self._shrink)
         if value in self._ledger.held:
             return self._ledger.memory(value)
-        script = self._script
-        assert script is not None
         tensor = self._ledger.fetch(value, lambda v: v in script.kept or v in script.hold, lambda locked: None)
         self._ledger.remade.difference_update(script.kept | script.hold)  # they take the place of the forward's own
         self._ledger.remade.discard(value)
@@ -259,6 +259,8 @@ class Backward:
                 self._passes.lock.release()
 
     def _settle(self) -> None:
+        if not self._passes.has_gone:
+            return
         for value in self._passes.settle():
             if self.is_forward or value in self.pinned:
                 continue

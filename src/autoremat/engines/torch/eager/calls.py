@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from typing import Any, Final
 
 import torch
@@ -37,6 +38,23 @@ def only_looks(func: Any, name: str) -> bool:
     if name == "__get__":
         return getattr(func.__self__, "__name__", "") not in _GETTERS
     return name == "__set__" and getattr(func.__self__, "__name__", "") != "data"
+
+
+def looks(func: Any) -> bool:
+    """Whether a call makes no tensor and changes none, remembered for what is torch's own and stays."""
+    if type(func) not in _OF_C:
+        return only_looks(func, name_of(func))
+    known = _KNOWN.get(func)
+    if known is None:
+        known = only_looks(func, name_of(func))
+        if not isinstance(getattr(func, "__self__", None), torch.Tensor):
+            _KNOWN[func] = known
+    return known
+
+
+_OF_C: Final = frozenset((types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType))
+"""The types of functions that are written in C: they are equal to themselves only, and can be looked up."""
+_KNOWN: Final[dict[Any, bool]] = {}
 
 
 def is_pass(func: Any, name: str) -> bool:

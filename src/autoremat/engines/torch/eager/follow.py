@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in
-from autoremat.engines.torch.eager.calls import is_out_of_sight, name_of, only_looks
+from autoremat.engines.torch.eager.calls import is_out_of_sight, looks, name_of
 from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, prepared
 from autoremat.engines.torch.eager.facts import is_overridden
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 _unseen, _n_modes = torch._C.DisableTorchFunction, torch._C._len_torch_function_stack
 _NOTHING = contextlib.nullcontext()
+_END: Any = object()
+"""Comes after the last call: nothing is that."""
 
 
 class Follow:
@@ -46,7 +48,7 @@ class Follow:
 
     def __init__(self, tape: Tape, script: Script) -> None:
         self._tape, self._script = tape, script
-        self._funcs, self._works, self._packs = script.funcs, script.works, script.packs
+        self._funcs, self._works, self._packs = (*script.funcs, _END), script.works, script.packs
         self._draws: Draws | None = None
         """Of the random call that runs now, where other threads may draw, too."""
         self._numels, self._n_funcs = script.numels, len(script.funcs)
@@ -61,23 +63,22 @@ class Follow:
         """Make the next call of the path; leave it where this is another one."""
         tape = self._tape
         k = tape.n_calls
-        if k < self._n_funcs and not is_out_of_sight():
-            expected = self._funcs[k]
-            if func is expected or func == expected:
-                work = self._works[k]
-                if work is None:
-                    tape.n_calls = k + 1
-                    out = func(*args, **kwargs)
-                else:
-                    out = self._at_work(k, work, func, args, kwargs)
-                if type(out) is Tensor and out.numel() > self._numels[k] and tape.policy is self:
-                    self._outgrown(k, out.numel())
-                return out
+        expected = self._funcs[k]
+        if (func is expected or func == expected) and not is_out_of_sight():
+            work = self._works[k]
+            if work is None:
+                tape.n_calls = k + 1
+                out = func(*args, **kwargs)
+            else:
+                out = self._at_work(k, work, func, args, kwargs)
+            if type(out) is Tensor and out.numel() > self._numels[k] and tape.policy is self:
+                self._outgrown(k, out.numel())
+            return out
         return self._other(func, args, kwargs)
 
     def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call that is not the next one: a look, a function made of others, or the end of the path."""
-        if only_looks(func, name_of(func)) or is_out_of_sight():
+        if looks(func) or is_out_of_sight():
             return func(*args, **kwargs)
         if self._tape.listener.is_made_of_others(func):
             return self._tape.listener.look_into(func, args, kwargs)

@@ -100,6 +100,11 @@ class Passes:
         """A handle is gone."""
         self._gone.append((handle.value, handle.served))
 
+    @property
+    def has_gone(self) -> bool:
+        """Whether a handle is gone that nobody has taken note of."""
+        return bool(self._gone)
+
     def settle(self) -> list[int]:
         """Take note of the handles that are gone; the values that nothing needs any more."""
         unneeded: list[int] = []
