@@ -50,7 +50,6 @@ from autoremat.run.session import (
     _Turns,
     input_signature,
 )
-from autoremat.run.session import Session as SessionOfOperators
 from autoremat.run.settings import RandomStates
 from autoremat.run.stats import Stats
 
@@ -188,8 +187,6 @@ class Session:
         self._planning_seconds = 0.0
         """What the last plan took that was not quick."""
         self._measurement: Measurement | None = None
-        self._by_operators: SessionOfOperators | None = None
-        """What runs the callable where parameters come and go (fully_shard): the engine that watches operators."""
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
@@ -222,8 +219,6 @@ class Session:
             return self._run(entry, args, kwargs)
 
     def _run(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self._by_operators is not None:
-            return self._by_operators.call(args, kwargs)
         if entry is not None and entry.is_new:
             return self._first(entry, args, kwargs)
         if entry is None or entry.script is None:
@@ -372,8 +367,6 @@ class Session:
 
     def stats(self) -> Stats:
         """What has happened so far."""
-        if self._by_operators is not None:
-            return self._by_operators.stats()
         if self._measurement is not None:
             self._end_measurement()
         c = self._counts
@@ -472,8 +465,6 @@ class Session:
         try:
             check_supported(entry.parallel, modules)
             entry.is_new = True
-            if entry.parallel.units and self._by_operators is None:
-                self._by_operators = SessionOfOperators(self.fn, self.planner, measure=self.measure)
         except Exception as obstacle:  # noqa: BLE001 - it says in words what it cannot deal with
             self._warn(
                 f"the step could not be recorded ({type(obstacle).__name__}: {obstacle}); it runs without checkpointing"
