@@ -200,14 +200,14 @@ def _settle(tape: Tape, calls: range, output: Any, *, is_gathered: bool) -> None
     made = {v for k in calls if k in ledger.entries for v in ledger.entries[k].makes}
     held = dict(_held_by_others(tape, made))
     returned = {s._cdata for t in tensors_in(output) if (s := storage_of(local_of(t))) is not None}
-    kept = set(held)
     if not is_gathered or any(s._cdata not in returned for s in held.values()):
-        kept = made
         gone = [v for v in made if v not in ledger.held and v in ledger.maker and keeping.is_waited_for(v)]
         ledger.make_again(gone, lambda v: False, lambda locked: None)
         ledger.remade.difference_update(gone)
-    for value in kept:
-        if value in held and value not in ledger.held and (keeping.is_read(value) or value in needs.handles):
+        for value in made.intersection(ledger.held):
+            ledger.maker.pop(value, None)
+    for value in held:
+        if value not in ledger.held and (keeping.is_read(value) or value in needs.handles):
             ledger.hold(value, _whole(held[value]))
         ledger.maker.pop(value, None)
 
