@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed._functional_collectives import all_reduce
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -189,6 +190,33 @@ def test_a_recording_runs_no_collective() -> None:
     talks = [op for op in program.ops if op.name.startswith("c10d.")]
     assert [op.repeatable for op in talks] == ["communicates with other processes"] * 2
     assert [len(op.in_place) for op in talks] == [2, 1], "what is received is written into what was there"
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    "talk", [dist.all_reduce, lambda y: dist.broadcast(y, 0), lambda y: all_reduce(y, "sum", [0]).sum()]
+)
+def test_a_forward_that_has_communicated_is_not_tried_again(talk: Callable[..., object]) -> None:
+    """The others would wait for ever, or take what is sent for something else."""
+    calls, refuse = [], [False]
+
+    def step(x: Tensor) -> Tensor:
+        calls.append(1)
+        for _ in range(8):
+            x = torch.sigmoid(x)
+        talk(x[:1].detach().clone())
+        if refuse[0]:
+            raise torch.OutOfMemoryError("out of memory")
+        return x.sum()
+
+    run = autoremat.checkpoint(step, budget=1.0, time_limit_seconds=0.5)
+    for _ in range(2):
+        run(torch.randn(256, 64, requires_grad=True)).backward()
+    refuse[0], before = True, len(calls)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(torch.randn(256, 64, requires_grad=True))
+    assert len(calls) == before + 1
+    assert autoremat.stats(run).retries == 0
 
 
 @pytest.mark.usefixtures("alone")
