@@ -138,8 +138,7 @@ def check(
     modules = reachable_modules(plain, args, kwargs)
     _refuse_unreal(modules, args, kwargs)
     options = Options(budget or 1.0, optimizer, keep, recompute, time_limit_seconds)
-    planner: Any = options if known is None else known.planner  # for either engine it is what a user asked for
-    session = Session(plain, planner)
+    session = Session(plain, options if known is None else known.planner)
     args, kwargs = map_tensors((args, kwargs), _without_history)
     with torch.enable_grad(), _all_as_before(_named(modules, args, kwargs).values()) as start_anew:
         start_anew()

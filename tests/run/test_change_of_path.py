@@ -15,7 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.engines.torch.eager.session import MAX_DEVIATIONS, MAX_PLANS
+from autoremat.engines.torch.eager.kinds import MAX_DEVIATIONS
+from autoremat.engines.torch.eager.session import MAX_PLANS
 from autoremat.run.account import account, resident
 
 WIDTH = 64

@@ -78,7 +78,7 @@ class CallFacts:
     once: str = ""
     foreign: bool = False
     leaves: bool = False
-    """It may have left something behind that nobody sees: a step in which it was made must not be tried again."""
+    """It may have left something behind that nobody sees, or told others: its step must not be tried again."""
     seconds: float = 0.0
     nbytes: int = 0
 
@@ -147,7 +147,8 @@ def _of_functorch() -> bool:
 
 def _distributed(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
     """Of DTensors nothing is made on fakes: what is written is told by the name, and a collective by the recording."""
-    return CallFacts(written=_written_by_name(func, kwargs, given), seconds=1e-5, once="runs on distributed tensors")
+    written = _written_by_name(func, kwargs, given)
+    return CallFacts(written=written, seconds=1e-5, once="runs on distributed tensors", leaves=True)
 
 
 def _written_by_name(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> tuple[int, ...]:
@@ -229,6 +230,7 @@ class _Probe(TorchDispatchMode):
         self.uninitialised = False
         self.random = False
         self.once = ""
+        self.communicates = False
         self.seconds = 0.0
         self.nbytes = 0
 
@@ -242,6 +244,7 @@ class _Probe(TorchDispatchMode):
         facts = facts_of(func)
         self.random |= facts.random
         self.once = self.once or facts.never_again
+        self.communicates |= facts.communicates
         self.uninitialised = facts.uninitialised
         if facts.batch_norm and args[TRAINING]:
             self.statistics |= set(self._positions([args[i] for i in RUNNING_STATISTICS]))
@@ -302,5 +305,6 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
             torch.set_autocast_cache_enabled(cache)
     return CallFacts(
         tuple(sorted(probe.written)), tuple(sorted(probe.statistics)), tuple(sorted(probe.covered)),
-        probe.uninitialised, probe.random, probe.once, seconds=probe.seconds, nbytes=probe.nbytes,
+        probe.uninitialised, probe.random, probe.once, leaves=probe.communicates or probe.once == UNKNOWN,
+        seconds=probe.seconds, nbytes=probe.nbytes,
     )  # fmt: skip

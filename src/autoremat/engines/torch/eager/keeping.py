@@ -70,7 +70,8 @@ class Keeping:
             storage = storage_of(local_of(outside.tensor))
             if storage is not None:
                 self._outside_readers.setdefault(storage._cdata, set()).add(call)
-                if storage._cdata not in self._lasting and storage._cdata not in self._spans:
+                known = storage._cdata in self._lasting or storage._cdata in self._spans
+                if not known and not (is_parameter(outside.tensor) and storage.resizable()):  # fully_shard resizes some
                     self._spans[storage._cdata] = _span(storage)
 
     def is_read(self, value: int) -> bool:
@@ -123,7 +124,7 @@ class Keeping:
         frozen = self._beyond(calls)
         for k in sorted(frozen):
             for value in self._ledger.entries[k].makes:
-                if value not in self._ledger.held and self._is_waited_for(value):
+                if value not in self._ledger.held and self.is_waited_for(value):
                     self._ledger.fetch(value, lambda v: False, lambda locked: None)
                     self._ledger.remade.discard(value)
         for k in sorted(frozen):
@@ -139,11 +140,11 @@ class Keeping:
                 continue
             found.add(k)
             for value in self._ledger.entries[k].makes:
-                if value not in self._ledger.held and not self._is_waited_for(value):
+                if value not in self._ledger.held and not self.is_waited_for(value):
                     pending += self._readers.get(value, ())
         return found
 
-    def _is_waited_for(self, value: int) -> bool:
+    def is_waited_for(self, value: int) -> bool:
         """Whether somebody waits for a value that is gone, or for one that is gone and made out of it."""
         seen, pending = {value}, [value]
         while pending:

@@ -1,0 +1,74 @@
+"""What is told of the steps of a callable: warnings, each once, and numbers."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, field
+
+from autoremat.program import Plan, Program
+from autoremat.run.stats import Stats
+
+
+@dataclass
+class Counts:
+    """What has happened so far; the names are those of ``Stats``."""
+
+    calls: int = 0
+    hits: int = 0
+    planned: int = 0
+    deviations: int = 0
+    unplanned: int = 0
+    reruns: int = 0
+    rerun_seconds: float = 0.0
+    retries: int = 0
+
+
+@dataclass
+class Reporter:
+    """Tells the user what happens, and counts it.
+
+    Attributes:
+        counts: of what has happened.
+        kept: the operators that turned out to give something else when they run again: where, and why.
+    """
+
+    counts: Counts = field(default_factory=Counts)
+    kept: list[str] = field(default_factory=list)
+    _warned: set[str] = field(default_factory=set)
+    _told: set[tuple[int, str]] = field(default_factory=set)
+    """What is known to be kept: the call, and the words for it."""
+
+    def warn(self, message: str) -> None:
+        """Say each thing once."""
+        kind = message.split("(")[0]
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"autoremat: {message}", RuntimeWarning, stacklevel=2)
+
+    def refuse(self, reason: str) -> None:
+        """Say why a call runs without checkpointing."""
+        self.counts.unplanned += 1
+        self.warn(f"{reason}: running without checkpointing")
+
+    def not_recorded(self, reason: object) -> None:
+        """Say why a kind of input runs without checkpointing."""
+        self.warn(f"the step could not be recorded ({reason}); it runs without checkpointing")
+        self.counts.unplanned += 1
+
+    def keeps(self, program: Program, call: int, reason: str) -> None:
+        """Say that what a call makes is kept from now on, and why."""
+        op = [op for op in program.ops if op.call == call][-1]
+        what = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}"
+        if (call, what) not in self._told:  # recorded twice, it is found twice
+            self._told.add((call, what))
+            self.kept.append(what)
+        self.warn(f"{what}. What it makes is kept from now on")
+
+    def rerun(self, seconds: float) -> None:
+        """Count a call that was made again."""
+        self.counts.reruns += 1
+        self.counts.rerun_seconds += seconds
+
+    def stats(self, plan: Plan | None, measured_bytes: int | None, plans: int) -> Stats:
+        """The numbers so far, with the plan used last, its measured peak, and how many plans there are."""
+        return Stats(plan, measured_bytes, plans, **vars(self.counts), differing=len(self.kept))
