@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from time import perf_counter
 from typing import Any, Final
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from autoremat.engines.torch.eager.first import Cached
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
+from autoremat.plan import clock
 from autoremat.program import Plan
 from autoremat.record.compiled import is_compiled
 from autoremat.record.local import Jagged, is_jagged, local_of
@@ -118,7 +118,7 @@ class Kind:
         if self.parallel.units:  # off the path nobody knows which parameters are there
             script = replace(script, budget_bytes=None)
         self.plan, self.script = plan, script
-        self.quick, self.since_seconds, self.checked = quick, perf_counter(), False
+        self.quick, self.since_seconds, self.checked = quick, clock.now(), False
         self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
 
     def left(self, reason: str, growth: float) -> bool:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 from dataclasses import replace
-from time import perf_counter
 from typing import Final, Protocol
 
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.kinds import Kind
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
+from autoremat.plan import clock
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.run.memory import told
 
@@ -69,7 +69,7 @@ class Planning:
                 if op.call in kind.differing and not op.repeatable:
                     ops[i] = replace(op, repeatable=kind.differing[op.call])
             program, kind.differing = replace(program, ops=tuple(ops)), {}
-        begin = perf_counter()
+        begin = clock.now()
         n = kind.together = max(kind.together, living.usual)
         if n > 1:
             calls = Calls(n, living.input_bytes)
@@ -81,7 +81,7 @@ class Planning:
         kind.follow(plan, budget_bytes, quick=quick and n == 1)
         self._reporter.counts.planned += 1
         if not quick:
-            self._seconds = perf_counter() - begin
+            self._seconds = clock.now() - begin
 
     def _plan_for_several(self, program: Program, calls: Calls, most: int, quick: bool) -> Plan:
         """The plan for one of several calls before one backward."""
@@ -102,7 +102,7 @@ class Planning:
 
         A quick plan is, once the training has gone on with it for so long that a better one costs little beside.
         """
-        is_worth = perf_counter() - kind.since_seconds > _PATIENCE * self._seconds
+        is_worth = clock.now() - kind.since_seconds > _PATIENCE * self._seconds
         return bool(kind.differing) or kind.together < living.usual or (kind.quick and is_worth)
 
     def ran_out(self, kind: Kind, error: BaseException, living: Living) -> BaseException:
