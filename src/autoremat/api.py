@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar, overload
 import torch
 from torch import nn
 
+from autoremat.engines.torch.eager.dry_run import record as record_calls
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
 from autoremat.plan import Frontier, parse_budget, solve
@@ -330,7 +331,7 @@ def record_step(
     session = session_of(fn)
     plain = session.fn if session is not None else fn
     state, scratch = optimizer_bytes(optimizer)
-    return record(
+    return record_calls(
         plain, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, timing=timing, device=device,
         progress=progress, name=name,
     )  # fmt: skip

@@ -2,33 +2,25 @@
 
 from __future__ import annotations
 
-import logging
-import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, fields, is_dataclass
-from itertools import pairwise
+from collections.abc import Callable, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import (
-    DataDependentOutputException,
-    DynamicOutputShapeException,
-    FakeTensor,
-    FakeTensorMode,
-)
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
 from autoremat.program import Program
-from autoremat.record.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, is_child, run_apart
+from autoremat.record.apart import RecordingDied, is_child
 from autoremat.record.as_plain import as_plain
-from autoremat.record.assemble import assemble
-from autoremat.record.casts import casts_in_use, forget_casts
+from autoremat.record.casts import forget_casts
 from autoremat.record.compiled import CompiledCode, eagerly
+from autoremat.record.devices import check_devices, check_target, is_unreal, refuse_shared_memory
+from autoremat.record.fakes import fake_world
 from autoremat.record.living import Living, let_go_of_frames
-from autoremat.record.local import Description, Jagged, is_distributed, is_jagged, local_of, prepare_jagged
+from autoremat.record.local import prepare_jagged
+from autoremat.record.module_paths import ModulePaths
+from autoremat.record.outputs import differentiable_outputs
 from autoremat.record.parallel import (
     Gathering,
     NotSupported,
@@ -39,50 +31,35 @@ from autoremat.record.parallel import (
     open_units,
     parallel_of,
     resident_bytes,
-    whole_parameter,
+)
+from autoremat.record.problems import (
+    NOTHING,
+    FakesLeft,
+    NothingDifferentiable,
+    Scripted,
+    TrainsInside,
+    UnusableInput,
+    no_optimizer,
+    refuse_training,
 )
 from autoremat.record.recorder import Recorder
 from autoremat.record.recording import Recording
-from autoremat.record.timing import FREE, Cost, Progress, estimate_all, measure_all
+from autoremat.record.step import Step, apart_or, refuse_left
+from autoremat.record.timing import Progress
+from autoremat.record.twins import Twins
 from autoremat.record.values import fingerprint, storage_of
+from autoremat.record.whole import Whole
 from autoremat.record.world import (
     gradients_kept,
     leaves_of,
     map_tensors,
     named_tensors,
     reachable_modules,
-    scripted_in,
     swap_tensors,
     undisturbed,
     without_caches,
 )
 
-
-class UnusableInput(ValueError):
-    """Something about the model or its inputs that no recording can deal with; the message says what to do."""
-
-
-class NothingDifferentiable(UnusableInput):
-    """The callable returned nothing that a backward pass could start from."""
-
-
-class TrainsInside(UnusableInput):
-    """The callable runs its own backward pass or optimizer."""
-
-
-class Scripted(UnusableInput):
-    """A ScriptModule would have to be recorded in this process, which would change it."""
-
-
-class FakesLeft(UnusableInput):
-    """Something of the user's holds fake tensors after a recording in this process."""
-
-
-NOTHING: Final = (
-    "the callable returned nothing that requires grad, so there is no backward pass to plan for; return the loss (or "
-    "the model's output), and check that some parameter has requires_grad=True"
-)
-"""What is told of a step without a backward pass."""
 _FINAL: Final = (NothingDifferentiable, CompiledCode, TrainsInside, Scripted, FakesLeft, RecordingDied)
 """Errors of a recording that the other way to record would not be spared."""
 
@@ -148,17 +125,17 @@ def record(
     """
     kwargs = dict(kwargs or {})
     if device is not None:
-        _check_target(device)
+        check_target(device)
     modules = reachable_modules(fn, args, kwargs)
     check_devices(modules, args, kwargs)
     prepare_jagged()
     parallel = parallel_of(modules)
     check_supported(parallel, modules)
 
-    step = _Step(fn, modules, args, kwargs, parallel, device, progress, look_ahead=later is not None)
+    step = Step(fn, modules, args, kwargs, parallel, device, progress, look_ahead=later is not None)
 
     def on_fake() -> Recording:
-        _refuse_shared_memory(modules, args, kwargs)
+        refuse_shared_memory(modules, args, kwargs)
         return _on_fake(step)
 
     def on_real(*, forward_only: bool = False) -> Recording:
@@ -199,42 +176,6 @@ def record(
     return whole.program(recording)
 
 
-@dataclass(frozen=True)
-class Whole:
-    """What a program has beside its recording."""
-
-    name: str
-    recorded: str
-    optimizer_state_bytes: int
-    optimizer_scratch_bytes: int
-    beside: Mapping[str, int]
-    measures: bool
-    limit: Callable[[Program], int] | None
-    progress: Progress | None
-
-    def program(self, recording: Recording) -> Program:
-        """The program, with operators measured or estimated."""
-        signatures = [op.signature for op in recording.ops]
-        if not self.measures:
-            written = [sum(recording.values[n].nbytes for n in op.writes) for op in recording.ops]
-            return self._assembled(recording, estimate_all(signatures, written), "estimated")
-        room = None
-        if self.limit is not None:
-            without_costs = self._assembled(recording, [FREE] * len(signatures), "estimated")
-            room = self.limit(without_costs) - without_costs.fixed_bytes
-        costs = measure_all(signatures, self.progress, room_bytes=room)
-        if self.recorded == "fake":  # sizes that depend on the data were seen on the real tensors
-            recording.take_sizes([cost.made_bytes for cost in costs])
-        return self._assembled(recording, costs, "measured")
-
-    def _assembled(self, recording: Recording, costs: Sequence[Cost], source: str) -> Program:
-        return assemble(
-            recording, self.name, costs, optimizer_state_bytes=self.optimizer_state_bytes,
-            optimizer_scratch_bytes=self.optimizer_scratch_bytes, beside=self.beside, timing=source,
-            recorded=self.recorded,
-        )  # fmt: skip
-
-
 def _or_from(error: Exception, record_anew: Callable[[], Recording], *, is_real: bool) -> Recording:
     """The other way to record; if that fails, too, the error on the real tensors with the other one behind it.
 
@@ -250,27 +191,15 @@ def _or_from(error: Exception, record_anew: Callable[[], Recording], *, is_real:
         raise error from again
 
 
-@dataclass(frozen=True)
-class _Step:
-    """What is to be recorded."""
-
-    fn: Any
-    modules: Sequence[nn.Module]
-    args: Sequence[Any]
-    kwargs: dict[str, Any]
-    parallel: Parallel
-    device: torch.device | str | None
-    progress: Progress | None
-    look_ahead: bool = False
-    """Whether to find out, in a child, which path it takes when it runs again."""
-
-
-def _on_fake(step: _Step) -> Recording:
+def _on_fake(step: Step) -> Recording:
     """Record on fake tensors, in a child or here."""
     living = Living()
 
     def work(progress: Progress | None) -> Recording:
-        with _fake_world(step.modules, step.args, step.kwargs, step.device, step.parallel, living) as world:
+        with fake_world(step.modules, step.args, step.kwargs, step.device, step.parallel, living) as fakes:
+            world = _World(
+                fakes.args, fakes.kwargs, fakes.convert, _blank, lambda t: None, _Contents(), None, living.note
+            )  # fmt: skip
             recording = _record_in(world, step, progress).recording()
             if step.look_ahead and is_child():
                 with suppress(Exception):  # once was enough
@@ -283,15 +212,19 @@ def _on_fake(step: _Step) -> Recording:
                 recording = work(step.progress)
         except Exception as error:
             let_go_of_frames(error)
-            _refuse_left(living)
+            refuse_left(living)
             raise
-        _refuse_left(living)
+        refuse_left(living)
         return recording
 
-    return _apart_or(here, work, step)
+    return apart_or(here, work, step)
 
 
-def _settled(first: Recording, world: _World, step: _Step) -> Recording | None:
+def _blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
+    return torch.empty(n, dtype=dtype, device=where)
+
+
+def _settled(first: Recording, world: _World, step: Step) -> Recording | None:
     """The recording of a second run that takes another path than the first, if a third one takes the same."""
     second = _record_in(world, step, None).recording()
     if second.has_path_of(first):
@@ -300,60 +233,6 @@ def _settled(first: Recording, world: _World, step: _Step) -> Recording | None:
     return second if second.has_path_of(third) else None
 
 
-def _apart_or(here: Callable[[], Any], work: Callable[[Progress | None], Any], step: _Step) -> Any:
-    """Let a child do the work, or do it here."""
-    with suppress(CannotRunApart):
-        if can_run_apart():
-            done = run_apart(lambda progress: _without_what_cannot_be_sent(work(progress)), step.progress)
-            return _with_what_is_here(done)
-    if scripted := scripted_in(step.modules):
-        raise Scripted(
-            f"{scripted} is a ScriptModule: a recording in this process would change it for good, and here none can be "
-            "made in another one (CUDA is in use, other threads run, or several processes train); leave "
-            "torch.jit.script out of what autoremat checkpoints, or checkpoint the parts around it"
-        )
-    return here()
-
-
-def _without_what_cannot_be_sent(outcome: Any) -> Any:
-    """The same without the arguments of operators that pickle does not know: those cannot be measured, then."""
-    for recording in _recordings_in(outcome):
-        if can_be_sent(recording):
-            continue
-        for op in recording.ops:
-            if not can_be_sent(op.signature):
-                op.signature = None
-        recording.calls_with_numbers = [c for c in recording.calls_with_numbers if can_be_sent(c)]
-    return outcome
-
-
-def _recordings_in(outcome: Any) -> list[Recording]:
-    recording = outcome if isinstance(outcome, Recording) else outcome[0]
-    return [r for r in (recording, recording.later if recording else None) if r is not None]
-
-
-def _with_what_is_here(outcome: Any) -> Any:
-    """The same without calls of operators that the step has defined when it ran, which this process does not know."""
-    for recording in _recordings_in(outcome):
-        for op in recording.ops:
-            if op.signature is not None and op.signature.func is None:
-                op.signature = None
-        recording.calls_with_numbers = [c for c in recording.calls_with_numbers if c.func is not None]
-    return outcome
-
-
-def _refuse_left(living: Living) -> None:
-    """Raise if somebody else holds fake tensors that the recording has made: nothing could be trained with them."""
-    if holders := living.holders():
-        raise FakesLeft(
-            f"after the step was recorded on fake tensors, one is still held by {'; one by '.join(holders)}. A step "
-            "that used it would train nothing. Call the step once before autoremat does, so that what it caches is "
-            "there, or keep the cache in an attribute of a module"
-        )
-
-
-_FAKE_TENSOR_LOG = logging.getLogger(FakeTensorMode.__module__)
-"""Where torch writes a traceback when an operator fails on fake tensors."""
 _MAX_ATTEMPTS = 8
 """How often a recording on real tensors begins anew to learn what a backward inside the forward needs."""
 
@@ -370,103 +249,7 @@ class _World:
         self.fingerprint, self.made = fingerprint, made
 
 
-@contextmanager
-def _fake_world(
-    modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None, parallel: Parallel,
-    living: Living,
-) -> Iterator[_World]:  # fmt: skip
-    """Modules and arguments with fake tensors for as long as the block runs."""
-    mode = _fake_mode_in(modules, args, kwargs) or FakeTensorMode(allow_non_fake_inputs=True)
-    mode._allow_unsafe_data_ptr_access = False  # compiled code that is handed an address must not be handed 0
-    target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    converted: dict[int, Tensor] = {}
-    originals: list[Tensor] = []  # an id stays taken while its tensor lives
-    running = False
-
-    def convert(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor):
-            return tensor
-        if id(tensor) not in converted:
-            if running and tensor.is_leaf and tensor.requires_grad and casts_in_use():
-                raise RuntimeError("autocast's cache must not get to know a fake cast of a real weight")
-            originals.append(tensor)
-            if is_jagged(tensor):
-                inside = Jagged.of(tensor).converted(convert)
-                values = convert(local_of(tensor).detach())
-                converted[id(tensor)] = inside.around(values).requires_grad_(tensor.requires_grad)
-                return converted[id(tensor)]
-            if is_distributed(tensor):
-                converted[id(tensor)] = _around(tensor, convert(local_of(tensor).detach()))
-                return converted[id(tensor)]
-            with torch.utils._python_dispatch._disable_current_modes():
-                fake = mode.from_tensor(tensor)
-                converted[id(tensor)] = _placed(fake, mode, target) if tensor.device.type == "meta" else fake
-                living.note([fake, converted[id(tensor)]])
-        return converted[id(tensor)]
-
-    def convert_argument(tensor: Tensor) -> Tensor:
-        """One with a history becomes a leaf: the graph that it comes from is no part of the callable."""
-        if tensor.is_leaf or isinstance(tensor, FakeTensor) or id(tensor) in converted:
-            return convert(tensor)
-        originals.append(tensor)
-        converted[id(tensor)] = convert(tensor.detach()).requires_grad_(tensor.requires_grad)
-        return converted[id(tensor)]
-
-    def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
-        return torch.empty(n, dtype=dtype, device=where)
-
-    with warnings.catch_warnings(), _quiet(_FAKE_TENSOR_LOG), without_caches():
-        warnings.simplefilter("ignore")
-        with mode:
-            _make_whole(parallel)
-        swap_tensors(modules, convert)
-        fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert_argument)
-        running = True
-        with mode:
-            yield _World(fake_args, fake_kwargs, convert, blank, lambda t: None, _Contents(), None, living.note)
-
-
-@contextmanager
-def _quiet(log: logging.Logger) -> Iterator[None]:
-    """Without a word of this logger: what fails on fake tensors is recorded on real ones."""
-    before, log.disabled = log.disabled, True
-    try:
-        yield
-    finally:
-        log.disabled = before
-
-
-def _around(tensor: Tensor, local: Tensor) -> Tensor:
-    """A DTensor like this one, around another local tensor; its gradient, if there is one, stays out."""
-    made = Description.of(tensor).around(local)
-    if isinstance(tensor, nn.Parameter):
-        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    return made.requires_grad_(tensor.requires_grad)
-
-
-def _make_whole(parallel: Parallel) -> None:
-    """Give modules fake parameters of full size in place of their shards."""
-    made: dict[int, Tensor] = {}
-    for unit in parallel.units:
-        for module, name, parameter in unit.parameters():
-            if id(parameter) not in made:
-                made[id(parameter)] = whole_parameter(unit, parameter)
-            module._parameters[name] = made[id(parameter)]  # type: ignore[assignment]
-
-
-def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    """A fake tensor of the meta device as one of another device."""
-    with mode, torch.no_grad():
-        moved = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=device)
-    if isinstance(fake, nn.Parameter):
-        moved = nn.Parameter(moved, requires_grad=fake.requires_grad)
-    moved.requires_grad_(fake.requires_grad)
-    if fake.is_leaf and fake.grad is not None:
-        moved.grad = _placed(fake.grad, mode, device)
-    return moved
-
-
-def _on_real(step: _Step, forward_only: bool) -> Recording:
+def _on_real(step: Step, forward_only: bool) -> Recording:
     """Record on the real tensors; anew while a backward inside the forward asks for numbers that were not kept."""
     kept: Set[int] = frozenset()
     for k in reversed(range(_MAX_ATTEMPTS)):  # with other numbers it may ask for others
@@ -477,7 +260,7 @@ def _on_real(step: _Step, forward_only: bool) -> Recording:
     raise AssertionError("unreachable")
 
 
-def _attempt(step: _Step, kept: Set[int], forward_only: bool, *, is_last: bool) -> tuple[Recording | None, Set[int]]:
+def _attempt(step: Step, kept: Set[int], forward_only: bool, *, is_last: bool) -> tuple[Recording | None, Set[int]]:
     """One recording on the real tensors, in a child or here; None if it has missed numbers that it needs."""
 
     def work(around: AbstractContextManager[None], progress: Progress | None) -> tuple[Recording | None, Set[int]]:
@@ -494,10 +277,10 @@ def _attempt(step: _Step, kept: Set[int], forward_only: bool, *, is_last: bool) 
     def here() -> tuple[Recording | None, Set[int]]:
         return work(undisturbed(step.modules, step.fn, step.args, step.kwargs), step.progress)
 
-    return _apart_or(here, lambda progress: work(nullcontext(), progress), step)
+    return apart_or(here, lambda progress: work(nullcontext(), progress), step)
 
 
-def _record_for_real(step: _Step, progress: Progress | None, forward_only: bool, contents: _RealContents) -> Recorder:
+def _record_for_real(step: Step, progress: Progress | None, forward_only: bool, contents: _RealContents) -> Recorder:
     """Record on the real tensors, and put back whatever the step overwrote (other processes may share it)."""
     before: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -510,7 +293,7 @@ def _record_for_real(step: _Step, progress: Progress | None, forward_only: bool,
     def blank(n: int, dtype: torch.dtype, where: torch.device) -> Tensor:
         return torch.zeros(n, dtype=dtype, device=where)
 
-    twin = _Twins()
+    twin = Twins()
     try:
         with without_caches():
             swap_tensors(step.modules, twin)
@@ -523,33 +306,6 @@ def _record_for_real(step: _Step, progress: Progress | None, forward_only: bool,
             for whole, saved in before.values():
                 whole.copy_(saved)
         before.clear()  # the recorder, which lives on while operators are measured, would hold the copies
-
-
-class _Twins:
-    """Real tensors under another identity, on the same memory.
-
-    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer), does
-    not run into the graph that an input comes from, and that an input or a buffer that is overwritten with something
-    differentiable does not become part of the recording's graph.
-    """
-
-    def __init__(self) -> None:
-        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def __call__(self, tensor: Tensor) -> Tensor:
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
-            return tensor
-        if id(tensor) not in self._twins:
-            twin = tensor.detach()
-            if isinstance(tensor, nn.Parameter):
-                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
-            else:
-                twin.requires_grad_(tensor.requires_grad)
-            vars(twin).update(vars(tensor))
-            if tensor.is_leaf:
-                twin.grad = tensor.grad
-            self._twins[id(tensor)] = tensor, twin
-        return self._twins[id(tensor)][1]
 
 
 class _Contents:
@@ -575,7 +331,7 @@ class _RealContents(_Contents):
         return flat.set_(storage, 0, (storage.nbytes() // tensor.itemsize,)).clone()  # type: ignore[call-overload]
 
 
-def _record_in(world: _World, step: _Step, progress: Progress | None, *, forward_only: bool = False) -> Recorder:
+def _record_in(world: _World, step: Step, progress: Progress | None, *, forward_only: bool = False) -> Recorder:
     """Run forward and backward under the recorder."""
     modules, parallel = step.modules, step.parallel
     paths = ModulePaths(modules)
@@ -635,34 +391,6 @@ def _gradients(modules: Sequence[nn.Module]) -> frozenset[tuple[int, int]]:
     return frozenset((id(t.grad), t.grad._version) for t in tensors if t.grad is not None)
 
 
-def refuse_training(has_trained: object, error: Exception | None = None) -> None:
-    """Raise if gradients came up within the callable."""
-    if has_trained:
-        raise TrainsInside(
-            "the callable runs the backward pass inside, and autoremat plans the one that follows: return the loss "
-            "from the callable, and call backward() and the optimizer outside, after it"
-        ) from error
-
-
-@contextmanager
-def no_optimizer() -> Iterator[None]:
-    """Within this block and in this thread, no optimizer takes a step: it would be one on fake gradients."""
-    thread = threading.get_ident()
-
-    def refuse(optimizer: Any, *_: Any) -> None:
-        if threading.get_ident() == thread:
-            raise TrainsInside(
-                f"the callable runs the optimizer ({type(optimizer).__name__}) inside, and with it the backward pass: "
-                "return the loss from the callable, and call backward() and the optimizer's step() outside, after it"
-            )
-
-    handle = register_optimizer_step_pre_hook(refuse)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
 def _know_the_world(recorder: Recorder, world: _World, modules: Sequence[nn.Module]) -> None:
     for name, kind, tensor in named_tensors(modules):
         recorder.know(tensor, name, kind, _module_of(name))
@@ -706,101 +434,3 @@ def _name_gradients(recorder: Recorder, leaves: Sequence[Tensor], modules: Seque
         if leaf.grad is not None:
             name = names.get(id(leaf), "")
             recorder.call_gradient(leaf.grad, name and f"{name}.grad", _module_of(name))
-
-
-def differentiable_outputs(result: Any) -> list[Tensor]:
-    """What a backward pass would start from."""
-    loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
-    if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
-        return [loss]
-    tensors = [t for t in _tensors_of(result) if t.requires_grad]
-    scalars = [t for t in tensors if t.numel() == 1]
-    return scalars if len(scalars) == 1 else tensors
-
-
-def _tensors_of(tree: Any) -> list[Tensor]:
-    if is_dataclass(tree) and not isinstance(tree, type):
-        tree = [getattr(tree, f.name) for f in fields(tree)]
-    return [t for t in torch.utils._pytree.tree_leaves(tree) if isinstance(t, Tensor)]
-
-
-def _check_target(device: torch.device | str) -> None:
-    """Refuse a device that is not there: autograd would end the process."""
-    try:
-        kind = torch.device(device).type
-        there = kind == "cpu" or torch.get_device_module(kind).is_available()
-    except RuntimeError:
-        there = False
-    if not there:
-        raise UnusableInput(
-            f"device {str(device)!r} is not available to torch {torch.__version__} here; leave it out, name one that "
-            "is, or record on the machine that will train"
-        )
-
-
-def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
-    """Refuse models and inputs that are spread over several devices (scalars on the CPU are fine)."""
-    tensors = [t for _, _, t in named_tensors(modules)]
-    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
-    devices = {str(t.device) for t in tensors}
-    if len(devices) > 1:
-        raise UnusableInput(
-            f"parameters and inputs are on several devices ({', '.join(sorted(devices))}); a budget is for one device: "
-            "move the model and its inputs to the same one before the call"
-        )
-
-
-def is_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> bool:
-    """Whether there are meta or fake tensors, so that no operator can be run."""
-    tensors = [t for _, _, t in named_tensors(modules)]
-    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    return any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors)
-
-
-def _refuse_shared_memory(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
-    """Raise if two storages lie on the same memory (of one NumPy array, say), which fake tensors would not know."""
-    if is_unreal(modules, args, kwargs):
-        return
-    tensors = [t for _, _, t in named_tensors(modules) if not nn.parameter.is_lazy(t)]
-    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    storages = {s._cdata: s for s in map(storage_of, tensors) if s is not None and s.nbytes()}
-    spans = sorted((s.data_ptr(), s.data_ptr() + s.nbytes()) for s in storages.values())
-    if any(end > start for (_, end), (start, _) in pairwise(spans)):
-        raise RuntimeError("two tensors share memory without torch's knowledge")
-
-
-def _fake_mode_in(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> FakeTensorMode | None:
-    tensors = [t for _, _, t in named_tensors(modules)]
-    tensors += torch.utils._pytree.tree_leaves((args, kwargs))
-    return next((t.fake_mode for t in tensors if isinstance(t, FakeTensor)), None)
-
-
-class ModulePaths:
-    """Tells which module runs, while it is entered (by torch's global module hooks)."""
-
-    def __init__(self, roots: Sequence[nn.Module]) -> None:
-        self._names = {id(m): name for root in roots for name, m in root.named_modules()}
-        self._stack: list[str] = []
-        self._exits = ExitStack()
-
-    def current(self) -> str:
-        """Path of the innermost module that runs now; "" outside all."""
-        return self._stack[-1] if self._stack else ""
-
-    def __enter__(self) -> ModulePaths:
-        hooks = nn.modules.module
-        enter = hooks.register_module_forward_pre_hook(self._entered)
-        leave = hooks.register_module_forward_hook(self._left, always_call=True)
-        self._exits.callback(enter.remove)
-        self._exits.callback(leave.remove)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._exits.close()
-
-    def _entered(self, module: nn.Module, args: Any) -> None:
-        self._stack.append(self._names.get(id(module), type(module).__name__))
-
-    def _left(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._stack:
-            self._stack.pop()

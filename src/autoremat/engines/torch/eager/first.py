@@ -14,6 +14,7 @@ from autoremat.engines.torch.eager.arguments import tensors_in
 from autoremat.engines.torch.eager.check import NoCheck
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.recording import (
+    finished,
     know_the_world,
     largest_op_bytes,
     path_of,
@@ -26,6 +27,7 @@ from autoremat.program import Program
 from autoremat.record.local import local_of, prepare_jagged
 from autoremat.record.parallel import Parallel
 from autoremat.record.record import ModulePaths, NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
+from autoremat.record.recording import Recording
 from autoremat.record.timing import Progress
 from autoremat.record.values import storage_of
 from autoremat.record.world import named_tensors, reachable_modules
@@ -104,8 +106,11 @@ class FirstStep:
         storages = map(storage_of, tensors)
         return list({s._cdata: s for s in storages if s is not None}.values())
 
-    def forward(self) -> Any:
+    def forward(self, within: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()) -> Any:  # noqa: B008
         """Call the callable.
+
+        Args:
+            within: the block that it is called in.
 
         Raises:
             TrainsInside: it runs its own optimizer.
@@ -115,7 +120,7 @@ class FirstStep:
             know_the_world(self._shadow, self.modules, self.args, self.kwargs)
         except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot stand for
             self.tape.witness.give_up(error)
-        with self._gradients_put_back(), no_optimizer(), self._paths, self.tape.forward():
+        with self._gradients_put_back(), no_optimizer(), self._paths, self.tape.forward(), within:
             return self.fn(*self.args, **self.kwargs)
 
     @contextlib.contextmanager
@@ -174,6 +179,14 @@ class FirstStep:
             parallel=self.parallel, progress=progress, timing=timing,
             limit=None if limit is None else lambda program: limit(program) - there,
         )  # fmt: skip
+
+    def on_op(self, report: Callable[[int], None]) -> None:
+        """Have every op that is recorded told, by the number of those so far."""
+        self._shadow.recorder.on_op = report
+
+    def recording(self) -> Recording:
+        """What has been recorded, as plain data."""
+        return finished(self._shadow, self.tape.path)
 
     def path(self) -> Path:
         """The path of its forward."""
