@@ -459,10 +459,13 @@ class Recorder(TorchDispatchMode):
         phase_op = RecordedOp("unpack", [packed.number], (), (), True, None, module=packed.module, source=packed.source,
                               packed=packed.n)  # fmt: skip
         self._append(phase_op)
-        storage = base.untyped_storage()
-        self.map.rebind(storage, packed.number)
-        self._watch(storage, _Storage(packed.number, unpacked_at=len(self.ops) - 1))
+        self.hold(base.untyped_storage(), packed.number)
         return tensor
+
+    def hold(self, storage: torch.UntypedStorage, number: int) -> None:
+        """As long as this memory, handed out in a backward, is there, that value has to be."""
+        self.map.rebind(storage, number)
+        self._watch(storage, _Storage(number, unpacked_at=len(self.ops) - 1))
 
     def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
         """The saved-tensor hooks of this recording."""

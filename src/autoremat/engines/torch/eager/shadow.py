@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
+from autoremat.engines.torch.eager.by_hand import Region, Regions, SetAside
 from autoremat.engines.torch.eager.calls import is_pass, name_of
 from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
 from autoremat.engines.torch.eager.state import heard_by_classes
@@ -97,6 +98,9 @@ class Shadow:
         self._loose: list[tuple[int, Tensor]] = []
         self.packed_here: dict[int, Tensor] = {}
         """What the call that runs now has saved, by pack."""
+        self._regions = Regions()
+        self._region: Region | None = None
+        """Where the call that runs now is, if the user checkpoints it himself."""
 
     # ---- twins ---------------------------------------------------------------------------------------------------
 
@@ -284,12 +288,14 @@ class Shadow:
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with generators_kept(), unseen(), self.mode, warnings.catch_warnings(), self.recorder, hooks:
             warnings.simplefilter("ignore")
             yield
 
     def _pack(self, tensor: Tensor) -> Any:
+        if self._region is not None:
+            return self._region.pack(tensor)
         if tensor.dtype is torch.bool:
             self.recorder.count(tensor)
         packed = self.recorder.pack(tensor)
@@ -301,6 +307,9 @@ class Shadow:
             self._packed_once.add(storage._cdata)
             self._saved_after.setdefault(inner.number, len(self.recorder.ops) - 1)
         return packed
+
+    def _unpack(self, packed: Any) -> Tensor:
+        return packed.unpack() if isinstance(packed, SetAside) else self.recorder.unpack(packed)
 
     def make(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, packs: Sequence[int], call: int
@@ -317,10 +326,13 @@ class Shadow:
         """
         self.settle()
         recorder, real = self.recorder, tensors_in(out)
+        self._region = self._regions.now(recorder)
         recorder.call, recorder.real = call, real
         recorder.given = [(self._as_given(t), t) for t in tensors_given(args, kwargs)]
         recorder.masks = [(t.size(), _count(t)) for _, t in recorder.given if not t.dtype.is_floating_point]
         numbers, _ = recorder.map.reads(local_of(twin) for twin, _ in recorder.given)
+        if self._region is not None:
+            self._region.given(numbers)
         begin = len(recorder.ops)
         made = self._made(func, args, kwargs, real, packs)
         for tensor, twin in zip(real, made, strict=True):
