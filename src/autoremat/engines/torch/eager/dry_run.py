@@ -13,7 +13,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,6 +21,7 @@ from autoremat.engines.torch.eager.arguments import mapped
 from autoremat.engines.torch.eager.calls import in_sight
 from autoremat.engines.torch.eager.check import NoCheck, SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
+from autoremat.engines.torch.eager.state import without_function_modes
 from autoremat.engines.torch.eager.tape import Reports
 from autoremat.program import Program
 from autoremat.record.apart import RecordingDied
@@ -254,7 +255,10 @@ class _Converting(TorchFunctionMode):
         return func(*mapped(args, self._fake), **mapped(kwargs or {}, self._fake))
 
     def _fake(self, tensor: Tensor) -> Tensor:
-        return tensor if nn.parameter.is_lazy(tensor) else self._convert(tensor)
+        if isinstance(tensor, FakeTensor) or nn.parameter.is_lazy(tensor):
+            return tensor
+        with without_function_modes():
+            return self._convert(tensor)
 
 
 class _Beneath(TorchDispatchMode):

@@ -72,7 +72,8 @@ class Keeping:
             storage = storage_of(local_of(outside.tensor))
             if storage is not None:
                 self._outside_readers.setdefault(storage._cdata, set()).add(call)
-                if storage._cdata not in self._lasting and storage._cdata not in self._spans:
+                known = storage._cdata in self._lasting or storage._cdata in self._spans
+                if not known and storage.device.type == "cpu":
                     self._spans[storage._cdata] = _span(storage)
 
     def is_read(self, value: int) -> bool:
