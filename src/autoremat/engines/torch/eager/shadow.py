@@ -329,7 +329,8 @@ class Shadow:
         self._region = self._regions.now(recorder)
         recorder.call, recorder.real = call, real
         recorder.given = [(self._as_given(t), t) for t in tensors_given(args, kwargs)]
-        recorder.masks = [(t.size(), _count(t)) for _, t in recorder.given if not t.dtype.is_floating_point]
+        counted = [t for _, t in recorder.given if not t.dtype.is_floating_point and not isinstance(t, FakeTensor)]
+        recorder.masks = [(t.size(), _count(t)) for t in counted]
         numbers, _ = recorder.map.reads(local_of(twin) for twin, _ in recorder.given)
         if self._region is not None:
             self._region.given(numbers)
