@@ -14,6 +14,7 @@ from typing import Any, Final, TypeVar, overload
 import torch
 from torch import nn
 
+from autoremat.engines.torch.eager.check import CHANGED, DIFFERS
 from autoremat.engines.torch.eager.dry_run import record as record_calls
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
@@ -21,14 +22,10 @@ from autoremat.plan import Frontier, parse_budget, solve
 from autoremat.plan import frontier as frontier_of
 from autoremat.plan.constraints import Patterns, is_matched, still_possible
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
-from autoremat.record import UnusableInput, record
 from autoremat.record.optimizer import optimizer_bytes
-from autoremat.record.record import Scripted
 from autoremat.record.timing import Progress
 from autoremat.record.versions import warn_if_untested
 from autoremat.run import Stats
-from autoremat.run.selfcheck import CHANGED, DIFFERS
-from autoremat.run.session import NotPlannable
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.progress import progress_bar
 
@@ -350,25 +347,6 @@ class Options:
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model needs the bytes of the optimizer, not the optimizer."""
         return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
-
-    def record(
-        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool,
-        later: Callable[[Program], None] | None = None,
-    ) -> Program:  # fmt: skip
-        """The program of a call, operators measured within the budget."""
-        with progress_bar() as progress:
-            try:
-                state, scratch = optimizer_bytes(self.optimizer)
-                return record(
-                    fn, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, real=real,
-                    compare=compare, progress=progress, limit=self._in_bytes, later=later,
-                )  # fmt: skip
-            except Scripted as error:
-                raise NotPlannable(str(error)) from error
-            except UnusableInput:
-                raise
-            except Exception as error:
-                raise NotPlannable(f"the step could not be recorded ({type(error).__name__}: {error})") from error
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, given what plain training would take by then.

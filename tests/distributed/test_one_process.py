@@ -18,7 +18,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 import autoremat
 from autoremat.record.optimizer import optimizer_bytes
 from autoremat.record.parallel import Gathering, NotSupported, Unit
-from autoremat.record.record import UnusableInput
+from autoremat.record.problems import UnusableInput
 
 
 @pytest.fixture
@@ -93,6 +93,67 @@ def test_what_needs_freed_parameters_stays_in_its_unit() -> None:
     assert "freed" in again["0", "aten.add.Tensor"]
     assert "freed" in again["1", "aten.add.Tensor"]
     assert again["0.up", "aten.addmm.default"] == again["1", "aten.sigmoid.default"] == ""
+
+
+class Routed(Block):
+    """Leaves a loss of its own behind, which asks for what the block made after its parameters have been freed."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = torch.sigmoid(self.up(x))
+        self.extra = torch.tanh(inner).square().mean()
+        return x + torch.sigmoid(self.down(torch.tanh(inner)))
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize("budget", [0.95, 0.7, 0.0])
+def test_what_is_asked_for_outside_of_its_unit(budget: float) -> None:
+    """The backward of the losses that the blocks leave behind runs before that of what the blocks have returned."""
+
+    def routed() -> nn.Module:
+        torch.manual_seed(0)
+        return sharded(nn.Sequential(*(Routed() for _ in range(3))))
+
+    plain, ours = routed(), routed()
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        return model(x).sum() + sum(block.extra for block in model)  # type: ignore[attr-defined]
+
+    x = torch.randn(256, 16)
+    if not budget:
+        first = autoremat.checkpoint(lambda x: loss(ours, x), budget=1.0)
+        first(x).backward()
+        loss(plain, x).backward()
+        plan = autoremat.stats(first).plan
+        assert plan is not None
+        budget = plan.floor_bytes
+    step = autoremat.checkpoint(lambda x: loss(ours, x), budget=budget, time_limit_seconds=0.5)
+    for _ in range(3):
+        loss(plain, x).backward()
+        step(x).backward()
+    assert all(map(torch.equal, gradients(plain), gradients(ours)))
+    stats = autoremat.stats(step)
+    assert stats.reruns > 0
+    assert stats.unplanned == stats.deviations == 0
+
+
+@pytest.mark.usefixtures("alone")
+def test_a_unit_that_is_not_gathered_for_its_backward() -> None:
+    def made() -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Embedding(32, 16), *network())
+        for block in model:
+            fully_shard(block, reshard_after_forward=True)
+        model[0].set_unshard_in_backward(False)
+        return fully_shard(model)
+
+    plain, ours = made(), made()
+    step = autoremat.checkpoint(lambda x: ours(x).sum(), budget=0.8, time_limit_seconds=0.5)
+    for _ in range(3):
+        x = torch.randint(32, (256,))
+        plain(x).sum().backward()
+        step(x).backward()
+    assert all(map(torch.equal, gradients(plain), gradients(ours)))
+    assert autoremat.stats(step).reruns > 0
 
 
 def test_gathering() -> None:

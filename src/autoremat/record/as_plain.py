@@ -371,27 +371,3 @@ def computes_otherwise() -> str:
     node = torch._C._current_autograd_node()
     name = node.name() if node is not None else ""
     return name if name in FORMULAS and not _others_look_on() else ""
-
-
-def enter_formula() -> None:
-    """Where the node that runs is one of those, no mode is active, and sees an operator, until it is done.
-
-    For hooks that unpack what the node has saved. What the node makes comes from outside, then: it is kept.
-    """
-    if not computes_otherwise():
-        return
-    node = torch._C._current_autograd_node()
-    metadata: dict[str, Any] = node.metadata  # type: ignore[assignment]
-    if "autoremat" not in metadata:
-        metadata["autoremat"] = handle = node.register_hook(_leave_formula)
-        hooks = handle.hooks_dict_ref() or {}
-        users = {key: hook for key, hook in hooks.items() if key != handle.id}
-        for key in users:  # they are to come after ours, and torch goes by the order in which they came in
-            del hooks[key]
-        hooks.update(users)
-    _exclude(DispatchKey.Python, True)
-
-
-def _leave_formula(*_: Any) -> None:
-    """Where a node has hooks; where there are none, autograd puts the thread's state back after the node."""
-    _exclude(DispatchKey.Python, False)

@@ -82,11 +82,21 @@ def local_of(tensor: Tensor) -> Tensor:
     if is_jagged(tensor):
         values: Tensor = tensor._values  # type: ignore[assignment]
         return values
-    if not is_distributed(tensor):
-        return tensor
-    local = tensor._local_tensor  # type: ignore[attr-defined]
-    pending = _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
-    return local.trigger_wait() if pending is not None and isinstance(local, pending) else local
+    local = tensor._local_tensor if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return _waited(local) if is_pending(local) else local
+
+
+def _waited(pending: Any) -> Tensor:
+    """What a collective has made; fake tensors that are at work would wait for nothing."""
+    with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+        waited: Tensor = pending.trigger_wait()
+    return waited
+
+
+def is_pending(tensor: Any) -> bool:
+    """Whether this stands for what a collective makes, until somebody needs it."""
+    kind = _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+    return kind is not None and isinstance(tensor, kind)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,11 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 _OF_DDP = ("_pre_forward", "_sync_buffers", "_clear_grad_buffer")
-_OF_STATE = ("_root_pre_forward",)
-_OF_GROUP = ("unshard", "wait_for_unshard", "reshard")
+_OF_STATE = ("_root_pre_forward", "_register_pre_backward_hook")
+_OF_GROUP = ("pre_forward", "post_forward", "unshard", "wait_for_unshard", "reshard")
 
 
 class NotSupported(RuntimeError):
@@ -118,13 +117,13 @@ def _units(states: Sequence[Any]) -> tuple[Unit, ...]:
         inside_another = any(own & below[id(s)] for s in states)
         has_others = any(id(m) in below[id(state)] for s in states if s is not state for m in s._modules)
         stays = state._is_root is None and not inside_another and state._auto_reshard_after_forward
-        for group in _groups(state):
+        for group in groups_of(state):
             frees = group.post_forward_mesh_info is not None and not stays
             units.append(Unit(group, tuple(state._modules), frees, not frees or has_others))
     return tuple(units)
 
 
-def _groups(state: Any) -> list[Any]:
+def groups_of(state: Any) -> list[Any]:
     """The groups of parameters of a state; older versions of torch have one at most."""
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is not None:
@@ -166,19 +165,19 @@ def absent(parallel: Parallel) -> Iterator[None]:
     """In this block the modules compute what they compute, and nothing else is done around them."""
     with ExitStack() as stack:
         for replica in parallel.replicas:
-            _replace(stack, replica, "_pre_forward", lambda *args, **kwargs: (args, kwargs))
-            _replace(stack, replica, "_post_forward", _cloned if hands_out_clones(replica) else _first)
+            replaced(stack, replica, "_pre_forward", lambda *args, **kwargs: (args, kwargs))
+            replaced(stack, replica, "_post_forward", _cloned if hands_out_clones(replica) else _first)
         for state in parallel.states:
-            _replace(stack, state, "_training_state", state._training_state)
-            _replace(stack, state, "_root_pre_forward", _inputs)
-            _replace(stack, state, "_register_pre_backward_hook", _first)
-            _replace(stack, state, "_states_to_forward_prefetch", [])
+            replaced(stack, state, "_training_state", state._training_state)
+            replaced(stack, state, "_root_pre_forward", _inputs)
+            replaced(stack, state, "_register_pre_backward_hook", _first)
+            replaced(stack, state, "_states_to_forward_prefetch", [])
             to_run = state._modules_to_run_forward  # its hooks know this very set
             stack.callback(to_run.update, set(to_run))
             stack.callback(to_run.clear)
         for unit in parallel.units:
-            _replace(stack, unit.group, "pre_forward", _inputs)
-            _replace(stack, unit.group, "post_forward", lambda module, inputs, output: output)
+            replaced(stack, unit.group, "pre_forward", _inputs)
+            replaced(stack, unit.group, "post_forward", lambda module, inputs, output: output)
         yield
 
 
@@ -294,7 +293,7 @@ def _unit_bytes(unit: Unit) -> tuple[int, int, int]:
 
 @contextmanager
 def hidden(parallel: Parallel) -> Iterator[None]:
-    """In this block no dispatch mode sees what is done around the modules."""
+    """In this block no function mode hears what is done around the modules."""
     with ExitStack() as stack:
         for thing, names in (
             *((r, _OF_DDP) for r in parallel.replicas),
@@ -302,20 +301,20 @@ def hidden(parallel: Parallel) -> Iterator[None]:
             *((u.group, _OF_GROUP) for u in parallel.units),
         ):
             for name in names:
-                _replace(stack, thing, name, _unseen(getattr(thing, name)))
+                replaced(stack, thing, name, _unseen(getattr(thing, name)))
         yield
 
 
 def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(method)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with _disable_current_modes():
+        with torch._C.DisableTorchFunction():
             return method(*args, **kwargs)
 
     return run
 
 
-def _replace(stack: ExitStack, thing: Any, name: str, value: Any) -> None:
+def replaced(stack: ExitStack, thing: Any, name: str, value: Any) -> None:
     """An attribute of this one object, until the stack unwinds."""
     attributes: dict[str, Any] = vars(thing)
     if name in attributes:

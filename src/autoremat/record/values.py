@@ -133,10 +133,6 @@ class ValueMap:
         self._bind(storage, number)
         return number
 
-    def bind_new(self, storage: torch.UntypedStorage) -> int | None:
-        """A new value, made by an operator, unless this storage holds one that is known."""
-        return None if storage._cdata in self._known else self.bind_made(storage)
-
     def bind_outside(self, storage: torch.UntypedStorage) -> int:
         """A new value from outside that this storage holds."""
         self.outside += 1

@@ -1,8 +1,5 @@
-"""Plan to execution: the eager tape."""
+"""What a run takes and has done: the account of memory, torch's switches and generators, statistics."""
 
-from autoremat.run.instructions import Instructions, instructions_for
-from autoremat.run.session import Session
 from autoremat.run.stats import Stats
-from autoremat.run.tape import Tape
 
-__all__ = ["Instructions", "Session", "Stats", "Tape", "instructions_for"]
+__all__ = ["Stats"]

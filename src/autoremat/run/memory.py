@@ -36,14 +36,6 @@ def without_frames(error: BaseException) -> BaseException:
     return error
 
 
-def bytes_at(plan: Plan, k: int) -> int:
-    """What the plan has in memory while the k-th op of the forward first runs; its peak if there is no such op."""
-    forward = plan.program.forward
-    if k >= len(forward):
-        return plan.peak_bytes
-    return simulate(plan.program, plan.schedule).resident_bytes[plan.schedule.order.index(forward[k])]
-
-
 def told(error: BaseException, plan: Plan | None) -> torch.OutOfMemoryError:
     """The allocator's error with the plan's account of memory beside it."""
     if plan is None or (isinstance(error, torch.OutOfMemoryError) and "autoremat" in str(error)):

@@ -11,8 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autoremat.record.as_plain import Autocast
-
 _TINY = 5e-324
 """A denormal number."""
 
@@ -86,22 +84,18 @@ _READERS = [read for read, _ in _SWITCHES]
 
 
 class NumericSettings(NamedTuple):
-    """The switches at one moment, whether gradients were enabled (mkldnn_rnn_layer asks for a workspace), and autocast.
-
-    Whoever runs an operator again switches autocast on for the kernel alone.
-    """
+    """The switches at one moment, and whether gradients were enabled (mkldnn_rnn_layer asks for a workspace)."""
 
     values: tuple[Any, ...]
     grad_enabled: bool
-    autocast: Autocast
 
     @staticmethod
-    def now(autocast: Autocast = ()) -> NumericSettings:
+    def now() -> NumericSettings:
         """The switches as they are; the same object as last time where nothing has changed."""
         values, grad_enabled = tuple([read() for read in _READERS]), torch.is_grad_enabled()
         last = _LAST[grad_enabled]
-        if last is None or last.values != values or last.autocast != autocast:
-            last = _LAST[grad_enabled] = NumericSettings(values, grad_enabled, autocast)
+        if last is None or last.values != values:
+            last = _LAST[grad_enabled] = NumericSettings(values, grad_enabled)
         return last
 
     def switch_to(self, other: NumericSettings) -> None:

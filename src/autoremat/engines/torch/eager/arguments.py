@@ -25,7 +25,7 @@ class Seen(NamedTuple):
         """How this tensor looks at its memory."""
         if has_inside(tensor):
             return Seen(View.of(local_of(tensor)), description_of(tensor))
-        return Seen(View.of(tensor))
+        return Seen(View.of(local_of(tensor)))
 
     def on(self, memory: Tensor) -> Tensor:
         """A tensor that looks in this way at the memory of another one; no history, a version counter of its own."""

@@ -77,7 +77,8 @@ class Backward:
             if value not in kept and value in ledger.maker and can_go(value):
                 ledger.let_go(value)
         gone = [v for v in kept if v not in ledger.held and v in ledger.maker and self._passes.needs.is_needed(v)]
-        if self.room is None or self.room.fits(ledger.missing(gone)):  # else it is made again when it is asked for
+        missing = ledger.missing(gone)
+        if (self.room is None or self.room.fits(missing)) and ledger.can_make(missing):  # else when it is asked for
             ledger.make_again(gone, kept.__contains__, lambda locked: None)
             ledger.remade -= kept  # they take the place of the forward's own
 

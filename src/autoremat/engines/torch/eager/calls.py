@@ -9,6 +9,8 @@ from typing import Any, Final
 
 import torch
 
+from autoremat.record.collectives import NAMESPACES
+
 LOOKS: Final = frozenset(
     {"size", "dim", "stride", "numel", "nelement", "element_size", "is_contiguous", "storage_offset", "__len__",
      "is_floating_point", "is_complex", "ndimension", "get_device", "__repr__", "__format__", "__hash__", "item",
@@ -69,3 +71,10 @@ class _Ours(threading.local):
 _OURS = _Ours()
 
 _transform, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
+
+
+def is_collective(func: Any) -> bool:
+    """Whether an operator talks to other processes: its result may be filled after it has returned."""
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return func._qualified_op_name.partition("::")[0] in NAMESPACES
+    return isinstance(func, torch._ops.OpOverload) and func.namespace in NAMESPACES

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager.contents import checksum
 from autoremat.record.local import local_of
-from autoremat.run.entry import checksum
 from autoremat.run.settings import state_of
 
 

@@ -11,9 +11,8 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import Made, Outside, Seen, Statistics, resolved, template, tensors_in
 from autoremat.engines.torch.eager.draws import Draws
-from autoremat.engines.torch.eager.state import Replay, State, generator_at, heard_by_classes
+from autoremat.engines.torch.eager.state import Replay, State, generator_at, generator_of, heard_by_classes
 from autoremat.record.local import local_of
-from autoremat.run.entry import _generator_of
 from autoremat.run.settings import state_of
 
 Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Any]]
@@ -152,7 +151,7 @@ def prepared(
         outside.append(Outside(tensor))
         return outside[-1]
 
-    generator = _generator_of(args, kwargs) if random else None
+    generator = generator_of(args, kwargs) if random else None
     draws = Draws.of(generator)  # before a look at the generator: a thread that starts in between is told of
     return Entry(
         func, [template(a, described) for a in args], {k: template(a, described) for k, a in kwargs.items()},

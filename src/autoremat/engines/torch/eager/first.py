@@ -23,10 +23,12 @@ from autoremat.engines.torch.eager.recording import (
 )
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
+from autoremat.engines.torch.eager.units import Units
 from autoremat.program import Program
 from autoremat.record.local import local_of, prepare_jagged
-from autoremat.record.parallel import Parallel
-from autoremat.record.record import ModulePaths, NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
+from autoremat.record.parallel import Parallel, resident_bytes
+from autoremat.record.module_paths import ModulePaths
+from autoremat.record.problems import NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
 from autoremat.record.recording import Recording
 from autoremat.record.timing import Progress
 from autoremat.record.values import storage_of
@@ -84,16 +86,25 @@ class FirstStep:
         self._shadow = Shadow(self._paths.current)
         self._gradients = [(t, t.grad) for t in self._own() if t.is_leaf and t.requires_grad]
         self._versions = self._versions_of_gradients()
+        self._units = Units(parallel, self.modules, self._shadow)
         storages = self._storages()
-        fixed_bytes = sum(s.nbytes() for s in storages)
+        fixed_bytes = sum(s.nbytes() for s in storages) + sum(resident_bytes(parallel).values())
         self.tape = Tape(First(room(fixed_bytes), self._shadow, storages, is_kept), reports, check)
 
     def _failed(self, error: BaseException) -> None:
         self._failure = self._failure or error
 
+    def _named(self) -> list[tuple[str, Tensor]]:
+        """Parameters and buffers, as far as they are there, by name."""
+        return [(n, t) for n, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
+
     def _own(self) -> list[Tensor]:
-        """Parameters and buffers, as far as they are there."""
-        return [t for _, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
+        return [t for _, t in self._named()]
+
+    def _moving(self) -> list[Tensor]:
+        """Parameters whose gradients move into the buckets of DistributedDataParallel as soon as they are complete."""
+        found = (module._parameters[name] for module, name in self.parallel.moving)
+        return [t for t in found if t is not None]
 
     def _versions_of_gradients(self) -> list[tuple[int, int] | None]:
         return [None if t.grad is None else (id(t.grad), t.grad._version) for t, _ in self._gradients]
@@ -118,9 +129,13 @@ class FirstStep:
         prepare_jagged()
         try:
             know_the_world(self._shadow, self.modules, self.args, self.kwargs)
+            self._units.know()
         except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot stand for
             self.tape.witness.give_up(error)
-        with self._gradients_put_back(), no_optimizer(), self._paths, self.tape.forward(), within:
+        around = self._gradients_put_back(), no_optimizer(), self._paths, self._units.watched(self.tape)
+        with contextlib.ExitStack() as stack:
+            for block in (*around, self.tape.forward(), within):
+                stack.enter_context(block)
             return self.fn(*self.args, **self.kwargs)
 
     @contextlib.contextmanager
@@ -155,7 +170,10 @@ class FirstStep:
             try:
                 if self._failure is not None:
                     raise self._failure
-                record_backward(self._shadow, result, self.modules)
+                whole = self._units.whole()
+                moving = [*self._moving(), *(t for _, t in whole)]
+                record_backward(self._shadow, result, [*self._named(), *whole], moving)
+                self._units.forbid()
             except NothingDifferentiable:
                 refuse_training(has_trained)
                 raise

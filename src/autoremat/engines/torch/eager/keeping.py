@@ -73,7 +73,8 @@ class Keeping:
             if storage is not None:
                 self._outside_readers.setdefault(storage._cdata, set()).add(call)
                 known = storage._cdata in self._lasting or storage._cdata in self._spans
-                if not known and storage.device.type == "cpu":
+                is_resized = is_parameter(outside.tensor) and storage.resizable()  # by fully_shard
+                if not known and not is_resized and storage.device.type == "cpu":
                     self._spans[storage._cdata] = _span(storage)
 
     def is_read(self, value: int) -> bool:
@@ -127,7 +128,7 @@ class Keeping:
         frozen = self._beyond(calls)
         for k in sorted(frozen):
             for value in self._ledger.entries[k].makes:
-                if value not in self._ledger.held and self._is_waited_for(value):
+                if value not in self._ledger.held and self.is_waited_for(value):
                     self._ledger.fetch(value, lambda v: False, lambda locked: None)
                     self._ledger.remade.discard(value)
         for k in sorted(frozen):
@@ -143,11 +144,11 @@ class Keeping:
                 continue
             found.add(k)
             for value in self._ledger.entries[k].makes:
-                if value not in self._ledger.held and not self._is_waited_for(value):
+                if value not in self._ledger.held and not self.is_waited_for(value):
                     pending += self._readers.get(value, ())
         return found
 
-    def _is_waited_for(self, value: int) -> bool:
+    def is_waited_for(self, value: int) -> bool:
         """Whether somebody waits for a value that is gone, or for one that is gone and made out of it."""
         seen, pending = {value}, [value]
         while pending:

@@ -11,7 +11,7 @@ from time import perf_counter
 import torch
 from torch import Tensor
 
-from autoremat.engines.torch.eager.arguments import ModifiedInPlace, modified, version_of
+from autoremat.engines.torch.eager.arguments import ModifiedInPlace, is_freed, modified, version_of
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Replay
 from autoremat.record.values import View
@@ -109,6 +109,10 @@ class Ledger:
                 pending += self.entries[call].reads
             wanted[call].add(v)
         return {k: wanted[k] for k in sorted(wanted)}
+
+    def can_make(self, calls: Iterable[int]) -> bool:
+        """Whether all that these calls read from outside is there: ``fully_shard`` frees parameters for a while."""
+        return not any(is_freed(outside.tensor) for k in calls for outside in self.entries[k].outside)
 
     def fetch(self, value: int, stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]) -> Tensor:
         """A value, made again if it is gone, from whatever is there.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor, nn
 
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
-from autoremat.engines.torch.eager.calls import ESCAPES, is_out_of_sight, is_pass, name_of, only_looks
+from autoremat.engines.torch.eager.calls import ESCAPES, is_collective, is_out_of_sight, is_pass, name_of, only_looks
 from autoremat.engines.torch.eager.check import DIFFERS
 from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, generators_of, prepared
@@ -215,7 +215,8 @@ class Noting:
         self._versions.update((new, version_of(local_of(given[i]))) for i, _, new in call.written)
         for position, old, new in call.written:
             tape.overwritten(old, new, given[position])
-        if tape.check.is_looking and not call.uninitialised and tape.n_calls - 1 not in tape.ledger.entries:
+        is_full = not call.uninitialised and not is_collective(call.func)
+        if tape.check.is_looking and is_full and tape.n_calls - 1 not in tape.ledger.entries:
             tape.check.noted(tape.n_calls - 1, call.results, made)
         for _, handle, tensor in self._fresh:
             self._hold(handle, tensor)

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from autoremat.engines.torch.eager.contents import checksum
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Replay
 from autoremat.record.local import local_of
 from autoremat.record.values import storage_of
-from autoremat.run.entry import checksum
 
 
 def sums_of(tensors: Sequence[Tensor]) -> list[int]:

@@ -16,7 +16,9 @@ from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.program import Program
 from autoremat.record.parallel import Parallel, resident_bytes
-from autoremat.record.record import NOTHING, NothingDifferentiable, Whole, differentiable_outputs
+from autoremat.record.outputs import differentiable_outputs
+from autoremat.record.problems import NOTHING, NothingDifferentiable
+from autoremat.record.whole import Whole
 from autoremat.record.recording import Recording
 from autoremat.record.timing import Progress
 from autoremat.record.world import named_tensors
@@ -36,8 +38,16 @@ def know_the_world(shadow: Shadow, modules: Sequence[nn.Module], args: Any, kwar
         shadow.know(tensor, f"input {i}", "input")
 
 
-def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], moving: Sequence[Tensor] = ()) -> None:
+def record_backward(
+    shadow: Shadow, result: Any, named: Sequence[tuple[str, Tensor]], moving: Sequence[Tensor] = ()
+) -> None:
     """Run the backward of the forward that the shadow has seen, on fake tensors.
+
+    Args:
+        shadow: that has seen it.
+        result: of the callable.
+        named: parameters by name.
+        moving: parameters whose gradients leave their memory as soon as they are complete.
 
     Raises:
         NothingDifferentiable: nothing returned requires grad.
@@ -48,7 +58,7 @@ def record_backward(shadow: Shadow, result: Any, modules: Sequence[nn.Module], m
     recorder = shadow.recorder
     cached, end = shadow.forward_ends(), len(recorder.ops)
     twins = [shadow.twin(t) for t in outputs]
-    names = {id(shadow.twin(t)): n for n, _, t in named_tensors(modules) if not nn.parameter.is_lazy(t)}
+    names = {id(shadow.twin(t)): n for n, t in named}
     del result, outputs
     with ExitStack() as stack:
         stack.enter_context(generators_kept())

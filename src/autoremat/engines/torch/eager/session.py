@@ -8,7 +8,7 @@ import math
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Any, Final, Protocol
@@ -16,9 +16,10 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager.aside import is_heard, is_traced, obstacle, own_checkpointing, tell_compiled
 from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.first import Cached, FirstStep, NotRecorded
-from autoremat.engines.torch.eager.listener import is_listening
+from autoremat.engines.torch.eager.kinds import input_signature
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
 from autoremat.engines.torch.eager.several import Calls, Living, Load, plan_for
@@ -27,33 +28,27 @@ from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record.assemble import OPTIMIZER_STEP
 from autoremat.record.local import local_of
 from autoremat.record.parallel import Parallel, check_supported, hidden, parallel_of
-from autoremat.record.record import NothingDifferentiable, check_devices
+from autoremat.record.devices import check_devices
+from autoremat.record.problems import NothingDifferentiable
 from autoremat.record.values import storage_of
 from autoremat.record.world import named_tensors, reachable_modules
 from autoremat.run.measure import Measurement, meter_for
 from autoremat.run.memory import free_memory, is_out_of_memory, told, without_frames
-from autoremat.run.session import (
-    MAX_DEVIATIONS,
-    MAX_MEASURED,
-    MAX_PLANS,
-    MAX_RETRIES,
-    TIGHTER,
-    TOLERANCE,
-    _Counts,
-    _is_traced,
-    _obstacle,
-    _off_the_path,
-    _outlasting,
-    _own_checkpointing,
-    _taken_over,
-    _tell_compiled,
-    _Turns,
-    input_signature,
-)
-from autoremat.run.session import Session as SessionOfOperators
 from autoremat.run.settings import RandomStates
 from autoremat.run.stats import Stats
 
+MAX_PLANS: Final = 64
+"""Plans of the least recently used kinds of input are forgotten beyond this."""
+MAX_DEVIATIONS: Final = 3
+"""So often at most a kind of input is recorded anew; a step that has strayed more of late is noted from the start."""
+MAX_RETRIES: Final = 3
+"""How often a forward that ran out of memory is tried again, each time under a tighter plan."""
+MAX_MEASURED: Final = 3
+"""How many steps of a plan are tried to measure one."""
+TIGHTER: Final = 0.9
+"""The next budget, as a share of what the plan has in memory where the device ran out of it."""
+TOLERANCE: Final = 0.01
+"""How far the measured peak may be above the plan's without a warning."""
 _FORGIVEN: Final = 0.1
 """So much less a kind of input strays with every step that stays on its path."""
 _PATIENCE: Final = 3
@@ -64,12 +59,6 @@ _NO_HOOKS: Final = "don't yet support saved tensor hooks"
 
 class Planner(Protocol):
     """Plans steps; knows the budget."""
-
-    def record(
-        self, fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], *, real: bool, compare: bool,
-        later: Callable[[Program], None] | None = None,
-    ) -> Program:  # fmt: skip
-        """The program of a call that is not made, by its operators."""
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, given what plain training would take by then."""
@@ -91,6 +80,20 @@ class Planner(Protocol):
 
         ``within_bytes``: in place of the budget.
         """
+
+
+@dataclass
+class _Counts:
+    calls: int = 0
+    hits: int = 0
+    planned: int = 0
+    deviations: int = 0
+    unplanned: int = 0
+    reruns: int = 0
+    rerun_seconds: float = 0.0
+    retries: int = 0
+    kept: list[str] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
 
 
 @dataclass
@@ -169,7 +172,7 @@ class Session:
 
     Args:
         fn: the callable, without autoremat.
-        planner: makes a plan for a call; raises ``NotPlannable`` for what can only run without checkpointing.
+        planner: makes plans.
         measure: measure the peak of one step of every plan, whatever that takes.
     """
 
@@ -178,7 +181,6 @@ class Session:
         self._entries: OrderedDict[Any, _Entry] = OrderedDict()
         self._counts = _Counts()
         self._lock = threading.RLock()
-        self._turns = _Turns()
         self._here = _Here()
         self._last: Plan | None = None
         self._at_most_bytes: int | None = None
@@ -188,16 +190,14 @@ class Session:
         self._planning_seconds = 0.0
         """What the last plan took that was not quick."""
         self._measurement: Measurement | None = None
-        self._by_operators: SessionOfOperators | None = None
-        """What runs the callable where parameters come and go (fully_shard): the engine that watches operators."""
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
         if torch.compiler.is_compiling():  # first, and without anything that the compiler cannot follow
             self._counts.unplanned += 1
-            _tell_compiled()
+            tell_compiled()
             return self.fn(*args, **kwargs)
-        if self._here.inside or _is_heard() or _is_traced():
+        if self._here.inside or is_heard() or is_traced():
             return self.fn(*args, **kwargs)
         self._here.inside = True
         try:
@@ -208,22 +208,19 @@ class Session:
     def _outermost(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self._measurement is not None:
             self._end_measurement()
-        obstacle = _obstacle() if torch.is_grad_enabled() else ""
+        hindrance = obstacle() if torch.is_grad_enabled() else ""
         entry = None
-        if obstacle:
-            self._refuse(obstacle)
+        if hindrance:
+            self._refuse(hindrance)
         elif torch.is_grad_enabled():
             self._counts.calls += 1
             self._here.next_call(_bytes_by_address(args, kwargs))
             entry = self._entry(args, kwargs)
-        with self._turns.call():
-            if entry is not None and entry.to_measure and entry.steps > 1:
-                return self._measured(entry, args, kwargs)
-            return self._run(entry, args, kwargs)
+        if entry is not None and entry.to_measure and entry.steps > 1:
+            return self._measured(entry, args, kwargs)
+        return self._run(entry, args, kwargs)
 
     def _run(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        if self._by_operators is not None:
-            return self._by_operators.call(args, kwargs)
         if entry is not None and entry.is_new:
             return self._first(entry, args, kwargs)
         if entry is None or entry.script is None:
@@ -275,8 +272,8 @@ class Session:
             entry.is_new = True
             if is_first:
                 raise
-        except NotRecorded as obstacle:
-            self._warn(f"the step could not be recorded ({obstacle}); it runs without checkpointing")
+        except NotRecorded as error:
+            self._warn(f"the step could not be recorded ({error}); it runs without checkpointing")
             self._counts.unplanned += 1
         self._last = entry.plan or self._last
         self._waits(entry, step.tape)
@@ -310,7 +307,7 @@ class Session:
             is_safe = (
                 not entry.parallel
                 and not tape.has_effects
-                and not any(map(tape.has_made, _outlasting(self.fn, args, kwargs)))
+                and not any(map(tape.has_made, outlasting(self.fn, args, kwargs)))
             )
             reached = tape.n_calls - 1 if tape.policy.is_following else None
             del tape  # with the error's frames, all that the forward has made: now there is room to plan
@@ -372,8 +369,6 @@ class Session:
 
     def stats(self) -> Stats:
         """What has happened so far."""
-        if self._by_operators is not None:
-            return self._by_operators.stats()
         if self._measurement is not None:
             self._end_measurement()
         c = self._counts
@@ -462,7 +457,7 @@ class Session:
         if before is not None:
             entry.deviations, entry.straying, entry.records = before.deviations, before.straying, before.records
         entry.records += 1
-        if switched_on := _own_checkpointing(self.fn, args, kwargs):
+        if switched_on := own_checkpointing(self.fn, args, kwargs):
             self._warn(
                 f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
                 "a whole, whatever the budget, and only the rest is planned. Switch it off to let the budget decide: "
@@ -472,11 +467,9 @@ class Session:
         try:
             check_supported(entry.parallel, modules)
             entry.is_new = True
-            if entry.parallel.units and self._by_operators is None:
-                self._by_operators = SessionOfOperators(self.fn, self.planner, measure=self.measure)
-        except Exception as obstacle:  # noqa: BLE001 - it says in words what it cannot deal with
+        except Exception as error:  # noqa: BLE001 - it says in words what it cannot deal with
             self._warn(
-                f"the step could not be recorded ({type(obstacle).__name__}: {obstacle}); it runs without checkpointing"
+                f"the step could not be recorded ({type(error).__name__}: {error}); it runs without checkpointing"
             )
             self._counts.unplanned += 1
         return entry
@@ -607,6 +600,15 @@ def _bytes_at(plan: Plan, call: int) -> int:
     return max((resident[plan.schedule.order.index(i)] for i in ops), default=plan.peak_bytes)
 
 
-def _is_heard() -> bool:
-    """Whether an outer recording or tape sees every call already."""
-    return is_listening() or _taken_over()
+def _off_the_path(parallel: Parallel) -> str:
+    if parallel.units:
+        return "and keeps everything, because parameters of fully_shard may be gone when a call is made again"
+    return "under the online policy, which lets go of what is cheapest to compute again"
+
+
+def outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
+    """Parameters, buffers and gradients: if a forward made one of them, running it once more would do so again."""
+    for _, _, tensor in named_tensors(reachable_modules(fn, args, kwargs)):
+        yield tensor
+        if tensor.is_leaf and tensor.grad is not None:
+            yield tensor.grad

@@ -86,6 +86,7 @@ class Shadow:
         self._nodes: dict[tuple[int, int], tuple[Tensor, Blank]] = {}
         """Twins by the node of the real graph that made them; one whose tensor is gone has no memory any more."""
         self._node_of: dict[int, tuple[int, int]] = {}
+        self._first_node = _next_node()
         self._memory: dict[int, tuple[weakref.ref[torch.UntypedStorage], weakref.ref[Tensor]]] = {}
         """For the memory of a real tensor, by address, the twin that has been bound to it last."""
         self._gone: deque[int] = deque()
@@ -212,7 +213,7 @@ class Shadow:
                 return inside.around(self.twin(local_of(tensor)).detach()).requires_grad_(tensor.requires_grad)
             if is_distributed(tensor):
                 return _around(tensor, self._as_fake(local_of(tensor).detach()))
-            detached = tensor if tensor.is_leaf else tensor.detach()
+            detached = local_of(tensor if tensor.is_leaf else tensor.detach())
             twin: Tensor = self.mode.from_tensor(detached)
             if tensor.requires_grad and not twin.requires_grad:
                 twin = requiring_grad(twin)
@@ -223,8 +224,7 @@ class Shadow:
         node: Any = tensor.grad_fn
         if type(node).__name__ == _COMPILED:
             self.compiled = self.compiled or _user_line() or "a function"
-        inputs = [self._input(n, nr) for n, nr in node.next_functions]
-        found = [i for i in inputs if i is not None]
+        found = list(self._behind(node, set()))
         if not found:
             return None
         alias = self._alias_of(tensor)
@@ -233,6 +233,16 @@ class Shadow:
     def loose(self, j: int, tensor: Tensor) -> None:
         """Note what a custom function saves, outside of all calls."""
         self._loose.append((j, self.twin(tensor)))
+
+    def _behind(self, node: Any, seen: set[Any]) -> Iterator[tuple[Tensor, Blank]]:
+        """The nearest known inputs of a node; between them and it there may be more that nobody was seen to make."""
+        for n, nr in node.next_functions:
+            found = self._input(n, nr)
+            if found is not None:
+                yield found
+            elif n is not None and n not in seen and n._sequence_nr() >= self._first_node:
+                seen.add(n)
+                yield from self._behind(n, seen)
 
     def _input(self, node: Any, nr: int) -> tuple[Tensor, Blank] | None:
         if node is None:
@@ -479,7 +489,7 @@ class Shadow:
 
     def _alias_of(self, tensor: Tensor) -> Tensor | None:
         """A fake tensor on the memory of a twin whose tensor is on the memory of this one, if there is such a twin."""
-        storage = storage_of(tensor)
+        storage = storage_of(tensor if is_distributed(tensor) or is_jagged(tensor) else local_of(tensor))
         real, own = _NONE if storage is None else self._memory.get(storage._cdata, _NONE)
         twin = own()
         if twin is None or real() is not storage or twin.dtype is not tensor.dtype or has_inside(twin):
@@ -608,6 +618,14 @@ class _Tail(torch.autograd.Function):
             return None, None, ctx.blank()
 
 
+def _next_node() -> int:
+    """The number of the next node of a graph; this thread counts them."""
+    with torch.enable_grad():
+        node = torch.empty(0, requires_grad=True).view(0).grad_fn
+    assert node is not None
+    return node._sequence_nr()
+
+
 def _nothing() -> None:
     return None
 
@@ -625,6 +643,9 @@ def _blank_of(tensor: Tensor) -> Blank:
     if is_jagged(tensor):
         inside, values = Jagged.of(tensor), _blank_of(local_of(tensor))
         return lambda: inside.around(values())
+    if is_distributed(tensor):
+        around, local = Description.of(tensor), _blank_of(local_of(tensor))
+        return lambda: around.around(local())
     return partial(torch.empty, tensor.size(), dtype=tensor.dtype, device=tensor.device)
 
 
@@ -648,7 +669,7 @@ def _is_small_index(tensor: Tensor) -> bool:
 
 def _is_opaque(tensor: Tensor) -> bool:
     """Whether the memory of a tensor cannot be seen: sparse, quantized, nested or wrapped ones."""
-    return storage_of(tensor) is None and not has_inside(tensor)
+    return storage_of(local_of(tensor)) is None and not has_inside(tensor)
 
 
 def _is_like(twin: Tensor, tensor: Tensor) -> bool:

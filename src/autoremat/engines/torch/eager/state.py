@@ -16,6 +16,7 @@ from torch._C import _len_torch_function_stack as _n_modes
 from torch._C import _pop_torch_function_stack, _push_on_torch_function_stack
 from torch.overrides import _get_current_function_mode_stack
 
+from autoremat.record.facts import tensors_in
 from autoremat.run.settings import NumericSettings, set_state, state_of
 
 DRAWING = threading.RLock()
@@ -146,3 +147,17 @@ def generator_at(generator: torch.Generator, state: bytearray) -> Iterator[None]
             yield
         finally:
             set_state(generator, now)
+
+
+def generator_of(args: Any, kwargs: Any) -> torch.Generator:
+    """The generator that a random call draws from: given explicitly, or the default one of its device."""
+    for a in (*args, *kwargs.values()):
+        if isinstance(a, torch.Generator):
+            return a
+    given = kwargs.get("device")
+    first = next(iter(tensors_in((args, kwargs))), None)
+    device = torch.device(given) if given is not None else first.device if first is not None else torch.device("cpu")
+    if device.type == "cuda":
+        index = device.index if device.index is not None else torch.cuda.current_device()
+        return torch.cuda.default_generators[index]
+    return torch.default_generator

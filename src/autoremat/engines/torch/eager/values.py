@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.witness import Witness
-from autoremat.record.local import has_inside, local_of
+from autoremat.record.local import local_of
 from autoremat.record.values import ValueMap, storage_of
 
 OWN: int = 1 << 40
@@ -33,7 +33,7 @@ class Numbers(ValueMap):
 
     def known_tensor(self, tensor: Tensor) -> int | None:
         """The number of the value that a tensor looks at; None if it is not known, or cannot be seen."""
-        storage = storage_of(local_of(tensor) if has_inside(tensor) else tensor)
+        storage = storage_of(local_of(tensor))
         return None if storage is None else self._known.get(storage._cdata)
 
     # ---- in a step that is noted -----------------------------------------------------------------------------------

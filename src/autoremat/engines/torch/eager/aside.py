@@ -1,0 +1,67 @@
+"""Where a call steps aside: somebody else has taken over, or nothing that autograd saves can be replaced."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final
+
+import torch
+
+from autoremat.engines.torch.eager.listener import is_compiling, is_listening
+from autoremat.record.recorder import Recorder
+from autoremat.record.world import reachable_modules
+
+_SWITCHES: Final = ("gradient_checkpointing", "grad_checkpointing")
+"""What the libraries call their own switch: transformers and diffusers; timm."""
+
+
+def is_heard() -> bool:
+    """Whether an outer recording or tape sees every call already."""
+    stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
+    return is_listening() or any(isinstance(mode, Recorder) for mode in stack)
+
+
+def is_traced() -> bool:
+    """Whether ``torch.jit.trace`` or an ONNX export looks on, which want the plain callable's graph."""
+    return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
+
+
+def obstacle() -> str:
+    """Why nothing can be made again here; "" if it can."""
+    if is_compiling():
+        return _INSIDE_COMPILE
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "called inside a torch.func transform (grad, vmap, ...)"
+    if torch._C._autograd._saved_tensors_hooks_get_disabled_error_message():
+        return "saved-tensor hooks are disabled here"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "saved-tensor hooks are active around the call, and they would not see what autoremat keeps"
+    if torch.utils._python_dispatch._get_current_dispatch_mode_stack():
+        return "another TorchDispatchMode is active"
+    return ""
+
+
+def own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
+    """The first module in training whose library's switch for ``torch.utils.checkpoint`` is on; "" if none is."""
+    for root in reachable_modules(fn, args, kwargs):
+        for name, module in root.named_modules():
+            if module.training and any(getattr(module, switch, None) is True for switch in _SWITCHES):
+                return name or type(module).__name__
+    return ""
+
+
+_INSIDE_COMPILE: Final = "called inside torch.compile"
+
+
+def tell_compiled() -> None:
+    """Warn, once for every compilation: the compiler calls this itself and puts nothing of it into its graph."""
+    warnings.warn(
+        f"autoremat: {_INSIDE_COMPILE}: running without checkpointing; to have the step planned, call the checkpointed "
+        "module from code that is not compiled",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+tell_compiled._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
