@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-from autoremat.record.casts import casts_in_use
 from autoremat.record.living import Living
 from autoremat.record.local import Description, Jagged, is_distributed, is_jagged, local_of
 from autoremat.record.parallel import Parallel, whole_parameter
@@ -44,14 +43,11 @@ def fake_world(
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     converted: dict[int, Tensor] = {}
     originals: list[Tensor] = []  # an id stays taken while its tensor lives
-    running = False
 
     def convert(tensor: Tensor) -> Tensor:
         if isinstance(tensor, FakeTensor):
             return tensor
         if id(tensor) not in converted:
-            if running and tensor.is_leaf and tensor.requires_grad and casts_in_use():
-                raise RuntimeError("autocast's cache must not get to know a fake cast of a real weight")
             originals.append(tensor)
             if is_jagged(tensor):
                 inside = Jagged.of(tensor).converted(convert)
@@ -81,7 +77,6 @@ def fake_world(
             _make_whole(parallel)
         swap_tensors(modules, convert)
         fake_args, fake_kwargs = map_tensors((tuple(args), kwargs), convert_argument)
-        running = True
         with mode:
             yield FakeWorld(fake_args, fake_kwargs, convert)
 

@@ -30,11 +30,9 @@ class Step:
     parallel: Parallel
     device: torch.device | str | None
     progress: Progress | None
-    look_ahead: bool = False
-    """Whether to find out, in a child, which path it takes when it runs again."""
 
 
-def apart_or(here: Callable[[], Any], work: Callable[[Progress | None], Any], step: Step) -> Any:
+def apart_or(here: Callable[[], Recording], work: Callable[[Progress | None], Recording], step: Step) -> Recording:
     """Let a child do the work, or do it here."""
     with suppress(CannotRunApart):
         if can_run_apart():
@@ -49,31 +47,23 @@ def apart_or(here: Callable[[], Any], work: Callable[[Progress | None], Any], st
     return here()
 
 
-def _without_what_cannot_be_sent(outcome: Any) -> Any:
+def _without_what_cannot_be_sent(recording: Recording) -> Recording:
     """The same without the arguments of operators that pickle does not know: those cannot be measured, then."""
-    for recording in _recordings_in(outcome):
-        if can_be_sent(recording):
-            continue
+    if not can_be_sent(recording):
         for op in recording.ops:
             if not can_be_sent(op.signature):
                 op.signature = None
         recording.calls_with_numbers = [c for c in recording.calls_with_numbers if can_be_sent(c)]
-    return outcome
+    return recording
 
 
-def _recordings_in(outcome: Any) -> list[Recording]:
-    recording = outcome if isinstance(outcome, Recording) else outcome[0]
-    return [r for r in (recording, recording.later if recording else None) if r is not None]
-
-
-def _with_what_is_here(outcome: Any) -> Any:
+def _with_what_is_here(recording: Recording) -> Recording:
     """The same without calls of operators that the step has defined when it ran, which this process does not know."""
-    for recording in _recordings_in(outcome):
-        for op in recording.ops:
-            if op.signature is not None and op.signature.func is None:
-                op.signature = None
-        recording.calls_with_numbers = [c for c in recording.calls_with_numbers if c.func is not None]
-    return outcome
+    for op in recording.ops:
+        if op.signature is not None and op.signature.func is None:
+            op.signature = None
+    recording.calls_with_numbers = [c for c in recording.calls_with_numbers if c.func is not None]
+    return recording
 
 
 def refuse_left(living: Living) -> None:

@@ -167,8 +167,7 @@ def _on_fake(step: Step) -> Recording:
         refuse_left(living)
         return recording
 
-    recording: Recording = apart_or(here, work, step)
-    return recording
+    return apart_or(here, work, step)
 
 
 def _on_real(step: Step) -> Recording:
@@ -189,8 +188,7 @@ def _on_real(step: Step) -> Recording:
         with undisturbed(step.modules, step.fn, step.args, step.kwargs):
             return work(step.progress)
 
-    recording: Recording = apart_or(here, work, step)
-    return recording
+    return apart_or(here, work, step)
 
 
 def _first(step: Step, args: Any, kwargs: Any, room_bytes: float, check: NoCheck) -> FirstStep:

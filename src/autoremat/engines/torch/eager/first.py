@@ -26,8 +26,8 @@ from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.engines.torch.eager.units import Units
 from autoremat.program import Program
 from autoremat.record.local import local_of, prepare_jagged
-from autoremat.record.parallel import Parallel, resident_bytes
 from autoremat.record.module_paths import ModulePaths
+from autoremat.record.parallel import Parallel, resident_bytes
 from autoremat.record.problems import NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
 from autoremat.record.recording import Recording
 from autoremat.record.timing import Progress

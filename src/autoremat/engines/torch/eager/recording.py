@@ -15,12 +15,12 @@ from autoremat.engines.torch.eager.facts import generators_kept, unseen
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.program import Program
-from autoremat.record.parallel import Parallel, resident_bytes
 from autoremat.record.outputs import differentiable_outputs
+from autoremat.record.parallel import Parallel, resident_bytes
 from autoremat.record.problems import NOTHING, NothingDifferentiable
-from autoremat.record.whole import Whole
 from autoremat.record.recording import Recording
 from autoremat.record.timing import Progress
+from autoremat.record.whole import Whole
 from autoremat.record.world import named_tensors
 
 

@@ -26,9 +26,9 @@ from autoremat.engines.torch.eager.several import Calls, Living, Load, plan_for
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record.assemble import OPTIMIZER_STEP
+from autoremat.record.devices import check_devices
 from autoremat.record.local import local_of
 from autoremat.record.parallel import Parallel, check_supported, hidden, parallel_of
-from autoremat.record.devices import check_devices
 from autoremat.record.problems import NothingDifferentiable
 from autoremat.record.values import storage_of
 from autoremat.record.world import named_tensors, reachable_modules

@@ -71,7 +71,7 @@ class Shadow:
 
     def __init__(self, module_path: Callable[[], str]) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.recorder = _Told(_blank, self._as_fake, lambda tensor: None, module_path)
+        self.recorder = _Told(_blank, self._as_fake, module_path)
         self.compiled = ""
         """Where something was met that compiled code has made."""
         self.once: dict[int, str] = {}
