@@ -30,7 +30,7 @@ from autoremat.record.compiled import CompiledCode, eagerly
 from autoremat.record.devices import check_devices, check_target, is_unreal, refuse_shared_memory
 from autoremat.record.facts import facts_of, tensors_in
 from autoremat.record.fakes import fake_world
-from autoremat.record.living import Living, let_go_of_frames
+from autoremat.record.living import Living, let_go_of_frames, let_go_of_lines
 from autoremat.record.local import is_taken_apart, local_of, prepare_jagged
 from autoremat.record.parallel import (
     NotSupported,
@@ -154,7 +154,10 @@ def _on_fake(step: Step) -> Recording:
             in_sight(),
         ):
             first = _first(step, world.args, world.kwargs, math.inf, NoCheck())
-            return _through(first, step, progress, _Converting(world.convert))
+            try:
+                return _through(first, step, progress, _Converting(world.convert))
+            finally:
+                first.tape.ledger.close()  # after an error a graph may refer to what refers to it
 
     def here() -> Recording:
         try:
@@ -162,6 +165,8 @@ def _on_fake(step: Step) -> Recording:
                 recording = work(step.progress)
         except Exception as error:
             let_go_of_frames(error)
+            if living.holders():
+                let_go_of_lines(error)
             refuse_left(living)
             raise
         refuse_left(living)
