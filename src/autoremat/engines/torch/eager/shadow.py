@@ -213,6 +213,9 @@ class Shadow:
                 return inside.around(self.twin(local_of(tensor)).detach()).requires_grad_(tensor.requires_grad)
             if is_distributed(tensor):
                 return _around(tensor, self._as_fake(local_of(tensor).detach()))
+            if _is_nested(tensor):
+                blank = self._blank_like(tensor)
+                return requiring_grad(blank) if tensor.requires_grad else blank
             detached = local_of(tensor if tensor.is_leaf else tensor.detach())
             twin: Tensor = self.mode.from_tensor(detached)
             if tensor.requires_grad and not twin.requires_grad:
@@ -500,6 +503,8 @@ class Shadow:
         """Another fake tensor of the same kind."""
         if is_jagged(tensor):
             return Jagged.of(tensor).converted(self.twin).around(self._blank_like(local_of(tensor)))
+        if _is_nested(tensor):
+            return torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
         if _is_opaque(tensor) or is_distributed(tensor):
             return self.mode.from_tensor(tensor.detach())
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -672,10 +677,17 @@ def _is_opaque(tensor: Tensor) -> bool:
     return storage_of(local_of(tensor)) is None and not has_inside(tensor)
 
 
+def _is_nested(tensor: Tensor) -> bool:
+    """Whether this is a nested tensor of the old layout, for which another one stands that has as many elements."""
+    return tensor.is_nested and not is_jagged(tensor)
+
+
 def _is_like(twin: Tensor, tensor: Tensor) -> bool:
     """Whether two tensors differ in nothing but their numbers."""
     if is_jagged(tensor):
         return is_jagged(twin) and _is_like(local_of(twin), local_of(tensor))
+    if _is_nested(tensor):
+        return twin.numel() == tensor.numel()
     if twin.size() != tensor.size() or twin.dtype is not tensor.dtype or twin.layout is not tensor.layout:
         return False
     if tensor.layout is not torch.strided or is_distributed(tensor):
