@@ -213,8 +213,9 @@ def _through(first: FirstStep, step: Step, progress: Progress | None, within: Ab
             result = first.forward(within)
             if first.compiled:
                 raise CompiledCode(
-                    f"{first.compiled} is compiled by torch.compile, and autoremat cannot see into compiled code; "
-                    "leave torch.compile out there, or checkpoint only what is not compiled"
+                    f"{first.module_at(first.compiled) or 'the step'} ({first.compiled}) is compiled by torch.compile, and "
+                    "autoremat cannot see into compiled code; leave torch.compile out there, or checkpoint only what is "
+                    "not compiled"
                 )
             first.backward(result)
     except NotRecorded as error:

@@ -198,6 +198,10 @@ class FirstStep:
             limit=None if limit is None else lambda program: limit(program) - there,
         )  # fmt: skip
 
+    def module_at(self, line: str) -> str:
+        """The path of the module that has run this line of the forward; "" outside of all."""
+        return next((op.module for op in self._shadow.recorder.ops if op.source == line), "")
+
     def on_op(self, report: Callable[[int], None]) -> None:
         """Have every op that is recorded told, by the number of those so far."""
         self._shadow.recorder.on_op = report
