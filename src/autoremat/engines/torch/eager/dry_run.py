@@ -212,10 +212,10 @@ def _through(first: FirstStep, step: Step, progress: Progress | None, within: Ab
         with eagerly(), absent(step.parallel), torch.enable_grad():
             result = first.forward(within)
             if first.compiled:
+                module = first.module_at(first.compiled) or "the step"
                 raise CompiledCode(
-                    f"{first.module_at(first.compiled) or 'the step'} ({first.compiled}) is compiled by torch.compile, and "
-                    "autoremat cannot see into compiled code; leave torch.compile out there, or checkpoint only what is "
-                    "not compiled"
+                    f"{module} ({first.compiled}) is compiled by torch.compile, and autoremat cannot see into compiled "
+                    "code; leave torch.compile out there, or checkpoint only what is not compiled"
                 )
             first.backward(result)
     except NotRecorded as error:
