@@ -14,9 +14,9 @@ from textwrap import indent
 import torch
 from matplotlib.figure import Figure
 
+from autoremat.engines.torch.eager.dry_run import record
 from autoremat.plan import SOLVERS, Frontier, frontier, solve
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
-from autoremat.record import record
 from autoremat.show.explanation import explanation_of
 from autoremat.show.plots import draw_frontier, draw_memory
 from autoremat.show.text import format_bytes

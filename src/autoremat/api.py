@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from autoremat.engines.torch.eager.check import CHANGED, DIFFERS
+from autoremat.engines.torch.eager.dry_run import record as record_calls
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
 from autoremat.plan import Frontier, parse_budget, solve
 from autoremat.plan import frontier as frontier_of
 from autoremat.plan.constraints import Patterns, is_matched, still_possible
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
-from autoremat.record import record
 from autoremat.record.optimizer import optimizer_bytes
 from autoremat.record.timing import Progress
 from autoremat.record.versions import warn_if_untested
@@ -328,7 +328,7 @@ def record_step(
     session = session_of(fn)
     plain = session.fn if session is not None else fn
     state, scratch = optimizer_bytes(optimizer)
-    return record(
+    return record_calls(
         plain, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, timing=timing, device=device,
         progress=progress, name=name,
     )  # fmt: skip

@@ -18,7 +18,9 @@ from autoremat.engines.torch.eager.session import Session
 from autoremat.plan.constraints import Patterns
 from autoremat.program import Plan
 from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
-from autoremat.record.record import NOTHING, NothingDifferentiable, UnusableInput, differentiable_outputs, is_unreal
+from autoremat.record.devices import is_unreal
+from autoremat.record.outputs import differentiable_outputs
+from autoremat.record.problems import NOTHING, NothingDifferentiable, UnusableInput
 from autoremat.record.recorder import backward_from
 from autoremat.record.world import (
     gradients_kept,

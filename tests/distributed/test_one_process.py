@@ -17,8 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autoremat
 from autoremat.record.optimizer import optimizer_bytes
-from autoremat.record.parallel import Gathering, NotSupported, Unit
-from autoremat.record.record import UnusableInput
+from autoremat.record.parallel import NotSupported
+from autoremat.record.problems import UnusableInput
 
 
 @pytest.fixture
@@ -154,17 +154,6 @@ def test_a_unit_that_is_not_gathered_for_its_backward() -> None:
         step(x).backward()
     assert all(map(torch.equal, gradients(plain), gradients(ours)))
     assert autoremat.stats(step).reruns > 0
-
-
-def test_gathering() -> None:
-    a, b = (Unit(group=None, modules=(), frees=True, lasting=False) for _ in range(2))
-    gathering = Gathering({-1: a, -2: b}, lambda path: {"a": {a}, "a.b": {a, b}}.get(path, set()))
-    assert gathering.reason([-1], [0], {0: ["a", "a.b"]}) == ""
-    assert gathering.reason([0, -2], [1], {1: ["a.b"]}) == "", "needs both, and both are there"
-    assert "freed" in gathering.reason([0, -2], [2], {2: ["a.b", "a"]})
-    assert gathering.reason([2], [3], {3: ["elsewhere"]}) == "", "what it reads is kept"
-    assert "freed" in gathering.reason([1], [4], {4: ["elsewhere"]})
-    assert gathering.reason([-3], [5], {5: ["elsewhere"]}) == "", "a parameter that nobody frees"
 
 
 @pytest.mark.usefixtures("beside_a_made_up_one")

@@ -46,7 +46,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     monkeypatch.setattr(sys.modules[__name__], "FRACTIONS", (0.9, 0.7, 0.5) if request.param else (0.6,))
     monkeypatch.setattr(autoremat.api, "solve", solve)
-    monkeypatch.setattr(sys.modules["autoremat.record.record"], "measure_all", costs)
+    monkeypatch.setattr(sys.modules["autoremat.record.whole"], "measure_all", costs)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

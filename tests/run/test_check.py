@@ -127,7 +127,7 @@ def test_what_differs_and_is_overwritten_is_kept_as_well(
     budget: float, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropout makes its mask in place; whatever the plan runs again of that, the check goes on."""
-    dice, module = random.Random(seed), sys.modules["autoremat.record.record"]
+    dice, module = random.Random(seed), sys.modules["autoremat.record.whole"]
     plain = module.measure_all
 
     def costs(signatures: Any, *rest: Any, **options: Any) -> list[Cost]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager import handle
-from autoremat.record import record
+from autoremat.engines.torch.eager.dry_run import record
 from tests.run.compare import off_path, plan_that_keeps_nothing
 from tests.run.follow import following, recorded
 from tests.run.fuzz import Do, If, In, Script, Step, Way, examine

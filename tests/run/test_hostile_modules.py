@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint_sequential
 
 import autoremat
-from autoremat.record import record
+from autoremat.engines.torch.eager.dry_run import record
 from tests.run.compare import World, exact, off_path, quick
 from tests.run.test_composites import Bystander
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, training

@@ -3,8 +3,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from autoremat.engines.torch.eager.dry_run import record
 from autoremat.program import simulate
-from autoremat.record import record
 
 
 def model_on(device: str) -> nn.Module:

@@ -27,7 +27,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import autoremat
-from autoremat.record import apart, record
+from autoremat.engines.torch.eager.dry_run import record
+from autoremat.record import apart
 
 Use = Callable[[Tensor], Any]
 Place = Callable[[Path], tuple[Use, Callable[[], Any]]]

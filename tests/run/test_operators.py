@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.testing._internal.opinfo.core import OpInfo
 
 from autoremat.engines.torch.eager.check import SelfCheck
-from autoremat.record import record
+from autoremat.engines.torch.eager.dry_run import record
 from tests.run.compare import off_by_a_bit
 from tests.run.sweep import DTYPES, EVERY, OPERATORS, PLACES, Outcome, Place, is_steady, name_of, sweep, wrong_at
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn, optim
 
 import autoremat
 from autoremat.record.optimizer import OptimizerBytes, optimizer_bytes
-from autoremat.record.record import UnusableInput
+from autoremat.record.problems import UnusableInput
 from autoremat.run.account import account, resident
 
 Make = Callable[..., optim.Optimizer]

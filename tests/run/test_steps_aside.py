@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 import autoremat
-from autoremat.record import UnusableInput, apart, record
+from autoremat.engines.torch.eager.dry_run import record
+from autoremat.record import UnusableInput, apart
 
 
 @pytest.fixture(params=["apart", "here"])

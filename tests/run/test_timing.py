@@ -7,8 +7,9 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+from autoremat.engines.torch.eager.dry_run import record
 from autoremat.program import simulate
-from autoremat.record import record, timing
+from autoremat.record import timing
 from autoremat.record.signature import CallSignature, signature_of
 from autoremat.run.account import account, resident
 

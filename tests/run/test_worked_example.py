@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager.dry_run import record
 from autoremat.engines.torch.eager.tape import Reports
 from autoremat.plan.unroll import unroll
 from autoremat.program import Plan, Program, Schedule, simulate, verify
-from autoremat.record import record
 from tests.run.follow import following, recorded
 
 

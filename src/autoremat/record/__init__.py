@@ -1,5 +1,5 @@
 """torch to ``Program``: what a training step does, operator by operator, byte by byte."""
 
-from autoremat.record.record import NothingDifferentiable, UnusableInput, record
+from autoremat.record.problems import NothingDifferentiable, UnusableInput
 
-__all__ = ["NothingDifferentiable", "UnusableInput", "record"]
+__all__ = ["NothingDifferentiable", "UnusableInput"]

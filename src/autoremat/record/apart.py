@@ -83,11 +83,6 @@ def can_run_apart() -> bool:
     return not any(m.is_initialized() for m in (torch.cuda, torch.xpu))
 
 
-def is_child() -> bool:
-    """Whether this is a process made for one piece of work, which nobody will look at afterwards."""
-    return _Here.is_child
-
-
 def run_apart(work: Callable[[Report | None], T], progress: Report | None = None) -> T:
     """Run ``work(report)`` in a child of this process and return what it returns.
 

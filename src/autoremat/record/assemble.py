@@ -87,29 +87,16 @@ def _value(number: int, value: RecordedValue, recording: Recording, device: torc
 
 def _reasons(recording: Recording) -> list[str]:
     """For every op, "" or why it must not run again."""
-    readers = _readers(recording.ops)
     taken_over_by = {old: i for i, op in enumerate(recording.ops) for _, old in op.in_place if not op.backward}
     benign = _overwritten_at_once(recording.ops)
     lost: set[int] = set()  # overwritten in place and not to be had again
     reasons = []
     for op in recording.ops:
         reason = _reason(op, recording, lost, benign)
-        if not reason and recording.gathering is not None:
-            reason = recording.gathering.reason(op.reads, op.writes, readers)
         if reason:
             lost.update(n for n in op.writes if n in taken_over_by)
         reasons.append(reason)
     return reasons
-
-
-def _readers(ops: Sequence[RecordedOp]) -> dict[int, list[str]]:
-    """For every value the modules whose forward reads it, or whose backward asks for it."""
-    readers: dict[int, list[str]] = {}
-    for op in ops:
-        asked = op.reads if not op.backward else op.reads[:1] if op.facts is None else ()
-        for n in asked:
-            readers.setdefault(n, []).append(op.module)
-    return readers
 
 
 def _reason(op: RecordedOp, recording: Recording, lost: set[int], benign: set[int]) -> str:

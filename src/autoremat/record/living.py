@@ -47,11 +47,23 @@ class Living:
 
 def let_go_of_frames(error: BaseException) -> None:
     """Empty the frames that an error has passed through: the lines stay, what their variables held goes."""
+    for link in _chain(error):
+        traceback.clear_frames(link.__traceback__)
+
+
+def let_go_of_lines(error: BaseException) -> None:
+    """Forget the frames altogether: an empty one still refers to its function, and that to what it was defined in."""
+    for link in _chain(error):
+        link.__traceback__ = None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error and those behind it."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
         seen.add(id(link))
-        traceback.clear_frames(link.__traceback__)
+        yield link
         link = link.__cause__ or link.__context__
 
 

@@ -17,7 +17,7 @@ from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
 from autoremat.record.collectives import run_alone
 from autoremat.record.facts import facts_of, tensors_in
 from autoremat.record.local import local_of
-from autoremat.record.record import UnusableInput
+from autoremat.record.problems import UnusableInput
 
 
 class OptimizerBytes(NamedTuple):

@@ -12,7 +12,7 @@ when the backward asks for something that was saved inside the unit.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -329,59 +329,3 @@ def signature(parallel: Parallel) -> tuple[Any, ...]:
     replicas = [(hands_out_clones(r), r.require_backward_grad_sync) for r in parallel.replicas]
     units = [(u.frees, keeps_whole_gradients(u)) for u in parallel.units]
     return (*replicas, *units)
-
-
-# ---- what may run again, and when ------------------------------------------------------------------------------------
-
-
-class Gathering:
-    """Which ops of a forward can have the parameters that they read when they run again.
-
-    Args:
-        units: for the number of every freed parameter its unit.
-        open_in: for the path of a module, the units that are gathered while its backward runs.
-    """
-
-    def __init__(self, units: Mapping[int, Unit], open_in: Callable[[str], set[Unit]]) -> None:
-        self._units, self._open_in = units, open_in
-        self._needs: dict[int, frozenset[Unit]] = {}
-
-    def reason(self, reads: Sequence[int], writes: Sequence[int], readers: Mapping[int, Sequence[str]]) -> str:
-        """Why the op must not run again, or an empty string; to be asked of all ops that otherwise may, in order.
-
-        Args:
-            reads: values that it reads.
-            writes: values that it makes.
-            readers: for every value, the paths of the modules that read it or ask for it in the backward.
-        """
-        if not self._units:
-            return ""
-        own = frozenset(self._units[n] for n in reads if n in self._units)
-        needs = own.union(*(self._needs.get(n, frozenset()) for n in reads))
-        if not needs:
-            return ""
-        if not all(needs <= self._open_in(path) for n in writes for path in readers.get(n, ())):
-            return "needs parameters that fully_shard has freed by then"
-        self._needs.update(dict.fromkeys(writes, needs))
-        return ""
-
-
-def open_units(parallel: Parallel, modules: Sequence[nn.Module], always: bool) -> Callable[[str], set[Unit]]:
-    """For the path of a module the units that are gathered while its backward runs.
-
-    Args:
-        parallel: the units.
-        modules: the roots of the paths.
-        always: whether all that runs, runs inside the one root.
-    """
-    if len(modules) != 1:  # paths may mean several modules
-        return lambda path: set()
-    names = {id(m): name for name, m in modules[0].named_modules()}
-    gathered = [u for u in parallel.units if u.group.unshard_in_backward]
-    paths = [(u, names[id(m)]) for u in gathered for m in u.modules if id(m) in names]
-
-    @functools.cache
-    def open_in(path: str) -> set[Unit]:
-        return {u for u, unit in paths if (f"{path}.".startswith(f"{unit}.") if unit else always)}
-
-    return open_in

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -22,16 +22,12 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from autoremat.record.as_plain import autocast_around, computes_otherwise, is_in_one_piece, run_op, take_apart
 from autoremat.record.collectives import run_alone
-from autoremat.record.compiled import in_compiled_code
 from autoremat.record.facts import OpFacts, facts_of, tensors_in
 from autoremat.record.local import PackedLocal, description_of, is_apart, is_taken_apart, local_of
 from autoremat.record.numbers import has_number
-from autoremat.record.parallel import Gathering
 from autoremat.record.recording import RecordedOp, RecordedValue, Recording
 from autoremat.record.signature import CallSignature, signature_of
-from autoremat.record.smoothing import Smoothing
 from autoremat.record.values import ValueMap, View, is_parameter, storage_of
 
 _OURS = Path(__file__).parent.parent
@@ -54,13 +50,11 @@ class _Storage:
 class _Packed:
     """What the recorder keeps of a saved tensor: no data."""
 
-    __slots__ = ("__weakref__", "content", "device", "module", "n", "number", "source", "unpacked", "view")
+    __slots__ = ("__weakref__", "device", "module", "n", "number", "source", "unpacked", "view")
 
-    def __init__(
-        self, n: int, number: int, view: View, device: torch.device, module: str, source: str, content: Tensor | None
-    ) -> None:
+    def __init__(self, n: int, number: int, view: View, device: torch.device, module: str, source: str) -> None:
         self.number, self.view, self.device, self.module, self.source = number, view, device, module, source
-        self.n, self.content = n, content
+        self.n = n
         self.unpacked = False
 
 
@@ -71,23 +65,12 @@ class Recorder(TorchDispatchMode):
     Args:
         blank: makes memory for an unpacked tensor: ``blank(nelements, dtype, device)``.
         convert: turns a tensor met on the way into one of the recording's world (a fake one); identity on real ones.
-        before_write: called with every tensor from outside that is about to be overwritten.
-        content: what to keep of the n-th tensor that is saved, after all: a copy where the backward needs the numbers
-            (indices), or nothing.
-        missed: called with n where a backward inside the forward asks for one of which nothing was kept.
-        fingerprint: a number that tells the contents of memory apart; None where there are no contents.
-        made: called with the tensors that every operator returns.
         module_path: the path of the module that runs now.
     """
 
     blank: Callable[[int, torch.dtype, torch.device], Tensor]
     convert: Callable[[Tensor], Tensor]
-    before_write: Callable[[Tensor], None]
     module_path: Callable[[], str]
-    content: Callable[[int, Tensor], Tensor | None] = lambda n, tensor: None
-    missed: Callable[[int], None] = lambda n: None
-    fingerprint: Callable[[torch.UntypedStorage], int] | None = None
-    made: Callable[[Sequence[Tensor]], None] = lambda tensors: None
     map: ValueMap = field(default_factory=ValueMap)
     ops: list[RecordedOp] = field(default_factory=list)
     values: dict[int, RecordedValue] = field(default_factory=dict)
@@ -105,19 +88,11 @@ class Recorder(TorchDispatchMode):
         self._packed: dict[int, weakref.ref[_Packed]] = {}
         self._packed_as: dict[int, int] = {}
         self._packs_of: dict[int, set[int]] = {}
-        self._generators: dict[int, tuple[torch.Generator, Tensor]] = {}
-        self._without_graph: list[weakref.ref[Tensor]] = []
         self._open: set[int] = set()
         self._outside_version: dict[int, int] = {}
-        self._fingerprints: dict[int, int] = {}
-        self._outside: list[weakref.ref[torch.UntypedStorage]] = []
         self.changed_unseen: set[int] = set()
         self.calls_with_numbers: list[CallSignature] = []
-        self.gathering: Gathering | None = None
         self._backward_module = self._backward_source = ""
-        self.compiled: str | None = None
-        """The first operator that ran in compiled code: its module and line."""
-        self._smoothing = Smoothing()
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -171,7 +146,6 @@ class Recorder(TorchDispatchMode):
             self.changed_unseen,
             {n for n, version in self._outside_version.items() if version},
             self.calls_with_numbers,
-            self.gathering,
         )
 
     @contextmanager
@@ -192,28 +166,15 @@ class Recorder(TorchDispatchMode):
             return NotImplemented
         if self._paused:
             return func(*args, **kwargs)
-        func, args = self._smoothing.replaced(func, args)
         facts = facts_of(func)
-        if is_in_one_piece(facts, args, kwargs):
-            return take_apart(facts, func, self, args, kwargs)
-        theirs = facts.written(args, kwargs)
         args, kwargs = self._converted(args), self._converted(kwargs)
         if facts.is_view:
             out = func(*args, **kwargs)
-            self._know_empty_views(tensors_in((args, kwargs)), outputs := tensors_in(out))
-            self.made(outputs)
+            self._know_empty_views(tensors_in((args, kwargs)), tensors_in(out))
             return out
         inputs = tensors_in((args, kwargs))
         reads = self.map.reads(inputs)
         self._know_outside(inputs)
-        self._check_fingerprints(filter(None, map(storage_of, inputs)))
-        with self.paused():
-            for original, tensor in zip(theirs, facts.written(args, kwargs), strict=True):
-                if (storage := storage_of(tensor)) is not None and self.map.number(storage) < 0:
-                    self._keep_out_of_graph(original)
-                    self.before_write(tensor)
-        if facts.random:
-            self._keep_generators((*args, *kwargs.values()))
         joins = self._is_accumulation(func, args)
         signature = None if facts.communicates else signature_of(func, args, kwargs)
         builds_graph = not self.backward and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
@@ -221,7 +182,6 @@ class Recorder(TorchDispatchMode):
             self.calls_with_numbers.append(signature)
         out = self._run(func, facts, args, kwargs)
         outputs = tensors_in(out)
-        self.made(outputs)
         seen = self.map.seen(facts, args, kwargs, reads, outputs)
         if facts.fresh_constant:
             self._know_outside(outputs)
@@ -246,57 +206,18 @@ class Recorder(TorchDispatchMode):
             self._backward_source if self.backward else _user_line(),
             -1 if self.backward else self.call,
         )
-        if self.compiled is None and in_compiled_code():
-            self.compiled = f"{op.module or 'the step'} ({op.source or 'unknown line'})"
         for n in seen.effects:
             self._outside_version[n] = self._outside_version.get(n, 0) + 1
         self._append(op)
         for number, tensor in seen.writes:
             self._born(number, tensor, op)
-        self._take_fingerprints([*facts.written(args, kwargs), *(tensor for _, tensor in seen.writes)])
         return out
 
     def _run(self, func: torch._ops.OpOverload, facts: OpFacts, args: Any, kwargs: dict[str, Any]) -> Any:
         if not facts.communicates:
-            return _told_apart(run_op(func, args, kwargs, autocast_around(facts)))
+            return _told_apart(func(*args, **kwargs))
         with self.paused():
             return run_alone(func, args, kwargs)
-
-    def _check_fingerprints(self, storages: Iterable[torch.UntypedStorage]) -> None:
-        """Note values that were changed by no operator: by NumPy, another thread, or a kernel unknown here.
-
-        One made by an operator would not come back by running that again; and what read one from outside before it
-        changed would read something else the second time.
-        """
-        if self.fingerprint is None or self.backward:
-            return
-        for storage in storages:
-            number, found = self.map.number(storage), self.fingerprint(storage)
-            if number not in self._fingerprints:
-                self._outside.append(weakref.ref(storage))
-            elif self._fingerprints[number] == found:
-                continue
-            elif number < 0:
-                self._outside_version[number] = self._outside_version.get(number, 0) + 1
-            else:
-                self.changed_unseen.add(number)
-                continue
-            self._fingerprints[number] = found
-
-    def _take_fingerprints(self, tensors: Iterable[Tensor]) -> None:
-        """Remember what these tensors hold, just written by an operator."""
-        if self.fingerprint is None or self.backward:
-            return
-        for storage in filter(None, map(storage_of, tensors)):
-            self._fingerprints[self.map.number(storage)] = self.fingerprint(storage)
-            shared = [s for ref in self._outside if (s := ref()) is not None and s is not storage]
-            self._check_fingerprints([s for s in shared if _overlap(s, storage)])  # a NumPy array can be in between
-
-    def forward_ends(self) -> None:
-        """Note what was changed unseen after the last operator that read it."""
-        made = [s.ref for s in self._storages.values() if s.ref is not None]
-        with self.paused():
-            self._check_fingerprints([s for ref in (*made, *self._outside) if (s := ref()) is not None])
 
     def _converted(self, tree: Any) -> Any:
         if isinstance(tree, Tensor):
@@ -394,8 +315,7 @@ class Recorder(TorchDispatchMode):
                 self._know_outside([tensor])
                 return tensor if tensor.is_leaf else tensor.detach()
             n, self._n_packed = self._n_packed, self._n_packed + 1
-            content = self.content(n, tensor)
-        packed = _Packed(n, number, View.of(tensor), tensor.device, self.module_path(), _user_line(), content)
+        packed = _Packed(n, number, View.of(tensor), tensor.device, self.module_path(), _user_line())
         key = id(packed)
         self._packed[key] = weakref.ref(packed, lambda _: self._released(key))
         self._packed_as[key] = number
@@ -434,23 +354,14 @@ class Recorder(TorchDispatchMode):
             local = self.unpack(packed.packed)
             with self.paused():
                 return packed.description.around(local)
-        if not self.backward and (name := computes_otherwise()):
-            raise RuntimeError(
-                f"a gradient is computed in the forward, and torch computes {name} in another way while autoremat "
-                "looks on, which may give other last bits; compute that gradient outside of what autoremat checkpoints"
-            )
         if not isinstance(packed, _Packed):
             return packed
         if self.backward:
             self._backward_module, self._backward_source = packed.module, packed.source
-        elif packed.content is None:
-            self.missed(packed.n)
         with self.paused():
             view = packed.view
             nelements = -(-self.values[packed.number].nbytes // view.dtype.itemsize)
             base = self.blank(nelements, view.dtype, packed.device)
-            if packed.content is not None:
-                base[: packed.content.numel()].copy_(packed.content)
             tensor = base.as_strided(view.size, view.stride, view.offset)
             tensor = torch._conj(tensor) if view.conjugated else tensor
             tensor = torch._neg_view(tensor) if view.negated else tensor
@@ -459,39 +370,13 @@ class Recorder(TorchDispatchMode):
         phase_op = RecordedOp("unpack", [packed.number], (), (), True, None, module=packed.module, source=packed.source,
                               packed=packed.n)  # fmt: skip
         self._append(phase_op)
-        storage = base.untyped_storage()
-        self.map.rebind(storage, packed.number)
-        self._watch(storage, _Storage(packed.number, unpacked_at=len(self.ops) - 1))
+        self.hold(base.untyped_storage(), packed.number)
         return tensor
 
-    def hooks(self) -> torch.autograd.graph.saved_tensors_hooks:
-        """The saved-tensor hooks of this recording."""
-        return torch.autograd.graph.saved_tensors_hooks(self.pack, self.unpack)
-
-    def _keep_generators(self, arguments: Sequence[Any]) -> None:
-        """Remember the state of explicit generators."""
-        for g in arguments:
-            if isinstance(g, torch.Generator) and id(g) not in self._generators:
-                self._generators[id(g)] = g, g.get_state()
-
-    def reset_generators(self) -> None:
-        """Put explicit generators back to where they were when the recording first met them."""
-        for generator, state in self._generators.values():
-            generator.set_state(state)
-
-    def _keep_out_of_graph(self, tensor: Tensor) -> None:
-        """Remember a tensor from outside that joins a graph if it is overwritten with something differentiable."""
-        owner = tensor if tensor._base is None else tensor._base
-        if not owner.requires_grad:
-            self._without_graph.append(weakref.ref(owner))
-
-    def take_out_of_graph(self) -> None:
-        """Tensors from outside that were no part of a graph before the recording are none afterwards."""
-        with _disable_current_modes():
-            for ref in self._without_graph:
-                tensor = ref()
-                if tensor is not None and tensor.requires_grad:
-                    tensor.detach_()
+    def hold(self, storage: torch.UntypedStorage, number: int) -> None:
+        """As long as this memory, handed out in a backward, is there, that value has to be."""
+        self.map.rebind(storage, number)
+        self._watch(storage, _Storage(number, unpacked_at=len(self.ops) - 1))
 
     def finish(self) -> None:
         """Whatever still lives is held to the end of the step."""
@@ -541,11 +426,6 @@ def is_dense(tensor: Tensor) -> bool:
             return False
         expected *= size
     return True
-
-
-def _overlap(a: torch.UntypedStorage, b: torch.UntypedStorage) -> bool:
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    return start_a < start_b + b.nbytes() and start_b < start_a + a.nbytes()
 
 
 def _covers_storage(tensor: Tensor) -> bool:

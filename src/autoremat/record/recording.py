@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from autoremat.record.facts import OpFacts
-from autoremat.record.parallel import Gathering
 from autoremat.record.signature import CallSignature
 
 
@@ -77,9 +76,6 @@ class Recording:
         changed_unseen: values that something changed which torch does not see.
         overwritten: values from outside that the step overwrites.
         calls_with_numbers: calls with gradients where a number stands in place of a tensor.
-        gathering: which ops need parameters that ``fully_shard`` frees; None where it frees none.
-        later: of the step when it runs for the second time, where it takes another path then and stays on that (it has
-            cached a table at its first call, say); None where it does not, or where nobody has looked.
     """
 
     ops: list[RecordedOp]
@@ -88,8 +84,6 @@ class Recording:
     changed_unseen: set[int]
     overwritten: set[int]
     calls_with_numbers: list[CallSignature]
-    gathering: Gathering | None = None
-    later: Recording | None = None
 
     def take_sizes(self, made_bytes: Sequence[tuple[int, ...]]) -> None:
         """Replace the sizes of fake memory by those that every op made when it really ran; () where it did not."""
@@ -102,10 +96,3 @@ class Recording:
             real |= {new: real[old] for new, old in op.in_place if old in real}
         for number, nbytes in real.items():
             self.values[number].nbytes = nbytes
-
-    def has_path_of(self, other: Recording) -> bool:
-        """Whether two recordings have the same forward; of either there need not be more."""
-        return self._path() == other._path()
-
-    def _path(self) -> list[tuple[str, list[int], tuple[int, ...]]]:
-        return [(op.name, [n for n in op.reads if n >= 0], op.writes) for op in self.ops if not op.backward]

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
+from torch.utils._python_dispatch import _disable_current_modes
 
 _TINY = 5e-324
 """A denormal number."""
@@ -145,6 +146,9 @@ def _default_generators() -> Sequence[torch.Generator]:
 
 def state_of(generator: torch.Generator) -> bytearray:
     """The state of a generator; not as a tensor, which would take part in the account of memory."""
+    if torch._C._len_torch_dispatch_stack():  # a mode might make it a fake one
+        with _disable_current_modes():
+            return bytearray(generator.get_state().numpy())
     return bytearray(generator.get_state().numpy())
 
 

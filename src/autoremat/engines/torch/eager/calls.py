@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Final
 
 import torch
@@ -66,8 +69,24 @@ def is_pass(func: Any, name: str) -> bool:
 
 def is_out_of_sight() -> bool:
     """Whether a transform of torch.func is at work, or a dispatch mode of the user's: then nobody looks on."""
-    return _transform() is not None or _modes() > 0
+    return _transform() is not None or _modes() > _OURS.modes
 
+
+@contextmanager
+def in_sight() -> Iterator[None]:
+    """In this block the dispatch modes that are there by now hide nothing: they are ours."""
+    before, _OURS.modes = _OURS.modes, _modes()
+    try:
+        yield
+    finally:
+        _OURS.modes = before
+
+
+class _Ours(threading.local):
+    modes = 0
+
+
+_OURS = _Ours()
 
 _transform, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_torch_dispatch_stack
 

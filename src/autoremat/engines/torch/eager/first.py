@@ -14,6 +14,7 @@ from autoremat.engines.torch.eager.arguments import tensors_in
 from autoremat.engines.torch.eager.check import NoCheck
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.recording import (
+    finished,
     know_the_world,
     largest_op_bytes,
     path_of,
@@ -25,8 +26,10 @@ from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.engines.torch.eager.units import Units
 from autoremat.program import Program
 from autoremat.record.local import local_of, prepare_jagged
+from autoremat.record.module_paths import ModulePaths
 from autoremat.record.parallel import Parallel, resident_bytes
-from autoremat.record.record import ModulePaths, NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
+from autoremat.record.problems import NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
+from autoremat.record.recording import Recording
 from autoremat.record.timing import Progress
 from autoremat.record.values import storage_of
 from autoremat.record.world import named_tensors, reachable_modules
@@ -114,8 +117,11 @@ class FirstStep:
         storages = map(storage_of, tensors)
         return list({s._cdata: s for s in storages if s is not None}.values())
 
-    def forward(self) -> Any:
+    def forward(self, within: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()) -> Any:  # noqa: B008
         """Call the callable.
+
+        Args:
+            within: the block that it is called in.
 
         Raises:
             TrainsInside: it runs its own optimizer.
@@ -128,7 +134,7 @@ class FirstStep:
             self.tape.witness.give_up(error)
         around = self._gradients_put_back(), no_optimizer(), self._paths, self._units.watched(self.tape)
         with contextlib.ExitStack() as stack:
-            for block in (*around, self.tape.forward()):
+            for block in (*around, self.tape.forward(), within):
                 stack.enter_context(block)
             return self.fn(*self.args, **self.kwargs)
 
@@ -191,6 +197,18 @@ class FirstStep:
             parallel=self.parallel, progress=progress, timing=timing,
             limit=None if limit is None else lambda program: limit(program) - there,
         )  # fmt: skip
+
+    def module_at(self, line: str) -> str:
+        """The path of the module that has run this line of the forward; "" outside of all."""
+        return next((op.module for op in self._shadow.recorder.ops if op.source == line), "")
+
+    def on_op(self, report: Callable[[int], None]) -> None:
+        """Have every op that is recorded told, by the number of those so far."""
+        self._shadow.recorder.on_op = report
+
+    def recording(self) -> Recording:
+        """What has been recorded, as plain data."""
+        return finished(self._shadow, self.tape.path)
 
     def path(self) -> Path:
         """The path of its forward."""

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autoremat.engines.torch.eager.arguments import Seen, modified, version_of
 from autoremat.record.local import local_of
@@ -66,8 +67,8 @@ _EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def _without_memory(tensor: Tensor) -> Tensor | None:
-    """An alias that has the version counter, and no memory."""
-    if tensor.is_inference():
+    """An alias that has the version counter, and no memory; a fake tensor has none as it is."""
+    if tensor.is_inference() or isinstance(tensor, FakeTensor):
         return None
     alias = tensor.detach()
     key = alias.dtype, alias.device

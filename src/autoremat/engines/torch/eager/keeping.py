@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Final
 
 import torch
@@ -45,6 +45,8 @@ class Keeping:
         self.escaped: set[int] = set()
         self.uninitialised: set[int] = set()
         """Values that are whatever the memory held before: made again they would be something else."""
+        self.before_outside: Callable[[Tensor], None] = lambda tensor: None
+        """Called with what the step did not make and is about to overwrite."""
 
     # ---- what may be read by a call that is made again -----------------------------------------------------------
 
@@ -71,7 +73,8 @@ class Keeping:
             if storage is not None:
                 self._outside_readers.setdefault(storage._cdata, set()).add(call)
                 known = storage._cdata in self._lasting or storage._cdata in self._spans
-                if not known and not (is_parameter(outside.tensor) and storage.resizable()):  # fully_shard resizes some
+                is_resized = is_parameter(outside.tensor) and storage.resizable()  # by fully_shard
+                if not known and not is_resized and storage.device.type == "cpu":
                     self._spans[storage._cdata] = _span(storage)
 
     def is_read(self, value: int) -> bool:
@@ -90,6 +93,7 @@ class Keeping:
         if storage is None:
             return
         if number < 0:
+            self.before_outside(tensor)
             if not statistics:
                 self._overwritten_outside.add(number)
             self.freeze(self._outside_readers.get(storage._cdata, ()))

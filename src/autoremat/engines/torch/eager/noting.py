@@ -14,7 +14,7 @@ from autoremat.engines.torch.eager.calls import ESCAPES, is_collective, is_out_o
 from autoremat.engines.torch.eager.check import DIFFERS
 from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, generators_of, prepared
-from autoremat.engines.torch.eager.facts import CallFacts, facts_of_call
+from autoremat.engines.torch.eager.facts import FOREIGN, CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.purity import gives_the_same, sums_of
@@ -202,7 +202,8 @@ class Noting:
     def _enter(self, call: int, entry: Entry | None, facts: CallFacts, effects: Sequence[int]) -> None:
         tape = self._tape
         if entry is None:
-            tape.witness.once(call, facts.once or (_OVERWRITES if effects else _UNREPEATABLE))
+            otherwise = _OVERWRITES if effects else FOREIGN if facts.foreign else _UNREPEATABLE
+            tape.witness.once(call, facts.once or otherwise)
             return
         tape.ledger.enter(call, entry)
         tape.keeping.enter(call)

@@ -15,9 +15,12 @@ from autoremat.engines.torch.eager.facts import generators_kept, unseen
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.program import Program
+from autoremat.record.outputs import differentiable_outputs
 from autoremat.record.parallel import Parallel, resident_bytes
-from autoremat.record.record import NOTHING, NothingDifferentiable, Whole, differentiable_outputs
+from autoremat.record.problems import NOTHING, NothingDifferentiable
+from autoremat.record.recording import Recording
 from autoremat.record.timing import Progress
+from autoremat.record.whole import Whole
 from autoremat.record.world import named_tensors
 
 
@@ -86,6 +89,16 @@ def program_of(
     parallel: Parallel, progress: Progress | None, limit: Callable[[Program], int] | None, timing: str = "measure",
 ) -> Program:  # fmt: skip
     """The program of a recorded step; operators are measured, where there is room for that, or estimated."""
+    is_measured = timing == "measure"
+    beside = resident_bytes(parallel)
+    whole = Whole(
+        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, beside, is_measured, limit, progress
+    )  # fmt: skip
+    return whole.program(finished(shadow, calls))
+
+
+def finished(shadow: Shadow, calls: Sequence[Call]) -> Recording:
+    """The recording of a forward and its backward, with what the real step knows of its calls."""
     recorder = shadow.recorder
     for op in recorder.ops:
         if op.facts is None or op.backward or op.call < 0:
@@ -94,12 +107,7 @@ def program_of(
             op.facts = replace(op.facts, uninitialised=False)  # the call itself fills it
         if op.call in shadow.once:
             op.facts = replace(op.facts, never_again=op.facts.never_again or shadow.once[op.call])
-    is_measured = timing == "measure"
-    beside = resident_bytes(parallel)
-    whole = Whole(
-        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, beside, is_measured, limit, progress
-    )  # fmt: skip
-    return whole.program(recorder.recording())
+    return recorder.recording()
 
 
 def largest_op_bytes(shadow: Shadow) -> int:

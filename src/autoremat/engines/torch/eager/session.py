@@ -18,9 +18,9 @@ from autoremat.engines.torch.eager.planning import Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.steps import Steps
 from autoremat.program import Plan
+from autoremat.record.devices import check_devices
 from autoremat.record.local import local_of
 from autoremat.record.parallel import check_supported, parallel_of
-from autoremat.record.record import check_devices
 from autoremat.record.values import storage_of
 from autoremat.record.world import reachable_modules
 from autoremat.run.stats import Stats

@@ -28,6 +28,7 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 
 from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
+from autoremat.engines.torch.eager.by_hand import Region, Regions, SetAside
 from autoremat.engines.torch.eager.calls import is_pass, name_of
 from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
 from autoremat.engines.torch.eager.state import heard_by_classes
@@ -70,7 +71,7 @@ class Shadow:
 
     def __init__(self, module_path: Callable[[], str]) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self.recorder = _Told(_blank, self._as_fake, lambda tensor: None, module_path)
+        self.recorder = _Told(_blank, self._as_fake, module_path)
         self.compiled = ""
         """Where something was met that compiled code has made."""
         self.once: dict[int, str] = {}
@@ -98,6 +99,9 @@ class Shadow:
         self._loose: list[tuple[int, Tensor]] = []
         self.packed_here: dict[int, Tensor] = {}
         """What the call that runs now has saved, by pack."""
+        self._regions = Regions()
+        self._region: Region | None = None
+        """Where the call that runs now is, if the user checkpoints it himself."""
 
     # ---- twins ---------------------------------------------------------------------------------------------------
 
@@ -209,6 +213,9 @@ class Shadow:
                 return inside.around(self.twin(local_of(tensor)).detach()).requires_grad_(tensor.requires_grad)
             if is_distributed(tensor):
                 return _around(tensor, self._as_fake(local_of(tensor).detach()))
+            if _is_nested(tensor):
+                blank = self._blank_like(tensor)
+                return requiring_grad(blank) if tensor.requires_grad else blank
             detached = local_of(tensor if tensor.is_leaf else tensor.detach())
             twin: Tensor = self.mode.from_tensor(detached)
             if tensor.requires_grad and not twin.requires_grad:
@@ -294,12 +301,14 @@ class Shadow:
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with generators_kept(), unseen(), self.mode, warnings.catch_warnings(), self.recorder, hooks:
             warnings.simplefilter("ignore")
             yield
 
     def _pack(self, tensor: Tensor) -> Any:
+        if self._region is not None:
+            return self._region.pack(tensor)
         if tensor.dtype is torch.bool:
             self.recorder.count(tensor)
         packed = self.recorder.pack(tensor)
@@ -311,6 +320,9 @@ class Shadow:
             self._packed_once.add(storage._cdata)
             self._saved_after.setdefault(inner.number, len(self.recorder.ops) - 1)
         return packed
+
+    def _unpack(self, packed: Any) -> Tensor:
+        return packed.unpack() if isinstance(packed, SetAside) else self.recorder.unpack(packed)
 
     def make(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, packs: Sequence[int], call: int
@@ -327,10 +339,14 @@ class Shadow:
         """
         self.settle()
         recorder, real = self.recorder, tensors_in(out)
+        self._region = self._regions.now(recorder)
         recorder.call, recorder.real = call, real
         recorder.given = [(self._as_given(t), t) for t in tensors_given(args, kwargs)]
-        recorder.masks = [(t.size(), _count(t)) for _, t in recorder.given if not t.dtype.is_floating_point]
+        counted = [t for _, t in recorder.given if not t.dtype.is_floating_point and not isinstance(t, FakeTensor)]
+        recorder.masks = [(t.size(), _count(t)) for t in counted]
         numbers, _ = recorder.map.reads(local_of(twin) for twin, _ in recorder.given)
+        if self._region is not None:
+            self._region.given(numbers)
         begin = len(recorder.ops)
         made = self._made(func, args, kwargs, real, packs)
         for tensor, twin in zip(real, made, strict=True):
@@ -487,6 +503,8 @@ class Shadow:
         """Another fake tensor of the same kind."""
         if is_jagged(tensor):
             return Jagged.of(tensor).converted(self.twin).around(self._blank_like(local_of(tensor)))
+        if _is_nested(tensor):
+            return torch.empty(tensor.numel(), dtype=tensor.dtype, device=tensor.device)
         if _is_opaque(tensor) or is_distributed(tensor):
             return self.mode.from_tensor(tensor.detach())
         return torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
@@ -659,10 +677,17 @@ def _is_opaque(tensor: Tensor) -> bool:
     return storage_of(local_of(tensor)) is None and not has_inside(tensor)
 
 
+def _is_nested(tensor: Tensor) -> bool:
+    """Whether this is a nested tensor of the old layout, for which another one stands that has as many elements."""
+    return tensor.is_nested and not is_jagged(tensor)
+
+
 def _is_like(twin: Tensor, tensor: Tensor) -> bool:
     """Whether two tensors differ in nothing but their numbers."""
     if is_jagged(tensor):
         return is_jagged(twin) and _is_like(local_of(twin), local_of(tensor))
+    if _is_nested(tensor):
+        return twin.numel() == tensor.numel()
     if twin.size() != tensor.size() or twin.dtype is not tensor.dtype or twin.layout is not tensor.layout:
         return False
     if tensor.layout is not torch.strided or is_distributed(tensor):

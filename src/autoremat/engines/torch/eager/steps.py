@@ -17,7 +17,7 @@ from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget
 from autoremat.record.parallel import Parallel, hidden
-from autoremat.record.record import NothingDifferentiable
+from autoremat.record.problems import NothingDifferentiable
 from autoremat.record.world import named_tensors, reachable_modules
 from autoremat.run.memory import free_memory, is_out_of_memory, told, without_frames
 from autoremat.run.settings import RandomStates

@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from autoremat.engines.torch.eager.arguments import tensors_in
 from autoremat.engines.torch.eager.shadow import Shadow
@@ -106,7 +107,7 @@ class Units:
     def _leaving(self, tape: Tape, unit: Unit, own: Callable[..., Any]) -> Callable[..., Any]:
         def post_forward(module: Any, args: Any, output: Any) -> Any:
             begin = self._begun.pop(id(unit.group), tape.n_calls)
-            if unit.frees:
+            if unit.frees and not _is_fake(unit):  # what is fake is not freed
                 with torch._C.DisableTorchFunction():
                     _settle(tape, range(begin, tape.n_calls), output, is_gathered=unit.group.unshard_in_backward)
             return own(module, args, output)
@@ -134,8 +135,9 @@ class Units:
 
     def _know(self, unit: Unit) -> None:
         """Get to know the whole parameters of a unit, which has just gathered them."""
-        for module, name, parameter in unit.parameters():
-            tensor, label = parameter._unsharded_param, self._label(module, name)
+        for module, name, _ in unit.parameters():
+            tensor, label = module._parameters[name], self._label(module, name)
+            assert tensor is not None
             self._shadow.know(tensor, label, "parameter", label.rpartition(".")[0])
             self._shadow.twin(tensor).grad = None  # what has been accumulated is in the account as a whole
             number = self._is_elsewhere(tensor)
@@ -188,6 +190,11 @@ class Units:
             if op.name == "unpack":
                 found.setdefault(op.reads[0], []).append(there)
         return found
+
+
+def _is_fake(unit: Unit) -> bool:
+    """Whether the step is one on fake tensors."""
+    return any(isinstance(module._parameters[name], FakeTensor) for module, name, _ in unit.parameters())
 
 
 def _settle(tape: Tape, calls: range, output: Any, *, is_gathered: bool) -> None:

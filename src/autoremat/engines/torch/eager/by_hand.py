@@ -1,0 +1,111 @@
+"""Parts of a step that the user checkpoints by hand, with ``torch.utils.checkpoint``.
+
+What is saved inside such a part is not there after the forward: torch runs the part again as soon as the backward asks
+for the first of it, and then all of it is there. In a recording that is one op of the backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final
+from weakref import WeakSet
+
+import torch
+from torch import Tensor
+
+from autoremat.record.recorder import Recorder
+from autoremat.record.recording import RecordedOp
+from autoremat.record.values import View, is_parameter, storage_of
+
+_OF_TORCH: Final = "torch.utils.checkpoint"
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+
+
+class Regions:
+    """The parts of one step."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, Region] = {}
+
+    def now(self, recorder: Recorder) -> Region | None:
+        """The part that runs now; None outside of all."""
+        hooks = _top_hooks(True)
+        if hooks is None or getattr(hooks[0], "__module__", "") != _OF_TORCH:
+            return None
+        if hooks[0] not in self._found:
+            self._found[hooks[0]] = Region(recorder)
+        return self._found[hooks[0]]
+
+
+class Region:
+    """One part: what is saved in it.
+
+    Args:
+        recorder: that records the step.
+    """
+
+    def __init__(self, recorder: Recorder) -> None:
+        self.recorder = recorder
+        self._waiting: WeakSet[SetAside] = WeakSet()
+        self._begin = recorder.map.made
+        self._reads: dict[int, None] = {}
+
+    def given(self, numbers: Iterable[int]) -> None:
+        """A call in it is given these values: what was there before the part, it reads when it runs again."""
+        self._reads.update((n, None) for n in numbers if 0 <= n < self._begin)
+
+    def pack(self, tensor: Tensor) -> Any:
+        """What stands for a tensor that is saved: nothing holds its memory; one from outside itself."""
+        recorder, storage = self.recorder, storage_of(tensor)
+        if storage is None or is_parameter(tensor) or recorder.map.number(storage) < 0:
+            return tensor if tensor.is_leaf else tensor.detach()
+        number = recorder.map.number(storage)
+        packed = SetAside(self, number, View.of(tensor), tensor.device, recorder.module_path())
+        self._waiting.add(packed)
+        return packed
+
+    def run_again(self) -> None:
+        """Make all that has been saved, and is still waited for."""
+        recorder = self.recorder
+        waiting = [p for p in self._waiting if p.tensor is None]
+        made: dict[int, Tensor] = {}
+        with recorder.paused():
+            for p in waiting:
+                if p.number not in made:
+                    made[p.number] = torch.empty(recorder.values[p.number].nbytes, dtype=torch.uint8, device=p.device)
+        inside = [n for n in made if n >= self._begin]
+        op = RecordedOp(_OF_TORCH, list(self._reads), (), (), True, None, module=min(p.module for p in waiting))
+        op.writes = tuple(recorder.map.bind_made(made[n].untyped_storage()) for n in inside)
+        recorder._append(op)
+        for new, n in zip(op.writes, inside, strict=True):
+            recorder._born(new, made[n], op)
+        for n in made.keys() - inside:
+            recorder.hold(made[n].untyped_storage(), n)
+        for packed in waiting:
+            packed.tensor = made[packed.number]
+
+
+@dataclass(eq=False)
+class SetAside:
+    """Stands for a tensor that torch computes again."""
+
+    region: Region
+    number: int
+    view: View
+    device: torch.device
+    module: str
+    tensor: Tensor | None = None
+    """Its memory, from when the part has run again to when it is asked for."""
+
+    def unpack(self) -> Tensor:
+        """Hand out its memory."""
+        if self.tensor is None:
+            self.region.run_again()
+        assert self.tensor is not None
+        memory, self.tensor, view = self.tensor, None, self.view
+        with self.region.recorder.paused():
+            whole = memory[: memory.numel() // view.dtype.itemsize * view.dtype.itemsize]
+            tensor = whole.view(view.dtype).as_strided(view.size, view.stride, view.offset)
+            tensor = torch._conj(tensor) if view.conjugated else tensor
+            return torch._neg_view(tensor) if view.negated else tensor

@@ -1,0 +1,33 @@
+"""Real tensors under another identity."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+class Twins:
+    """Real tensors under another identity, on the same memory.
+
+    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer), does
+    not run into the graph that an input comes from, and that an input or a buffer that is overwritten with something
+    differentiable does not become part of the recording's graph.
+    """
+
+    def __init__(self) -> None:
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The twin of a tensor, always the same one."""
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+            return tensor
+        if id(tensor) not in self._twins:
+            twin = tensor.detach()
+            if isinstance(tensor, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+            else:
+                twin.requires_grad_(tensor.requires_grad)
+            vars(twin).update(vars(tensor))
+            if tensor.is_leaf:
+                twin.grad = tensor.grad
+            self._twins[id(tensor)] = tensor, twin
+        return self._twins[id(tensor)][1]
