@@ -16,7 +16,7 @@ from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, generators_of, prepared
 from autoremat.engines.torch.eager.facts import CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
-from autoremat.engines.torch.eager.path import Call
+from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.purity import gives_the_same, sums_of
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.record.compiled import in_compiled_code
@@ -145,7 +145,7 @@ class Noting:
         self._listed(Call(
             func, tuple((i, n) for i, n in enumerate(numbers) if n is not None and n >= 0), results, saved,
             tuple(changes), tuple(effects), facts.statistics, facts.random, facts.uninitialised, facts.leaves,
-            (first, tape.n_packs), out.numel() if type(out) is Tensor else 0,
+            (first, tape.n_packs), n_elements(out),
         ), given, made)  # fmt: skip
         self._room.online.noted(call, facts.seconds, facts.nbytes)
         self._room.online.used([n for n in (*numbers, *(v for _, v in results)) if n is not None and n >= 0])

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.utils._python_dispatch import _disable_current_modes
 
 from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
 from autoremat.engines.torch.eager.calls import is_pass, name_of
@@ -97,6 +98,8 @@ class Shadow:
         self._loose: list[tuple[int, Tensor]] = []
         self.packed_here: dict[int, Tensor] = {}
         """What the call that runs now has saved, by pack."""
+        self._numbers: dict[int, Tensor] = {}
+        """Small indices that autograd has saved, with their numbers, by the recorder's count of packs."""
 
     # ---- twins ---------------------------------------------------------------------------------------------------
 
@@ -242,7 +245,7 @@ class Shadow:
         """Give fake results a history: one node behind these inputs, which has saved what is loose."""
         saved = [twin for _, twin in self._loose]
         self._packs = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with torch.enable_grad(), _without_duals(), hooks:
             made = _StandIn.apply(self, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs])
         for packed, (j, _) in zip(self._packs, self._loose, strict=True):
@@ -271,6 +274,8 @@ class Shadow:
             return self._bind(tensor, stand_in)
 
     def _as_fake(self, tensor: Tensor) -> Tensor:
+        if (twin := _twin_beside(tensor)) is not None:
+            return twin
         return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
 
     # ---- calls ---------------------------------------------------------------------------------------------------
@@ -284,7 +289,7 @@ class Shadow:
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with generators_kept(), unseen(), self.mode, warnings.catch_warnings(), self.recorder, hooks:
             warnings.simplefilter("ignore")
             yield
@@ -301,6 +306,12 @@ class Shadow:
             self._packed_once.add(storage._cdata)
             self._saved_after.setdefault(inner.number, len(self.recorder.ops) - 1)
         return packed
+
+    def _unpack(self, packed: Any) -> Tensor:
+        """Hand out memory for a saved tensor; with numbers, where the backward may look at them."""
+        fake = self.recorder.unpack(packed)
+        numbers = self._numbers.get(packed.n) if isinstance(packed, _Packed) else None
+        return fake if numbers is None else _with_twin(numbers, fake)
 
     def make(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, packs: Sequence[int], call: int
@@ -434,6 +445,9 @@ class Shadow:
         if isinstance(packed, _Packed):
             self.pack_of[packed.n] = j
             self.saved[j] = packed.number
+            real = self.packed_here.get(j)
+            if real is not None and real.dtype is not torch.bool and _is_small_index(real):
+                self._numbers[packed.n] = real.detach().clone()
 
     def _foreign(self, func: Any, args: Any, kwargs: Any, real: Sequence[Tensor], packs: Sequence[int]) -> list[Tensor]:
         """What an operator that is not torch's gives: one op of the program, and one node; nobody's code runs."""
@@ -613,6 +627,19 @@ def _blank_of(tensor: Tensor) -> Blank:
         inside, values = Jagged.of(tensor), _blank_of(local_of(tensor))
         return lambda: inside.around(values())
     return partial(torch.empty, tensor.size(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _with_twin(numbers: Tensor, twin: Tensor) -> Tensor:
+    """A copy of real numbers that stands for a fake tensor, which lives as long as it does."""
+    with _disable_current_modes():
+        made = numbers.clone()
+    made.twin_beside = twin  # type: ignore[attr-defined]
+    return made
+
+
+def _twin_beside(tensor: Tensor) -> Tensor | None:
+    """The fake tensor that a real one stands for, if it does."""
+    return getattr(tensor, "twin_beside", None)
 
 
 def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
