@@ -48,6 +48,8 @@ class Backward:
         self.room: Room | None = None
         """Where no plan says what is held."""
         self.is_forward = True
+        self.on_ask: Callable[[int], None] | None = None
+        """Who wants to know which values passes ask for."""
         self.pinned: set[int] = set()
         """Values that the plan would drop and that turned out to be kept."""
 
@@ -112,6 +114,8 @@ class Backward:
                 if handle.served == self._passes.number and handle.stays is not None:
                     return handle.stays
                 value = self._passes.serve(handle)
+                if self.on_ask is not None:
+                    self.on_ask(value)
                 self._shrink()
                 tensor = self._served(handle, value)
                 handle.stays = tensor if in_python_node() else None

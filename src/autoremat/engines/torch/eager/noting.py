@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _UNREPEATABLE: Final = "reads what is not there any more, or makes nothing that can be told apart"
 _OVERWRITES: Final = "overwrites what the step did not make"
+_REGISTER_HOOK: Final = Tensor.register_hook
 _PASS: Final = CallFacts(once="a pass of its own", leaves=True)
 Written = list[tuple[int, int, int]]
 
@@ -61,6 +62,8 @@ class Noting:
         """Make a call and take note of it."""
         name = name_of(func)
         if only_looks(func, name) or is_out_of_sight():
+            if func is _REGISTER_HOOK and len(args) > 1 and self._tape.sections is not None:
+                args = args[0], self._tape.sections.hooked(*args[:2]), *args[2:]
             return func(*args, **kwargs)
         listener = self._tape.listener
         if listener.is_made_of_others(func):

@@ -21,6 +21,7 @@ from autoremat.engines.torch.eager.first import Cached, FirstStep, NotRecorded
 from autoremat.engines.torch.eager.listener import is_listening
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
+from autoremat.engines.torch.eager.sections import Sections, Taken, with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, Load, plan_for
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
@@ -139,6 +140,10 @@ class _Entry:
     path: Path | None = None
     cached: Cached | None = None
     """What the first step may have left for the second one to find."""
+    sections: Sections | None = None
+    """What listens to code of the user's in the backward of the first step."""
+    taken: tuple[Taken, ...] = ()
+    """What such code takes, if that is not in the plan yet."""
 
     def follow(self, plan: Plan, budget_bytes: int, *, quick: bool = False) -> None:
         """Take this plan from now on; all calls before one backward have so many bytes."""
@@ -271,6 +276,7 @@ class Session:
             entry.steps, entry.cached = 1, step.cached(result) if known is None else None
             if entry.script is not None:
                 step.tape.take_plan(entry.script)
+                entry.sections = step.tape.sections
         except NothingDifferentiable:
             entry.is_new = True
             if is_first:
@@ -489,6 +495,7 @@ class Session:
                 if op.call in entry.differing and not op.repeatable:
                     ops[i] = replace(op, repeatable=entry.differing[op.call])
             program, entry.differing = replace(program, ops=tuple(ops)), {}
+        program = with_taken(program, entry.taken)
         begin = perf_counter()
         n = entry.together = max(entry.together, self._here.living.usual)
         if n > 1:
@@ -498,6 +505,7 @@ class Session:
         else:
             plan = self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick)
             budget_bytes = plan.budget_bytes
+        entry.taken = ()
         entry.follow(plan, budget_bytes, quick=quick and n == 1)
         self._counts.planned += 1
         if not quick:
@@ -522,8 +530,14 @@ class Session:
 
         A quick plan is, once the training has gone on with it for so long that a better one costs little beside.
         """
+        if entry.sections is not None:
+            entry.taken, entry.sections = entry.sections.close(), None
         is_worth = perf_counter() - entry.since_seconds > _PATIENCE * self._planning_seconds
-        return bool(entry.differing) or entry.together < self._here.living.usual or (entry.quick and is_worth)
+        return (
+            bool(entry.differing or entry.taken)
+            or entry.together < self._here.living.usual
+            or (entry.quick and is_worth)
+        )
 
     def _differs(self, entry: _Entry, k: int, reason: str) -> None:
         entry.differing[k] = reason

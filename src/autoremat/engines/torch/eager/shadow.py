@@ -56,6 +56,8 @@ _SMALL = 4096
 
 Blank = Callable[[], Tensor]
 """Makes another fake tensor of some kind."""
+Mark = Callable[[Sequence[Any]], None]
+"""Lets an op of the recording stand for code of the user's that is given these gradients."""
 
 
 class Unlike(Exception):
@@ -96,6 +98,10 @@ class Shadow:
         self._saved_after: dict[int, int] = {}
         """For every value that is saved the op after which that happened first."""
         self._loose: list[tuple[int, Tensor]] = []
+        self.marks: dict[int, int] = {}
+        """For nodes and hooks that are code of the user's, by key, the recorded op that stands for them."""
+        self.met: Callable[[Any], int] | None = None
+        """Called with the nodes of custom Functions; gives their keys."""
         self.packed_here: dict[int, Tensor] = {}
         """What the call that runs now has saved, by pack."""
         self._numbers: dict[int, Tensor] = {}
@@ -227,11 +233,38 @@ class Shadow:
         if not found:
             return None
         alias = self._alias_of(tensor)
-        return self._stand_in([self._blank_like(tensor) if alias is None else alias], found)[0]
+        return self._stand_in([self._blank_like(tensor) if alias is None else alias], found, node)[0]
 
     def loose(self, j: int, tensor: Tensor) -> None:
         """Note what a custom function saves, outside of all calls."""
         self._loose.append((j, self.twin(tensor)))
+
+    def hook(self, key: int, tensor: Tensor) -> bool:
+        """Mark where the backward comes to a hook that is about to be registered on a tensor; whether that can be."""
+        try:
+            with self._here():
+                twin: Any = self.twin(tensor)
+                twin.register_hook(lambda gradient: self._mark(key, "hook", (gradient,)))
+        except Exception:  # noqa: BLE001 - whatever a fake tensor cannot do
+            return False
+        return True
+
+    def _mark(self, key: int, name: str, gradients: Sequence[Any]) -> None:
+        """Let an op of the recorded backward stand for code of the user's."""
+        recorder = self.recorder
+        if not recorder.backward:
+            return
+        storages = (storage_of(local_of(g)) for g in gradients if isinstance(g, Tensor))
+        reads = [n for s in storages if s is not None and (n := recorder.map.number(s)) >= 0]
+        self.marks[key] = len(recorder.ops)
+        recorder._append(RecordedOp(name, reads, (), (), True, None))
+
+    def know_no_gradients(self) -> None:
+        """Before a pass: leaves that have no gradient have none here either."""
+        for reference, twin in list(self._twins.values()):
+            tensor = reference()
+            if tensor is not None and tensor.is_leaf and tensor.requires_grad and tensor.grad is None:
+                twin.grad = None
 
     def _input(self, node: Any, nr: int) -> tuple[Tensor, Blank] | None:
         if node is None:
@@ -241,13 +274,17 @@ class Shadow:
             return twin, _blank_of(twin)
         return self._nodes.get((node._sequence_nr(), nr))
 
-    def _stand_in(self, results: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Blank]]) -> list[Tensor]:
+    def _stand_in(self, results: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Blank]], node: Any) -> list[Tensor]:
         """Give fake results a history: one node behind these inputs, which has saved what is loose."""
         saved = [twin for _, twin in self._loose]
+        mark = None
+        is_custom = isinstance(node, torch.autograd.function.BackwardCFunction) and type(node).__name__ != _COMPILED
+        if self.met is not None and is_custom:
+            mark = partial(self._mark, self.met(node), type(node).__name__)
         self._packs = []
         hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with torch.enable_grad(), _without_duals(), hooks:
-            made = _StandIn.apply(self, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs])
+            made = _StandIn.apply(self, mark, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs])
         for packed, (j, _) in zip(self._packs, self._loose, strict=True):
             self._match(packed, j)
         self._loose = []
@@ -474,7 +511,8 @@ class Shadow:
                 return made
             behind = [(t, _blank_of(t)) for t in inputs if t.requires_grad]
             loose, self._loose = self._loose, [(j, self._twin_of_pack(j)) for j in packs]
-            made = self._stand_in(made, behind)
+            node = next(t.grad_fn for t in real if t.requires_grad)
+            made = self._stand_in(made, behind, node)
             self._loose = loose
             return made
 
@@ -512,9 +550,11 @@ class _StandIn(torch.autograd.Function):
     """One node for all that happens out of sight between some tensors and a result."""
 
     @staticmethod
-    def forward(ctx: Any, shadow: Shadow, results: list[Tensor], saved: Any, blanks: Any, *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any, shadow: Shadow, mark: Mark | None, results: list[Tensor], saved: Any, blanks: Any, *inputs: Tensor
+    ) -> Any:  # fmt: skip
         """The results; they have a history now."""
-        ctx.shadow, ctx.blanks = shadow, blanks
+        ctx.shadow, ctx.mark, ctx.blanks = shadow, mark, blanks
         ctx.save_for_backward(*saved)
         return tuple(results)
 
@@ -522,10 +562,12 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Ask for what was saved, and give each input a gradient of its size."""
         saved = ctx.saved_tensors
+        if ctx.mark is not None:
+            ctx.mark(gradients)
         with ctx.shadow.mode:
             made = [blank() for blank in ctx.blanks]
         del saved
-        return None, None, None, None, *made
+        return None, None, None, None, None, *made
 
 
 @dataclass

@@ -27,6 +27,7 @@ from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.room import OfFirstStep, OfScript, Room
 from autoremat.engines.torch.eager.script import Script
+from autoremat.engines.torch.eager.sections import Sections
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.values import Numbers
 from autoremat.engines.torch.eager.witness import Witness
@@ -94,6 +95,7 @@ class Tape:
         self.script = None if isinstance(script, First) else script
         self.witness = Witness() if first is None else Witness(first.shadow, self.reports.unlike)
         self.numbers = Numbers(self.witness)
+        self.sections = None if first is None or first.shadow is None else Sections(first.shadow)
         storages = () if first is None else first.storages
         self.keeping = Keeping(self.ledger, self.passes, self.witness, storages)
         self.backward = Backward(
@@ -182,6 +184,9 @@ class Tape:
         self.script, self.ledger.where = script, script.where
         with torch._C.DisableTorchFunction():
             self.backward.take_plan(script, self.keeping.may_go)
+        sections, self.sections = self.sections, None
+        if sections is not None and sections.open():
+            self.sections, self.backward.on_ask = sections, sections.asked
 
     # ---- what happens to values ------------------------------------------------------------------------------------
 
