@@ -121,6 +121,17 @@ def test_a_graph_that_a_hook_goes_through_is_kept() -> None:
     assert net.seen == 3
 
 
+def test_what_is_left_of_a_graph_after_its_backward_waits_for_nothing() -> None:
+    torch.manual_seed(0)
+    net, losses = Implicit(), list[Tensor]()
+    plain = autoremat.plan(net, torch.randn(ROWS, WIDTH), budget=1.0).plain_peak_bytes
+    step = autoremat.checkpoint(lambda x: net(x), budget=int(0.7 * plain))
+    for _ in range(3):
+        losses.append(step(torch.randn(ROWS, WIDTH, requires_grad=True)))
+        losses[-1].backward()
+    assert autoremat.stats(step).reruns <= 150
+
+
 def test_hooks_and_functions_are_called_as_often_as_in_plain_training() -> None:
     calls = []
 

@@ -136,6 +136,7 @@ class Backward:
         """The passes within the forward and the first one after it are in the plan; others begin where that one did."""
         if not self._passes.begins():
             return
+        self._passes.is_spent = not self.is_forward and not self._passes.retained
         is_planned, self._is_through = self.is_forward or not self._is_through, not self.is_forward
         if is_planned or not self._passes.is_again:
             return

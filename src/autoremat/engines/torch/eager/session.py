@@ -452,7 +452,8 @@ class Session:
             elif entry.cached is not None and not entry.differing and entry.cached.outlive():
                 entry.is_new = True  # the second step will make other calls than the first one
             elif entry.plan is not None and self._has_to_plan(entry):
-                self._solve(entry, entry.plan.program, quick=entry.together < self._here.living.usual)
+                quick = bool(entry.taken) or entry.together < self._here.living.usual
+                self._solve(entry, entry.plan.program, quick=quick)
             elif entry.plan is not None:
                 self._counts.hits += 1
             entry.steps, entry.cached = entry.steps + 1, None
@@ -503,13 +504,27 @@ class Session:
             budget_bytes = self.planner.budget_bytes(program, calls.plain_peak_bytes(program))
             plan = self._plan_for_several(program, calls, budget_bytes, quick)
         else:
-            plan = self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick)
+            plan = self._plan_for_one(program, quick, goes_on=bool(entry.taken))
             budget_bytes = plan.budget_bytes
         entry.taken = ()
         entry.follow(plan, budget_bytes, quick=quick and n == 1)
         self._counts.planned += 1
         if not quick:
             self._planning_seconds = perf_counter() - begin
+
+    def _plan_for_one(self, program: Program, quick: bool, *, goes_on: bool) -> Plan:
+        """The plan for a call that has its backward next; ``goes_on``: the smallest, where none is small enough."""
+        try:
+            return self.planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick)
+        except InfeasibleBudget as error:
+            if not goes_on:
+                raise
+            self._warn(
+                "the first backward has shown what custom Functions and hooks take in it, and no plan keeps the step "
+                f"within the budget with that (the smallest that was found takes {error.floor_bytes:,} bytes, the "
+                f"budget is {error.budget_bytes:,}): it goes on under the smallest; give it more"
+            )
+            return self.planner.solve(program, within_bytes=error.floor_bytes, quick=quick)
 
     def _plan_for_several(self, program: Program, calls: Calls, most: int, quick: bool) -> Plan:
         """The plan for one of several calls before one backward."""

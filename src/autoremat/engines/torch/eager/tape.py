@@ -226,8 +226,10 @@ class Tape:
         last, passes = self.last, weakref.ref(self.passes)
 
         def is_alive() -> bool:
+            if last is not None and last() is not None:
+                return True
             there = passes()
-            return (last is not None and last() is not None) or (there is not None and bool(there.needs.handles))
+            return there is not None and bool(there.needs.handles) and not there.is_spent
 
         return is_alive
 
