@@ -15,6 +15,7 @@ from typing import Any, Final, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.first import Cached, FirstStep, NotRecorded
@@ -213,7 +214,7 @@ class Session:
     def _outermost(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if self._measurement is not None:
             self._end_measurement()
-        obstacle = _obstacle() if torch.is_grad_enabled() else ""
+        obstacle = (_obstacle() or _forward_mode()) if torch.is_grad_enabled() else ""
         entry = None
         if obstacle:
             self._refuse(obstacle)
@@ -621,6 +622,12 @@ class Session:
         if kind not in self._counts.warned:
             self._counts.warned.add(kind)
             warnings.warn(f"autoremat: {message}", RuntimeWarning, stacklevel=2)
+
+
+def _forward_mode() -> str:
+    """Words for a call within forward-mode differentiation, where every call has to be kept; "" elsewhere."""
+    is_on = forward_ad._current_level >= 0
+    return "called inside forward-mode differentiation (a dual level), where nothing may run again" if is_on else ""
 
 
 def _bytes_by_address(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, int]:
