@@ -50,6 +50,9 @@ class Noting:
     ) -> None:
         assert tape.backward.room is not None
         self._tape, self._room, self.path, self._is_kept = tape, tape.backward.room, path, is_kept
+        self._funcs = None if tape.script is None else tape.script.funcs
+        self.differs_at: int | None = None
+        """The first call that is not the one of the path, if there is a path."""
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy: tuple[int, Draws | None] | None = None
         """While a call runs: the number of what it saves first, and what to note of its random numbers."""
@@ -100,6 +103,8 @@ class Noting:
         self._room.make(facts.nbytes)
         call, first = tape.n_calls, tape.n_packs
         tape.n_calls += 1
+        if self._funcs is not None and self.differs_at is None:
+            self._compare(call, func)
         before = [version_of(t) for t in given]
         with DRAWING if facts.random else contextlib.nullcontext():
             unknown = facts.foreign or bool(facts.once)
@@ -154,6 +159,12 @@ class Noting:
         self._room.online.used([n for n in (*numbers, *(v for _, v in results)) if n is not None and n >= 0])
         self._room.shrink()
         return out
+
+    def _compare(self, call: int, func: Any) -> None:
+        """Notice the first call that is not the one of the path."""
+        assert self._funcs is not None
+        if call >= len(self._funcs) or (func is not self._funcs[call] and func != self._funcs[call]):
+            self.differs_at = call
 
     def _prepared(
         self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], numbers: Sequence[int | None],

@@ -107,8 +107,8 @@ class _Entry:
         since_seconds: when it was made.
         checked: a step with this plan has been through the self-check.
         deviations: steps that left the path.
-        straying: how much of late: one for each, a tenth less for every other step.
-        left_at: where the last step left the path; "" if it did not.
+        straying: how much of late: one for each, a tenth less for every step that makes the calls of the path.
+        way: where the last step left the path, and how many calls it made; None if it did not.
         records: how often it has been recorded.
         together: calls before one backward that the plan is for.
         growth: by so much what steps made was larger than recorded, at most.
@@ -127,7 +127,7 @@ class _Entry:
     checked: bool = False
     deviations: int = 0
     straying: float = 0.0
-    left_at: str = ""
+    way: tuple[int, int] | None = None
     records: int = 0
     together: int = 1
     growth: float = 1.0
@@ -357,10 +357,12 @@ class Session:
     def _through(self, entry: _Entry, tape: Tape) -> None:
         """A forward has come to its end."""
         entry.checked = True
-        entry.straying = max(0.0, entry.straying - _FORGIVEN)
-        if tape.policy.is_following:
-            entry.left_at = ""
-        elif tape.compiled:
+        way, before, entry.way = tape.way, entry.way, tape.way
+        if way is None:
+            entry.straying = max(0.0, entry.straying - _FORGIVEN)
+        elif way == before and entry.records <= MAX_DEVIATIONS:  # for good, it seems: the last step did the same
+            entry.stale = True
+        if tape.compiled and not tape.policy.is_following:
             entry.stale = True
 
     def _without_tape(self, entry: _Entry | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
@@ -570,16 +572,16 @@ class Session:
 
     def _deviated(self, entry: _Entry, reason: str, growth: float) -> None:
         entry.deviations += 1
-        entry.straying += 1 + _FORGIVEN
+        entry.straying += 1
         entry.growth = max(entry.growth, growth)
         self._counts.deviations += 1
-        has_changed = growth > 1 or reason == entry.left_at  # for good, it seems: the last step did the same
-        entry.stale, entry.left_at = has_changed and entry.records <= MAX_DEVIATIONS, reason
+        has_grown = growth > 1
+        entry.stale = has_grown and entry.records <= MAX_DEVIATIONS
         self._warn(
             f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(entry.parallel)}; its "
             "gradients are exact. When steps leave it for good, the next one is recorded anew"
         )
-        if entry.straying > MAX_DEVIATIONS or (has_changed and not entry.stale):
+        if entry.straying > MAX_DEVIATIONS or (has_grown and not entry.stale):
             self._warn(
                 f"the forward leaves its recorded path again and again for the same kind of input ({entry.deviations} "
                 "times so far: it depends on the data or on state outside); such steps run under the online policy"

@@ -166,6 +166,8 @@ class Tape:
         if isinstance(self.policy, Noting):
             return
         self.note_all(growth)
+        assert isinstance(self.policy, Noting)
+        self.policy.differs_at = self.n_calls
         self.reports.deviated(reason, growth)
 
     def note_all(self, growth: float = 1.0) -> None:
@@ -232,6 +234,15 @@ class Tape:
             return there is not None and bool(there.needs.handles) and not there.is_spent
 
         return is_alive
+
+    @property
+    def way(self) -> tuple[int, int] | None:
+        """The first call that is not the one of the path, and how many there are; None where all are."""
+        if isinstance(self.policy, Noting) and self.script is not None:
+            at = self.policy.differs_at
+            at = self.n_calls if at is None and self.n_calls != len(self.script.funcs) else at
+            return None if at is None else (at, self.n_calls)
+        return None
 
     @property
     def held_bytes(self) -> tuple[int, int]:
