@@ -52,6 +52,7 @@ class _Section:
         first_op: the recorder's number of the first op in it.
         first_value: the same of the first value.
         task: the pass that it is part of.
+        graph: the nodes whose twins had a history before.
         asked: values of the forward that other passes have asked for.
         failed: something in it cannot be done on fake tensors.
     """
@@ -60,6 +61,7 @@ class _Section:
     first_op: int
     first_value: int
     task: int
+    graph: frozenset[tuple[int, int]]
     asked: set[int] = field(default_factory=set)
     failed: bool = False
 
@@ -131,7 +133,7 @@ class Sections:
             return func(*gradients)
         recorder = shadow.recorder
         task = torch._C._current_graph_task_id()
-        self._section = section = _Section(key, len(recorder.ops), recorder.map.made, task)
+        self._section = section = _Section(key, len(recorder.ops), recorder.map.made, task, shadow.graph())
         try:
             with _in_forward(shadow), self._listener:
                 out = func(*gradients)
@@ -174,7 +176,7 @@ class Sections:
             section.failed = True
 
     def _over(self, shadow: Shadow, section: _Section, out: Any) -> Taken:
-        shadow.settle()
+        shadow.forget_graph(section.graph)
         recorder, first = shadow.recorder, section.first_value
         given = {recorder.map.number(s) for t in tensors_in(out) if (s := storage_of(local_of(shadow.twin(t))))}
         left = {n for s in recorder._storages.values() if s.unpacked_at is None and (n := s.number) >= first} - given

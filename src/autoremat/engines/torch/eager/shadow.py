@@ -259,6 +259,17 @@ class Shadow:
         self.marks[key] = len(recorder.ops)
         recorder._append(RecordedOp(name, reads, (), (), True, None))
 
+    def graph(self) -> frozenset[tuple[int, int]]:
+        """The nodes whose twins have a history by now."""
+        return frozenset(self._nodes)
+
+    def forget_graph(self, but: frozenset[tuple[int, int]]) -> None:
+        """Nobody goes on from nodes that have come since: their histories may go with the tensors."""
+        self.settle()
+        for where in self._nodes.keys() - but:
+            twin, _ = self._nodes.pop(where)
+            self._node_of.pop(id(twin), None)
+
     def know_no_gradients(self) -> None:
         """Before a pass: leaves that have no gradient have none here either."""
         for reference, twin in list(self._twins.values()):
