@@ -17,6 +17,7 @@ import autoremat
 from autoremat.demo.models import GPT, GPTConfig
 from autoremat.engines.torch.eager.kinds import MAX_DEVIATIONS
 from autoremat.engines.torch.eager.session import MAX_PLANS
+from autoremat.engines.torch.eager.tape import Tape
 from autoremat.run.account import account, resident
 
 WIDTH = 64
@@ -365,6 +366,48 @@ def test_a_branch_that_stays_is_recorded() -> None:
     assert stats.planned >= 2  # a quick plan may have been bettered
     assert stats.deviations == 2
     assert max(peaks) <= budget
+
+
+class Refined(nn.Module):
+    """As many rounds as the data ask for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        for _ in range(int(n)):
+            x = torch.tanh(self.cell(x))
+        return x.square().mean()
+
+
+def test_steps_that_leave_at_the_same_call_but_go_on_differently_are_not_recorded() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(64, WIDTH), Refined()
+    both(model, 1.0, [(x, torch.tensor(n)) for n in (4, 6, 7, 9, 5)], lambda m, b: m(*b))
+    stats = both.stats  # type: ignore[attr-defined]
+    assert (stats.planned, stats.deviations) == (1, 4)
+
+
+def test_a_path_that_is_left_again_and_again_is_not_tried_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    left, leave_path = [], Tape.leave_path
+
+    def leave(tape: Tape, reason: str, growth: float = 1.0) -> None:
+        left.append(reason)
+        leave_path(tape, reason, growth)
+
+    monkeypatch.setattr(Tape, "leave_path", leave)
+    x, model = torch.randn(64, WIDTH), Refined()
+    step = autoremat.checkpoint(lambda x, n: model(x, n), budget=1.0, time_limit_seconds=1.0)
+    for k in range(30):
+        step(x, torch.tensor(4 if k == 0 else 5 + k % 3)).backward()
+    assert len(left) == MAX_DEVIATIONS + 1
+    for _ in range(30):
+        step(x, torch.tensor(4)).backward()  # the path again: in time it is followed
+    deviations = autoremat.stats(step).deviations
+    step(x, torch.tensor(4)).backward()
+    assert autoremat.stats(step).deviations == deviations
 
 
 def of_second_derivatives(model: nn.Module, x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 import torch
+from torch.autograd import forward_ad
 
 from autoremat.engines.torch.eager.listener import is_compiling, is_listening
 from autoremat.record.recorder import Recorder
@@ -39,6 +40,8 @@ def obstacle() -> str:
         return "saved-tensor hooks are active around the call, and they would not see what autoremat keeps"
     if torch.utils._python_dispatch._get_current_dispatch_mode_stack():
         return "another TorchDispatchMode is active"
+    if forward_ad._current_level >= 0:
+        return "called inside forward-mode differentiation (a dual level), where nothing may run again"
     return ""
 
 

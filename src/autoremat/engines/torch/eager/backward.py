@@ -48,6 +48,8 @@ class Backward:
         self.room: Room | None = None
         """Where no plan says what is held."""
         self.is_forward = True
+        self.on_ask: Callable[[int], None] | None = None
+        """Who wants to know which values passes ask for."""
         self.pinned: set[int] = set()
         """Values that the plan would drop and that turned out to be kept."""
 
@@ -113,6 +115,8 @@ class Backward:
                 if handle.stays is not None and handle.served == self._passes.number:
                     return handle.stays
                 value = self._passes.serve(handle)
+                if self.on_ask is not None:
+                    self.on_ask(value)
                 if self._script is None:
                     self._shrink()
                 tensor = self._served(handle, value)
@@ -134,6 +138,7 @@ class Backward:
         """The passes within the forward and the first one after it are in the plan; others begin where that one did."""
         if not self._passes.begins():
             return
+        self._passes.is_spent = not self.is_forward and not self._passes.retained
         is_planned, self._is_through = self.is_forward or not self._is_through, not self.is_forward
         if is_planned or not self._passes.is_again:
             return

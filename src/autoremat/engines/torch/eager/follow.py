@@ -21,7 +21,7 @@ from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, prepared
 from autoremat.engines.torch.eager.facts import is_overridden
 from autoremat.engines.torch.eager.handle import Handle, Kept
-from autoremat.engines.torch.eager.path import Call
+from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.script import Script, Work
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.record.local import local_of
@@ -71,8 +71,9 @@ class Follow:
                 out = func(*args, **kwargs)
             else:
                 out = self._at_work(k, work, func, args, kwargs)
-            if type(out) is Tensor and out.numel() > self._numels[k] and tape.policy is self:
-                self._outgrown(k, out.numel())
+            numel = out.numel() if type(out) is Tensor else n_elements(out)
+            if numel > self._numels[k] and tape.policy is self:
+                self._outgrown(k, numel)
             return out
         return self._other(func, args, kwargs)
 

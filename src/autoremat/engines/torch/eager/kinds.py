@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from autoremat.engines.torch.eager.first import Cached
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
+from autoremat.engines.torch.eager.sections import Sections, Taken
 from autoremat.plan import clock
 from autoremat.program import Plan
 from autoremat.record.compiled import is_compiled
@@ -35,15 +36,15 @@ class Straying:
     Attributes:
         deviations: how often, in all.
         records: how often the kind has been recorded.
-        of_late: how much of late: one for each, a tenth less for every other step.
-        left_at: where the last step left the path; "" if it did not.
+        of_late: how much of late: one for each, a tenth less for every step that makes the calls of the path.
+        way: where the last step left the path, and how many calls it made; None if it did not.
         growth: by so much what steps made was larger than recorded, at most.
     """
 
     deviations: int = 0
     records: int = 0
     of_late: float = 0.0
-    left_at: str = ""
+    way: tuple[int, int] | None = None
     growth: float = 1.0
 
     @property
@@ -55,20 +56,18 @@ class Straying:
         """What is to be remembered when the kind is recorded once more."""
         return Straying(self.deviations, self.records + 1, self.of_late)
 
-    def step_is_over(self, *, on_path: bool) -> None:
-        """A step has come to its end."""
-        self.of_late = max(0.0, self.of_late - _FORGIVEN)
-        if on_path:
-            self.left_at = ""
+    def step_is_over(self, way: tuple[int, int] | None) -> bool:
+        """A step has come to its end; whether it has left the path as the last one did: for good, it seems."""
+        before, self.way = self.way, way
+        if way is None:
+            self.of_late = max(0.0, self.of_late - _FORGIVEN)
+        return way is not None and way == before
 
-    def left(self, reason: str, growth: float) -> bool:
-        """A step has left its path; whether for good, it seems: it is larger, or the last one did the same."""
+    def left(self, growth: float) -> None:
+        """A step has left its path."""
         self.deviations += 1
-        self.of_late += 1 + _FORGIVEN
+        self.of_late += 1
         self.growth = max(self.growth, growth)
-        is_for_good = growth > 1 or reason == self.left_at
-        self.left_at = reason
-        return is_for_good
 
 
 @dataclass
@@ -83,6 +82,8 @@ class Kind:
         straying: how its steps leave the path.
         cached: what the first step may have left for the second one to find.
         differing: new reasons why a call must not be made again, by its number.
+        sections: what listens to code of the user's in the backward of the first step.
+        taken: what such code takes, if that is not in the plan yet.
         is_new: the next step is its first one.
         stale: it is to be recorded anew.
         quick: the plan is the first that was found, good for a kind of input that never comes back.
@@ -101,6 +102,8 @@ class Kind:
     straying: Straying = field(default_factory=Straying)
     cached: Cached | None = None
     differing: dict[int, str] = field(default_factory=dict)
+    sections: Sections | None = None
+    taken: tuple[Taken, ...] = ()
     is_new: bool = False
     stale: bool = False
     quick: bool = False
@@ -121,11 +124,18 @@ class Kind:
         self.quick, self.since_seconds, self.checked = quick, clock.now(), False
         self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
 
-    def left(self, reason: str, growth: float) -> bool:
+    def step_is_over(self, way: tuple[int, int] | None) -> None:
+        """A step has come to its end; ``way``: where it left the path, and how many calls it made."""
+        self.checked = True
+        if self.straying.step_is_over(way) and self.straying.records <= MAX_DEVIATIONS:
+            self.stale = True
+
+    def left(self, growth: float) -> bool:
         """A step has left the path; whether steps of this kind will go on leaving it."""
-        is_for_good = self.straying.left(reason, growth)
-        self.stale = is_for_good and self.straying.records <= MAX_DEVIATIONS
-        return self.straying.is_habit or (is_for_good and not self.stale)
+        self.straying.left(growth)
+        has_grown = growth > 1
+        self.stale = has_grown and self.straying.records <= MAX_DEVIATIONS
+        return self.straying.is_habit or (has_grown and not self.stale)
 
 
 def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, generators_of, prepared
 from autoremat.engines.torch.eager.facts import FOREIGN, CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
-from autoremat.engines.torch.eager.path import Call
+from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.purity import gives_the_same, sums_of
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.record.compiled import in_compiled_code
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 _UNREPEATABLE: Final = "reads what is not there any more, or makes nothing that can be told apart"
 _OVERWRITES: Final = "overwrites what the step did not make"
+_REGISTER_HOOK: Final = Tensor.register_hook
 _PASS: Final = CallFacts(once="a pass of its own", leaves=True)
 Written = list[tuple[int, int, int]]
 
@@ -49,6 +50,9 @@ class Noting:
     ) -> None:
         assert tape.backward.room is not None
         self._tape, self._room, self.path, self._is_kept = tape, tape.backward.room, path, is_kept
+        self._funcs = None if tape.script is None else tape.script.funcs
+        self.differs_at: int | None = None
+        """The first call that is not the one of the path, if there is a path."""
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy: tuple[int, Draws | None] | None = None
         """While a call runs: the number of what it saves first, and what to note of its random numbers."""
@@ -61,6 +65,8 @@ class Noting:
         """Make a call and take note of it."""
         name = name_of(func)
         if only_looks(func, name) or is_out_of_sight():
+            if func is _REGISTER_HOOK and len(args) > 1 and self._tape.sections is not None:
+                args = args[0], self._tape.sections.hooked(*args[:2]), *args[2:]
             return func(*args, **kwargs)
         listener = self._tape.listener
         if listener.is_made_of_others(func):
@@ -97,6 +103,8 @@ class Noting:
         self._room.make(facts.nbytes)
         call, first = tape.n_calls, tape.n_packs
         tape.n_calls += 1
+        if self._funcs is not None and self.differs_at is None:
+            self._compare(call, func)
         before = [version_of(t) for t in given]
         with DRAWING if facts.random else contextlib.nullcontext():
             unknown = facts.foreign or bool(facts.once)
@@ -145,12 +153,18 @@ class Noting:
         self._listed(Call(
             func, tuple((i, n) for i, n in enumerate(numbers) if n is not None and n >= 0), results, saved,
             tuple(changes), tuple(effects), facts.statistics, facts.random, facts.uninitialised, facts.leaves,
-            (first, tape.n_packs), out.numel() if type(out) is Tensor else 0,
+            (first, tape.n_packs), n_elements(out),
         ), given, made)  # fmt: skip
         self._room.online.noted(call, facts.seconds, facts.nbytes)
         self._room.online.used([n for n in (*numbers, *(v for _, v in results)) if n is not None and n >= 0])
         self._room.shrink()
         return out
+
+    def _compare(self, call: int, func: Any) -> None:
+        """Notice the first call that is not the one of the path."""
+        assert self._funcs is not None
+        if call >= len(self._funcs) or (func is not self._funcs[call] and func != self._funcs[call]):
+            self.differs_at = call
 
     def _prepared(
         self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], numbers: Sequence[int | None],

@@ -40,6 +40,8 @@ class Passes:
         self.number = 1
         self.retained = self.differentiated = False
         """Whether the graph outlives the pass that runs; whether that pass makes a graph of its own."""
+        self.is_spent = False
+        """The pass after the forward has come; what is left is of other graphs, which nobody may ever go through."""
         self.lock = threading.Lock()
         self._task: int | None = None
         self._gone: deque[tuple[int, int]] = deque()

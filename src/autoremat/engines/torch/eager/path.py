@@ -6,7 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
+
 Pair = tuple[int, int]
+
+
+def n_elements(out: Any) -> int:
+    """How many elements a call gives: one tensor, or a tuple of some, which may have tuples in it."""
+    if isinstance(out, Tensor):
+        return out.numel()
+    return sum(map(n_elements, out)) if isinstance(out, (tuple, list)) else 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +34,7 @@ class Call:
         uninitialised: its result is whatever the memory held before.
         leaves: it may have left something behind that nobody sees.
         packs: number of the first thing that autograd saves in it, and of the first after it.
-        numel: elements of the tensor that it gives, if it gives one.
+        numel: elements of the tensors that it gives.
     """
 
     func: Callable[..., Any]

@@ -10,6 +10,7 @@ from typing import Final, Protocol
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.kinds import Kind
 from autoremat.engines.torch.eager.reporter import Reporter
+from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
 from autoremat.plan import clock
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
@@ -69,6 +70,7 @@ class Planning:
                 if op.call in kind.differing and not op.repeatable:
                     ops[i] = replace(op, repeatable=kind.differing[op.call])
             program, kind.differing = replace(program, ops=tuple(ops)), {}
+        program = with_taken(program, kind.taken)
         begin = clock.now()
         n = kind.together = max(kind.together, living.usual)
         if n > 1:
@@ -76,12 +78,27 @@ class Planning:
             budget_bytes = self._planner.budget_bytes(program, calls.plain_peak_bytes(program))
             plan = self._plan_for_several(program, calls, budget_bytes, quick)
         else:
-            plan = self._planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick)
+            plan = self._plan_for_one(program, quick, goes_on=bool(kind.taken))
             budget_bytes = plan.budget_bytes
+        kind.taken = ()
         kind.follow(plan, budget_bytes, quick=quick and n == 1)
         self._reporter.counts.planned += 1
         if not quick:
             self._seconds = clock.now() - begin
+
+    def _plan_for_one(self, program: Program, quick: bool, *, goes_on: bool) -> Plan:
+        """The plan for a call that has its backward next; ``goes_on``: the smallest, where none is small enough."""
+        try:
+            return self._planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick)
+        except InfeasibleBudget as error:
+            if not goes_on:
+                raise
+            self._reporter.warn(
+                "the first backward has shown what custom Functions and hooks take in it, and no plan keeps the step "
+                f"within the budget with that (the smallest that was found takes {error.floor_bytes:,} bytes, the "
+                f"budget is {error.budget_bytes:,}): it goes on under the smallest; give it more"
+            )
+            return self._planner.solve(program, within_bytes=error.floor_bytes, quick=quick)
 
     def _plan_for_several(self, program: Program, calls: Calls, most: int, quick: bool) -> Plan:
         """The plan for one of several calls before one backward."""
@@ -102,8 +119,11 @@ class Planning:
 
         A quick plan is, once the training has gone on with it for so long that a better one costs little beside.
         """
+        if kind.sections is not None:
+            kind.taken, kind.sections = kind.sections.close(), None
         is_worth = clock.now() - kind.since_seconds > _PATIENCE * self._seconds
-        return bool(kind.differing) or kind.together < living.usual or (kind.quick and is_worth)
+        is_known_better = bool(kind.differing or kind.taken) or kind.together < living.usual
+        return is_known_better or (kind.quick and is_worth)
 
     def ran_out(self, kind: Kind, error: BaseException, living: Living) -> BaseException:
         """The device has less than the plan takes: say what the plan accounts for, and plan tighter next time."""

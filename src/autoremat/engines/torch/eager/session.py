@@ -97,7 +97,8 @@ class Session:
                 kind.is_new = True  # the second step will make other calls than the first one
             elif kind.plan is not None and self._planning.is_due(kind, self._here.living):
                 living = self._here.living
-                self._planning.solve(kind, kind.plan.program, living, quick=kind.together < living.usual)
+                quick = bool(kind.taken) or kind.together < living.usual
+                self._planning.solve(kind, kind.plan.program, living, quick=quick)
             elif kind.plan is not None:
                 self._reporter.counts.hits += 1
             kind.steps, kind.cached = kind.steps + 1, None

@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
+from torch.utils._python_dispatch import _disable_current_modes
 
 from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
 from autoremat.engines.torch.eager.by_hand import Region, Regions, SetAside
@@ -56,6 +57,8 @@ _SMALL = 4096
 
 Blank = Callable[[], Tensor]
 """Makes another fake tensor of some kind."""
+Mark = Callable[[Sequence[Any]], None]
+"""Lets an op of the recording stand for code of the user's that is given these gradients."""
 
 
 class Unlike(Exception):
@@ -97,11 +100,17 @@ class Shadow:
         self._saved_after: dict[int, int] = {}
         """For every value that is saved the op after which that happened first."""
         self._loose: list[tuple[int, Tensor]] = []
+        self.marks: dict[int, int] = {}
+        """For nodes and hooks that are code of the user's, by key, the recorded op that stands for them."""
+        self.met: Callable[[Any], int] | None = None
+        """Called with the nodes of custom Functions; gives their keys."""
         self.packed_here: dict[int, Tensor] = {}
         """What the call that runs now has saved, by pack."""
         self._regions = Regions()
         self._region: Region | None = None
         """Where the call that runs now is, if the user checkpoints it himself."""
+        self._numbers: dict[int, Tensor] = {}
+        """Small indices that autograd has saved, with their numbers, by the recorder's count of packs."""
 
     # ---- twins ---------------------------------------------------------------------------------------------------
 
@@ -231,7 +240,7 @@ class Shadow:
         if not found:
             return None
         alias = self._alias_of(tensor)
-        return self._stand_in([self._blank_like(tensor) if alias is None else alias], found)[0]
+        return self._stand_in([self._blank_like(tensor) if alias is None else alias], found, node)[0]
 
     def loose(self, j: int, tensor: Tensor) -> None:
         """Note what a custom function saves, outside of all calls."""
@@ -247,6 +256,44 @@ class Shadow:
                 seen.add(n)
                 yield from self._behind(n, seen)
 
+    def hook(self, key: int, tensor: Tensor) -> bool:
+        """Mark where the backward comes to a hook that is about to be registered on a tensor; whether that can be."""
+        try:
+            with self._here():
+                twin: Any = self.twin(tensor)
+                twin.register_hook(lambda gradient: self._mark(key, "hook", (gradient,)))
+        except Exception:  # noqa: BLE001 - whatever a fake tensor cannot do
+            return False
+        return True
+
+    def _mark(self, key: int, name: str, gradients: Sequence[Any]) -> None:
+        """Let an op of the recorded backward stand for code of the user's."""
+        recorder = self.recorder
+        if not recorder.backward:
+            return
+        storages = (storage_of(local_of(g)) for g in gradients if isinstance(g, Tensor))
+        reads = [n for s in storages if s is not None and (n := recorder.map.number(s)) >= 0]
+        self.marks[key] = len(recorder.ops)
+        recorder._append(RecordedOp(name, reads, (), (), True, None))
+
+    def graph(self) -> frozenset[tuple[int, int]]:
+        """The nodes whose twins have a history by now."""
+        return frozenset(self._nodes)
+
+    def forget_graph(self, but: frozenset[tuple[int, int]]) -> None:
+        """Nobody goes on from nodes that have come since: their histories may go with the tensors."""
+        self.settle()
+        for where in self._nodes.keys() - but:
+            twin, _ = self._nodes.pop(where)
+            self._node_of.pop(id(twin), None)
+
+    def know_no_gradients(self) -> None:
+        """Before a pass: leaves that have no gradient have none here either."""
+        for reference, twin in list(self._twins.values()):
+            tensor = reference()
+            if tensor is not None and tensor.is_leaf and tensor.requires_grad and tensor.grad is None:
+                twin.grad = None
+
     def _input(self, node: Any, nr: int) -> tuple[Tensor, Blank] | None:
         if node is None:
             return None
@@ -255,13 +302,17 @@ class Shadow:
             return twin, _blank_of(twin)
         return self._nodes.get((node._sequence_nr(), nr))
 
-    def _stand_in(self, results: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Blank]]) -> list[Tensor]:
+    def _stand_in(self, results: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Blank]], node: Any) -> list[Tensor]:
         """Give fake results a history: one node behind these inputs, which has saved what is loose."""
         saved = [twin for _, twin in self._loose]
+        mark = None
+        is_custom = isinstance(node, torch.autograd.function.BackwardCFunction) and type(node).__name__ != _COMPILED
+        if self.met is not None and is_custom:
+            mark = partial(self._mark, self.met(node), type(node).__name__)
         self._packs = []
-        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self.recorder.unpack)
+        hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         with torch.enable_grad(), _without_duals(), hooks:
-            made = _StandIn.apply(self, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs])
+            made = _StandIn.apply(self, mark, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs])
         for packed, (j, _) in zip(self._packs, self._loose, strict=True):
             self._match(packed, j)
         self._loose = []
@@ -288,6 +339,8 @@ class Shadow:
             return self._bind(tensor, stand_in)
 
     def _as_fake(self, tensor: Tensor) -> Tensor:
+        if (twin := _twin_beside(tensor)) is not None:
+            return twin
         return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
 
     # ---- calls ---------------------------------------------------------------------------------------------------
@@ -322,7 +375,12 @@ class Shadow:
         return packed
 
     def _unpack(self, packed: Any) -> Tensor:
-        return packed.unpack() if isinstance(packed, SetAside) else self.recorder.unpack(packed)
+        """Hand out memory for a saved tensor; with numbers, where the backward may look at them."""
+        if isinstance(packed, SetAside):
+            return packed.unpack()
+        fake = self.recorder.unpack(packed)
+        numbers = self._numbers.get(packed.n) if isinstance(packed, _Packed) else None
+        return fake if numbers is None else _with_twin(numbers, fake)
 
     def make(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, packs: Sequence[int], call: int
@@ -460,6 +518,9 @@ class Shadow:
         if isinstance(packed, _Packed):
             self.pack_of[packed.n] = j
             self.saved[j] = packed.number
+            real = self.packed_here.get(j)
+            if real is not None and real.dtype is not torch.bool and _is_small_index(real):
+                self._numbers[packed.n] = real.detach().clone()
 
     def _foreign(self, func: Any, args: Any, kwargs: Any, real: Sequence[Tensor], packs: Sequence[int]) -> list[Tensor]:
         """What an operator that is not torch's gives: one op of the program, and one node; nobody's code runs."""
@@ -486,7 +547,8 @@ class Shadow:
                 return made
             behind = [(t, _blank_of(t)) for t in inputs if t.requires_grad]
             loose, self._loose = self._loose, [(j, self._twin_of_pack(j)) for j in packs]
-            made = self._stand_in(made, behind)
+            node = next(t.grad_fn for t in real if t.requires_grad)
+            made = self._stand_in(made, behind, node)
             self._loose = loose
             return made
 
@@ -526,9 +588,11 @@ class _StandIn(torch.autograd.Function):
     """One node for all that happens out of sight between some tensors and a result."""
 
     @staticmethod
-    def forward(ctx: Any, shadow: Shadow, results: list[Tensor], saved: Any, blanks: Any, *inputs: Tensor) -> Any:
+    def forward(
+        ctx: Any, shadow: Shadow, mark: Mark | None, results: list[Tensor], saved: Any, blanks: Any, *inputs: Tensor
+    ) -> Any:  # fmt: skip
         """The results; they have a history now."""
-        ctx.shadow, ctx.blanks = shadow, blanks
+        ctx.shadow, ctx.mark, ctx.blanks = shadow, mark, blanks
         ctx.save_for_backward(*saved)
         return tuple(results)
 
@@ -536,10 +600,12 @@ class _StandIn(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Ask for what was saved, and give each input a gradient of its size."""
         saved = ctx.saved_tensors
+        if ctx.mark is not None:
+            ctx.mark(gradients)
         with ctx.shadow.mode:
             made = [blank() for blank in ctx.blanks]
         del saved
-        return None, None, None, None, *made
+        return None, None, None, None, None, *made
 
 
 @dataclass
@@ -652,6 +718,19 @@ def _blank_of(tensor: Tensor) -> Blank:
         around, local = Description.of(tensor), _blank_of(local_of(tensor))
         return lambda: around.around(local())
     return partial(torch.empty, tensor.size(), dtype=tensor.dtype, device=tensor.device)
+
+
+def _with_twin(numbers: Tensor, twin: Tensor) -> Tensor:
+    """A copy of real numbers that stands for a fake tensor, which lives as long as it does."""
+    with _disable_current_modes():
+        made = numbers.clone()
+    made.twin_beside = twin  # type: ignore[attr-defined]
+    return made
+
+
+def _twin_beside(tensor: Tensor) -> Tensor | None:
+    """The fake tensor that a real one stands for, if it does."""
+    return getattr(tensor, "twin_beside", None)
 
 
 def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -93,6 +93,7 @@ class Steps:
             kind.steps, kind.cached = 1, step.cached(result) if known is None else None
             if kind.script is not None:
                 step.tape.take_plan(kind.script)
+                kind.sections = step.tape.sections
         except NothingDifferentiable:
             kind.is_new = True
             if is_first:
@@ -168,8 +169,7 @@ class Steps:
 
     def _through(self, kind: Kind, tape: Tape) -> None:
         """A forward has come to its end."""
-        kind.checked = True
-        kind.straying.step_is_over(on_path=tape.policy.is_following)
+        kind.step_is_over(tape.way)
         if not tape.policy.is_following and tape.compiled:
             kind.stale = True
 
@@ -192,7 +192,7 @@ class Steps:
 
     def _deviated(self, kind: Kind, reason: str, growth: float) -> None:
         self._reporter.counts.deviations += 1
-        goes_on = kind.left(reason, growth)
+        goes_on = kind.left(growth)
         self._reporter.warn(
             f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(kind.parallel)}; its "
             "gradients are exact. When steps leave it for good, the next one is recorded anew"

@@ -27,6 +27,7 @@ from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.room import OfFirstStep, OfScript, Room
 from autoremat.engines.torch.eager.script import Script
+from autoremat.engines.torch.eager.sections import Sections
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.values import Numbers
 from autoremat.engines.torch.eager.witness import Witness
@@ -94,6 +95,7 @@ class Tape:
         self.script = None if isinstance(script, First) else script
         self.witness = Witness() if first is None else Witness(first.shadow, self.reports.unlike)
         self.numbers = Numbers(self.witness)
+        self.sections = None if first is None or first.shadow is None else Sections(first.shadow)
         storages = () if first is None else first.storages
         self.keeping = Keeping(self.ledger, self.passes, self.witness, storages)
         self.backward = Backward(
@@ -164,6 +166,8 @@ class Tape:
         if isinstance(self.policy, Noting):
             return
         self.note_all(growth)
+        assert isinstance(self.policy, Noting)
+        self.policy.differs_at = self.n_calls
         self.reports.deviated(reason, growth)
 
     def note_all(self, growth: float = 1.0) -> None:
@@ -182,6 +186,9 @@ class Tape:
         self.script, self.ledger.where = script, script.where
         with torch._C.DisableTorchFunction():
             self.backward.take_plan(script, self.keeping.may_go)
+        sections, self.sections = self.sections, None
+        if sections is not None and sections.open():
+            self.sections, self.backward.on_ask = sections, sections.asked
 
     # ---- what happens to values ------------------------------------------------------------------------------------
 
@@ -221,10 +228,21 @@ class Tape:
         last, passes = self.last, weakref.ref(self.passes)
 
         def is_alive() -> bool:
+            if last is not None and last() is not None:
+                return True
             there = passes()
-            return (last is not None and last() is not None) or (there is not None and bool(there.needs.handles))
+            return there is not None and bool(there.needs.handles) and not there.is_spent
 
         return is_alive
+
+    @property
+    def way(self) -> tuple[int, int] | None:
+        """The first call that is not the one of the path, and how many there are; None where all are."""
+        if isinstance(self.policy, Noting) and self.script is not None:
+            at = self.policy.differs_at
+            at = self.n_calls if at is None and self.n_calls != len(self.script.funcs) else at
+            return None if at is None else (at, self.n_calls)
+        return None
 
     @property
     def held_bytes(self) -> tuple[int, int]:

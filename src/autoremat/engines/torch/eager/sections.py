@@ -1,0 +1,255 @@
+"""Sections of the backward that are code of the user's: backwards of custom Functions, and hooks on tensors.
+
+A recording does not run them. In the first step's own backward their calls are heard, and made once more on the twins,
+so that it is known what they take; from the second step on that is in the plan. User code runs when the user runs it.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial, update_wrapper
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in
+from autoremat.engines.torch.eager.calls import is_out_of_sight, is_pass, name_of, only_looks
+from autoremat.engines.torch.eager.listener import Listener
+from autoremat.engines.torch.eager.shadow import Shadow
+from autoremat.program import END, Program, Value
+from autoremat.record.local import local_of
+from autoremat.record.recording import RecordedOp, RecordedValue
+from autoremat.record.values import storage_of
+
+
+@dataclass(frozen=True)
+class Taken:
+    """What a section takes beside what is there when it begins.
+
+    Attributes:
+        op: the op of the program that stands for it.
+        peak_bytes: at most.
+        left_bytes: of that what is still there when it is over, beside the gradients that it gives.
+        asked: values of the forward that passes of its own ask for.
+    """
+
+    op: int
+    peak_bytes: int
+    left_bytes: int
+    asked: frozenset[int]
+
+
+@dataclass
+class _Section:
+    """The section that runs now.
+
+    Attributes:
+        key: of the node or the hook.
+        first_op: the recorder's number of the first op in it.
+        first_value: the same of the first value.
+        task: the pass that it is part of.
+        graph: the nodes whose twins had a history before.
+        asked: values of the forward that other passes have asked for.
+        failed: something in it cannot be done on fake tensors.
+    """
+
+    key: int
+    first_op: int
+    first_value: int
+    task: int
+    graph: frozenset[tuple[int, int]]
+    asked: set[int] = field(default_factory=set)
+    failed: bool = False
+
+
+class Sections:
+    """Listens to sections of one backward.
+
+    Args:
+        shadow: of the step; its recording of the backward is through by then.
+    """
+
+    def __init__(self, shadow: Shadow) -> None:
+        self._recording: Shadow | None = shadow
+        self._shadow: Shadow | None = None
+        """While there are sections to come."""
+        self._listener = Listener(self._heard)
+        self._section: _Section | None = None
+        self._taken: dict[int, Taken] = {}
+        self._n_hooks = self._n_over = 0
+        shadow.met = self._met
+
+    # ---- which there are -----------------------------------------------------------------------------------------
+
+    def _met(self, node: Any) -> int:
+        """The key of a node of a custom Function; its backward comes here from now on."""
+        key = int(node._sequence_nr())
+        for name in ("apply", "apply_boxed"):
+            if hasattr(type(node), name):
+                setattr(node, name, partial(self._applied, weakref.ref(node), key, name))
+        return key
+
+    def _applied(self, reference: weakref.ref[Any], key: int, name: str, *gradients: Any) -> Any:
+        node = reference()
+        return self._run(key, partial(getattr(type(node), name), node), gradients)
+
+    def hooked(self, tensor: Any, hook: Any) -> Any:
+        """What is to be registered in place of a hook on a tensor."""
+        if self._recording is None or not isinstance(tensor, Tensor) or not tensor.requires_grad or not callable(hook):
+            return hook
+        self._n_hooks += 1
+        key = -self._n_hooks
+        if not self._recording.hook(key, tensor):
+            return hook
+        return update_wrapper(_Hook(lambda *gradients: self._run(key, hook, gradients)), hook)
+
+    # ---- listening -----------------------------------------------------------------------------------------------
+
+    def open(self) -> bool:
+        """The backward has been recorded, and the real one comes next; whether there are sections in it."""
+        shadow, self._recording = self._recording, None
+        if shadow is None or not shadow.marks:
+            return False
+        shadow.met, self._shadow = None, shadow
+        return True
+
+    def close(self) -> tuple[Taken, ...]:
+        """The step is over: what its sections took."""
+        self._shadow = None
+        return tuple(self._taken.values())
+
+    def asked(self, value: int) -> None:
+        """A pass asks for a value of the forward."""
+        if self._section is not None and torch._C._current_graph_task_id() != self._section.task:
+            self._section.asked.add(value)
+
+    def _run(self, key: int, func: Callable[..., Any], gradients: Sequence[Any]) -> Any:
+        shadow = self._shadow
+        if shadow is None or self._section is not None or key in self._taken or key not in shadow.marks:
+            return func(*gradients)
+        recorder = shadow.recorder
+        task = torch._C._current_graph_task_id()
+        self._section = section = _Section(key, len(recorder.ops), recorder.map.made, task, shadow.graph())
+        try:
+            with _in_forward(shadow), self._listener:
+                out = func(*gradients)
+            with torch._C.DisableTorchFunction():
+                if not section.failed:
+                    self._taken[key] = self._over(shadow, section, out)
+            return out
+        finally:
+            self._section = None
+            self._n_over += 1
+            if self._n_over == len(shadow.marks):
+                self._shadow = None
+
+    def _heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        shadow, section = self._shadow, self._section
+        name = name_of(func)
+        if shadow is None or section is None or section.failed or only_looks(func, name) or is_out_of_sight():
+            return func(*args, **kwargs)
+        if self._listener.is_made_of_others(func):
+            return self._listener.look_into(func, args, kwargs)
+        with self._unless_it_fails(section):
+            for tensor in tensors_given(args, kwargs):
+                shadow.twin(tensor)
+            if is_pass(func, name):
+                shadow.know_no_gradients()
+        out = func(*args, **kwargs)
+        with self._unless_it_fails(section):
+            shadow.make(func, args, kwargs, out, (), -1)
+        return out
+
+    @contextmanager
+    def _unless_it_fails(self, section: _Section) -> Iterator[None]:
+        """Something on fake tensors, as long as that can be done in this section."""
+        if section.failed:
+            return
+        try:
+            with torch._C.DisableTorchFunction():
+                yield
+        except Exception:  # noqa: BLE001 - whatever a fake tensor cannot do
+            section.failed = True
+
+    def _over(self, shadow: Shadow, section: _Section, out: Any) -> Taken:
+        shadow.forget_graph(section.graph)
+        recorder, first = shadow.recorder, section.first_value
+        given = {recorder.map.number(s) for t in tensors_in(out) if (s := storage_of(local_of(shadow.twin(t))))}
+        left = {n for s in recorder._storages.values() if s.unpacked_at is None and (n := s.number) >= first} - given
+        ops = recorder.ops[section.first_op :]
+        return Taken(
+            shadow.marks[section.key],
+            peak_bytes(ops, recorder.values, section.first_op, first),
+            sum(recorder.values[n].nbytes for n in left),
+            frozenset(section.asked),
+        )
+
+
+class _Hook:
+    """A hook that is listened to."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *gradients: Any) -> Any:
+        return self._call(*gradients)
+
+
+@contextmanager
+def _in_forward(shadow: Shadow) -> Iterator[None]:
+    """What is recorded here is no part of the backward."""
+    shadow.recorder.backward = False
+    try:
+        yield
+    finally:
+        shadow.recorder.backward = True
+
+
+def peak_bytes(ops: Sequence[RecordedOp], values: Mapping[int, RecordedValue], begin: int, first: int) -> int:
+    """The most that values from ``first`` on take while these ops run, the first of which has the number ``begin``."""
+    born: dict[int, int] = {}
+    ends: dict[int, int] = {}
+    for i, op in enumerate(ops):
+        for n in op.writes:
+            born[n] = i
+        for n in (*op.reads, *op.writes):
+            ends[n] = i
+        for _, old in op.in_place:
+            ends[old] = i - 1
+    change = [0] * (len(ops) + 1)
+    for n, i in born.items():
+        if n < first:
+            continue
+        died = values[n].died
+        is_taken_over = ends[n] < i or any(old == n for op in ops for _, old in op.in_place)
+        end = ends[n] if is_taken_over else len(ops) - 1 if died is None else max(ends[n], died - 1 - begin)
+        change[i] += values[n].nbytes
+        change[min(end, len(ops) - 1) + 1] -= values[n].nbytes
+    most = now = 0
+    for delta in change:
+        now += delta
+        most = max(most, now)
+    return most
+
+
+def with_taken(program: Program, taken: Collection[Taken]) -> Program:
+    """The program with what its sections take."""
+    made = [i for i, v in enumerate(program.values) if not v.fixed]
+    values, ops = list(program.values), list(program.ops)
+    for section in taken:
+        op = ops[section.op]
+        for n in section.asked:
+            if n < len(made) and (held := values[made[n]].held) != END:
+                values[made[n]] = replace(values[made[n]], held=max(-1 if held is None else held, section.op))
+        writes = op.writes
+        if section.left_bytes:
+            label = f"left by {op.name}"
+            values.append(Value(f"left{section.op}", section.left_bytes, held=END, label=label, kind="gradient"))
+            writes = (*writes, len(values) - 1)
+        scratch_bytes = section.peak_bytes - section.left_bytes
+        ops[section.op] = replace(op, writes=writes, scratch_bytes=max(0, scratch_bytes))
+    return replace(program, values=tuple(values), ops=tuple(ops))
