@@ -98,8 +98,8 @@ class Sections:
         return self._run(key, partial(getattr(type(node), name), node), gradients)
 
     def hooked(self, tensor: Any, hook: Any) -> Any:
-        """What is to be registered in place of a hook on a tensor."""
-        if self._recording is None or not isinstance(tensor, Tensor) or not tensor.requires_grad or not callable(hook):
+        """What is to be registered in place of a hook on a tensor; a leaf would have it for longer than the step."""
+        if self._recording is None or not isinstance(tensor, Tensor) or tensor.grad_fn is None or not callable(hook):
             return hook
         self._n_hooks += 1
         key = -self._n_hooks

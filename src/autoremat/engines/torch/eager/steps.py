@@ -91,6 +91,8 @@ class Steps:
                 self._reporter.keeps(program, k, reason)
             self._planning.solve(kind, program, self._here.living, quick=not is_first and known is None)
             kind.steps, kind.cached = 1, step.cached(result) if known is None else None
+            if kind.parallel.units:  # what their hooks take is in the program already
+                step.tape.sections = None
             if kind.script is not None:
                 step.tape.take_plan(kind.script)
                 kind.sections = step.tape.sections
