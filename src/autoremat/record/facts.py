@@ -36,9 +36,6 @@ TRAINING: Final = 5
 FRESH_CONSTANT: Final = frozenset({"aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"})
 """How ``torch.tensor(...)`` enters: its result existed before any operator ran."""
 
-WORKSPACES: Final = {"aten.mkldnn_rnn_layer": (3,), "aten._ctc_loss": (1,)}
-"""Results of operators in which some bytes are whatever the memory held before; only their own backward reads them."""
-
 NEVER_AGAIN: Final = {
     "aten._cudnn_rnn": "keeps state of its own for dropout",
     "aten.miopen_rnn": "keeps state of its own for dropout",
@@ -64,17 +61,8 @@ class OpFacts:
         batch_norm: writes running statistics although the schema does not say so.
         uninitialised: the result is uninitialised memory.
         overwriting: writes every element of its first argument without reading it.
-        workspaces: positions of results in which some bytes mean nothing.
-        counts_inside: the version counters of what it writes are counted up by the operators that its kernel calls,
-            which they do not do inside a dispatch mode.
         never_again: "" or why it must not run a second time.
-        is_plain: none of the above but ``is_view``, ``uninitialised`` and ``workspaces``.
         communicates: talks to other processes.
-        composite: made up of others. In ``torch.inference_mode``, or with tensors from there, such an operator gets to
-            a mode in one piece, which is then to take it apart; elsewhere torch has done so.
-        explicit: makes something new of others below autograd.
-        treated_inside: the devices on which autocast may treat operators that its kernel calls: it has no kernel of its
-            own for autocast there, and gets to a mode before it is taken apart.
     """
 
     name: str
@@ -86,14 +74,8 @@ class OpFacts:
     batch_norm: bool
     uninitialised: bool
     overwriting: bool
-    workspaces: tuple[int, ...]
-    counts_inside: bool
     never_again: str
-    is_plain: bool
     communicates: bool
-    composite: bool
-    explicit: bool
-    treated_inside: tuple[str, ...]
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors among the arguments that this call writes, declared or not."""
@@ -137,44 +119,9 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         batch_norm=batch_norm,
         uninitialised=packet in UNINITIALISED,
         overwriting=packet in OVERWRITING,
-        workspaces=WORKSPACES.get(packet, ()),
-        counts_inside=packet.startswith("aten._foreach_") and any(written),
         never_again=never_again,
-        is_plain=not (any(written) or random or batch_norm or never_again or talks or packet in FRESH_CONSTANT),
         communicates=talks,
-        composite=_is_composite(func, "CompositeImplicitAutograd"),
-        explicit=not any(aliases) and _is_composite(func, "CompositeExplicitAutograd"),
-        treated_inside=treated_inside(func),
     )
-
-
-def treated_inside(func: torch._ops.OpOverload) -> tuple[str, ...]:
-    """The devices on which autocast may treat what the operator's kernel calls.
-
-    Those of torch's own that work on elements, give views, or are among the few that all others are made of, call
-    nothing that autocast knows, and are left out: they are the most. Convolution stands for many kernels.
-    """
-    if func.namespace == "prim":  # what Python asks of a fake tensor: no operators of the dispatcher
-        return ()
-    if func.namespace == "aten":
-        if has_kernel(func, "CompositeImplicitAutograd") or any(a.alias_info is not None for a in func._schema.returns):
-            return ()
-        simple = {torch.Tag.pointwise, torch.Tag.core, torch.Tag.nondeterministic_seeded}
-        if str(func.overloadpacket) != "aten.convolution" and not simple.isdisjoint(func.tags):
-            return ()
-    return tuple(d for d in AUTOCAST_DEVICES if not has_kernel(func, f"Autocast{d.upper()}"))
-
-
-AUTOCAST_DEVICES: Final = ("cpu", "cuda")
-
-
-def _is_composite(func: torch._ops.OpOverload, kind: str) -> bool:
-    return func.namespace == "aten" and [has_kernel(func, key) for key in (kind, "CPU", "CUDA")] == [True, False, False]
-
-
-def has_kernel(func: torch._ops.OpOverload, key: str) -> bool:
-    """Whether an operator has a kernel of its own for a dispatch key."""
-    return torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), key)
 
 
 def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:

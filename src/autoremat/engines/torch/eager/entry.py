@@ -15,7 +15,6 @@ from autoremat.engines.torch.eager.state import Replay, State, generator_at, gen
 from autoremat.record.local import local_of
 from autoremat.run.settings import state_of
 
-Hooks = tuple[Callable[[Tensor], Any], Callable[[Any], Any]]
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
