@@ -532,8 +532,8 @@ class Shadow:
             made = [self._blank_like(t) if a is None else a for a, t in zip(aliases, real, strict=True)]
             numbers, _ = recorder.map.reads(inputs)
             recorder._know_outside(inputs)
-            facts = replace(facts_of(torch.ops.aten.mul.Tensor), name=str(func))
-            op = RecordedOp(str(func), list(numbers), (), (), False, facts, call=recorder.call,
+            facts = replace(facts_of(torch.ops.aten.mul.Tensor), name=_spoken(func))
+            op = RecordedOp(_spoken(func), list(numbers), (), (), False, facts, call=recorder.call,
                             module=recorder.module_path(), source=_user_line())  # fmt: skip
             fresh = [t for t, a in zip(made, aliases, strict=True) if a is None]
             seen = [(s, t) for t in fresh if (s := storage_of(t)) is not None]
@@ -783,3 +783,11 @@ def _around(tensor: Tensor, local: Tensor) -> Tensor:
 
 def _name(func: Any) -> str:
     return str(getattr(func, "__qualname__", None) or getattr(func, "__name__", func))
+
+
+def _spoken(func: Any) -> str:
+    """What a function of torch's API is called, as a user would write it."""
+    if not (said := str(func)).startswith("<"):
+        return said
+    module = getattr(func, "__module__", None) or getattr(getattr(func, "__objclass__", None), "__name__", "torch")
+    return f"{module}.{name_of(func)}"
