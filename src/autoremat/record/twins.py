@@ -15,10 +15,12 @@ class Twins:
 
     def __init__(self) -> None:
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: set[int] = set()
+        """Those that are twins themselves, by identity."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The twin of a tensor, always the same one."""
-        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer):
+        """The twin of a tensor, always the same one; a twin itself."""
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or id(tensor) in self._own:
             return tensor
         if id(tensor) not in self._twins:
             twin = tensor.detach()
@@ -30,4 +32,5 @@ class Twins:
             if tensor.is_leaf:
                 twin.grad = tensor.grad
             self._twins[id(tensor)] = tensor, twin
+            self._own.add(id(twin))
         return self._twins[id(tensor)][1]

@@ -7,8 +7,9 @@ needs the numbers in its tensors is run on the real ones instead, and lets go of
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Final
 
 import torch
@@ -157,7 +158,7 @@ def _on_fake(step: Step) -> Recording:
             try:
                 return _through(first, step, progress, _Converting(world.convert))
             finally:
-                first.tape.ledger.close()  # after an error a graph may refer to what refers to it
+                first.close()
 
     def here() -> Recording:
         try:
@@ -187,7 +188,10 @@ def _on_real(step: Step) -> Recording:
             args, kwargs = map_tensors((tuple(step.args), step.kwargs), twin)
             first = _first(step, args, kwargs, 0.0, SelfCheck(None, lambda call, why: None))
             first.tape.keeping.before_outside = before_writing
-            return _through(first, step, progress, nullcontext())
+            try:
+                return _through(first, step, progress, _Aliasing(twin))
+            finally:
+                first.close()
 
     def here() -> Recording:
         with undisturbed(step.modules, step.fn, step.args, step.kwargs):
@@ -263,6 +267,27 @@ class _Converting(TorchFunctionMode):
             return tensor
         with without_function_modes():
             return self._convert(tensor)
+
+
+class _Aliasing(TorchFunctionMode):
+    """Gives calls a twin in place of every tensor that the step has not made: it gets no part of the step's graph."""
+
+    def __init__(self, twin: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self._twin = twin
+        self._made: dict[int, weakref.ref[Tensor]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Make one call."""
+        out = func(*mapped(args, self._own), **mapped(kwargs or {}, self._own))
+        self._made.update((id(t), weakref.ref(t)) for t in tensors_in(out))
+        return out
+
+    def _own(self, tensor: Tensor) -> Tensor:
+        with without_function_modes():
+            made = self._made.get(id(tensor))
+            is_made = made is not None and made() is tensor
+            return tensor if is_made or not tensor.is_leaf or nn.parameter.is_lazy(tensor) else self._twin(tensor)
 
 
 class _Beneath(TorchDispatchMode):

@@ -117,6 +117,12 @@ class FirstStep:
         storages = map(storage_of, tensors)
         return list({s._cdata: s for s in storages if s is not None}.values())
 
+    def close(self) -> None:
+        """The recording is over, and there is no training: a graph that somebody holds keeps nothing else alive."""
+        self.tape.ledger.close()
+        self._shadow.close()
+        self.args, self.kwargs, self._gradients = (), {}, []
+
     def forward(self, within: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()) -> Any:  # noqa: B008
         """Call the callable.
 

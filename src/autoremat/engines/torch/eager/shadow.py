@@ -287,6 +287,11 @@ class Shadow:
             twin, _ = self._nodes.pop(where)
             self._node_of.pop(id(twin), None)
 
+    def close(self) -> None:
+        """Hold no tensor any more: a graph may refer to this, and what is held here to that graph."""
+        for things in (self._twins, self._nodes, self._node_of, self._loose, self._memory, self.packed_here):
+            things.clear()
+
     def know_no_gradients(self) -> None:
         """Before a pass: leaves that have no gradient have none here either."""
         for reference, twin in list(self._twins.values()):
