@@ -119,6 +119,7 @@ class FirstStep:
 
     def close(self) -> None:
         """The recording is over, and there is no training: a graph that somebody holds keeps nothing else alive."""
+        self.tape.passes.needs.stop_counting()
         self.tape.ledger.close()
         self._shadow.close()
         self.args, self.kwargs, self._gradients = (), {}, []

@@ -60,6 +60,10 @@ class Needs:
             for _ in range(n):
                 self._add(self._reasons, self._key(value))
 
+    def stop_counting(self) -> None:
+        """Nobody will ask any more."""
+        self._reasons = None
+
     def _key(self, value: int) -> int:
         call = self._ledger.maker.get(value)
         return ~value if call is None else call

@@ -291,6 +291,7 @@ class Shadow:
         """Hold no tensor any more: a graph may refer to this, and what is held here to that graph."""
         for things in (self._twins, self._nodes, self._node_of, self._loose, self._memory, self.packed_here):
             things.clear()
+        self._regions, self._region = Regions(), None
 
     def know_no_gradients(self) -> None:
         """Before a pass: leaves that have no gradient have none here either."""
