@@ -126,13 +126,3 @@ def test_an_operator_inside_one_that_is_treated_as_a_whole_is_left_alone() -> No
             return h.sum() + torch.pinverse(x[:8, :8]).sum() + torch.linalg.pinv(x[:8, :8]).float().sum()
 
     compare(step, w)
-
-
-def test_treatment_is_by_device() -> None:
-    from autoremat.record.facts import facts_of
-
-    aten = torch.ops.aten
-    assert facts_of(aten._trilinear.default).treated_inside == ("cpu", "cuda")
-    assert facts_of(aten.linalg_pinv.atol_rtol_tensor).treated_inside == ("cpu", "cuda")
-    for op in (aten.add.Tensor, aten.sin.default, aten.view.default, aten.addmm.default):
-        assert facts_of(op).treated_inside == ()
