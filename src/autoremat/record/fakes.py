@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from autoremat.record.living import Living
-from autoremat.record.local import Description, Jagged, is_distributed, is_jagged, local_of
+from autoremat.record.local import Jagged, distributed_like, is_distributed, is_jagged, local_of
 from autoremat.record.parallel import Parallel, whole_parameter
 from autoremat.record.world import map_tensors, named_tensors, swap_tensors, without_caches
 
@@ -55,7 +55,7 @@ def fake_world(
                 converted[id(tensor)] = inside.around(values).requires_grad_(tensor.requires_grad)
                 return converted[id(tensor)]
             if is_distributed(tensor):
-                converted[id(tensor)] = _around(tensor, convert(local_of(tensor).detach()))
+                converted[id(tensor)] = distributed_like(tensor, convert(local_of(tensor).detach()))
                 return converted[id(tensor)]
             with torch.utils._python_dispatch._disable_current_modes():
                 fake = mode.from_tensor(tensor)
@@ -89,14 +89,6 @@ def _quiet(log: logging.Logger) -> Iterator[None]:
         yield
     finally:
         log.disabled = before
-
-
-def _around(tensor: Tensor, local: Tensor) -> Tensor:
-    """A DTensor like this one, around another local tensor; its gradient, if there is one, stays out."""
-    made = Description.of(tensor).around(local)
-    if isinstance(tensor, nn.Parameter):
-        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    return made.requires_grad_(tensor.requires_grad)
 
 
 def _make_whole(parallel: Parallel) -> None:

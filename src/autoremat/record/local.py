@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
@@ -122,6 +122,14 @@ class Description:
         """The DTensor around another local tensor; no gradient."""
         inner = {"_local_tensor": local, "device_mesh": self.mesh}
         return self.build(inner, self.context, self.size, self.stride)
+
+
+def distributed_like(tensor: Tensor, local: Tensor) -> Tensor:
+    """A DTensor like this one, around another local tensor; its gradient, if there is one, stays out."""
+    made = Description.of(tensor).around(local)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterable
 
-import torch
+from torch import Tensor
 
-from autoremat.record.values import fingerprint
+from autoremat.record.local import local_of
+from autoremat.record.values import fingerprint, storage_of
 
 
-def checksum(memory: Iterable[torch.UntypedStorage]) -> int:
-    """A number that tells the contents of some memory apart."""
-    total = 0
-    for storage in memory:
-        total = zlib.crc32(fingerprint(storage).to_bytes(8, "little"), total)
-    return total
+def content_of(tensor: Tensor) -> int:
+    """A checksum of all the memory that a tensor looks into; 0 where that cannot be seen."""
+    storage = storage_of(local_of(tensor))
+    return 0 if storage is None else fingerprint(storage)
+
+
+def contents_of(tensors: Iterable[Tensor]) -> list[int]:
+    """Checksums of the memory of some tensors."""
+    return [content_of(t) for t in tensors]

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoremat.engines.torch.eager.contents import checksum
-from autoremat.record.local import local_of
+from autoremat.engines.torch.eager.contents import content_of
 from autoremat.run.settings import state_of
 
 
@@ -78,19 +77,18 @@ class Draws:
         for i, _, new in written:
             self.note(new, given[i])
 
-    def check(self, found: Mapping[int, Tensor], state: int, stopped_at: int | None, func: Any) -> None:
-        """Compare another run with the first one.
+    def check(self, found: Mapping[int, Tensor], stopped_at: int | None, func: Any) -> None:
+        """Compare another run, which has just ended, with the first one.
 
         Args:
             found: what the other run has made, by value.
-            state: of the generator after it.
             stopped_at: position of the saved tensor after which the other run ended; None if it was made whole.
             func: what was called.
 
         Raises:
             Disturbed: the other run has drawn other numbers.
         """
-        if state == (self.after if stopped_at is None else self.saved.get(stopped_at)):
+        if self.state() == (self.after if stopped_at is None else self.saved.get(stopped_at)):
             return
         told = found.keys() & self.contents.keys()
         if not told or any(content_of(found[v]) != self.contents[v] for v in told):
@@ -98,8 +96,3 @@ class Draws:
                 f"autoremat cannot draw the numbers of {func} again: another thread drew from the same generator at "
                 "the same moment. Give that thread a torch.Generator of its own, or let the step use one"
             )
-
-
-def content_of(tensor: Tensor) -> int:
-    """A checksum of all the memory that a tensor looks into."""
-    return checksum([local_of(tensor).untyped_storage()])

@@ -189,7 +189,7 @@ def _on_real(step: Step) -> Recording:
             first = _first(step, args, kwargs, 0.0, SelfCheck(None, lambda call, why: None))
             first.tape.keeping.before_outside = before_writing
             try:
-                return _through(first, step, progress, _Aliasing(twin))
+                return _through(first, step, progress, _ConvertingReal(twin))
             finally:
                 first.close()
 
@@ -252,7 +252,11 @@ def _put_back() -> Iterator[Callable[[Tensor], None]]:
 
 
 class _Converting(TorchFunctionMode):
-    """Gives calls fake tensors in place of the real ones that they are given: of these nothing changes."""
+    """Gives calls something in place of tensors from outside: of these nothing changes. What is fake is the step's own.
+
+    Args:
+        convert: gives what stands for a tensor from outside.
+    """
 
     def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -260,34 +264,33 @@ class _Converting(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Make one call."""
-        return func(*mapped(args, self._fake), **mapped(kwargs or {}, self._fake))
+        return func(*mapped(args, self._given), **mapped(kwargs or {}, self._given))
 
-    def _fake(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, FakeTensor) or nn.parameter.is_lazy(tensor):
-            return tensor
+    def _given(self, tensor: Tensor) -> Tensor:
         with without_function_modes():
-            return self._convert(tensor)
+            is_kept = self._is_own(tensor) or nn.parameter.is_lazy(tensor)
+            return tensor if is_kept else self._convert(tensor)
+
+    def _is_own(self, tensor: Tensor) -> bool:
+        return isinstance(tensor, FakeTensor)
 
 
-class _Aliasing(TorchFunctionMode):
-    """Gives calls a twin in place of every tensor that the step has not made: it gets no part of the step's graph."""
+class _ConvertingReal(_Converting):
+    """The same where the step's own tensors are real: those that its calls have made, or that have a history."""
 
-    def __init__(self, twin: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self._twin = twin
+    def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(convert)
         self._made: dict[int, weakref.ref[Tensor]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Make one call."""
-        out = func(*mapped(args, self._own), **mapped(kwargs or {}, self._own))
+        out = super().__torch_function__(func, types, args, kwargs)
         self._made.update((id(t), weakref.ref(t)) for t in tensors_in(out))
         return out
 
-    def _own(self, tensor: Tensor) -> Tensor:
-        with without_function_modes():
-            made = self._made.get(id(tensor))
-            is_made = made is not None and made() is tensor
-            return tensor if is_made or not tensor.is_leaf or nn.parameter.is_lazy(tensor) else self._twin(tensor)
+    def _is_own(self, tensor: Tensor) -> bool:
+        made = self._made.get(id(tensor))
+        return not tensor.is_leaf or (made is not None and made() is tensor)
 
 
 class _Beneath(TorchDispatchMode):

@@ -96,7 +96,7 @@ class Entry:
             with generator_at(self.generator, self.generator_state), replay.use(self.state):
                 stopped_at = self._make(memory, inner, enough, found)
                 if self.draws is not None:
-                    self.draws.check(found, self.draws.state(), stopped_at, self.func)
+                    self.draws.check(found, stopped_at, self.func)
         return {v: t for v, t in found.items() if v in wanted}
 
     def _make(

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.calls import ESCAPES, is_collective, is_out_of_sight, is_pass, name_of, only_looks
 from autoremat.engines.torch.eager.check import DIFFERS
+from autoremat.engines.torch.eager.contents import contents_of
 from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, generators_of, prepared
 from autoremat.engines.torch.eager.facts import FOREIGN, CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call, n_elements
-from autoremat.engines.torch.eager.purity import gives_the_same, sums_of
+from autoremat.engines.torch.eager.purity import gives_the_same
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.record.compiled import in_compiled_code
 from autoremat.record.local import local_of
@@ -114,7 +115,7 @@ class Noting:
             if entry is not None and is_tried:
                 reads = tuple(entry.positions.items())
                 tape.check.before(call, given, reads, facts.written, has_room=self._room.has(3 * facts.nbytes))
-            untouched = sums_of(given) if facts.foreign and entry is not None else None
+            untouched = contents_of(given) if facts.foreign and entry is not None else None
             self._busy = first, None if entry is None else entry.draws
             try:
                 out = tape.hooked(func, args, kwargs)

@@ -105,7 +105,7 @@ class Sections:
         key = -self._n_hooks
         if not self._recording.hook(key, tensor):
             return hook
-        return update_wrapper(_Hook(lambda *gradients: self._run(key, hook, gradients)), hook)
+        return update_wrapper(lambda *gradients: self._run(key, hook, gradients), hook)
 
     # ---- listening -----------------------------------------------------------------------------------------------
 
@@ -187,16 +187,6 @@ class Sections:
             sum(recorder.values[n].nbytes for n in left),
             frozenset(section.asked),
         )
-
-
-class _Hook:
-    """A hook that is listened to."""
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *gradients: Any) -> Any:
-        return self._call(*gradients)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -39,6 +39,7 @@ from autoremat.record.local import (
     Description,
     Jagged,
     PackedLocal,
+    distributed_like,
     has_inside,
     is_distributed,
     is_jagged,
@@ -221,7 +222,7 @@ class Shadow:
                 inside = Jagged.of(tensor).converted(self.twin)
                 return inside.around(self.twin(local_of(tensor)).detach()).requires_grad_(tensor.requires_grad)
             if is_distributed(tensor):
-                return _around(tensor, self._as_fake(local_of(tensor).detach()))
+                return distributed_like(tensor, self._as_fake(local_of(tensor).detach()))
             if _is_nested(tensor):
                 blank = self._blank_like(tensor)
                 return requiring_grad(blank) if tensor.requires_grad else blank
@@ -778,13 +779,6 @@ def _is_like(twin: Tensor, tensor: Tensor) -> bool:
     if tensor.layout is not torch.strided or is_distributed(tensor):
         return True
     return twin.stride() == tensor.stride() and twin.storage_offset() == tensor.storage_offset()
-
-
-def _around(tensor: Tensor, local: Tensor) -> Tensor:
-    made = Description.of(tensor).around(local)
-    if isinstance(tensor, nn.Parameter):
-        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
-    return made.requires_grad_(tensor.requires_grad)
 
 
 def _name(func: Any) -> str:
