@@ -50,6 +50,19 @@ def linear() -> Program:
     return Program("linear", values, ops)
 
 
+def handed() -> Program:
+    """A product of ``a`` and ``b``, made together: its backward asks for one and for the other."""
+    values = (Value("x", 1, fixed=True), Value("a", 4), Value("b", 2), Value("y", 1))
+    ops = (
+        Op("f", (0,), (1, 2)),
+        Op("product", (1, 2), (3,)),
+        Op("unpack", (1,), (), **BACKWARD),
+        Op("unpack", (2,), (), **BACKWARD),
+        Op("product_backward", (1, 2, 3), (), **BACKWARD),
+    )
+    return Program("handed", values, ops)
+
+
 CHAIN_AGAIN = (0, 1, 2, 3, 0, 4)
 """``chain`` with ``f0`` run again before ``g1`` needs ``a``."""
 

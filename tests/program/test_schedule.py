@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from autoremat.program import END, InvalidSchedule, Op, Program, Schedule, Value, simulate
-from tests.program.hand import CHAIN_AGAIN, chain, in_place, split
+from tests.program.hand import CHAIN_AGAIN, chain, handed, in_place, split
 
 
 def freed(program: Program, *order: int) -> list[str]:
@@ -41,6 +41,23 @@ def test_a_value_read_after_it_was_taken_over_cannot_be_had() -> None:
 
 def test_a_held_value_stays_while_its_sibling_is_computed_again() -> None:
     assert freed(split(), 0, 1, 0, 2) == ["", "q u", "", "p q s"]
+
+
+def test_what_the_backward_was_handed_stays_while_it_is_made_again_beside_it() -> None:
+    program = handed()
+    assert program.handed_until == (-1, -1, 4, 4, -1)
+    assert freed(program, 0, 1, 2, 0, 3, 4) == ["", "b", "", "", "", "a b y"]
+    schedule = Schedule.from_order(program, (0, 1, 2, 0, 3, 4))
+    assert simulate(program, schedule).resident_bytes[3] == 1 + 1 + 2 * 4 + 2
+
+
+def test_nodes_that_ask_for_the_same_value_are_handed_a_copy_each() -> None:
+    backward = {"phase": "backward", "repeatable": "backward"}
+    values = (Value("x", 1, fixed=True), Value("a", 4))
+    use, ask = Op("use", (1,), (), **backward), Op("unpack", (1,), (), **backward)
+    program = Program("asked", values, (Op("f", (0,), (1,)), ask, use, ask, ask, use))
+    assert program.handed_until == (-1, 2, -1, 5, 5, -1)
+    assert freed(program, 0, 1, 2, 0, 3, 0, 4, 5) == ["", "", "a", "", "", "", "", "a"]
 
 
 def test_a_value_is_freed_after_the_first_run_of_the_op_that_holds_it() -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from autoremat.program import END, InvalidSchedule, Op, Plan, Program, Schedule, Value, Violation, simulate, verify
 from autoremat.program import verify as _verify_function
 from autoremat.program.verify import MOST_VIOLATIONS, RULES
-from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, in_place, linear, split
+from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, handed, in_place, linear, split
 from tests.strategies import orders, programs
 
 AGAIN = Schedule.from_order(chain(), CHAIN_AGAIN)  # frees: - a - bc - a,db,da
@@ -27,6 +27,7 @@ def held() -> Program:
 
 
 ACCEPTED = {
+    "handed and made again beside it": (handed(), Schedule.from_order(handed(), (0, 1, 2, 0, 3, 4))),
     "plain": (chain(), Schedule.plain(chain())),
     "again": (chain(), AGAIN),
     "in place": (in_place(), Schedule.plain(in_place())),
@@ -111,6 +112,19 @@ BROKEN = {
         split(),
         Schedule((0, 0, 1, 2), ((1, 2), (), (3,), (1, 2, 4))),
         [("held values stay", 0, "0 (split)", "p", "it is held until op 2 (use) has run, but it is freed before")],
+    ),
+    "handed values stay": (
+        handed(),
+        Schedule((0, 1, 2, 0, 3, 4), ((), (), (1,), (), (), (1, 2, 3))),
+        [
+            (
+                "handed values stay",
+                2,
+                "2 (unpack)",
+                "a",
+                "op 4 (product_backward) still reads what the backward has been handed, but it is freed before",
+            )
+        ],
     ),
     "storage taken over": (
         in_place(),

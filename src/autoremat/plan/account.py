@@ -88,6 +88,7 @@ class Accountant:
         self._scratch_differs = bool((self.scratch != self.again_scratch).any())
         self.seconds = np.array([op.again_seconds for op in program.ops], dtype=np.float64)
         self.hold = np.array(program.hold, dtype=np.int64)
+        self._handed_until = np.array(program.handed_until, dtype=np.int64)
         self._count = np.array([len(a) for a in access], dtype=np.int64)
         self._first = np.concatenate([[0], np.cumsum(self._count)])[:-1].astype(np.int64)
         # Radix sort is what numpy does on 16 bits, several times faster than on more.
@@ -116,7 +117,7 @@ class Accountant:
         first = np.flatnonzero(written)
         start, last = run[first], run[np.append(first, len(run))[1:] - 1]
         owner = value[first]
-        end = self._prolonged(order, owner, start, last, start)
+        end = prolonged(owner, last, start, self.held_until(order, value, run, first))
         m = len(order)
         nbytes = self.nbytes[owner].astype(np.float64)
         steps = np.bincount(start, nbytes, m + 1) - np.bincount(end + 1, nbytes, m + 1)
@@ -153,22 +154,23 @@ class Accountant:
         run = np.repeat(np.arange(len(order)), count)[by_value]
         return value[by_value].astype(np.int64), run, self._written[flat][by_value]
 
-    def _prolonged(self, order: Ints, owner: Ints, start: Ints, last: Ints, twice: Ints) -> Ints:
-        """The last run of every residency: that of its last access, later where the value is held.
+    def held_until(self, order: Ints, value: Ints, run: Ints, first: Ints) -> Ints:
+        """For every residency the run until which something holds its value, lately the backward, which was handed it.
 
-        ``twice`` is for every residency the last run at which the copy before it is there as well.
+        ``value`` and ``run`` are those of the accesses, ``first`` the accesses with which residencies begin.
         """
-        hold = self.hold[owner]
-        held = np.flatnonzero(hold >= 0)
-        if not len(held):
-            return last
-        end: Ints = last.copy()
+        owner, hold = value[first], self.hold[value[first]]
         first_run = np.full(self.n_ops, -1, dtype=np.int64)
         first_run[order[::-1]] = np.arange(len(order))[::-1]
-        end[held] = np.maximum(end[held], first_run[hold[held]])
-        again = np.flatnonzero(owner[1:] == owner[:-1])
-        end[again] = np.minimum(end[again], np.maximum(twice[again + 1], last[again]))
-        return end
+        until: Ints = np.where(hold >= 0, first_run[hold], -1)
+        handed = self._handed_until[order[run]]
+        asks = np.flatnonzero(handed >= 0)
+        if len(asks):
+            latest = np.searchsorted(asks, np.append(first, len(run))[1:]) - 1
+            ask = asks[np.maximum(latest, 0)]
+            is_asked = (latest >= 0) & (value[ask] == owner)
+            until = np.maximum(until, np.where(is_asked, first_run[handed[ask]], -1))
+        return until
 
     def _take_over(self, order: Ints, during: Ints, owner: Ints, end: Ints) -> None:
         """In-place ops whose input leaves with the run need no second storage."""
@@ -181,3 +183,14 @@ class Accountant:
             pairs = self._in_place[int(order[run])]
             taken = [(new, old) for new, old in pairs if old * m + run in leaves]
             during[run] -= sum(int(min(self.nbytes[new], self.nbytes[old])) for new, old in taken)
+
+
+def prolonged(owner: Ints, last: Ints, twice: Ints, held_until: Ints) -> Ints:
+    """The last run of every residency: that of its last access, later where the value is held.
+
+    ``twice`` is for every residency the last run at which the copy before it is there as well.
+    """
+    end = np.maximum(last, held_until)
+    again = np.flatnonzero(owner[1:] == owner[:-1])
+    end[again] = np.minimum(end[again], np.maximum(twice[again + 1], last[again]))
+    return end

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from autoremat.plan.account import Account, Accountant, Ints
+from autoremat.plan.account import Account, Accountant, Ints, prolonged
 from autoremat.plan.calls import Folded, program_of
 from autoremat.program import Program
 
@@ -78,7 +78,8 @@ class CallAccountant(Accountant):
         lasting = _copies(*(x[~inner] for x in (value, run, held, written)))
         passing = _copies(*(x[inner] for x in (value, run, held, written)))
         twice = layout.end[lasting.start]
-        end = self._prolonged(layout.order, lasting.value, lasting.start, lasting.end, twice)
+        accesses = value[~inner], lasting.run, np.flatnonzero(lasting.written)
+        end = prolonged(lasting.value, lasting.end, twice, self.held_until(layout.order, *accesses))
         lasting = replace(lasting, end=end)
         during = self._during(layout, lasting, passing)
         starts = np.flatnonzero(np.diff(layout.home, prepend=-1))

@@ -215,6 +215,11 @@ class Stages:
         lost = program.ops[program.producer[v]].repeatable and bool(readers) and readers[-1] >= t
         return program.hold[v] >= t or bool(lost)
 
+    def _is_handed(self, v: int, t: int) -> bool:
+        """Whether the backward has been handed the value before op ``t`` and uses that copy then or later."""
+        asked = (self.program.handed_until[i] for i in self.program.readers[v] if i < t)
+        return max(asked, default=-1) >= t
+
     def _candidates(self, w: int) -> list[int]:
         """The ops that may run again in the stage and could be of use there."""
         program, ops = self.program, self.program.ops
@@ -255,7 +260,7 @@ class Stages:
 
     def _carried_column(self, w: int, v: int) -> int:
         begin = self.first(w)
-        if self._must(v, begin):
+        if self._must(v, begin) or self._is_handed(v, begin):
             return ONE
         if self._last_need[v] < begin or self._overwritten.get(v, -1) == self.moments[w - 1]:
             return ZERO
@@ -342,7 +347,9 @@ class Stages:
     def _run_bytes(self, w: int, k: int) -> None:
         """Bytes at the further run of op ``k``; where it does not run, no more than at the next one that does."""
         program, op, values = self.program, self.program.ops[k], self.program.values
-        held = {v for v in self._made if program.producer[v] < self.first(w) and program.hold[v] >= self.moments[w]}
+        t = self.moments[w]
+        held = {v for v in self._made if program.producer[v] < self.first(w) and program.hold[v] >= t}
+        held |= {v for v in self._made if self._is_handed(v, t)}
         terms = [(float(op.again_scratch_bytes), self.again[w, k])]
         for v in self._made:
             producer, nbytes = program.producer[v], float(values[v].nbytes)

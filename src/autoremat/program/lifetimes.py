@@ -3,7 +3,7 @@
 A call runs again as a *block*: its ops from the first one on, one directly after the other. Inside of a block C++
 holds values as it did in the first run, so they leave no earlier there; at the end of the block they leave at the
 latest, unless they are read later. What the block cannot hand out (``Value.available``) is a copy of its own, beside
-one that is in memory already.
+one that is in memory already; so is what the backward has been handed and still uses (``Program.handed_until``).
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ class Lifetimes:
         self.frees: list[list[int]] = [[] for _ in order]
         self._program, self._order, self._first_run = program, order, first_run
         self._held_until = [first_run.get(h, -1) for h in program.hold]
+        """For every value the run until which it is held, lately by the backward, which was handed it."""
         self._block_end = block_ends(program, order)
         self._since: dict[int, int] = {}
         """For every value the run that has made the copy that lasts."""
@@ -43,6 +44,9 @@ class Lifetimes:
         self._inner: dict[int, list[int]] = {}
         """For every value the copy of the latest block that could not hand it out: made in that run, needed until."""
         self._all_inner: list[tuple[int, list[int]]] = []
+        self.passing: set[tuple[int, int]] = set()
+        """Run and value of every write that makes a copy for its block alone: the call cannot hand it out, or another
+        copy is in memory and stays."""
         for p, i in enumerate(order):
             self._run(p, i)
         self._finish()
@@ -51,10 +55,13 @@ class Lifetimes:
         op, first = self._program.ops[i], self._first_run[i] == p
         for v in op.reads:
             self._read(p, v)
+            if (handed := self._program.handed_until[i]) >= 0:
+                self._held_until[v] = max(self._held_until[v], self._first_run.get(handed, p))
         for v in op.writes:
             if not first and self._program.available[v] > self._order[self._block_end[p]]:
                 self._inner[v] = [p, self._stays(p, v)]
                 self._all_inner.append((v, self._inner[v]))
+                self.passing.add((p, v))
             else:
                 self._write(p, v)
         if first:
@@ -69,11 +76,15 @@ class Lifetimes:
             self._last_use[v] = max(self._last_use.get(v, -1), self._stays(p, v))
 
     def _write(self, p: int, v: int) -> None:
-        end = max(self._last_use.get(v, p), self._held_until[v])
-        if end < p:
-            self._leave(v, end)
-        self._last_use[v] = self._stays(p, v)
-        self._since[v] = p
+        last = self._last_use.get(v, -1)
+        end = max(last, self._held_until[v])
+        if last >= 0 and end >= p:
+            self.passing.add((p, v))
+        else:
+            if last >= 0:
+                self._leave(v, end)
+            self._since[v] = p
+        self._last_use[v] = max(last, self._stays(p, v))
 
     def _stays(self, p: int, v: int) -> int:
         """The run of the block until which a value stays that run ``p`` has used: as long as in the first run."""

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Final
 
@@ -174,6 +175,27 @@ class Program:
         """For every value the index of the last op up to which it is held; -1 when nothing holds it."""
         last = len(self.ops) - 1
         return tuple(-1 if v.held is None else last if v.held == END else v.held for v in self.values)
+
+    @cached_property
+    def handed_until(self) -> tuple[int, ...]:
+        """For every ``unpack`` the last op for which the backward keeps what it was handed there; -1 for other ops.
+
+        A node of the backward keeps the very copies that it was handed until its own ops have run, even where a further
+        run on behalf of a later ``unpack`` of the same node makes one of them once more. O(reads).
+        """
+        table = [-1] * len(self.ops)
+        asked_together = list(accumulate(int(op.name != "unpack") for op in self.ops))
+        for readers in self.readers:
+            following, until = -1, -1
+            for i in reversed(readers):
+                if self.ops[i].name != "unpack":
+                    until = max(until, i)
+                    continue
+                if until < 0 and following >= 0 and asked_together[following] == asked_together[i]:
+                    until = table[following]
+                table[i] = max(table[i], until, i)
+                following, until = i, -1
+        return tuple(table)
 
     @cached_property
     def call_begin(self) -> tuple[int, ...]:

@@ -9,8 +9,10 @@ lists them. A violation does not stop the machine: it goes on as the schedule cl
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from typing import Final, NamedTuple
 
@@ -141,6 +143,7 @@ class _Machine:
         block_made: of the values that the block has written, whether another copy was in memory before.
         twice: bytes of those other copies, which leave when the block ends.
         stuck: values in memory that only the block which made them could read.
+        handed: for every value that an ``unpack`` has handed to the backward the latest of these ops.
         hasty: values that the block uses and that were freed although the call still held them at that op in its first
             run, each with the run after which it was freed.
     """
@@ -157,6 +160,7 @@ class _Machine:
     block_made: dict[int, bool] = field(default_factory=dict)
     twice: int = 0
     stuck: set[int] = field(default_factory=set)
+    handed: dict[int, int] = field(default_factory=dict)
     hasty: list[tuple[int, int]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -180,6 +184,7 @@ class _Machine:
         else:
             self.first_run[run.op] = run.position
             self.latest = max(self.latest, run.op)
+            self.handed.update((v, run.op) for v in op.reads if op.name == "unpack")
         for v in set(run.frees) - taken:
             if v in self.memory and not self.program.values[v].fixed:
                 self.in_use -= self.memory.pop(v)
@@ -208,6 +213,33 @@ class _Machine:
         held = self.held_until(v) if 0 <= v < len(self.program.values) else None
         used = any(v in (*self.program.ops[i].reads, *self.program.ops[i].writes) for i in self.block)
         return used and held is not None and held > op
+
+    def used_until(self, v: int, asked: int) -> int:
+        """The op until which the backward uses the copy of a value that it was handed at op ``asked``; -1 for none.
+
+        A node of the backward may ask for the same value several times before its own ops run.
+        """
+        ops = self.program.ops
+        if asked < 0:
+            return -1
+        until, together = asked, asked
+        while together + 1 < len(ops) and ops[together + 1].name == "unpack":
+            together += 1
+        for i in self._readers[v][bisect_right(self._readers[v], asked) :]:
+            if ops[i].name != "unpack":
+                until = i
+            elif i > together:
+                break
+        return until
+
+    @cached_property
+    def _readers(self) -> list[list[int]]:
+        """For every value the ops that read it, in order."""
+        found: list[list[int]] = [[] for _ in self.program.values]
+        for i, op in enumerate(self.program.ops):
+            for v in op.reads:
+                found[v].append(i)
+        return found
 
     def _execute(self, op: Op, frees: tuple[int, ...], *, again: bool) -> set[int]:
         """Run the kernel: storages for what it writes, scratch while it works. Returns the values it took over."""
@@ -392,6 +424,20 @@ def _held_values_stay(machine: _Machine, run: _Run) -> Iterator[_Found]:
         if held is not None and held != run.op and held not in machine.first_run:
             name = machine.program.ops[held].name
             yield _Found(f"it is held until op {held} ({name}) has run, but it is freed before", v)
+
+
+@_of_each_run(
+    "handed values stay",
+    "what an unpack has handed to the backward is not freed before the ops that read it as it was handed have run",
+)
+def _handed_values_stay(machine: _Machine, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    asks = op.reads if op and op.name == "unpack" else ()
+    for v in run.frees:
+        until = machine.used_until(v, run.op if v in asks else machine.handed.get(v, -1))
+        if until not in (-1, run.op) and until not in machine.first_run:
+            by = f"op {until} ({machine.program.ops[until].name})"
+            yield _Found(f"{by} still reads what the backward has been handed, but it is freed before", v)
 
 
 @_of_the_whole("every op runs", "every op of the program runs at least once")

@@ -15,6 +15,7 @@ from typing import Any
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.several import held_bytes, waiting_bytes
 from autoremat.program import Plan, Program, Timeline, simulate
+from autoremat.program.lifetimes import Lifetimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,6 +145,7 @@ class _Compiler:
         self.stops = self._stops(program)
         order = plan.schedule.order
         self.again = self._reruns(order)
+        self.passing = Lifetimes(program, order, {i: p for p, i in reversed(list(enumerate(order)))}).passing
         self.stays = self._stays(order)
         self.pack_at = self._packs_at(order)
 
@@ -216,13 +218,15 @@ class _Compiler:
         return {p: next(asks) for p, i in enumerate(order) if self.program.ops[i].name == "unpack"}
 
     def _stays(self, order: tuple[int, ...]) -> dict[int, list[_Stay]]:
+        """For every value its stays. What is still there when a call makes it again stays, and the new copy goes."""
         stays: dict[int, list[_Stay]] = {}
         for p, i in enumerate(order):
             op = self.program.ops[i]
             if op.name == "unpack" and op.reads[0] in stays:
                 stays[op.reads[0]][-1].asks.append(p)
             for v in op.writes:
-                stays.setdefault(v, []).append(_Stay(p))
+                if (p, v) not in self.passing:
+                    stays.setdefault(v, []).append(_Stay(p))
         return stays
 
     def _kept_packs(self) -> set[int]:
@@ -235,19 +239,22 @@ class _Compiler:
     def _find_last_reads(self, order: tuple[int, ...], packs: tuple[int | None, ...]) -> None:
         """Note, for every stay, where the tape itself needs the value last."""
         current: dict[int, int] = {}
+        written: dict[int, int] = {}
         for p, i in enumerate(order):
             op = self.program.ops[i]
             if p in self.again:
                 block = self._block_begin(p, order)
                 for v in op.reads:
-                    if v in current and self.stays[v][current[v]].made_at < block:
+                    if v in current and written[v] < block:
                         self.stays[v][current[v]].last_read = p
             elif op.name == "unpack":
                 v, j = op.reads[0], self.pack_at[p]
                 if v in current and j >= 0 and packs[j] is not None:
                     self.stays[v][current[v]].last_read = p
             for v in op.writes:
-                current[v] = current.get(v, -1) + 1
+                written[v] = p
+                if (p, v) not in self.passing:
+                    current[v] = current.get(v, -1) + 1
 
     def _block_begin(self, p: int, order: tuple[int, ...]) -> int:
         """The position of the first run of the call's block that the further run at p belongs to."""
