@@ -61,9 +61,9 @@ def random_seed(number: int) -> int:
     return number + 1000 * seed() if is_thorough() else number
 
 
-def _estimated(signature: Any, room_bytes: int | None) -> Cost:
+def _estimated(signature: Any, room_bytes: int | None, *, is_timed: bool = True) -> Cost:
     """An operator run once, for what it allocates; its seconds are an estimate."""
-    cost = _measured(signature, room_bytes)
+    cost = _measured(signature, room_bytes, is_timed=False)
     return cost._replace(seconds=timing.estimate(signature, sum(cost.made_bytes)).seconds)
 
 

@@ -94,7 +94,7 @@ def checkpoint(
     _check_budget(budget)
     options = Options(budget, optimizer, keep, recompute, time_limit_seconds, measure)
     if target is None:
-        return functools.partial(checkpoint, **vars(options))
+        return functools.partial(checkpoint, **options.wishes)
     if not callable(target):
         raise TypeError(f"autoremat.checkpoint takes a module or a callable, got {type(target).__name__}")
     if session_of(target) is not None:
@@ -343,10 +343,17 @@ class Options:
     ) -> None:  # fmt: skip
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
         self.keep, self.recompute, self.measure = keep, recompute, measure
+        self._settled_bytes: int | None = None
+        """What a share of the plain peak has come to, at the first plan: later kinds of input have as much."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model needs the bytes of the optimizer, not the optimizer."""
-        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer)}
+        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None}
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """The arguments of ``checkpoint``."""
+        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, given what plain training would take by then.
@@ -355,9 +362,9 @@ class Options:
         share of what plain training would hold.
         """
         fixed_bytes += optimizer_bytes(self.optimizer)[0]
-        budget = in_bytes(self.budget, fixed_bytes)
+        budget = self._budget(fixed_bytes)
         whole = parse_budget(budget, 1 << 60)
-        if whole == parse_budget(budget, 1 << 59):
+        if not _is_share(budget):
             return lambda plain_bytes: whole - fixed_bytes
         if whole >= 1 << 60:
             return lambda plain_bytes: math.inf
@@ -375,18 +382,28 @@ class Options:
                 optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, progress=progress, limit=self._in_bytes
             )
 
-    def budget_bytes(self, program: Program, plain_peak_bytes: int) -> int:
-        """The budget, where plain training has this peak."""
+    def budget_bytes(self, program: Program, plain_peak_bytes: int, *, anew: bool = False) -> int:
+        """The budget, where plain training has this peak.
+
+        A share of a peak is settled by the first plan; ``anew``: by more than that one knew of.
+        """
+        budget = in_bytes(self.budget, program.fixed_bytes)
+        nbytes = parse_budget(budget, plain_peak_bytes)
+        if not _is_share(budget):
+            return nbytes
+        if self._settled_bytes is None or (anew and nbytes > self._settled_bytes):
+            self._settled_bytes = nbytes
+        return self._settled_bytes
+
+    def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+        """What the budget would be if this was the first plan."""
         return parse_budget(in_bytes(self.budget, program.fixed_bytes), plain_peak_bytes)
 
-    def solve(
-        self, program: Program, *, at_most_bytes: int | None = None, within_bytes: int | None = None,
-        quick: bool = False,
-    ) -> Plan:  # fmt: skip
-        """A plan within the budget, and within what else is known of the device."""
-        budget = in_bytes(self.budget, program.fixed_bytes) if within_bytes is None else within_bytes
-        if at_most_bytes is not None:
-            budget = min(self._in_bytes(program), at_most_bytes)
+    def _budget(self, fixed_bytes: int) -> Budget:
+        return in_bytes(self.budget, fixed_bytes) if self._settled_bytes is None else self._settled_bytes
+
+    def solve(self, program: Program, budget: int, *, quick: bool = False) -> Plan:
+        """A plan within so many bytes; ``quick``: the first that is found."""
         seconds = QUICK * self.time_limit_seconds if quick else self.time_limit_seconds
         found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
         recompute = still_possible(program, self.recompute) if found_out else self.recompute
@@ -396,7 +413,7 @@ class Options:
             )
 
     def _in_bytes(self, program: Program) -> int:
-        return parse_budget(in_bytes(self.budget, program.fixed_bytes), simulate(program).peak_bytes)
+        return parse_budget(self._budget(program.fixed_bytes), simulate(program).peak_bytes)
 
 
 _OF_A_METHOD: Final = frozenset(
@@ -489,6 +506,11 @@ def _check_budget(budget: Budget) -> None:
     """Refuse a malformed budget at the door."""
     if budget != "auto":
         parse_budget(budget, 1 << 62)
+
+
+def _is_share(budget: Budget) -> bool:
+    """Whether a budget is a share of the plain peak."""
+    return parse_budget(budget, 1 << 60) != parse_budget(budget, 1 << 59)
 
 
 def in_bytes(budget: Budget, fixed_bytes: int) -> Budget:

@@ -134,7 +134,7 @@ def test_every_plan_is_measured_once(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = measure.ProfilerMeter
     monkeypatch.setattr(measure, "ProfilerMeter", lambda: made.append(plain()) or made[-1])
     t = Training("100%")
-    for rows in (512, 512, 512, 256, 256, 256, 256, 512):
+    for rows in (256, 256, 256, 512, 512, 512, 512, 256):
         t.x = torch.randn(rows, 32)
         t.step()
     assert len(made) == 2

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from statistics import median
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -46,6 +47,11 @@ _MIN_REPEATS: Final = 3
 """... nor, where it takes less than ``_LONG_SECONDS``, less often: once alone may be far too slow."""
 _LONG_SECONDS: Final = 0.5
 
+_STEPS: Final = 2.0
+"""Timing goes on for about as long as so many steps take, ..."""
+_LEAST_SECONDS: Final = 0.1
+"""... but at least for this long."""
+
 _CACHE_BYTES: Final = 1 << 26
 """Memory that is written before each timed call, so that caches hold nothing of its arguments; where there is room."""
 
@@ -62,6 +68,8 @@ _GROUPED: Final = frozenset({"aten._grouped_mm", "aten._scaled_grouped_mm"})
 """Products with a tensor of offsets that says where each group ends: with zeros they would have nothing to do."""
 
 _MEASURED: dict[tuple[CallSignature, str, int], Cost] = {}
+_FACTORS: dict[Any, list[float]] = {}
+"""For every operator what it took, whenever it was timed, as a multiple of the estimate."""
 
 
 class Rates(NamedTuple):
@@ -80,6 +88,8 @@ def measure_all(
 ) -> list[Cost]:
     """The cost of every call, each distinct one measured once per process, alone, on random numbers.
 
+    Timing takes about as long as a few steps: the calls that seem to take longest are timed first; when the time is
+    over, the others run once, for the bytes, and their seconds are scaled from what the same operator took elsewhere.
     A call that cannot run on random numbers is estimated. Random generators are left as they were. Memory: the
     arguments (copies, of weights too), results and scratch of one call at a time, and what is written in between to
     empty the caches.
@@ -89,15 +99,24 @@ def measure_all(
         progress: told how far it is.
         room_bytes: what all that should take at most: caches are emptied as far as there is room; None: no matter.
     """
-    distinct = [s for s in dict.fromkeys(signatures) if s is not None and _key(s) not in _MEASURED]
+    new = [s for s in dict.fromkeys(signatures) if s is not None and _key(s) not in _MEASURED]
+    new.sort(key=_expected_seconds, reverse=True)
     if room_bytes is not None:
         room_bytes -= torch.get_rng_state().nbytes  # the generator's, put aside for as long as this takes
+    until = time.perf_counter() + max(_LEAST_SECONDS, _STEPS * sum(_expected_seconds(s) for s in signatures if s))
     with _undisturbing():
-        for i, signature in enumerate(distinct):
-            _MEASURED[_key(signature)] = _measure(signature, room_bytes)
+        for i, signature in enumerate(new):
+            is_timed = time.perf_counter() < until
+            _MEASURED[_key(signature)] = _measure(signature, room_bytes, is_timed=is_timed)
             if progress is not None:
-                progress("measuring operators", (i + 1) / len(distinct))
+                progress("measuring operators", (i + 1) / len(new))
     return [FREE if s is None else _MEASURED[_key(s)] for s in signatures]
+
+
+def _expected_seconds(signature: CallSignature) -> float:
+    """An estimate, corrected by what this operator has taken elsewhere, or operators in general have."""
+    known = _FACTORS.get(signature.func) or [f for factors in _FACTORS.values() for f in factors]
+    return estimate(signature, 0).seconds * (median(known) if known else 1.0)
 
 
 def estimate_all(
@@ -155,16 +174,19 @@ def _key(signature: CallSignature) -> tuple[CallSignature, str, int]:
     return signature, name, torch.get_num_threads()
 
 
-def _measure(signature: CallSignature, room_bytes: int | None) -> Cost:
+def _measure(signature: CallSignature, room_bytes: int | None, *, is_timed: bool = True) -> Cost:
     if str(signature.func.overloadpacket) in _NEEDS_ITS_WORKSPACE:
         return estimate(signature, 0)
     try:
-        return _measure_for_real(signature, room_bytes)
+        cost = _measure_for_real(signature, room_bytes, is_timed=is_timed)
     except Exception:  # noqa: BLE001 - random numbers do not suit every operator: then an estimate has to do
         return estimate(signature, 0)
+    if is_timed and (rough := estimate(signature, 0).seconds) > 0:
+        _FACTORS.setdefault(signature.func, []).append(cost.seconds / rough)
+    return cost
 
 
-def _measure_for_real(signature: CallSignature, room_bytes: int | None) -> Cost:
+def _measure_for_real(signature: CallSignature, room_bytes: int | None, *, is_timed: bool = True) -> Cost:
     args, kwargs = thaw(signature.args, _random), thaw(signature.kwargs, _random)
     func = signature.func
     if str(func.overloadpacket) in _GROUPED:
@@ -173,6 +195,8 @@ def _measure_for_real(signature: CallSignature, room_bytes: int | None) -> Cost:
         args = _with_workspace(args)
     cuda = any(s.device.type == "cuda" for s in _specs(signature))
     scratch, made = (_memory_cuda if cuda else _memory_cpu)(func, args, kwargs)
+    if not is_timed:
+        return Cost(_expected_seconds(signature), scratch, made)
     cache_bytes = _CACHE_BYTES
     if room_bytes is not None:
         taken = sum(_extent(s) * s.dtype.itemsize for s in _specs(signature)) + scratch + sum(made)

@@ -1,25 +1,18 @@
-"""Kinds of input: what makes two calls of a callable the same to a plan, and what is known of each kind."""
+"""Kinds of input: what is known of each."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
-
-import torch
-from torch import Tensor, nn
+from typing import Final
 
 from autoremat.engines.torch.eager.first import Cached
+from autoremat.engines.torch.eager.inputs import Sizes
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
 from autoremat.engines.torch.eager.sections import Sections, Taken
 from autoremat.plan import clock
 from autoremat.program import Plan
-from autoremat.record.compiled import is_compiled
-from autoremat.record.local import Jagged, is_jagged, local_of
-from autoremat.record.parallel import Parallel, parallel_of
-from autoremat.record.parallel import signature as parallel_signature
-from autoremat.record.world import reachable_modules
+from autoremat.record.parallel import Parallel
 
 MAX_DEVIATIONS: Final = 3
 """So often at most a kind of input is recorded anew; a step that has strayed more of late is noted from the start."""
@@ -71,26 +64,22 @@ class Straying:
 
 
 @dataclass
-class Kind:
-    """What is known of one kind of input.
+class Prepared:
+    """A recorded step with its plan, and what is known of both.
 
     Attributes:
-        plan: for it; None where it runs without checkpointing.
+        plan: None where steps run without checkpointing.
         script: that carries it out; None where there is no plan.
-        path: of its forward, once it has been recorded.
+        path: of the forward, once it has been recorded.
         parallel: what torch.distributed does around the modules.
-        straying: how its steps leave the path.
-        cached: what the first step may have left for the second one to find.
         differing: new reasons why a call must not be made again, by its number.
         sections: what listens to code of the user's in the backward of the first step.
         taken: what such code takes, if that is not in the plan yet.
-        is_new: the next step is its first one.
-        stale: it is to be recorded anew.
         quick: the plan is the first that was found, good for a kind of input that never comes back.
         checked: a step with this plan has been through the self-check.
         since_seconds: when the plan was made.
+        cost_seconds: what recording and planning have taken.
         together: calls before one backward that the plan is for.
-        steps: calls under this plan.
         measured_bytes: the measured peak of one of them.
         to_measure: how many more steps may be measured.
     """
@@ -99,20 +88,29 @@ class Kind:
     script: Script | None = None
     path: Path | None = None
     parallel: Parallel = field(default_factory=Parallel)
-    straying: Straying = field(default_factory=Straying)
-    cached: Cached | None = None
     differing: dict[int, str] = field(default_factory=dict)
     sections: Sections | None = None
     taken: tuple[Taken, ...] = ()
-    is_new: bool = False
-    stale: bool = False
     quick: bool = False
     checked: bool = False
     since_seconds: float = 0.0
+    cost_seconds: float = 0.0
     together: int = 1
-    steps: int = 0
     measured_bytes: int | None = None
     to_measure: int = 0
+
+    def lost_seconds(self, share: float) -> float:
+        """What a step with an input of this share of the size loses under the plan, if its own would lose less.
+
+        An estimate: values beside what is always there grow with the input, and so does time.
+        """
+        plan = self.plan
+        if plan is None or plan.overhead <= 0:
+            return 0.0
+        fixed = plan.program.fixed_bytes
+        above = max(1, plan.plain_peak_bytes - plan.budget_bytes)
+        own = max(0.0, fixed + share * (plan.plain_peak_bytes - fixed) - plan.budget_bytes)
+        return plan.overhead * plan.program.seconds * share * max(0.0, 1 - own / above)
 
     def follow(self, plan: Plan, budget_bytes: int, *, quick: bool = False) -> None:
         """Take this plan from now on; all calls before one backward have so many bytes."""
@@ -122,11 +120,49 @@ class Kind:
             script = replace(script, budget_bytes=None)
         self.plan, self.script = plan, script
         self.quick, self.since_seconds, self.checked = quick, clock.now(), False
-        self.steps, self.measured_bytes, self.to_measure = 0, None, MAX_MEASURED
+        self.measured_bytes, self.to_measure = None, MAX_MEASURED
+
+
+@dataclass
+class Kind:
+    """What is known of one kind of input.
+
+    Attributes:
+        prepared: the step that was recorded for it, or for a larger input whose guest it is.
+        sizes: of the input.
+        straying: how its steps leave the path.
+        cached: what the first step may have left for the second one to find.
+        is_new: the next step is its first one.
+        stale: it is to be recorded anew.
+        steps: calls under the plan.
+    """
+
+    prepared: Prepared = field(default_factory=Prepared)
+    sizes: Sizes = field(default_factory=Sizes)
+    straying: Straying = field(default_factory=Straying)
+    cached: Cached | None = None
+    is_new: bool = False
+    stale: bool = False
+    steps: int = 0
+
+    @property
+    def plan(self) -> Plan | None:
+        """For it; None where it runs without checkpointing."""
+        return self.prepared.plan
+
+    @property
+    def script(self) -> Script | None:
+        """That carries out the plan; None where there is none."""
+        return self.prepared.script
+
+    @property
+    def is_host(self) -> bool:
+        """Whether smaller inputs may go by its plan."""
+        return self.script is not None and not self.stale and not self.straying.is_habit
 
     def step_is_over(self, way: tuple[int, int] | None) -> None:
         """A step has come to its end; ``way``: where it left the path, and how many calls it made."""
-        self.checked = True
+        self.prepared.checked = True
         if self.straying.step_is_over(way) and self.straying.records <= MAX_DEVIATIONS:
             self.stale = True
 
@@ -136,51 +172,3 @@ class Kind:
         has_grown = growth > 1
         self.stale = has_grown and self.straying.records <= MAX_DEVIATIONS
         return self.straying.is_habit or (has_grown and not self.stale)
-
-
-def input_signature(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """What makes two calls the same kind: everything that usually decides which operators run.
-
-    Shapes, strides, dtypes, devices and ``requires_grad`` of tensor arguments; other arguments by value where they
-    are numbers, strings or flags; of every module that the callable can reach, ``training``, and which parameters
-    require and have gradients; autocast.
-    """
-    leaves, structure = torch.utils._pytree.tree_flatten((tuple(args), kwargs))
-    roots = reachable_modules(fn, args, kwargs)
-    modules = _all_modules(roots)
-    flags = tuple([(m.training, is_compiled(m)) for m in modules])
-    tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
-    tensors = tuple([_tensor_signature(t) for table in tables for t in table.values() if t is not None])
-    autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
-    around = parallel_signature(parallel_of(roots))
-    return structure, tuple(_leaf_signature(x) for x in leaves), flags, tensors, autocast, around
-
-
-def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
-    """These modules and all inside them, each once; ``nn.Module.modules`` takes several times as long."""
-    found: dict[int, nn.Module] = {}
-    pending = list(roots)
-    while pending:
-        module = pending.pop()
-        if id(module) not in found:
-            found[id(module)] = module
-            pending += [m for m in module._modules.values() if m is not None]
-    return list(found.values())
-
-
-def _tensor_signature(tensor: Tensor) -> tuple[Any, ...]:
-    shape = None if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
-    return tensor.requires_grad, tensor.is_leaf and tensor.grad is not None, tensor.dtype, shape
-
-
-def _leaf_signature(x: Any) -> Any:
-    if is_jagged(x):  # every one has a size of its own, told by its offsets
-        inside = Jagged.of(x)
-        return "jagged", _leaf_signature(local_of(x)), tuple(inside.offsets.shape), x.requires_grad
-    if isinstance(x, Tensor):
-        stride = tuple(x.stride()) if x.layout is torch.strided else None
-        grad = x.is_leaf and x.grad is not None
-        return x.dtype, tuple(x.shape), stride, x.device, x.requires_grad, grad, getattr(x, "placements", None)
-    if isinstance(x, (int, float, str, bool, type(None), complex, bytes)):
-        return type(x), x
-    return id(x) if isinstance(x, nn.Module) else type(x)

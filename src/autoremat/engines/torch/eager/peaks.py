@@ -35,7 +35,7 @@ class Peaks:
 
     def measured(self, kind: Kind, args: Sequence[Any], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
         """Make a call with an account of the memory of its step, where one can be had."""
-        kind.to_measure -= 1
+        kind.prepared.to_measure -= 1
         measurement = self._measurement_of(kind, args, kwargs) if self._measurement is None else None
         if measurement is None:
             return run()
@@ -55,8 +55,8 @@ class Peaks:
 
         def on_end(above_bytes: int) -> None:
             if kind.plan is plan and kind.straying.deviations == deviations:
-                kind.measured_bytes, kind.to_measure = plan.program.fixed_bytes + above_bytes, 0
-                self._compare(plan, kind.measured_bytes)
+                kind.prepared.measured_bytes, kind.prepared.to_measure = plan.program.fixed_bytes + above_bytes, 0
+                self._compare(plan, kind.prepared.measured_bytes)
 
         with_optimizer = any(op.name == OPTIMIZER_STEP for op in plan.program.ops[-1:])
         return Measurement(meter, with_optimizer, on_end)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 from autoremat.engines.torch.eager.first import FirstStep
-from autoremat.engines.torch.eager.kinds import Kind
+from autoremat.engines.torch.eager.kinds import Prepared
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
@@ -34,17 +34,17 @@ class Planner(Protocol):
     def assembled(self, first: FirstStep) -> Program:
         """The program of a first step; operators are measured within the budget."""
 
-    def budget_bytes(self, program: Program, plain_peak_bytes: int) -> int:
-        """The budget, where plain training has this peak."""
+    def budget_bytes(self, program: Program, plain_peak_bytes: int, *, anew: bool = False) -> int:
+        """The budget, where plain training has this peak.
 
-    def solve(
-        self, program: Program, *, at_most_bytes: int | None = None, within_bytes: int | None = None,
-        quick: bool = False,
-    ) -> Plan:  # fmt: skip
-        """A plan within the budget, and within ``at_most_bytes``; ``quick``: the first that is found.
-
-        ``within_bytes``: in place of the budget.
+        A share of a peak is settled by the first plan; ``anew``: by more than that one knew of.
         """
+
+    def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+        """What the budget would be if this was the first plan."""
+
+    def solve(self, program: Program, budget: int, *, quick: bool = False) -> Plan:
+        """A plan within so many bytes; ``quick``: the first that is found."""
 
 
 class Planning:
@@ -62,49 +62,60 @@ class Planning:
         self._seconds = 0.0
         """What the last plan took that was not quick."""
 
-    def solve(self, kind: Kind, program: Program, living: Living, *, quick: bool = False) -> None:
+    def solve(self, step: Prepared, program: Program, living: Living, *, quick: bool = False) -> None:
         """Plan a program, less what has turned out not to be repeatable."""
-        if kind.differing:
+        if step.differing:
             ops = list(program.ops)
             for i, op in enumerate(ops):
-                if op.call in kind.differing and not op.repeatable:
-                    ops[i] = replace(op, repeatable=kind.differing[op.call])
-            program, kind.differing = replace(program, ops=tuple(ops)), {}
-        program = with_taken(program, kind.taken)
+                if op.call in step.differing and not op.repeatable:
+                    ops[i] = replace(op, repeatable=step.differing[op.call])
+            program, step.differing = replace(program, ops=tuple(ops)), {}
+        program = with_taken(program, step.taken)
         begin = clock.now()
-        n = kind.together = max(kind.together, living.usual)
+        n = step.together = max(step.together, living.usual)
+        calls = Calls(n, living.input_bytes)
+        budget_bytes = self._planner.budget_bytes(
+            program, calls.plain_peak_bytes(program), anew=n > 1 or bool(step.taken)
+        )  # fmt: skip
         if n > 1:
-            calls = Calls(n, living.input_bytes)
-            budget_bytes = self._planner.budget_bytes(program, calls.plain_peak_bytes(program))
             plan = self._plan_for_several(program, calls, budget_bytes, quick)
         else:
-            plan = self._plan_for_one(program, quick, goes_on=bool(kind.taken))
+            plan = self._plan_for_one(program, budget_bytes, quick, goes_on=bool(step.taken))
             budget_bytes = plan.budget_bytes
-        kind.taken = ()
-        kind.follow(plan, budget_bytes, quick=quick and n == 1)
+        step.taken = ()
+        step.follow(plan, budget_bytes, quick=quick and n == 1)
         self._reporter.counts.planned += 1
         if not quick:
             self._seconds = clock.now() - begin
 
-    def _plan_for_one(self, program: Program, quick: bool, *, goes_on: bool) -> Plan:
+    def _plan_for_one(self, program: Program, budget_bytes: int, quick: bool, *, goes_on: bool) -> Plan:
         """The plan for a call that has its backward next; ``goes_on``: the smallest, where none is small enough."""
+        most = budget_bytes if self._at_most_bytes is None else min(budget_bytes, self._at_most_bytes)
         try:
-            return self._planner.solve(program, at_most_bytes=self._at_most_bytes, quick=quick)
+            return self._planner.solve(program, most, quick=quick)
         except InfeasibleBudget as error:
-            if not goes_on:
+            larger = self._planner.share_bytes(program, simulate(program).peak_bytes)
+            if goes_on:
+                self._reporter.warn(
+                    "the first backward has shown what custom Functions and hooks take in it, and no plan keeps the "
+                    f"step within the budget with that (the smallest that was found takes {error.floor_bytes:,} bytes, "
+                    f"the budget is {error.budget_bytes:,}): it goes on under the smallest; give it more"
+                )
+                return self._planner.solve(program, error.floor_bytes, quick=quick)
+            if larger <= most or self._at_most_bytes is not None:
                 raise
-            self._reporter.warn(
-                "the first backward has shown what custom Functions and hooks take in it, and no plan keeps the step "
-                f"within the budget with that (the smallest that was found takes {error.floor_bytes:,} bytes, the "
-                f"budget is {error.budget_bytes:,}): it goes on under the smallest; give it more"
+            self._reporter.tell(
+                f"no plan keeps this step within what the share of the plain peak came to at the first plan ({most:,} "
+                f"bytes; the smallest that was found takes {error.floor_bytes:,}): it has that share of its own plain "
+                f"peak, {larger:,} bytes. Call with the largest input first, or give a number of bytes"
             )
-            return self._planner.solve(program, within_bytes=error.floor_bytes, quick=quick)
+            return self._planner.solve(program, larger, quick=quick)
 
     def _plan_for_several(self, program: Program, calls: Calls, most: int, quick: bool) -> Plan:
         """The plan for one of several calls before one backward."""
         most = most if self._at_most_bytes is None else min(most, self._at_most_bytes)
         plan = plan_for(
-            calls, most, lambda b, first: self._planner.solve(program, within_bytes=b, quick=first), quick=quick
+            calls, most, lambda b, first: self._planner.solve(program, b, quick=first), quick=quick
         )  # fmt: skip
         if (needed := calls.needed_bytes(plan)) > most:
             self._reporter.warn(
@@ -114,36 +125,36 @@ class Planning:
             )
         return plan
 
-    def is_due(self, kind: Kind, living: Living) -> bool:
+    def is_due(self, step: Prepared, living: Living) -> bool:
         """Whether the plan is to be made anew of what is recorded.
 
         A quick plan is, once the training has gone on with it for so long that a better one costs little beside.
         """
-        if kind.sections is not None:
-            kind.taken, kind.sections = kind.sections.close(), None
-        is_worth = clock.now() - kind.since_seconds > _PATIENCE * self._seconds
-        is_known_better = bool(kind.differing or kind.taken) or kind.together < living.usual
-        return is_known_better or (kind.quick and is_worth)
+        if step.sections is not None:
+            step.taken, step.sections = step.sections.close(), None
+        is_worth = clock.now() - step.since_seconds > _PATIENCE * self._seconds
+        is_known_better = bool(step.differing or step.taken) or step.together < living.usual
+        return is_known_better or (step.quick and is_worth)
 
-    def ran_out(self, kind: Kind, error: BaseException, living: Living) -> BaseException:
+    def ran_out(self, step: Prepared, error: BaseException, living: Living) -> BaseException:
         """The device has less than the plan takes: say what the plan accounts for, and plan tighter next time."""
-        plan = kind.plan
+        plan = step.plan
         with contextlib.suppress(InfeasibleBudget):
-            self.tighten(kind, living)
+            self.tighten(step, living)
         return told(error, plan)
 
-    def tighten(self, kind: Kind, living: Living, reached: int | None = None) -> None:
+    def tighten(self, step: Prepared, living: Living, reached: int | None = None) -> None:
         """Plan for what the device turned out to have: less than what the op needs that the forward has reached.
 
         Raises:
             InfeasibleBudget: no plan is that small; the old one stays.
         """
-        plan = kind.plan
+        plan = step.plan
         assert plan is not None
         had = plan.peak_bytes if reached is None else _bytes_at(plan, reached)
         before, self._at_most_bytes = self._at_most_bytes, int(TIGHTER * had)
         try:
-            self.solve(kind, plan.program, living)
+            self.solve(step, plan.program, living)
         except InfeasibleBudget:
             self._at_most_bytes = before
             raise

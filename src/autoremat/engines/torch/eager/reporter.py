@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from dataclasses import dataclass, field
 
 from autoremat.program import Plan, Program
 from autoremat.run.stats import Stats
+
+_LOG = logging.getLogger("autoremat")
 
 
 @dataclass
@@ -38,11 +41,20 @@ class Reporter:
     _told: set[tuple[int, str]] = field(default_factory=set)
     """What is known to be kept: the call, and the words for it."""
 
+    def tell(self, message: str) -> None:
+        """Log something that is as it should be and that the user may want to know, once."""
+        if self._is_first(message):
+            _LOG.warning(message)
+
+    def _is_first(self, message: str) -> bool:
+        kind = message.split("(")[0]
+        is_first = kind not in self._warned
+        self._warned.add(kind)
+        return is_first
+
     def warn(self, message: str) -> None:
         """Say each thing once."""
-        kind = message.split("(")[0]
-        if kind not in self._warned:
-            self._warned.add(kind)
+        if self._is_first(message):
             warnings.warn(f"autoremat: {message}", RuntimeWarning, stacklevel=2)
 
     def refuse(self, reason: str) -> None:

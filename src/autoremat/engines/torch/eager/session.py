@@ -11,12 +11,15 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.aside import is_heard, is_traced, obstacle, own_checkpointing, tell_compiled
+from autoremat.engines.torch.eager.families import Family
 from autoremat.engines.torch.eager.here import Here
-from autoremat.engines.torch.eager.kinds import Kind, Straying, input_signature
+from autoremat.engines.torch.eager.inputs import Sizes, input_of
+from autoremat.engines.torch.eager.kinds import Kind, Prepared, Straying
 from autoremat.engines.torch.eager.peaks import Peaks
 from autoremat.engines.torch.eager.planning import Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.steps import Steps
+from autoremat.plan import clock
 from autoremat.program import Plan
 from autoremat.record.devices import check_devices
 from autoremat.record.local import local_of
@@ -40,7 +43,7 @@ class Session:
 
     def __init__(self, fn: Callable[..., Any], planner: Planner, *, measure: bool = False) -> None:
         self.fn, self.planner, self.measure = fn, planner, measure
-        self._kinds: OrderedDict[Any, Kind] = OrderedDict()
+        self._families: OrderedDict[Any, Family] = OrderedDict()
         self._lock, self._here = threading.RLock(), Here()
         self._last: Plan | None = None
         self._reporter = Reporter()
@@ -72,13 +75,15 @@ class Session:
             self._reporter.counts.calls += 1
             self._here.next_call(_bytes_by_address(args, kwargs))
             kind = self._kind(args, kwargs)
-        if kind is not None and kind.to_measure and kind.steps > 1:
+        if kind is not None and kind.prepared.to_measure and kind.steps > 1:
             return self._peaks.measured(kind, args, kwargs, lambda: self._run(kind, args, kwargs))
         return self._run(kind, args, kwargs)
 
     def _run(self, kind: Kind | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if kind is not None and kind.is_new:
+            begin = clock.now()
             result = self._steps.first(kind, args, kwargs, is_first=self._last is None)
+            kind.prepared.cost_seconds = clock.now() - begin
             self._last = kind.plan or self._last
             return result
         if kind is None or kind.script is None:
@@ -87,31 +92,41 @@ class Session:
 
     def _kind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Kind:
         with self._lock:
-            key = input_signature(self.fn, args, kwargs)
-            kind = self._kinds.get(key)
+            form, sizes = input_of(self.fn, args, kwargs)
+            family = self._families.setdefault(form, Family())
+            self._families.move_to_end(form)
+            kind = family.find(sizes)
             if kind is None or kind.stale:
-                kind = self._kinds[key] = self._new(args, kwargs, kind)
-                while len(self._kinds) > MAX_PLANS:
-                    self._kinds.popitem(last=False)
-            elif kind.cached is not None and not kind.differing and kind.cached.outlive():
+                kind = self._new(args, kwargs, kind, sizes)
+                family.add(kind)
+                self._forget()
+            elif kind.cached is not None and not kind.prepared.differing and kind.cached.outlive():
                 kind.is_new = True  # the second step will make other calls than the first one
-            elif kind.plan is not None and self._planning.is_due(kind, self._here.living):
+            elif kind.plan is not None and self._planning.is_due(kind.prepared, self._here.living):
                 living = self._here.living
-                quick = bool(kind.taken) or kind.together < living.usual
-                self._planning.solve(kind, kind.plan.program, living, quick=quick)
+                quick = bool(kind.prepared.taken) or kind.prepared.together < living.usual
+                self._planning.solve(kind.prepared, kind.plan.program, living, quick=quick)
+                kind.steps = 0
             elif kind.plan is not None:
                 self._reporter.counts.hits += 1
             kind.steps, kind.cached = kind.steps + 1, None
-            self._kinds.move_to_end(key)
             self._last = kind.plan or self._last
             return kind
 
-    def _new(self, args: Sequence[Any], kwargs: dict[str, Any], before: Kind | None) -> Kind:
+    def _forget(self) -> None:
+        """Forget the plans that were used least recently, so that there are not too many."""
+        while sum(map(len, self._families.values())) > MAX_PLANS:
+            eldest = next(iter(self._families))
+            self._families[eldest].forget()
+            if not self._families[eldest]:
+                del self._families[eldest]
+
+    def _new(self, args: Sequence[Any], kwargs: dict[str, Any], before: Kind | None, sizes: Sizes) -> Kind:
         """A kind of input that has never been met, or is to be recorded anew."""
         modules = reachable_modules(self.fn, args, kwargs)
         check_devices(modules, args, kwargs)
         straying = Straying() if before is None else before.straying
-        kind = Kind(parallel=parallel_of(modules), straying=straying.recorded_anew())
+        kind = Kind(Prepared(parallel=parallel_of(modules)), sizes, straying.recorded_anew())
         if switched_on := own_checkpointing(self.fn, args, kwargs):
             self._reporter.warn(
                 f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
@@ -120,7 +135,7 @@ class Session:
                 "disable_gradient_checkpointing() in diffusers, set_grad_checkpointing(False) in timm"
             )
         try:
-            check_supported(kind.parallel, modules)
+            check_supported(kind.prepared.parallel, modules)
             kind.is_new = True
         except Exception as error:  # noqa: BLE001 - it says in words what it cannot deal with
             self._reporter.not_recorded(f"{type(error).__name__}: {error}")
@@ -133,8 +148,9 @@ class Session:
     def stats(self) -> Stats:
         """What has happened so far."""
         self._peaks.end()
-        measured = next((k.measured_bytes for k in self._kinds.values() if k.plan is self._last), None)
-        return self._reporter.stats(self._last, measured, len(self._kinds))
+        kinds = [k for family in self._families.values() for k in family.kinds()]
+        measured = next((k.prepared.measured_bytes for k in kinds if k.plan is self._last), None)
+        return self._reporter.stats(self._last, measured, len(kinds))
 
 
 def _bytes_by_address(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, int]:

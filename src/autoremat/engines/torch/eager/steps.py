@@ -50,13 +50,14 @@ class Steps:
         ``is_first``: no kind has a plan so far.
         """
         kind.is_new = kind.stale = False
+        parallel = kind.prepared.parallel
         check = SelfCheck(None, lambda k, why: self._differs(kind, k, why))
         step = FirstStep(
-            self._fn, args, kwargs, kind.parallel, self._room, self._planner.is_kept, self._reports(kind), check
+            self._fn, args, kwargs, parallel, self._room, self._planner.is_kept, self._reports(kind), check
         )  # fmt: skip
         before = RandomStates.now()
         try:
-            with hidden(kind.parallel):
+            with hidden(parallel):
                 result = step.forward()
         except BaseException as error:
             if isinstance(error, RuntimeError) and _NO_HOOKS in str(error):
@@ -79,23 +80,23 @@ class Steps:
 
     def _plan(self, kind: Kind, step: FirstStep, result: Any, is_first: bool) -> None:
         """Plan for a kind whose first forward is over, and go backward by the plan already."""
-        known = kind.path
+        known = kind.prepared.path
         try:
             step.backward(result)
             program = self._planner.assembled(step)
-            kind.path = step.path()
-            if kind.script is not None and kind.path == known:
+            kind.prepared.path = step.path()
+            if kind.script is not None and kind.prepared.path == known:
                 step.tape.take_plan(kind.script)
                 return
-            for k, reason in kind.differing.items():
+            for k, reason in kind.prepared.differing.items():
                 self._reporter.keeps(program, k, reason)
-            self._planning.solve(kind, program, self._here.living, quick=not is_first and known is None)
+            self._planning.solve(kind.prepared, program, self._here.living, quick=not is_first and known is None)
             kind.steps, kind.cached = 1, step.cached(result) if known is None else None
-            if kind.parallel.units:  # what their hooks take is in the program already
+            if kind.prepared.parallel.units:  # what their hooks take is in the program already
                 step.tape.sections = None
             if kind.script is not None:
                 step.tape.take_plan(kind.script)
-                kind.sections = step.tape.sections
+                kind.prepared.sections = step.tape.sections
         except NothingDifferentiable:
             kind.is_new = True
             if is_first:
@@ -120,7 +121,7 @@ class Steps:
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(kind), kind.plan, RandomStates.now()
             try:
-                with hidden(kind.parallel), tape.forward():
+                with hidden(kind.prepared.parallel), tape.forward():
                     result = self._fn(*args, **kwargs)
                 self._through(kind, tape)
                 self._waits(kind, tape)
@@ -130,7 +131,7 @@ class Steps:
                     raise
                 refusal = without_frames(error)
             is_safe = (
-                not kind.parallel
+                not kind.prepared.parallel
                 and not tape.has_effects
                 and not any(map(tape.has_made, _outlasting(self._fn, args, kwargs)))
             )
@@ -138,7 +139,7 @@ class Steps:
             del tape  # with the error's frames, all that the forward has made: now there is room to plan
             free_memory()
             try:
-                self._planning.tighten(kind, self._here.living, reached)
+                self._planning.tighten(kind.prepared, self._here.living, reached)
             except InfeasibleBudget as infeasible:
                 raise told(refusal, plan) from infeasible
             if not is_safe or attempt == MAX_RETRIES:
@@ -151,13 +152,13 @@ class Steps:
         return Reports(
             lambda reason, growth: self._deviated(kind, reason, growth),
             self._reporter.rerun,
-            lambda error: self._planning.ran_out(kind, error, self._here.living),
+            lambda error: self._planning.ran_out(kind.prepared, error, self._here.living),
         )
 
     def _tape(self, kind: Kind) -> Tape:
         assert kind.script is not None
         check = None
-        if not kind.checked:
+        if not kind.prepared.checked:
             check = SelfCheck(kind.script.twice, lambda k, why: self._differs(kind, k, why))
         assert kind.plan is not None
         others_bytes = self._here.load.held_bytes
@@ -181,22 +182,23 @@ class Steps:
             return self._fn(*args, **kwargs)
         except BaseException as error:
             if kind is not None and kind.plan is not None and is_out_of_memory(error):
-                raise self._planning.ran_out(kind, error, self._here.living) from error
+                raise self._planning.ran_out(kind.prepared, error, self._here.living) from error
             if kind is not None and kind.plan is None:
                 kind.is_new = True  # this error is why it could not be recorded; the next call may be a good one
             raise
 
     def _differs(self, kind: Kind, k: int, reason: str) -> None:
         """A call has turned out to give something else when it is made again."""
-        kind.differing[k] = reason
+        kind.prepared.differing[k] = reason
         if kind.plan is not None:  # else it is told once the step has been recorded
             self._reporter.keeps(kind.plan.program, k, reason)
 
     def _deviated(self, kind: Kind, reason: str, growth: float) -> None:
         self._reporter.counts.deviations += 1
         goes_on = kind.left(growth)
+        how = _off_the_path(kind.prepared.parallel)
         self._reporter.warn(
-            f"a step left the path that was recorded ({reason}); it goes on {_off_the_path(kind.parallel)}; its "
+            f"a step left the path that was recorded ({reason}); it goes on {how}; its "
             "gradients are exact. When steps leave it for good, the next one is recorded anew"
         )
         if goes_on:

@@ -1,0 +1,87 @@
+"""Inputs of one form: a plan made for one serves every one that is no larger."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass, field
+from typing import Final
+
+from autoremat.engines.torch.eager.inputs import Sizes
+from autoremat.engines.torch.eager.kinds import Kind
+
+MAX_GUESTS: Final = 256
+"""Sizes of inputs without a plan of their own that are remembered."""
+_STRANGERS: Final = 3
+"""So many sizes that made other calls than the plan for larger ones show that sizes decide which calls are made."""
+_PAYS: Final = 1.0
+"""A plan of its own is made for smaller inputs once they have lost so many times what making one takes."""
+_RUNGS: Final = 6
+"""Plans for inputs of one form."""
+
+
+@dataclass
+class Family:
+    """What is known of the inputs of one form.
+
+    A kind whose sizes fit into those of another one is a *guest* of that: it goes by the other's plan.
+    """
+
+    _kinds: OrderedDict[Sizes, Kind] = field(default_factory=OrderedDict)
+    _guests: OrderedDict[Sizes, Kind] = field(default_factory=OrderedDict)
+    _strangers: int = 0
+    """Guests that had to be recorded after all."""
+    _lost_seconds: dict[tuple[Sizes, int], float] = field(default_factory=dict)
+    """By host, and how much smaller they are: what its guests have lost under its plan."""
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+    def kinds(self) -> list[Kind]:
+        """Those with plans of their own."""
+        return list(self._kinds.values())
+
+    def find(self, sizes: Sizes) -> Kind | None:
+        """The kind of an input of these sizes: one of its own, a guest of a larger one, or none that is known."""
+        kind = self._kinds.get(sizes)
+        if kind is not None:
+            self._kinds.move_to_end(sizes)
+            return kind
+        host = self._host(sizes)
+        return None if host is None or self._pays(sizes, host) else self._guest(sizes, host)
+
+    def add(self, kind: Kind) -> None:
+        """A kind that is to be recorded."""
+        guest = self._guests.pop(kind.sizes, None)
+        self._strangers += guest is not None and guest.stale
+        self._kinds[kind.sizes] = kind
+
+    def forget(self) -> None:
+        """Forget the kind that was used least recently."""
+        self._kinds.popitem(last=False)
+
+    def _host(self, sizes: Sizes) -> Kind | None:
+        """The kind with the smallest plan that serves these sizes."""
+        if self._strangers >= _STRANGERS:
+            return None
+        found = [k for k in self._kinds.values() if k.is_host and sizes.fits_into(k.sizes)]
+        return min(found, key=lambda k: k.sizes.elements, default=None)
+
+    def _guest(self, sizes: Sizes, host: Kind) -> Kind:
+        guest = self._guests.setdefault(sizes, Kind(sizes=sizes))
+        self._guests.move_to_end(sizes)
+        if len(self._guests) > MAX_GUESTS:
+            self._guests.popitem(last=False)
+        guest.prepared = host.prepared
+        return guest
+
+    def _pays(self, sizes: Sizes, host: Kind) -> bool:
+        """Whether inputs of about these sizes have lost more time under the larger plan than their own one takes."""
+        rung = host.sizes, int(math.log2(max(1, host.sizes.elements) / max(1, sizes.elements)))
+        total = self._lost_seconds[rung] = self._lost_seconds.get(rung, 0.0) + host.prepared.lost_seconds(
+            sizes.elements / max(1, host.sizes.elements)
+        )
+        if len(self._kinds) >= _RUNGS or total <= _PAYS * host.prepared.cost_seconds:
+            return False
+        self._lost_seconds[rung] = 0.0
+        return True

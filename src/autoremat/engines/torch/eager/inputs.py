@@ -1,0 +1,158 @@
+"""What makes two calls of a callable the same to a plan, and how large their input is.
+
+The *form* of an input is all that usually decides which calls a forward makes; its *sizes* decide how large their
+results are. A plan made for one input serves every input of the same form none of whose sizes is larger.
+
+Numbers that are no sizes, text and objects are in neither: where they decide which calls are made, the tape notices
+another path, and where they decide how large something is, that it has grown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autoremat.record.compiled import is_compiled
+from autoremat.record.local import Jagged, is_jagged, local_of
+from autoremat.record.parallel import parallel_of
+from autoremat.record.parallel import signature as parallel_signature
+from autoremat.record.world import reachable_modules
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How large an input is.
+
+    Attributes:
+        each: sizes of all its tensors, dimension by dimension; of inputs of one form as many.
+        numbers: its whole numbers, which may be sizes of something.
+        elements: of all its tensors together.
+    """
+
+    each: tuple[int, ...] = ()
+    numbers: tuple[int, ...] = ()
+    elements: int = 0
+
+    def fits_into(self, other: Sizes) -> bool:
+        """Whether no size is larger than that of an input of the same form."""
+        sizes, others = (*self.each, *self.numbers), (*other.each, *other.numbers)
+        return self.elements <= other.elements and all(a <= b for a, b in zip(sizes, others, strict=True))
+
+    def without_numbers(self) -> Sizes:
+        """The same of the tensors alone."""
+        return Sizes(self.each, (), self.elements)
+
+
+def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Sizes]:
+    """Form and sizes of an input. O(modules + tensors).
+
+    In the form: how arguments are nested, lists of like items like one item; dtypes, devices, dimensions, the order of
+    strides and ``requires_grad`` of tensors; flags; of every module that the callable can reach, ``training``, and
+    which parameters require and have gradients; autocast.
+    """
+    sizes = _Found([], [])
+    form = tuple([_form(x, sizes) for x in args]), tuple([(k, _form(x, sizes)) for k, x in kwargs.items()])
+    roots = reachable_modules(fn, args, kwargs)
+    modules = _all_modules(roots)
+    flags = tuple([(m.training, is_compiled(m)) for m in modules])
+    tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+    own = tuple([_own_tensor(t) for table in tables for t in table.values() if t is not None])
+    autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
+    around = parallel_signature(parallel_of(roots))
+    elements = sum(t.numel() for t in _tensors((args, kwargs)))
+    return (form, flags, own, autocast, around), Sizes(tuple(sizes.each), tuple(sizes.numbers), elements)
+
+
+def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
+    """These modules and all inside them, each once; ``nn.Module.modules`` takes several times as long."""
+    found: dict[int, nn.Module] = {}
+    pending = list(roots)
+    while pending:
+        module = pending.pop()
+        if id(module) not in found:
+            found[id(module)] = module
+            pending += [m for m in module._modules.values() if m is not None]
+    return list(found.values())
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    return (local_of(x) for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor))
+
+
+def _own_tensor(tensor: Tensor) -> tuple[Any, ...]:
+    shape = None if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
+    return tensor.requires_grad, tensor.is_leaf and tensor.grad is not None, tensor.dtype, shape
+
+
+class _Found(NamedTuple):
+    """Sizes and whole numbers, as they are met."""
+
+    each: list[int]
+    numbers: list[int]
+
+
+def _form(x: Any, found: _Found) -> Any:
+    """The form of an argument; adds its sizes to ``found``."""
+    if isinstance(x, Tensor):
+        return _form_of_tensor(x, found.each)
+    if x is None or isinstance(x, (bool, Enum, torch.dtype, torch.device)):
+        return x
+    if isinstance(x, int):
+        found.numbers.append(x)
+        return int
+    if type(x) in (list, tuple):
+        return type(x), _form_of_items(x, found)
+    if not torch.utils._pytree.tree_is_leaf(x):
+        leaves, structure = torch.utils._pytree.tree_flatten(x)
+        return structure, tuple([_form(leaf, found) for leaf in leaves])
+    return id(x) if isinstance(x, nn.Module) else type(x)
+
+
+def _form_of_items(items: Sequence[Any], found: _Found) -> Any:
+    """Of a list: where its items have one form, that form, and as sizes how many they are and the largest ones."""
+    own = [_Found([], []) for _ in items]
+    forms = [_form(x, f) for x, f in zip(items, own, strict=True)]
+    if len(forms) <= 1 or len(set(forms)) > 1:
+        for f in own:
+            found.each.extend(f.each)
+            found.numbers.extend(f.numbers)
+        return tuple(forms)
+    found.each.append(len(forms))
+    found.each.extend(map(max, *(f.each for f in own)))
+    found.numbers.extend(map(max, *(f.numbers for f in own)))
+    return "like", forms[0]
+
+
+def _form_of_tensor(x: Tensor, sizes: list[int]) -> Any:
+    grad = x.is_leaf and x.grad is not None
+    if is_jagged(x):  # every one has a size of its own, told by its offsets
+        inside = Jagged.of(x)
+        sizes += inside.offsets.shape
+        return "jagged", _form_of_tensor(local_of(x), sizes), x.requires_grad, grad
+    shape = tuple(x.shape)
+    sizes += shape
+    # Sizes of 0 and 1 are special: a row is not copied where a matrix would be, and is repeated where it fits nothing.
+    special = tuple([n if n < 2 else 2 for n in shape])
+    around = getattr(x, "placements", None)
+    return x.dtype, special, _order(x), x.device, x.requires_grad, grad, around
+
+
+def _order(x: Tensor) -> Any:
+    """How a tensor lies in memory, whatever its sizes: "" in one piece, row by row; else the order of its strides."""
+    if x.layout is not torch.strided:
+        return x.layout
+    if x.is_contiguous():
+        return ""
+    strides = x.stride()
+    order = tuple(sorted(range(len(strides)), key=lambda i: (-strides[i], i)))
+    expected = 1
+    for i in reversed(order):
+        if x.shape[i] > 1 and strides[i] != expected:
+            return order, tuple([s == 0 for s in strides]), "with gaps"
+        expected *= x.shape[i]
+    return order
