@@ -34,7 +34,7 @@ Budget = int | float | str
 _MARK = "__autoremat__"
 warn_if_untested(torch.__version__)  # here, so that it is said once, at the first use
 QUICK: Final = 0.01
-"""The part of the time for a plan that goes into a better one, once one is found, while a training waits."""
+"""The part of the time for a plan that is wanted at once."""
 
 
 @overload
@@ -402,15 +402,17 @@ class Options:
     def _budget(self, fixed_bytes: int) -> Budget:
         return in_bytes(self.budget, fixed_bytes) if self._settled_bytes is None else self._settled_bytes
 
-    def solve(self, program: Program, budget: int, *, quick: bool = False) -> Plan:
-        """A plan within so many bytes; ``quick``: the first that is found."""
-        seconds = QUICK * self.time_limit_seconds if quick else self.time_limit_seconds
+    def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
+        """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
+        limit = self.time_limit_seconds
+        seconds, is_first = (QUICK * limit, True) if seconds is None else (min(seconds, limit), False)
         found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
         recompute = still_possible(program, self.recompute) if found_out else self.recompute
         with progress_bar() as progress:
             return solve(
-                program, budget, keep=self.keep, recompute=recompute, time_limit_seconds=seconds, progress=progress
-            )
+                program, budget, keep=self.keep, recompute=recompute, time_limit_seconds=seconds, progress=progress,
+                first=is_first,
+            )  # fmt: skip
 
     def _in_bytes(self, program: Program) -> int:
         return parse_budget(self._budget(program.fixed_bytes), simulate(program).peak_bytes)

@@ -7,11 +7,15 @@ import weakref
 from math import inf
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from autoremat.plan import portfolio, solve
 from autoremat.plan.pool import Pool
 from autoremat.program import InfeasibleBudget, Op, Program, Value, simulate, verify
 from tests.plan.chains import chain, gpt
+from tests.plan.random_calls import call_steps
+from tests.plan.random_programs import steps
 
 
 @pytest.mark.parametrize(
@@ -51,6 +55,35 @@ def test_the_greedy_is_reported_beside_the_plan():
     rows = {name: (peak, overhead) for name, peak, overhead in plan.candidates}
     assert {"greedy", "min-cut"} <= rows.keys()
     assert plan.overhead <= min(overhead for peak, overhead in rows.values() if peak <= plan.budget_bytes)
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.5, 0.3])
+def test_the_first_plan_is_found_without_a_pool_and_costs_little_more(budget, monkeypatch):
+    best = solve(gpt(4, vocabulary=256), budget)
+    monkeypatch.setattr(portfolio, "_pool_of", None)
+    first = solve(gpt(4, vocabulary=256), budget, first=True)
+    assert verify(first.program, first) == ()
+    assert first.peak_bytes <= best.budget_bytes
+    assert first.lower_bound <= best.overhead + 1e-12
+    assert best.overhead - 1e-12 <= first.overhead <= 1.5 * best.overhead + 0.02
+
+
+@settings(max_examples=20)
+@given(st.one_of(steps(), call_steps()), st.floats(0.3, 1.0))
+def test_the_first_plan_is_as_right_as_any_other(program, share):
+    budget = int(share * simulate(program).peak_bytes)
+    try:
+        floor = solve(program, budget, time_limit_seconds=0.1).floor_bytes
+    except InfeasibleBudget as error:
+        floor = error.floor_bytes
+        with pytest.raises(InfeasibleBudget) as refused:
+            solve(program, budget, time_limit_seconds=0.1, first=True)
+        assert refused.value.floor_bytes == floor
+        return
+    plan = solve(program, budget, first=True)
+    assert verify(program, plan) == ()
+    assert floor <= plan.peak_bytes <= budget
+    assert plan.floor_bytes <= plan.peak_bytes
 
 
 def test_a_uniform_chain_needs_far_less_than_one_further_run_at_the_peak_of_segments():

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
+from autoremat.plan import portfolio
 from autoremat.run.account import account, resident
 from tests.run.compare import quick  # noqa: F401 - a fixture for every test
 
@@ -184,3 +185,16 @@ def test_an_error_in_a_hook_of_the_first_step_leaves_nothing_behind() -> None:
     with pytest.raises(ValueError, match="not here"):
         step(torch.randn(ROWS, WIDTH)).backward()
     assert not torch.overrides._get_current_function_mode_stack()
+
+
+@pytest.mark.parametrize("kind", [Blocks, Implicit])
+def test_the_second_plan_is_found_without_looking_for_all_others(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net = kind()
+    step = autoremat.checkpoint(net, budget=int(0.75 * max(peaks(net, net))), time_limit_seconds=0.5)
+    peaks(net, step, steps=1)
+    monkeypatch.setattr(portfolio, "_pool_of", None)
+    peaks(net, step, steps=2)
+    assert autoremat.stats(step).planned == 2

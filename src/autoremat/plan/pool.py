@@ -263,8 +263,7 @@ class Pool:
         return tuple((name, peak, seconds / total) for name, (peak, seconds) in rows.items())
 
     def _schedule(self, program: Program, entry: Entry) -> Schedule:
-        order = self._search.recall(entry).account.order.tolist()
-        return Schedule.from_order(program, folded_of(program).unfold(order) if program.has_calls else order)
+        return _schedule_of(program, self._search.recall(entry))
 
     def _is_down_to(self, seconds: float, budget_bytes: int) -> bool:
         best = self._search.best_within(budget_bytes)
@@ -343,6 +342,26 @@ class Pool:
         shaved = self._search.shave(candidate, target_bytes, deadline=deadline)
         if shaved.peak_bytes <= budget_bytes:
             self._search.fill(shaved, budget_bytes, deadline=deadline)
+
+
+def found_by_greedy(program: Program, budget_bytes: int) -> Found | None:
+    """What the greedy alone makes of a budget; None where it does not get there."""
+    search = Search(program)
+    candidate = greedy(search, budget_bytes)
+    if candidate.peak_bytes > budget_bytes:
+        return None
+    candidate = search.fill(candidate, budget_bytes)
+    if program.has_calls:
+        candidate = min(candidate, search.reuse("greedy", candidate.runs, budget_bytes), key=lambda c: c.rank)
+    total, peak, extra = program.seconds or 1.0, candidate.peak_bytes, candidate.extra_seconds
+    bound = search.tables.asked_seconds(program) / total if extra > 0 else 0.0
+    row = "greedy", peak, extra / total
+    return Found("greedy", _schedule_of(program, candidate), None, peak, bound, (row,))
+
+
+def _schedule_of(program: Program, candidate: Candidate) -> Schedule:
+    order = candidate.account.order.tolist()
+    return Schedule.from_order(program, folded_of(program).unfold(order) if program.has_calls else order)
 
 
 _NESTED = (2, 3, 4, 6, 8, 12, 20, 32)

@@ -90,6 +90,7 @@ def solve(
     recompute: Patterns = (),
     time_limit_seconds: float = 10.0,
     progress: Callable[[str, float], None] | None = None,
+    first: bool = False,
 ) -> Plan:
     """The plan with the least overhead known whose peak stays within the budget.
 
@@ -105,6 +106,8 @@ def solve(
         time_limit_seconds: when to stop looking for a better plan. Where the limit is not hit, the plan depends on
             nothing but the program and the budget.
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
+        first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. Nobody has looked
+            for the floor then, so ``Plan.floor_bytes`` is the peak of that.
 
     Raises:
         InfeasibleBudget: no schedule known to the solver fits.
@@ -122,7 +125,8 @@ def solve(
     if keep or recompute:
         limited = constrain(program, keep, recompute)
         try:
-            plan = solve(limited, budget, solver=solver, time_limit_seconds=time_limit_seconds, progress=progress)
+            plan = solve(limited, budget, solver=solver, time_limit_seconds=time_limit_seconds, progress=progress,
+                         first=first)  # fmt: skip
         except InfeasibleBudget as error:
             raise explained(error, keep, recompute) from None
         return replace(plan, program=program)
@@ -134,6 +138,9 @@ def solve(
     if optimum:
         (progress or _silent)("done", 1.0)
         return optimum
+    early = _first_plan(program, budget_bytes, plain_peak) if first and solver == "auto" else None
+    if early:
+        return early
     begin, share = clock.now(), _FIRST_SHARE if solver == "exact" else 1.0
     found = _pool_of(program).solve(
         program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
@@ -237,6 +244,19 @@ def _of_all(program: Program, budget_bytes: int) -> Outcome | None:
 
 def _silent(what: str, share: float) -> None:
     """The progress of those who did not ask."""
+
+
+def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
+    """What the greedy finds, where it fits; it cannot be told what must not stay."""
+    from autoremat.plan.pool import found_by_greedy
+
+    found = None if passing_values(program) else found_by_greedy(program, budget_bytes)
+    if found is None or found.schedule is None:
+        return None
+    return _plan(
+        program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, found.name,
+        found.candidates,
+    )  # fmt: skip
 
 
 def _pool_of(program: Program) -> Pool:

@@ -72,7 +72,7 @@ class Family:
         self._guests.move_to_end(sizes)
         if len(self._guests) > MAX_GUESTS:
             self._guests.popitem(last=False)
-        guest.prepared = host.prepared
+        guest.prepared, guest.share = host.prepared, sizes.elements / max(1, host.sizes.elements)
         return guest
 
     def _pays(self, sizes: Sizes, host: Kind) -> bool:

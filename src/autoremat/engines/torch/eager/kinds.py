@@ -10,7 +10,6 @@ from autoremat.engines.torch.eager.inputs import Sizes
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script, script_of
 from autoremat.engines.torch.eager.sections import Sections, Taken
-from autoremat.plan import clock
 from autoremat.program import Plan
 from autoremat.record.parallel import Parallel
 
@@ -75,9 +74,9 @@ class Prepared:
         differing: new reasons why a call must not be made again, by its number.
         sections: what listens to code of the user's in the backward of the first step.
         taken: what such code takes, if that is not in the plan yet.
-        quick: the plan is the first that was found, good for a kind of input that never comes back.
+        tried_seconds: what the search for the plan was given.
+        used_seconds: what steps under the plan have taken, by the plan's account.
         checked: a step with this plan has been through the self-check.
-        since_seconds: when the plan was made.
         cost_seconds: what recording and planning have taken.
         together: calls before one backward that the plan is for.
         measured_bytes: the measured peak of one of them.
@@ -91,9 +90,9 @@ class Prepared:
     differing: dict[int, str] = field(default_factory=dict)
     sections: Sections | None = None
     taken: tuple[Taken, ...] = ()
-    quick: bool = False
+    tried_seconds: float = 0.0
+    used_seconds: float = 0.0
     checked: bool = False
-    since_seconds: float = 0.0
     cost_seconds: float = 0.0
     together: int = 1
     measured_bytes: int | None = None
@@ -112,14 +111,14 @@ class Prepared:
         own = max(0.0, fixed + share * (plan.plain_peak_bytes - fixed) - plan.budget_bytes)
         return plan.overhead * plan.program.seconds * share * max(0.0, 1 - own / above)
 
-    def follow(self, plan: Plan, budget_bytes: int, *, quick: bool = False) -> None:
+    def follow(self, plan: Plan, budget_bytes: int, *, tried_seconds: float) -> None:
         """Take this plan from now on; all calls before one backward have so many bytes."""
         assert self.path is not None
         script = replace(script_of(plan, self.path), budget_bytes=budget_bytes)
         if self.parallel.units:  # off the path nobody knows which parameters are there
             script = replace(script, budget_bytes=None)
         self.plan, self.script = plan, script
-        self.quick, self.since_seconds, self.checked = quick, clock.now(), False
+        self.tried_seconds, self.used_seconds, self.checked = tried_seconds, 0.0, False
         self.measured_bytes, self.to_measure = None, MAX_MEASURED
 
 
@@ -130,6 +129,7 @@ class Kind:
     Attributes:
         prepared: the step that was recorded for it, or for a larger input whose guest it is.
         sizes: of the input.
+        share: of the size of the input that was recorded.
         straying: how its steps leave the path.
         cached: what the first step may have left for the second one to find.
         is_new: the next step is its first one.
@@ -139,6 +139,7 @@ class Kind:
 
     prepared: Prepared = field(default_factory=Prepared)
     sizes: Sizes = field(default_factory=Sizes)
+    share: float = 1.0
     straying: Straying = field(default_factory=Straying)
     cached: Cached | None = None
     is_new: bool = False
@@ -154,6 +155,12 @@ class Kind:
     def script(self) -> Script | None:
         """That carries out the plan; None where there is none."""
         return self.prepared.script
+
+    def has_come(self) -> None:
+        """One more step."""
+        self.steps, self.cached = self.steps + 1, None
+        if self.plan is not None:
+            self.prepared.used_seconds += self.plan.program.seconds * self.share
 
     @property
     def is_host(self) -> bool:

@@ -18,12 +18,24 @@ from autoremat.run.memory import told
 
 TIGHTER: Final = 0.9
 """The next budget, as a share of what the plan has in memory where the device ran out of it."""
-_PATIENCE: Final = 3
-"""A quick plan serves for so many times as long as a better one takes to be found."""
+WELL_SECONDS: Final = 1.0
+"""What the first plan of a training may take; most of what can be found is found by then."""
+_PATIENCE: Final = 10
+"""A plan serves for so many times as long as a better one takes to be found."""
+_STEP: Final = 8
+"""By so much longer each search for a better plan is."""
+_FIRST_SECONDS: Final = 0.1
+"""What the first plan that is found has taken, about."""
 
 
 class Planner(Protocol):
-    """Plans steps; knows the budget."""
+    """Plans steps; knows the budget.
+
+    Attributes:
+        time_limit_seconds: the longest that a plan may take.
+    """
+
+    time_limit_seconds: float
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, given what plain training would take by then."""
@@ -43,8 +55,8 @@ class Planner(Protocol):
     def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
         """What the budget would be if this was the first plan."""
 
-    def solve(self, program: Program, budget: int, *, quick: bool = False) -> Plan:
-        """A plan within so many bytes; ``quick``: the first that is found."""
+    def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
+        """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
 
 
 class Planning:
@@ -62,8 +74,8 @@ class Planning:
         self._seconds = 0.0
         """What the last plan took that was not quick."""
 
-    def solve(self, step: Prepared, program: Program, living: Living, *, quick: bool = False) -> None:
-        """Plan a program, less what has turned out not to be repeatable."""
+    def solve(self, step: Prepared, program: Program, living: Living, seconds: float | None = None) -> None:
+        """Plan a program, less what has turned out not to be repeatable, in so many seconds; None: at once."""
         if step.differing:
             ops = list(program.ops)
             for i, op in enumerate(ops):
@@ -71,28 +83,36 @@ class Planning:
                     ops[i] = replace(op, repeatable=step.differing[op.call])
             program, step.differing = replace(program, ops=tuple(ops)), {}
         program = with_taken(program, step.taken)
-        begin = clock.now()
         n = step.together = max(step.together, living.usual)
         calls = Calls(n, living.input_bytes)
         budget_bytes = self._planner.budget_bytes(
             program, calls.plain_peak_bytes(program), anew=n > 1 or bool(step.taken)
         )  # fmt: skip
         if n > 1:
-            plan = self._plan_for_several(program, calls, budget_bytes, quick)
+            seconds = self._planner.time_limit_seconds if seconds is None else seconds
+            plan = self._plan_for_several(program, calls, budget_bytes, seconds)
         else:
-            plan = self._plan_for_one(program, budget_bytes, quick, goes_on=bool(step.taken))
+            plan = self._plan_for_one(program, budget_bytes, seconds, goes_on=bool(step.taken))
             budget_bytes = plan.budget_bytes
         step.taken = ()
-        step.follow(plan, budget_bytes, quick=quick and n == 1)
+        step.follow(plan, budget_bytes, tried_seconds=_FIRST_SECONDS if seconds is None else seconds)
         self._reporter.counts.planned += 1
-        if not quick:
-            self._seconds = clock.now() - begin
 
-    def _plan_for_one(self, program: Program, budget_bytes: int, quick: bool, *, goes_on: bool) -> Plan:
+    def better(self, step: Prepared, living: Living) -> None:
+        """Look for a better plan of what is recorded, or for one that knows more."""
+        assert step.plan is not None
+        knows_more = bool(step.differing or step.taken) or step.together < living.usual
+        self.solve(step, step.plan.program, living, None if knows_more else self._next_seconds(step))
+
+    def _next_seconds(self, step: Prepared) -> float:
+        """What the next search for a better plan may take."""
+        return min(_STEP * step.tried_seconds, self._planner.time_limit_seconds)
+
+    def _plan_for_one(self, program: Program, budget_bytes: int, seconds: float | None, *, goes_on: bool) -> Plan:
         """The plan for a call that has its backward next; ``goes_on``: the smallest, where none is small enough."""
         most = budget_bytes if self._at_most_bytes is None else min(budget_bytes, self._at_most_bytes)
         try:
-            return self._planner.solve(program, most, quick=quick)
+            return self._planner.solve(program, most, seconds)
         except InfeasibleBudget as error:
             larger = self._planner.share_bytes(program, simulate(program).peak_bytes)
             if goes_on:
@@ -101,7 +121,7 @@ class Planning:
                     f"step within the budget with that (the smallest that was found takes {error.floor_bytes:,} bytes, "
                     f"the budget is {error.budget_bytes:,}): it goes on under the smallest; give it more"
                 )
-                return self._planner.solve(program, error.floor_bytes, quick=quick)
+                return self._planner.solve(program, error.floor_bytes, seconds)
             if larger <= most or self._at_most_bytes is not None:
                 raise
             self._reporter.tell(
@@ -109,13 +129,13 @@ class Planning:
                 f"bytes; the smallest that was found takes {error.floor_bytes:,}): it has that share of its own plain "
                 f"peak, {larger:,} bytes. Call with the largest input first, or give a number of bytes"
             )
-            return self._planner.solve(program, larger, quick=quick)
+            return self._planner.solve(program, larger, seconds)
 
-    def _plan_for_several(self, program: Program, calls: Calls, most: int, quick: bool) -> Plan:
+    def _plan_for_several(self, program: Program, calls: Calls, most: int, seconds: float) -> Plan:
         """The plan for one of several calls before one backward."""
         most = most if self._at_most_bytes is None else min(most, self._at_most_bytes)
         plan = plan_for(
-            calls, most, lambda b, first: self._planner.solve(program, b, quick=first), quick=quick
+            calls, most, lambda b, at_once: self._planner.solve(program, b, _FIRST_SECONDS if at_once else seconds)
         )  # fmt: skip
         if (needed := calls.needed_bytes(plan)) > most:
             self._reporter.warn(
@@ -128,13 +148,14 @@ class Planning:
     def is_due(self, step: Prepared, living: Living) -> bool:
         """Whether the plan is to be made anew of what is recorded.
 
-        A quick plan is, once the training has gone on with it for so long that a better one costs little beside.
+        It is, once so much training has gone on with it that a better one costs little beside.
         """
         if step.sections is not None:
             step.taken, step.sections = step.sections.close(), None
-        is_worth = clock.now() - step.since_seconds > _PATIENCE * self._seconds
-        is_known_better = bool(step.differing or step.taken) or step.together < living.usual
-        return is_known_better or (step.quick and is_worth)
+        if step.differing or step.taken or step.together < living.usual:
+            return True
+        following = self._next_seconds(step)
+        return following > step.tried_seconds and step.used_seconds > _PATIENCE * following
 
     def ran_out(self, step: Prepared, error: BaseException, living: Living) -> BaseException:
         """The device has less than the plan takes: say what the plan accounts for, and plan tighter next time."""
@@ -154,7 +175,7 @@ class Planning:
         had = plan.peak_bytes if reached is None else _bytes_at(plan, reached)
         before, self._at_most_bytes = self._at_most_bytes, int(TIGHTER * had)
         try:
-            self.solve(step, plan.program, living)
+            self.solve(step, plan.program, living, WELL_SECONDS)
         except InfeasibleBudget:
             self._at_most_bytes = before
             raise

@@ -103,13 +103,11 @@ class Session:
             elif kind.cached is not None and not kind.prepared.differing and kind.cached.outlive():
                 kind.is_new = True  # the second step will make other calls than the first one
             elif kind.plan is not None and self._planning.is_due(kind.prepared, self._here.living):
-                living = self._here.living
-                quick = bool(kind.prepared.taken) or kind.prepared.together < living.usual
-                self._planning.solve(kind.prepared, kind.plan.program, living, quick=quick)
+                self._planning.better(kind.prepared, self._here.living)
                 kind.steps = 0
             elif kind.plan is not None:
                 self._reporter.counts.hits += 1
-            kind.steps, kind.cached = kind.steps + 1, None
+            kind.has_come()
             self._last = kind.plan or self._last
             return kind
 

@@ -118,7 +118,7 @@ class Calls:
         return (self.n - 1) * (held_bytes(program, schedule) + waiting_bytes(program) + self.input_bytes)
 
 
-def plan_for(calls: Calls, budget_bytes: int, solve: Callable[[int, bool], Plan], *, quick: bool) -> Plan:
+def plan_for(calls: Calls, budget_bytes: int, solve: Callable[[int, bool], Plan]) -> Plan:
     """The plan for one of so many calls before one backward, all of which have one budget.
 
     What a plan holds between forward and backward counts for every call, its peak for the last one. A smaller budget
@@ -127,8 +127,7 @@ def plan_for(calls: Calls, budget_bytes: int, solve: Callable[[int, bool], Plan]
     Args:
         calls: before one backward.
         budget_bytes: of all of them.
-        solve: a plan within a budget; whether the first that is found will do.
-        quick: it will do for the result, too.
+        solve: a plan within a budget; whether it is wanted at once.
 
     Returns:
         The plan; where nothing fits, the smallest, which the caller can tell by ``Calls.needed_bytes``.
@@ -150,7 +149,7 @@ def plan_for(calls: Calls, budget_bytes: int, solve: Callable[[int, bool], Plan]
             high = middle
     if best is None:
         return _smallest(low, high, solve)
-    better = solve(best.budget_bytes, quick)
+    better = solve(best.budget_bytes, False)
     return better if calls.needed_bytes(better) <= budget_bytes else best
 
 

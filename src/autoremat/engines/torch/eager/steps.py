@@ -12,7 +12,7 @@ from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
 from autoremat.engines.torch.eager.here import Here
 from autoremat.engines.torch.eager.kinds import Kind
-from autoremat.engines.torch.eager.planning import Planner, Planning
+from autoremat.engines.torch.eager.planning import WELL_SECONDS, Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget
@@ -90,7 +90,8 @@ class Steps:
                 return
             for k, reason in kind.prepared.differing.items():
                 self._reporter.keeps(program, k, reason)
-            self._planning.solve(kind.prepared, program, self._here.living, quick=not is_first and known is None)
+            seconds = WELL_SECONDS if is_first or known is not None else None
+            self._planning.solve(kind.prepared, program, self._here.living, seconds)
             kind.steps, kind.cached = 1, step.cached(result) if known is None else None
             if kind.prepared.parallel.units:  # what their hooks take is in the program already
                 step.tape.sections = None
