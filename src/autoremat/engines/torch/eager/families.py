@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
 from autoremat.engines.torch.eager.inputs import Sizes
-from autoremat.engines.torch.eager.kinds import Kind
+from autoremat.engines.torch.eager.kinds import Kind, Prepared
 
 MAX_GUESTS: Final = 256
 """Sizes of inputs without a plan of their own that are remembered."""
@@ -18,6 +19,8 @@ _PAYS: Final = 1.0
 """A plan of its own is made for smaller inputs once they have lost so many times what making one takes."""
 _RUNGS: Final = 6
 """Plans for inputs of one form."""
+_GROWTH: Final = (2.0, 1.5, 1.25, 1.1)
+"""When sizes have grown, a plan is made for sizes so much larger, if there is one within the budget."""
 
 
 @dataclass
@@ -37,6 +40,9 @@ class Family:
     def __len__(self) -> int:
         return len(self._kinds)
 
+    def __contains__(self, kind: Kind) -> bool:
+        return self._kinds.get(kind.sizes) is kind
+
     def kinds(self) -> list[Kind]:
         """Those with plans of their own."""
         return list(self._kinds.values())
@@ -55,6 +61,19 @@ class Family:
         guest = self._guests.pop(kind.sizes, None)
         self._strangers += guest is not None and guest.stale
         self._kinds[kind.sizes] = kind
+
+    def recorded(self, kind: Kind, foreseen: Callable[[Prepared, Prepared, float, float], Prepared | None]) -> None:
+        """A kind has its first plan. If sizes have grown, they may go on growing: have a plan for larger ones."""
+        smaller = [k for k in self._kinds.values() if k is not kind and k.is_host and k.sizes.fits_into(kind.sizes)]
+        if not smaller or not kind.is_host:
+            return
+        before = max(smaller, key=lambda k: k.sizes.elements)
+        for factor in _GROWTH:
+            sizes = kind.sizes.grown(before.sizes, factor)
+            prepared = foreseen(before.prepared, kind.prepared, before.sizes.ratio(kind.sizes), factor)
+            if prepared is not None:
+                self._kinds[sizes] = Kind(prepared, sizes)
+                return
 
     def forget(self) -> None:
         """Forget the kind that was used least recently."""

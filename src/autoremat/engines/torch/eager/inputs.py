@@ -9,6 +9,7 @@ another path, and where they decide how large something is, that it has grown.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -40,12 +41,27 @@ class Sizes:
 
     def fits_into(self, other: Sizes) -> bool:
         """Whether no size is larger than that of an input of the same form."""
-        sizes, others = (*self.each, *self.numbers), (*other.each, *other.numbers)
-        return self.elements <= other.elements and all(a <= b for a, b in zip(sizes, others, strict=True))
+        return self.elements <= other.elements and all(a <= b for a, b in zip(self._all, other._all, strict=True))
 
-    def without_numbers(self) -> Sizes:
-        """The same of the tensors alone."""
-        return Sizes(self.each, (), self.elements)
+    def ratio(self, other: Sizes) -> float:
+        """By how much the sizes of an input that this one fits into have grown, at least; 1 where none has."""
+        grown = [b / a for a, b in zip(self._all, other._all, strict=True) if b > a > 0]
+        return min(grown, default=1.0)
+
+    def grown(self, since: Sizes, factor: float) -> Sizes:
+        """Sizes larger by this factor where they have grown since those others."""
+        each = tuple(_larger(a, b, factor) for a, b in zip(since.each, self.each, strict=True))
+        numbers = tuple(_larger(a, b, factor) for a, b in zip(since.numbers, self.numbers, strict=True))
+        n_grown = sum(b > a for a, b in zip(since.each, self.each, strict=True))
+        return Sizes(each, numbers, math.ceil(self.elements * factor**n_grown))
+
+    @property
+    def _all(self) -> tuple[int, ...]:
+        return (*self.each, *self.numbers)
+
+
+def _larger(before: int, now: int, factor: float) -> int:
+    return math.ceil(now * factor) if now > before else now
 
 
 def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Sizes]:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -65,3 +65,17 @@ class Path:
     calls: tuple[Call, ...]
     packed: tuple[int | None, ...]
     asks: tuple[int, ...]
+
+    def numels(self) -> tuple[int, ...]:
+        """For every call the elements that it gives."""
+        return tuple(call.numel for call in self.calls)
+
+    def with_numels(self, numels: Sequence[int]) -> Path:
+        """The same calls, which give so many elements."""
+        return replace(self, calls=tuple(replace(c, numel=n) for c, n in zip(self.calls, numels, strict=True)))
+
+    def is_like(self, other: Path) -> bool:
+        """Whether the calls are the same but for how many elements they give."""
+        if (self.packed, self.asks, len(self.calls)) != (other.packed, other.asks, len(other.calls)):
+            return False
+        return self == other.with_numels(self.numels())

@@ -12,7 +12,7 @@ from autoremat.engines.torch.eager.kinds import Prepared
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
-from autoremat.plan import clock
+from autoremat.plan.grown import grown, grown_number
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.run.memory import told
 
@@ -144,6 +144,24 @@ class Planning:
                 "give them more"
             )
         return plan
+
+    def foreseen(self, small: Prepared, large: Prepared, between: float, further: float) -> Prepared | None:
+        """A plan for still larger inputs, if two recordings of the same calls tell how they grow; quickly made."""
+        if small.plan is None or large.plan is None or small.path is None or large.path is None:
+            return None
+        program = grown(small.plan.program, large.plan.program, between, further)
+        if program is None or large.together > 1 or not small.path.is_like(large.path):
+            return None
+        both = zip(small.path.numels(), large.path.numels(), strict=True)
+        numels = [grown_number(a, b, between, further) for a, b in both]
+        found = Prepared(path=large.path.with_numels(numels), parallel=large.parallel, cost_seconds=large.cost_seconds)
+        try:
+            plan = self._planner.solve(program, large.plan.budget_bytes)
+        except InfeasibleBudget:
+            return None
+        found.follow(plan, plan.budget_bytes, tried_seconds=_FIRST_SECONDS)
+        self._reporter.counts.planned += 1
+        return found
 
     def is_due(self, step: Prepared, living: Living) -> bool:
         """Whether the plan is to be made anew of what is recorded.

@@ -84,6 +84,10 @@ class Session:
             begin = clock.now()
             result = self._steps.first(kind, args, kwargs, is_first=self._last is None)
             kind.prepared.cost_seconds = clock.now() - begin
+            with self._lock:
+                for family in self._families.values():
+                    if kind in family:
+                        family.recorded(kind, self._planning.foreseen)
             self._last = kind.plan or self._last
             return result
         if kind is None or kind.script is None:
@@ -124,7 +128,7 @@ class Session:
         modules = reachable_modules(self.fn, args, kwargs)
         check_devices(modules, args, kwargs)
         straying = Straying() if before is None else before.straying
-        kind = Kind(Prepared(parallel=parallel_of(modules)), sizes, straying.recorded_anew())
+        kind = Kind(Prepared(parallel=parallel_of(modules)), sizes, straying=straying.recorded_anew())
         if switched_on := own_checkpointing(self.fn, args, kwargs):
             self._reporter.warn(
                 f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "

@@ -1,0 +1,98 @@
+"""The program of a step with a larger input than any that was recorded, from two recordings of the same calls.
+
+Bytes are polynomials in the sizes of the input. Between two recordings a value has grown by some power of the sizes;
+rounded up to a whole one, that power bounds it from above for all larger sizes, as long as its coefficients are not
+negative and its degree is not higher than that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from autoremat.program import Op, Program, Value
+
+_HAIR = 0.02
+"""Powers this close to a whole number are that."""
+
+
+def is_same(a: Program, b: Program) -> bool:
+    """Whether two programs are the same but for sizes and costs."""
+    return (
+        len(a.ops) == len(b.ops)
+        and len(a.values) == len(b.values)
+        and all(map(_is_same_op, a.ops, b.ops))
+        and all(map(_is_same_value, a.values, b.values))
+    )
+
+
+def _is_same_op(a: Op, b: Op) -> bool:
+    return (a.name, a.reads, a.writes, a.call, a.in_place, a.repeatable) == (
+        b.name,
+        b.reads,
+        b.writes,
+        b.call,
+        b.in_place,
+        b.repeatable,
+    )
+
+
+def _is_same_value(a: Value, b: Value) -> bool:
+    return (a.fixed, a.held, a.available, a.dtype) == (b.fixed, b.held, b.available, b.dtype)
+
+
+def grown(small: Program, large: Program, between: float, further: float) -> Program | None:
+    """The program of a step with still larger sizes; None where the two are not the same but for sizes. O(program).
+
+    Args:
+        small: of a step.
+        large: of the same step with a larger input.
+        between: by how much sizes have grown from the one to the other, at least; above 1.
+        further: by how much they are to grow further, at most.
+
+    Example:
+        >>> from autoremat.program import Op, Program, Value
+        >>> def step(n):
+        ...     values = Value("x", 4 * n, fixed=True), Value("scores", n * n), Value("loss", 4)
+        ...     return Program("step", values, (Op("f", (0,), (1,), 1e-9 * n), Op("g", (1,), (2,))))
+        >>> [v.nbytes for v in grown(step(10), step(20), 2.0, 1.5).values] == [v.nbytes for v in step(30).values]
+        True
+    """
+    if between <= 1 or not is_same(small, large):
+        return None
+    values = tuple(
+        replace(b, nbytes=grown_number(a.nbytes, b.nbytes, between, further), shape=None)
+        for a, b in zip(small.values, large.values, strict=True)
+    )
+    ops = tuple(_grown_op(a, b, between, further) for a, b in zip(small.ops, large.ops, strict=True))
+    return replace(large, values=values, ops=ops)
+
+
+def _grown_op(a: Op, b: Op, between: float, further: float) -> Op:
+    again_seconds, again_scratch = b.rerun_seconds, b.rerun_scratch_bytes
+    if again_seconds is not None:
+        again_seconds = _grown_seconds(a.again_seconds, again_seconds, between, further)
+    if again_scratch is not None:
+        again_scratch = grown_number(a.again_scratch_bytes, again_scratch, between, further)
+    return replace(
+        b,
+        seconds=_grown_seconds(a.seconds, b.seconds, between, further),
+        scratch_bytes=grown_number(a.scratch_bytes, b.scratch_bytes, between, further),
+        rerun_seconds=again_seconds,
+        rerun_scratch_bytes=again_scratch,
+    )
+
+
+def grown_number(a: int, b: int, between: float, further: float) -> int:
+    """An upper bound of what was ``a`` and is ``b``, when sizes have grown further."""
+    if b <= a or a <= 0:
+        return math.ceil(max(a, b) * (further if b != a else 1.0))
+    power = math.ceil(math.log(b / a) / math.log(between) - _HAIR)
+    return math.ceil(b * further**power)
+
+
+def _grown_seconds(a: float, b: float, between: float, further: float) -> float:
+    """Seconds are noisy: no more than the third power."""
+    if b <= a or a <= 0:
+        return max(a, b)
+    return float(b * further ** min(3.0, math.log(b / a) / math.log(between)))
