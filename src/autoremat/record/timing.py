@@ -88,9 +88,8 @@ def measure_all(
 ) -> list[Cost]:
     """The cost of every call, each distinct one measured once per process, alone, on random numbers.
 
-    Timing takes about as long as a few steps: the calls that seem to take longest are timed first; when the time is
-    over, the others run once, for the bytes, and their seconds are scaled from what the same operator took elsewhere.
-    A call that cannot run on random numbers is estimated. Random generators are left as they were. Memory: the
+    Timing takes about as long as a few steps: the calls that seem to take longest are timed first, several times each;
+    when the time is over, the others are timed once. A call that cannot run on random numbers is estimated. Random generators are left as they were. Memory: the
     arguments (copies, of weights too), results and scratch of one call at a time, and what is written in between to
     empty the caches.
 
@@ -196,7 +195,7 @@ def _measure_for_real(signature: CallSignature, room_bytes: int | None, *, is_ti
     cuda = any(s.device.type == "cuda" for s in _specs(signature))
     scratch, made = (_memory_cuda if cuda else _memory_cpu)(func, args, kwargs)
     if not is_timed:
-        return Cost(_expected_seconds(signature), scratch, made)
+        return Cost(_time_once(func, args, kwargs, cuda), scratch, made)
     cache_bytes = _CACHE_BYTES
     if room_bytes is not None:
         taken = sum(_extent(s) * s.dtype.itemsize for s in _specs(signature)) + scratch + sum(made)
