@@ -89,9 +89,9 @@ def measure_all(
     """The cost of every call, each distinct one measured once per process, alone, on random numbers.
 
     Timing takes about as long as a few steps: the calls that seem to take longest are timed first, several times each;
-    when the time is over, the others are timed once. A call that cannot run on random numbers is estimated. Random generators are left as they were. Memory: the
-    arguments (copies, of weights too), results and scratch of one call at a time, and what is written in between to
-    empty the caches.
+    when the time is over, the others are timed once. A call that cannot run on random numbers is estimated. Random
+    generators are left as they were. Memory: the arguments (copies, of weights too), results and scratch of one call at
+    a time, and what is written in between to empty the caches.
 
     Args:
         signatures: the calls; None costs nothing.

@@ -19,6 +19,8 @@ _PAYS: Final = 1.0
 """A plan of its own is made for smaller inputs once they have lost so many times what making one takes."""
 _RUNGS: Final = 6
 """Plans for inputs of one form."""
+_ALIKE: Final = 2
+"""So many recordings that are not different, although numbers were, show that numbers decide nothing."""
 _GROWTH: Final = (2.0, 1.5, 1.25, 1.1)
 """When sizes have grown, a plan is made for sizes so much larger, if there is one within the budget."""
 
@@ -34,6 +36,8 @@ class Family:
     _guests: OrderedDict[Sizes, Kind] = field(default_factory=OrderedDict)
     _strangers: int = 0
     """Guests that had to be recorded after all."""
+    _numbers_matter: bool = True
+    """Whole numbers among the arguments may be sizes of something."""
     _lost_seconds: dict[tuple[Sizes, int], float] = field(default_factory=dict)
     """By host, and how much smaller they are: what its guests have lost under its plan."""
 
@@ -49,6 +53,7 @@ class Family:
 
     def find(self, sizes: Sizes) -> Kind | None:
         """The kind of an input of these sizes: one of its own, a guest of a larger one, or none that is known."""
+        sizes = self._known_as(sizes)
         kind = self._kinds.get(sizes)
         if kind is not None:
             self._kinds.move_to_end(sizes)
@@ -58,16 +63,21 @@ class Family:
 
     def add(self, kind: Kind) -> None:
         """A kind that is to be recorded."""
+        kind.sizes = self._known_as(kind.sizes)
         guest = self._guests.pop(kind.sizes, None)
         self._strangers += guest is not None and guest.stale
         self._kinds[kind.sizes] = kind
 
     def recorded(self, kind: Kind, foreseen: Callable[[Prepared, Prepared, float, float], Prepared | None]) -> None:
         """A kind has its first plan. If sizes have grown, they may go on growing: have a plan for larger ones."""
-        smaller = [k for k in self._kinds.values() if k is not kind and k.is_host and k.sizes.fits_into(kind.sizes)]
-        if not smaller or not kind.is_host:
+        others = [k for k in self._kinds.values() if k is not kind and k.is_host] if kind.is_host else []
+        if len(others) >= _ALIKE and all(_is_smaller_but_for_numbers(kind, other) for other in others):
+            self._forget_numbers()
+        smaller = [k for k in others if k.sizes.fits_into(kind.sizes)]
+        if not smaller:
             return
         before = max(smaller, key=lambda k: k.sizes.elements)
+        kind.prepared.inherit(before.prepared)
         for factor in _GROWTH:
             sizes = kind.sizes.grown(before.sizes, factor)
             prepared = foreseen(before.prepared, kind.prepared, before.sizes.ratio(kind.sizes), factor)
@@ -78,6 +88,17 @@ class Family:
     def forget(self) -> None:
         """Forget the kind that was used least recently."""
         self._kinds.popitem(last=False)
+
+    def _known_as(self, sizes: Sizes) -> Sizes:
+        return sizes if self._numbers_matter else sizes.without_numbers()
+
+    def _forget_numbers(self) -> None:
+        """Numbers are sizes of nothing: inputs that differ in them alone are of one kind."""
+        self._numbers_matter = False
+        kinds, self._kinds, self._guests = self._kinds, OrderedDict(), OrderedDict()
+        for kind in kinds.values():
+            kind.sizes = kind.sizes.without_numbers()
+            self._kinds[kind.sizes] = kind
 
     def _host(self, sizes: Sizes) -> Kind | None:
         """The kind with the smallest plan that serves these sizes."""
@@ -104,3 +125,10 @@ class Family:
             return False
         self._lost_seconds[rung] = 0.0
         return True
+
+
+def _is_smaller_but_for_numbers(kind: Kind, other: Kind) -> bool:
+    """Whether another input had the same calls with nothing smaller, although a whole number in it was smaller."""
+    if kind.sizes.fits_into(other.sizes) or not kind.sizes.without_numbers().fits_into(other.sizes.without_numbers()):
+        return False
+    return kind.prepared.is_within(other.prepared)

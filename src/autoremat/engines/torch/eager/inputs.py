@@ -43,6 +43,10 @@ class Sizes:
         """Whether no size is larger than that of an input of the same form."""
         return self.elements <= other.elements and all(a <= b for a, b in zip(self._all, other._all, strict=True))
 
+    def without_numbers(self) -> Sizes:
+        """The same of the tensors alone."""
+        return Sizes(self.each, (), self.elements)
+
     def ratio(self, other: Sizes) -> float:
         """By how much the sizes of an input that this one fits into have grown, at least; 1 where none has."""
         grown = [b / a for a, b in zip(self._all, other._all, strict=True) if b > a > 0]

@@ -77,6 +77,7 @@ class Prepared:
         tried_seconds: what the search for the plan was given.
         used_seconds: what steps under the plan have taken, by the plan's account.
         checked: a step with this plan has been through the self-check.
+        known: calls that have been through it, with this plan or another one of the same calls.
         cost_seconds: what recording and planning have taken.
         together: calls before one backward that the plan is for.
         measured_bytes: the measured peak of one of them.
@@ -93,10 +94,34 @@ class Prepared:
     tried_seconds: float = 0.0
     used_seconds: float = 0.0
     checked: bool = False
+    known: frozenset[int] = frozenset()
     cost_seconds: float = 0.0
     together: int = 1
     measured_bytes: int | None = None
     to_measure: int = 0
+
+    def is_checked(self) -> None:
+        """A step has been through the self-check."""
+        if not self.checked and self.script is not None:
+            self.known |= self.script.twice
+        self.checked = True
+
+    def inherit(self, other: Prepared) -> None:
+        """Know what is known of the same calls with another input."""
+        if self.path is not None and other.path is not None and self.path.is_like(other.path):
+            self.known |= other.known
+
+    def is_within(self, other: Prepared) -> bool:
+        """Whether the other recording has the same calls, and nothing in this one is larger."""
+        if self.plan is None or other.plan is None or self.path is None or other.path is None:
+            return False
+        mine, theirs = self.plan.program.values, other.plan.program.values
+        return (
+            len(mine) == len(theirs)
+            and self.path.is_like(other.path)
+            and all(a <= b for a, b in zip(self.path.numels(), other.path.numels(), strict=True))
+            and all(a.nbytes <= b.nbytes for a, b in zip(mine, theirs, strict=True))
+        )
 
     def lost_seconds(self, share: float) -> float:
         """What a step with an input of this share of the size loses under the plan, if its own would lose less.
@@ -169,7 +194,7 @@ class Kind:
 
     def step_is_over(self, way: tuple[int, int] | None) -> None:
         """A step has come to its end; ``way``: where it left the path, and how many calls it made."""
-        self.prepared.checked = True
+        self.prepared.is_checked()
         if self.straying.step_is_over(way) and self.straying.records <= MAX_DEVIATIONS:
             self.stale = True
 

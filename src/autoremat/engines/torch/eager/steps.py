@@ -24,8 +24,6 @@ from autoremat.run.settings import RandomStates
 
 MAX_RETRIES: Final = 3
 """How often a forward that ran out of memory is tried again, each time under a tighter plan."""
-_FIRST_SHARE: Final = 0.99
-"""What kernels take while they work is not known in a first step: it has so much of the room for what it holds."""
 _NO_HOOKS: Final = "don't yet support saved tensor hooks"
 """What torch.func says where hooks are active."""
 
@@ -117,7 +115,7 @@ class Steps:
     def _room(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, and beside the graphs of earlier calls."""
         share, load = self._planner.first(fixed_bytes), self._here.load
-        return lambda plain_bytes: _FIRST_SHARE * (share(plain_bytes + load.plain_bytes) - load.held_bytes)
+        return lambda plain_bytes: share(plain_bytes + load.plain_bytes) - load.held_bytes
 
     def planned(self, kind: Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The forward under the plan, under tighter ones where the device runs out of memory."""
@@ -160,9 +158,9 @@ class Steps:
 
     def _tape(self, kind: Kind) -> Tape:
         assert kind.script is not None
-        check = None
-        if not kind.prepared.checked:
-            check = SelfCheck(kind.script.twice, lambda k, why: self._differs(kind, k, why))
+        check, known = None, kind.prepared.known
+        if not kind.prepared.checked and not known.issuperset(kind.script.twice):
+            check = SelfCheck(kind.script.twice - known, lambda k, why: self._differs(kind, k, why))
         assert kind.plan is not None
         others_bytes = self._here.load.held_bytes
         tape = Tape(kind.script, reports=self._reports(kind), check=check, others_bytes=others_bytes)
