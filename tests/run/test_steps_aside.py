@@ -21,6 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import autoremat
 from autoremat.engines.torch.eager.dry_run import record
 from autoremat.record import UnusableInput, apart
+from autoremat.run.account import account, resident
 
 
 @pytest.fixture(params=["apart", "here"])
@@ -83,6 +84,39 @@ def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str) -> 
     stats = autoremat.stats(step)
     assert stats.unplanned == 0
     assert stats.reruns > 0
+
+
+@pytest.mark.usefixtures("deprecated")
+@pytest.mark.parametrize("is_optimized", [False, True])
+def test_all_that_scripted_parts_save_is_in_the_plan(is_optimized: bool) -> None:
+    net, x = scripted(), torch.randn(1024, 32)
+    fn = lambda x: net(x).square().mean()  # noqa: E731
+
+    def peak(call: Callable[[Tensor], Tensor]) -> int:
+        net.zero_grad()
+        return account(lambda: call(x).backward(), resident(net, x)).peak_bytes
+
+    plain_peak = max(peak(fn) for _ in range(3 if is_optimized else 1))
+    budget = int(0.8 * plain_peak)
+    step = autoremat.checkpoint(fn, budget=budget, time_limit_seconds=0.5)
+    measured = [peak(step) for _ in range(3)]
+    plan = autoremat.stats(step).plan
+    assert plan is not None
+    assert plan.plain_peak_bytes == pytest.approx(plain_peak, rel=0.01)
+    assert max(measured) == pytest.approx(plan.peak_bytes, rel=0.01)
+    assert max(measured) <= budget
+
+
+@pytest.mark.usefixtures("deprecated")
+def test_what_scripted_parts_save_cannot_go() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(*[torch.jit.script(Act()) for _ in range(4)], nn.Linear(32, 8))
+    x = torch.randn(1024, 32)
+    plain_peak = account(lambda: net(x).sum().backward(), resident(net, x)).peak_bytes
+    step = autoremat.checkpoint(lambda x: net(x).sum(), budget=int(0.7 * plain_peak), time_limit_seconds=0.5)
+    with pytest.raises(autoremat.InfeasibleBudget) as refused:
+        step(x)
+    assert refused.value.floor_bytes > 0.8 * plain_peak
 
 
 SCRIPTED = """

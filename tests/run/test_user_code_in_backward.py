@@ -187,6 +187,46 @@ def test_an_error_in_a_hook_of_the_first_step_leaves_nothing_behind() -> None:
     assert not torch.overrides._get_current_function_mode_stack()
 
 
+class KeepsItsResult(torch.autograd.Function):
+    """Saves what it was given, what it returns, and something between."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        y = x.tanh().exp()
+        ctx.save_for_backward(x, y, y.sin())
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        x, y, between = ctx.saved_tensors
+        return gradient * y * between + x
+
+
+def test_what_a_custom_function_saves_of_its_own_is_in_the_plan() -> None:
+    torch.manual_seed(0)
+    plain = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(net: nn.ModuleList, x: Tensor) -> Tensor:
+        for linear in net:
+            x = KeepsItsResult.apply(linear(x)).tanh()  # type: ignore[no-untyped-call]
+        return x.square().mean()
+
+    net = copy.deepcopy(plain)
+    plain_peak = max(peaks(plain, lambda x: forward(plain, x)))
+    budget = int(0.75 * plain_peak)
+    step = autoremat.checkpoint(lambda x: forward(net, x), budget=budget)
+    measured = peaks(net, step)[1:]
+    plan = autoremat.stats(step).plan
+    assert plan is not None
+    assert plan.plain_peak_bytes == pytest.approx(plain_peak, rel=0.01)
+    assert max(measured) == pytest.approx(plan.peak_bytes, rel=0.01)
+    assert max(measured) <= budget
+    for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+        assert p.grad is not None
+        assert q.grad is not None
+        assert torch.equal(p.grad, q.grad)
+
+
 @pytest.mark.parametrize("kind", [Blocks, Implicit])
 def test_the_second_plan_is_found_without_looking_for_all_others(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch

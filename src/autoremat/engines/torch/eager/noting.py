@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from torch import Tensor, nn
+from torch import Tensor, UntypedStorage, nn
 
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.calls import ESCAPES, is_collective, is_out_of_sight, is_pass, name_of, only_looks
@@ -250,7 +250,8 @@ class Noting:
         if storage is None or is_parameter(tensor) or (number is not None and number < 0):
             return Kept(tensor)
         if number is None and self._busy is None:
-            return Kept(tensor)  # made out of sight
+            self._out_of_sight(tensor, storage)
+            return Kept(tensor)
         handle = Handle(tape.backward, j, tensor)
         if number is None:
             self._fresh.append((j, handle, tensor))
@@ -259,6 +260,12 @@ class Noting:
         else:
             self._hold(handle, tensor)
         return handle
+
+    def _out_of_sight(self, tensor: Tensor, storage: UntypedStorage) -> None:
+        """Count what no call has made; a plan has it among what is always there."""
+        if self._tape.script is None:
+            self._tape.has_saved(-storage._cdata, storage.nbytes())
+            self._room.made(tensor)
 
     def _hold(self, handle: Handle, tensor: Tensor) -> None:
         """Hold the value that a handle stands for."""

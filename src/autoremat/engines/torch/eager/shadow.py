@@ -244,8 +244,23 @@ class Shadow:
         return self._stand_in([self._blank_like(tensor) if alias is None else alias], found, node)[0]
 
     def loose(self, j: int, tensor: Tensor) -> None:
-        """Note what a custom function saves, outside of all calls."""
-        self._loose.append((j, self.twin(tensor)))
+        """Note what is saved outside of all calls: by a custom function, or by what runs out of sight."""
+        self._loose.append((j, self._memory_of(tensor)))
+
+    def _memory_of(self, tensor: Tensor) -> Tensor:
+        """The twin of what is being saved, or one without a history: the node that saves it is the history's end."""
+        known = self._twins.get(id(tensor))
+        if known is not None and known[0]() is tensor and _is_like(known[1], tensor):
+            return known[1]
+        storage = storage_of(tensor)
+        if tensor.grad_fn is None or storage is None or has_inside(tensor) or is_distributed(tensor):
+            return self.twin(tensor)
+        with self._here():
+            alias = self._alias_of(tensor)
+            twin = self._blank_like(tensor) if alias is None else alias
+        if alias is None:
+            self._memory[storage._cdata] = weakref.ref(storage), weakref.ref(twin)
+        return twin
 
     def _behind(self, node: Any, seen: set[Any]) -> Iterator[tuple[Tensor, Blank]]:
         """The nearest known inputs of a node; between them and it there may be more that nobody was seen to make."""
