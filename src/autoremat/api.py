@@ -9,6 +9,7 @@ import os
 import sys
 import types
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, Final, TypeVar, overload
 
 import torch
@@ -39,17 +40,17 @@ QUICK: Final = 0.01
 
 @overload
 def checkpoint(
-    target: F, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
-    time_limit_seconds: float = 10.0, measure: bool = False,
+    target: F, *, budget: Budget | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
+    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
-    target: None = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
-    time_limit_seconds: float = 10.0, measure: bool = False,
+    target: None = None, *, budget: Budget | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
+    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> Callable[[F], F]: ...  # fmt: skip
 def checkpoint(
-    target: Any = None, *, budget: Budget, optimizer: Any = None, keep: Patterns = (), recompute: Patterns = (),
-    time_limit_seconds: float = 10.0, measure: bool = False,
+    target: Any = None, *, budget: Budget | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
+    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> Any:  # fmt: skip
     """Make a module or a callable train within a memory budget.
 
@@ -63,7 +64,10 @@ def checkpoint(
             wrapped one is returned); left out, the result is a decorator.
         budget: the peak of the whole step, parameters, gradients and inputs included: ``"10GiB"``, ``"512MB"``, a
             number of bytes, a fraction of the plain peak (``0.5``, ``"50%"``), or ``"auto"`` (what the device has).
-            What runs outside the callable is not seen: wrap a function that returns the loss to have all of it.
+            What runs outside the callable is not seen: wrap a function that returns the loss to have all of it. A
+            fraction is turned into bytes once, by the first plan; later inputs have as many.
+        plan: in place of a budget a plan that ``autoremat.plan`` made of the largest input, or its JSON file: it is
+            followed for that input and for all smaller ones, and its budget holds for whatever else comes.
         optimizer: an optimizer, or a list of those that take turns: its state is resident, and its step, temporaries
             included, has to fit, too. Or the bytes of the state alone.
         keep: patterns (``fnmatch``) on module paths or operator names, such as ``"blocks.0.*"`` or
@@ -91,8 +95,14 @@ def checkpoint(
         >>> autoremat.stats(model).plan.peak_bytes <= autoremat.stats(model).plan.budget_bytes
         True
     """
-    _check_budget(budget)
-    options = Options(budget, optimizer, keep, recompute, time_limit_seconds, measure)
+    if (budget is None) == (plan is None):
+        raise ValueError(
+            "give either a budget or a plan made with one (autoremat.plan(model, *largest_input, budget=...))"
+        )
+    known = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan))
+    wanted: Budget = known.budget_bytes if known is not None else budget  # type: ignore[assignment]
+    _check_budget(wanted)
+    options = Options(wanted, optimizer, keep, recompute, time_limit_seconds, measure, known)
     if target is None:
         return functools.partial(checkpoint, **options.wishes)
     if not callable(target):
@@ -339,8 +349,9 @@ class Options:
 
     def __init__(
         self, budget: Budget, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float,
-        measure: bool = False,
+        measure: bool = False, given: Plan | None = None,
     ) -> None:  # fmt: skip
+        self.given = given
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
         self.keep, self.recompute, self.measure = keep, recompute, measure
         self._settled_bytes: int | None = None
@@ -353,7 +364,9 @@ class Options:
     @property
     def wishes(self) -> dict[str, Any]:
         """The arguments of ``checkpoint``."""
-        return {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        wishes = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        given = wishes.pop("given")
+        return wishes if given is None else wishes | {"budget": None, "plan": given}
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, given what plain training would take by then.

@@ -70,8 +70,11 @@ class Family:
 
     def recorded(self, kind: Kind, foreseen: Callable[[Prepared, Prepared, float, float], Prepared | None]) -> None:
         """A kind has its first plan. If sizes have grown, they may go on growing: have a plan for larger ones."""
-        others = [k for k in self._kinds.values() if k is not kind and k.is_host] if kind.is_host else []
-        if len(others) >= _ALIKE and all(_is_smaller_but_for_numbers(kind, other) for other in others):
+        if not kind.serves(kind.sizes) or kind.prepared.is_of_the_largest:
+            return
+        others = [k for k in self._kinds.values() if k is not kind and k.serves(k.sizes)]
+        alike = [kind.prepared.is_within(k.prepared) for k in others if _is_smaller_but_for_numbers(kind, k)]
+        if len(alike) >= _ALIKE and all(alike):
             self._forget_numbers()
         smaller = [k for k in others if k.sizes.fits_into(kind.sizes)]
         if not smaller:
@@ -104,7 +107,7 @@ class Family:
         """The kind with the smallest plan that serves these sizes."""
         if self._strangers >= _STRANGERS:
             return None
-        found = [k for k in self._kinds.values() if k.is_host and sizes.fits_into(k.sizes)]
+        found = [k for k in self._kinds.values() if k.serves(sizes)]
         return min(found, key=lambda k: k.sizes.elements, default=None)
 
     def _guest(self, sizes: Sizes, host: Kind) -> Kind:
@@ -128,7 +131,7 @@ class Family:
 
 
 def _is_smaller_but_for_numbers(kind: Kind, other: Kind) -> bool:
-    """Whether another input had the same calls with nothing smaller, although a whole number in it was smaller."""
-    if kind.sizes.fits_into(other.sizes) or not kind.sizes.without_numbers().fits_into(other.sizes.without_numbers()):
+    """Whether an input would fit into another one but for its whole numbers."""
+    if kind.sizes.fits_into(other.sizes):
         return False
-    return kind.prepared.is_within(other.prepared)
+    return kind.sizes.without_numbers().fits_into(other.sizes.without_numbers())

@@ -116,48 +116,50 @@ class _Found(NamedTuple):
     numbers: list[int]
 
 
-def _form(x: Any, found: _Found) -> Any:
+def _form(x: Any, found: _Found, *, in_list: bool = False) -> Any:
     """The form of an argument; adds its sizes to ``found``."""
     if isinstance(x, Tensor):
-        return _form_of_tensor(x, found.each)
+        return _form_of_tensor(x, found.each, in_list=in_list)
     if x is None or isinstance(x, (bool, Enum, torch.dtype, torch.device)):
         return x
     if isinstance(x, int):
         found.numbers.append(x)
         return int
-    if type(x) in (list, tuple):
-        return type(x), _form_of_items(x, found)
+    if type(x) is list:
+        return _form_of_list(x, found)
+    if type(x) is tuple:
+        return tuple, tuple([_form(item, found) for item in x])
     if not torch.utils._pytree.tree_is_leaf(x):
         leaves, structure = torch.utils._pytree.tree_flatten(x)
         return structure, tuple([_form(leaf, found) for leaf in leaves])
     return id(x) if isinstance(x, nn.Module) else type(x)
 
 
-def _form_of_items(items: Sequence[Any], found: _Found) -> Any:
-    """Of a list: where its items have one form, that form, and as sizes how many they are and the largest ones."""
+def _form_of_list(items: list[Any], found: _Found) -> Any:
+    """Where its items have one form, that form, and as sizes how many they are and the largest ones."""
     own = [_Found([], []) for _ in items]
-    forms = [_form(x, f) for x, f in zip(items, own, strict=True)]
-    if len(forms) <= 1 or len(set(forms)) > 1:
+    forms = [_form(x, f, in_list=True) for x, f in zip(items, own, strict=True)]
+    if len(set(forms)) != 1:
         for f in own:
             found.each.extend(f.each)
             found.numbers.extend(f.numbers)
-        return tuple(forms)
+        return list, tuple(forms)
     found.each.append(len(forms))
-    found.each.extend(map(max, *(f.each for f in own)))
-    found.numbers.extend(map(max, *(f.numbers for f in own)))
-    return "like", forms[0]
+    found.each.extend(max(sizes) for sizes in zip(*(f.each for f in own), strict=True))
+    found.numbers.extend(max(numbers) for numbers in zip(*(f.numbers for f in own), strict=True))
+    return list, "of", forms[0]
 
 
-def _form_of_tensor(x: Tensor, sizes: list[int]) -> Any:
+def _form_of_tensor(x: Tensor, sizes: list[int], *, in_list: bool) -> Any:
     grad = x.is_leaf and x.grad is not None
     if is_jagged(x):  # every one has a size of its own, told by its offsets
         inside = Jagged.of(x)
         sizes += inside.offsets.shape
-        return "jagged", _form_of_tensor(local_of(x), sizes), x.requires_grad, grad
+        return "jagged", _form_of_tensor(local_of(x), sizes, in_list=in_list), x.requires_grad, grad
     shape = tuple(x.shape)
     sizes += shape
     # Sizes of 0 and 1 are special: a row is not copied where a matrix would be, and is repeated where it fits nothing.
-    special = tuple([n if n < 2 else 2 for n in shape])
+    special = len(shape) if in_list else tuple([n if n < 2 else 2 for n in shape])
     around = getattr(x, "placements", None)
     return x.dtype, special, _order(x), x.device, x.requires_grad, grad, around
 

@@ -77,6 +77,7 @@ class Prepared:
         tried_seconds: what the search for the plan was given.
         used_seconds: what steps under the plan have taken, by the plan's account.
         checked: a step with this plan has been through the self-check.
+        is_of_the_largest: the plan is the user's own, for the largest input and all smaller ones.
         known: calls that have been through it, with this plan or another one of the same calls.
         cost_seconds: what recording and planning have taken.
         together: calls before one backward that the plan is for.
@@ -94,6 +95,7 @@ class Prepared:
     tried_seconds: float = 0.0
     used_seconds: float = 0.0
     checked: bool = False
+    is_of_the_largest: bool = False
     known: frozenset[int] = frozenset()
     cost_seconds: float = 0.0
     together: int = 1
@@ -115,7 +117,7 @@ class Prepared:
         """Whether the other recording has the same calls, and nothing in this one is larger."""
         if self.plan is None or other.plan is None or self.path is None or other.path is None:
             return False
-        mine, theirs = self.plan.program.values, other.plan.program.values
+        mine, theirs = ([v for v in p.program.values if not v.fixed] for p in (self.plan, other.plan))
         return (
             len(mine) == len(theirs)
             and self.path.is_like(other.path)
@@ -180,6 +182,11 @@ class Kind:
     def script(self) -> Script | None:
         """That carries out the plan; None where there is none."""
         return self.prepared.script
+
+    def serves(self, sizes: Sizes) -> bool:
+        """Whether an input of these sizes may go by its plan."""
+        is_host = self.script is not None and not self.stale and not self.straying.is_habit
+        return is_host and (self.prepared.is_of_the_largest or sizes.fits_into(self.sizes))
 
     def has_come(self) -> None:
         """One more step."""

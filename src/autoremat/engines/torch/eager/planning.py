@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Final, Protocol
 
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.kinds import Prepared
+from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
-from autoremat.plan.grown import grown, grown_number
-from autoremat.program import InfeasibleBudget, Plan, Program, simulate
+from autoremat.plan.grown import grown, grown_number, is_same
+from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
 from autoremat.run.memory import told
 
 TIGHTER: Final = 0.9
@@ -33,9 +36,11 @@ class Planner(Protocol):
 
     Attributes:
         time_limit_seconds: the longest that a plan may take.
+        given: the user's own plan, made of the largest input.
     """
 
     time_limit_seconds: float
+    given: Plan | None
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """What a first step may take beside what is there for good, given what plain training would take by then."""
@@ -97,6 +102,24 @@ class Planning:
         step.taken = ()
         step.follow(plan, budget_bytes, tried_seconds=_FIRST_SECONDS if seconds is None else seconds)
         self._reporter.counts.planned += 1
+
+    def adopted(self, step: Prepared, program: Program) -> Prepared | None:
+        """The user's plan for this step and for larger ones, if it is one of the same calls with nothing smaller."""
+        plan, path = self._planner.given, step.path
+        if plan is None or path is None:
+            return None
+        if not is_same(program, plan.program) or any(map(_is_larger, program.values, plan.program.values)):
+            self._reporter.warn(
+                "the plan that was given is not for this step (it was made of another model, or of a smaller input; "
+                "autoremat.plan wants the largest): the step is planned by itself, within the same budget"
+            )
+            return None
+        if simulate(program, plan.schedule).peak_bytes > plan.budget_bytes:
+            return None  # temporaries of kernels, which an estimate does not know
+        limits = [_limit(call, program, plan.program) for call in path.calls]
+        found = Prepared(path=path.with_numels(limits), parallel=step.parallel, is_of_the_largest=True)
+        found.follow(plan, plan.budget_bytes, tried_seconds=self._planner.time_limit_seconds)
+        return found
 
     def better(self, step: Prepared, living: Living) -> None:
         """Look for a better plan of what is recorded, or for one that knows more."""
@@ -205,3 +228,14 @@ def _bytes_at(plan: Plan, call: int) -> int:
     ops = [i for i in plan.program.forward if plan.program.ops[i].call == call]
     resident = simulate(plan.program, plan.schedule).resident_bytes
     return max((resident[plan.schedule.order.index(i)] for i in ops), default=plan.peak_bytes)
+
+
+def _is_larger(value: Value, planned: Value) -> bool:
+    return value.nbytes > planned.nbytes
+
+
+def _limit(call: Call, program: Program, largest: Program) -> int:
+    """How many elements a call may give under the plan for the largest input."""
+    made = [v for v, value in enumerate(program.values) if not value.fixed]
+    ratios = [largest.values[made[v]].nbytes / max(1, program.values[made[v]].nbytes) for _, v in call.results]
+    return math.ceil(call.numel * max(ratios, default=math.inf)) if ratios else sys.maxsize

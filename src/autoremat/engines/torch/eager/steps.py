@@ -15,7 +15,7 @@ from autoremat.engines.torch.eager.kinds import Kind
 from autoremat.engines.torch.eager.planning import WELL_SECONDS, Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.tape import Reports, Tape
-from autoremat.program import InfeasibleBudget
+from autoremat.program import InfeasibleBudget, Program
 from autoremat.record.parallel import Parallel, hidden
 from autoremat.record.problems import NothingDifferentiable
 from autoremat.record.world import named_tensors, reachable_modules
@@ -88,10 +88,11 @@ class Steps:
             if kind.script is not None and kind.prepared.path == known:
                 step.tape.take_plan(kind.script)
                 return
-            for k, reason in kind.prepared.differing.items():
-                self._reporter.keeps(program, k, reason)
-            seconds = WELL_SECONDS if is_first or known is not None else None
-            self._planning.solve(kind.prepared, program, self._here.living, seconds)
+            adopted = None if kind.prepared.differing else self._planning.adopted(kind.prepared, program)
+            if adopted is not None:
+                kind.prepared = adopted
+            else:
+                self._solve(kind, program, WELL_SECONDS if is_first or known is not None else None)
             kind.steps, kind.cached = 1, step.cached(result) if known is None else None
             if kind.prepared.parallel.units:  # what their hooks take is in the program already
                 step.tape.sections = None
@@ -105,6 +106,11 @@ class Steps:
         except NotRecorded as error:
             self._reporter.not_recorded(error)
         self._waits(kind, step.tape)
+
+    def _solve(self, kind: Kind, program: Program, seconds: float | None) -> None:
+        for k, reason in kind.prepared.differing.items():
+            self._reporter.keeps(program, k, reason)
+        self._planning.solve(kind.prepared, program, self._here.living, seconds)
 
     def _waits(self, kind: Kind, tape: Tape) -> None:
         """A forward is over, and its graph waits for its backward."""
