@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -168,3 +170,27 @@ def test_what_is_handed_out_brings_back_nothing_that_nobody_waits_for() -> None:
         for p in (*head.parameters(), *weights):
             p.grad = None
     assert max(peaks) <= plain
+
+
+@pytest.mark.parametrize("n_steps", [1, 2])
+def test_gradients_and_inputs_of_a_step_die_with_it(n_steps: int) -> None:
+    """Without the garbage collector: what a first step remembers of them would lie in memory for some steps more."""
+    model = network()
+    checkpointed = autoremat.checkpoint(lambda x: model(x).square().mean(), budget=1.0)
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(n_steps):
+            x = torch.randn(ROWS, WIDTH)
+            given = [weakref.ref(t) for t in (x, *(p.grad for p in model.parameters()))]
+            checkpointed(x).backward()
+            del x
+            for p in model.parameters():
+                p.grad = None
+            assert not any(r() is not None for r in given)
+            for p in model.parameters():
+                p.grad = torch.zeros_like(p)
+    finally:
+        gc.enable()

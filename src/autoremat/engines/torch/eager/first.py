@@ -80,8 +80,8 @@ class FirstStep:
     ) -> None:  # fmt: skip
         self.fn, self.args, self.kwargs, self.parallel = fn, args, kwargs, parallel
         self.modules = reachable_modules(fn, args, kwargs)
-        self._failure: BaseException | None = None
-        reports.unlike = self._failed
+        self._failures: list[BaseException] = []
+        reports.unlike = self._failures.append  # not a method: in a circle, gradients would outlive it
         self._paths = ModulePaths(self.modules)
         self._shadow = Shadow(self._paths.current)
         self._gradients = [(t, t.grad) for t in self._own() if t.is_leaf and t.requires_grad]
@@ -90,9 +90,6 @@ class FirstStep:
         storages = self._storages()
         fixed_bytes = sum(s.nbytes() for s in storages) + sum(resident_bytes(parallel).values())
         self.tape = Tape(First(room(fixed_bytes), self._shadow, storages, is_kept), reports, check)
-
-    def _failed(self, error: BaseException) -> None:
-        self._failure = self._failure or error
 
     def _named(self) -> list[tuple[str, Tensor]]:
         """Parameters and buffers, as far as they are there, by name."""
@@ -175,8 +172,8 @@ class FirstStep:
         has_trained = self._versions_of_gradients() != self._versions
         with self._gradients_put_back():
             try:
-                if self._failure is not None:
-                    raise self._failure
+                if self._failures:
+                    raise self._failures[0]
                 whole = self._units.whole()
                 moving = [*self._moving(), *(t for _, t in whole)]
                 record_backward(self._shadow, result, [*self._named(), *whole], moving)
