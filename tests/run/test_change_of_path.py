@@ -15,7 +15,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.engines.torch.eager.kinds import MAX_DEVIATIONS
+from autoremat.engines.torch.eager.kinds import MAX_DEVIATIONS, Kind
+from autoremat.engines.torch.eager.room import OfScript
+from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.session import MAX_PLANS
 from autoremat.engines.torch.eager.tape import Tape
 from autoremat.run.account import account, resident
@@ -366,6 +368,113 @@ def test_a_branch_that_stays_is_recorded() -> None:
     assert stats.planned >= 2  # a quick plan may have been bettered
     assert stats.deviations == 2
     assert max(peaks) <= budget
+
+
+class Rounds(nn.Module):
+    """As many layers as the data ask for, with random numbers, running statistics and calls in place in them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(WIDTH, 2 * WIDTH), nn.BatchNorm1d(2 * WIDTH), nn.ReLU(inplace=True), nn.Dropout(0.1)
+            )
+            for _ in range(10)
+        )
+        self.down = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        for layer in self.layers[: int(n)]:
+            x = x + self.down(layer(x)).tanh()
+        return x.square().mean()
+
+
+def budget_of(model: nn.Module, share: float, *args: Tensor) -> int:
+    """This share of plain training's peak with these inputs."""
+    return int(share * autoremat.plan(copy.deepcopy(model), *args, budget=1.0, timing="measure").plain_peak_bytes)
+
+
+@pytest.mark.parametrize("first", [4, 5, 6])
+def test_what_a_short_plan_keeps_can_go_when_the_path_is_longer(first: int) -> None:
+    """The plan for so few layers keeps nearly everything; the steps after it have more of them."""
+    torch.manual_seed(0)
+    x, model = torch.randn(256, WIDTH), Rounds()
+    budget = budget_of(model, 0.65, x, torch.tensor(10))
+    batches = [(x, torch.tensor(n)) for n in (first, 10, first, first, 9, 10, 7)]
+    peaks = both(model, budget, batches, lambda m, b: m(*b))
+    stats = both.stats  # type: ignore[attr-defined]
+    assert stats.deviations >= 2
+    assert max(peaks) <= budget
+
+
+def test_being_wary_costs_no_byte_on_the_path() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(256, WIDTH), Rounds()
+    budget = budget_of(model, 0.7, x, torch.tensor(10))
+    peaks = {}
+    for is_wary in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Kind, "is_wary", property(lambda kind, is_wary=is_wary: is_wary))
+            peaks[is_wary] = both(copy.deepcopy(model), budget, [(x, torch.tensor(10))] * 4, lambda m, b: m(*b))
+    assert set(peaks[True]) == set(peaks[False])
+    assert max(peaks[True]) <= both.stats.plan.peak_bytes + 64  # type: ignore[attr-defined]
+
+
+def test_a_graph_off_its_path_is_gone_through_twice() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(64, WIDTH), Rounds()
+    plain = copy.deepcopy(model)
+    step = autoremat.checkpoint(lambda n: model(x, n), budget=budget_of(model, 0.7, x, torch.tensor(10)))
+    for n in (5, 10, 8):
+        expected, got = [], []
+        for m, call, found in ((plain, lambda n: plain(x, n), expected), (model, step, got)):
+            m.zero_grad()
+            torch.manual_seed(n)
+            loss = call(torch.tensor(n))
+            loss.backward(retain_graph=True)
+            loss.backward()
+            found += [loss.detach(), *gradients(m), *m.buffers()]
+        assert all(map(torch.equal, got, expected))
+    assert autoremat.stats(step).deviations == 2
+
+
+class Overwrites(nn.Module):
+    """What the plan keeps is overwritten off the path: an error, as in plain training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, is_bad: Tensor) -> Tensor:
+        y = self.layer(x).sigmoid()
+        z = y.sin()
+        if is_bad:
+            z = z.cos()
+            y.mul_(2.0)
+        return (z * z).sum()
+
+
+def test_what_is_overwritten_off_the_path_is_an_error_as_in_plain_training() -> None:
+    x, model = torch.randn(64, WIDTH), Overwrites()
+    step = autoremat.checkpoint(lambda n: model(x, n), budget=1.0)
+    for is_bad in (False, False, True, False):
+        loss = step(torch.tensor(is_bad))
+        if is_bad:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                loss.backward()
+        else:
+            loss.backward()
+
+
+def test_gradients_do_not_grow_with_the_input() -> None:
+    """Of 700 bytes that are taken beside what the tape holds 400 are gradients, and 100 always there."""
+    script = Script(
+        funcs=(), works=(), packs=(), asked=frozenset(), acts=(), hold=frozenset(), budget_bytes=1000,
+        beside_bytes=(300, 700), gradient_bytes=(0, 400), fixed_bytes=100,
+    )  # fmt: skip
+    assert OfScript(script, growth=1.0).allowed_bytes(0, 1.0) == 1000 - 700
+    assert OfScript(script, growth=1.5).allowed_bytes(0, 1.0) == 1000 - 700 - 0.5 * 200
+    assert OfScript(script, growth=1.5).allowed_bytes(0, None) == 1000 - 300 - 0.5 * 200
 
 
 class Refined(nn.Module):

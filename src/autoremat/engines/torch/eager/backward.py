@@ -97,6 +97,8 @@ class Backward:
         if isinstance(packed, Tensor):
             return packed
         with torch._C.DisableTorchFunction():
+            if isinstance(packed, Kept) and packed.handle is not None:
+                packed = packed.handle
             if isinstance(packed, Kept):
                 if packed.backward is not None and in_backward():
                     packed.backward.asked(packed.pack)
@@ -157,7 +159,7 @@ class Backward:
         self.improvise()  # the device has no room for what the plan does next: hold as little as possible, once more
         if self.room is None:
             self.room = Room(Nothing(), self._ledger, self._passes, self._ledger.maker.__contains__)
-        self.room.online.shrink(0.0)
+        self.room.empty()
         free_memory()
         try:
             return self._answer(handle, value)

@@ -23,6 +23,7 @@ from autoremat.engines.torch.eager.facts import is_overridden
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.script import Script, Work
+from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.record.local import local_of
 from autoremat.record.values import is_parameter
@@ -42,13 +43,15 @@ class Follow:
     Args:
         tape: whose forward it is.
         script: to follow.
+        spare: what is prepared beyond that, should the path be left; None where it is not expected to be.
     """
 
     is_following = True
 
-    def __init__(self, tape: Tape, script: Script) -> None:
-        self._tape, self._script = tape, script
-        self._funcs, self._works, self._packs = (*script.funcs, _END), script.works, script.packs
+    def __init__(self, tape: Tape, script: Script, spare: Spare | None = None) -> None:
+        self._tape, self._script, self.spare = tape, script, spare
+        works = script.works if spare is None else script.spare_works
+        self._funcs, self._works, self._packs = (*script.funcs, _END), works, script.packs
         self._draws: Draws | None = None
         """Of the random call that runs now, where other threads may draw, too."""
         self._numels, self._n_funcs = script.numels, len(script.funcs)
@@ -109,14 +112,17 @@ class Follow:
         if call.effects or call.leaves:
             tape.has_effects = True  # before it runs: it may run out of memory half-way
         tape.n_calls = k + 1
-        with DRAWING if call.random and work.ready else _NOTHING:
+        with _unseen():
+            is_ready = work.ready or (work.spare and self._reads_as_recorded(work.call, given))
+        with DRAWING if call.random and is_ready else _NOTHING:
             entry = None
-            if work.ready:
+            if is_ready:
                 with _unseen():
                     entry = prepared(
                         func, args, kwargs, work.values, work.written, call.statistics, random=call.random
                     )  # fmt: skip
-                    tape.check.before(k, given, call.reads, work.written)
+                    if work.ready:
+                        tape.check.before(k, given, call.reads, work.written)
                     self._draws = entry.draws
             if work.hooked:
                 tape.n_packs = call.packs[0]
@@ -133,12 +139,8 @@ class Follow:
         known, call = self._tape.numbers.known_tensor, work.call
         if self._script.loose and self._tape.n_packs != call.packs[0]:
             return False
-        if work.ready:
-            if any(map(is_overridden, given)) or (_n_modes() and State.now().has_modes_of_others):
-                return False
-            for position, value in call.reads:
-                if position >= len(given) or known(given[position]) != value:
-                    return False
+        if work.ready and not self._reads_as_recorded(call, given):
+            return False
         for position, old, _ in call.written:
             if position >= len(given):
                 return False
@@ -146,6 +148,13 @@ class Follow:
             if number is not None and number != old:
                 return False
         return True
+
+    def _reads_as_recorded(self, call: Call, given: Sequence[Tensor]) -> bool:
+        """Whether a call can be made again, and is given the values that it was given when it was recorded."""
+        if any(map(is_overridden, given)) or (_n_modes() and State.now().has_modes_of_others):
+            return False
+        known, n = self._tape.numbers.known_tensor, len(given)
+        return all(position < n and known(given[position]) == value for position, value in call.reads)
 
     def _take(self, k: int, work: Work, func: Any, given: Sequence[Tensor], entry: Entry | None, out: Any) -> None:
         """Know the values that a call has made and overwritten; hold what the tape itself needs of them."""
@@ -159,6 +168,10 @@ class Follow:
                 self._draws = None
             entry.stops = work.stops
             ledger.enter(k, entry)
+            if tape.policy is not self:  # it has left the path
+                tape.keeping.enter(k)
+            elif self.spare is not None and not work.ready:
+                self.spare.entered(k)
         for position, old, new in call.written:
             numbers.rebind_tensor(given[position], new)
             tape.overwritten(old, new, given[position])
@@ -172,7 +185,7 @@ class Follow:
         for position, _, new in call.written:
             if new in work.hold and new not in ledger.held:
                 ledger.hold(new, local_of(given[position]).detach())
-        if entry is not None and not call.uninitialised and tape.check.differs(k, entry, made):
+        if work.ready and entry is not None and not call.uninitialised and tape.check.differs(k, entry, made):
             self._pin(entry, made, given, call)
 
     def _pin(self, entry: Entry, made: Sequence[Tensor], given: Sequence[Tensor], call: Call) -> None:
@@ -193,9 +206,11 @@ class Follow:
         if value is None:
             if is_parameter(tensor):
                 return tensor
+            kept = Kept(tensor, tape.backward, j) if j in self._script.asked else Kept(tensor)
+            if self.spare is not None:
+                self._note_kept(self.spare, j, tensor, kept)
             if j in self._script.hold_at:
                 self._hold_saved(j, tensor)
-            kept = Kept(tensor, tape.backward, j) if j in self._script.asked else Kept(tensor)
             if j == self._script.last:
                 tape.last = weakref.ref(kept)
             return kept
@@ -216,6 +231,20 @@ class Follow:
             tape.ledger.hold(value, local_of(tensor).detach())
         return handle
 
+    def _note_kept(self, spare: Spare, j: int, tensor: Tensor, kept: Kept) -> None:
+        """Note which value autograd has saved, though the plan keeps it."""
+        value = self._script.packed[j] if j < len(self._script.packed) else None
+        if value is None:
+            return
+        number = self._tape.numbers.known_tensor(tensor)
+        if number != value:
+            if not self._is_saved_inside(j, value, number):
+                return
+            if self._draws is not None:
+                self._note_draws(self._draws, j, value, tensor)
+            self._tape.numbers.rebind_tensor(tensor, value)
+        spare.saved(j, value, kept)
+
     def _note_draws(self, draws: Draws, j: int, value: int, tensor: Tensor) -> None:
         """Note what tells that the call that runs has drawn the same numbers again by the time it saves a value."""
         work = self._works[self._tape.n_calls - 1]
@@ -233,7 +262,7 @@ class Follow:
         """Whether the call that runs now makes this value, and saves it at this place; ``number`` is what it was."""
         k = self._tape.n_calls - 1
         work = self._works[k] if 0 <= k < self._n_funcs else None
-        if work is None or not work.ready:
+        if work is None or not (work.ready or work.spare):
             return False
         if number is not None:
             return any((old, new) == (number, value) for _, old, new in work.call.written)
@@ -254,3 +283,5 @@ class Follow:
             tape.leave_path(f"the forward ended after {tape.n_calls} of {self._n_funcs} calls")
         elif self._script.loose and tape.n_packs != len(self._packs):
             tape.leave_path(f"autograd saved {tape.n_packs} tensors, {len(self._packs)} in the recorded forward")
+        elif self.spare is not None:
+            self.spare.forget()

@@ -16,18 +16,33 @@ if TYPE_CHECKING:
 
 
 class Kept:
-    """A saved tensor itself; with the number of its pack where the plan does something when it is asked for."""
+    """A saved tensor itself; with the number of its pack where the plan does something when it is asked for.
 
-    __slots__ = ("__weakref__", "backward", "pack", "tensor", "version")
+    It may turn into a handle, should the plan not hold for the step.
+    """
+
+    __slots__ = ("__weakref__", "backward", "handle", "pack", "tensor", "version")
 
     def __init__(self, tensor: Tensor, backward: Backward | None = None, pack: int = -1) -> None:
         self.tensor = tensor if tensor.is_leaf else tensor.detach()
         self.version = version_of(self.tensor)
         self.backward, self.pack = backward, pack
+        self.handle: Handle | None = None
+
+    @property
+    def is_unchanged(self) -> bool:
+        """Whether nobody has modified the tensor in place since."""
+        return version_of(self.tensor) == self.version
+
+    def turn(self, handle: Handle) -> None:
+        """Let a handle stand for the tensor from now on."""
+        self.handle, self.backward = handle, None
+        self.tensor = _EMPTY.setdefault((torch.float32, torch.device("cpu")), torch.empty(0))
+        self.version = version_of(self.tensor)
 
     def get(self) -> Tensor:
         """The tensor; raises what autograd would raise if it has been modified in place since."""
-        if version_of(self.tensor) != self.version:
+        if not self.is_unchanged:
             raise modified(self.tensor, self.version)
         return self.tensor
 

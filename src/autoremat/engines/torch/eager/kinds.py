@@ -17,6 +17,14 @@ MAX_DEVIATIONS: Final = 3
 """So often at most a kind of input is recorded anew; a step that has strayed more of late is noted from the start."""
 MAX_MEASURED: Final = 3
 """How many steps of a plan are tried to measure one."""
+_STEADY: Final = 50
+"""After so many steps on the path in a row one does not prepare for leaving it any more, if that takes time."""
+_STEADY_FROM_THE_START: Final = 5
+"""The same where no step has ever left it."""
+_CHEAP: Final = 0.02
+"""Preparing for that takes next to no time, as a share of that of a step."""
+_MATTERS: Final = 0.02
+"""So much at least must be kept, as a share of the budget, lest preparing to let go of it be in vain."""
 _FORGIVEN: Final = 0.1
 """So much less a kind of input strays with every step that stays on its path."""
 
@@ -78,6 +86,8 @@ class Prepared:
         used_seconds: what steps under the plan have taken, by the plan's account.
         checked: a step with this plan has been through the self-check.
         is_of_the_largest: the plan is the user's own, for the largest input and all smaller ones.
+        steady: how many steps in a row have stayed on the path.
+        has_strayed: some step has not.
         known: calls that have been through it, with this plan or another one of the same calls.
         cost_seconds: what recording and planning have taken.
         together: calls before one backward that the plan is for.
@@ -96,14 +106,18 @@ class Prepared:
     used_seconds: float = 0.0
     checked: bool = False
     is_of_the_largest: bool = False
+    steady: int = 0
+    has_strayed: bool = False
     known: frozenset[int] = frozenset()
     cost_seconds: float = 0.0
     together: int = 1
     measured_bytes: int | None = None
     to_measure: int = 0
 
-    def is_checked(self) -> None:
-        """A step has been through the self-check."""
+    def step_is_over(self, *, is_on_path: bool) -> None:
+        """A step has come to its end, and has been through the self-check."""
+        self.steady = self.steady + 1 if is_on_path else 0
+        self.has_strayed = self.has_strayed or not is_on_path
         if not self.checked and self.script is not None:
             self.known |= self.script.twice
         self.checked = True
@@ -183,6 +197,15 @@ class Kind:
         """That carries out the plan; None where there is none."""
         return self.prepared.script
 
+    @property
+    def is_wary(self) -> bool:
+        """Whether the next step prepares for leaving its path: until it seems that this will not happen, or cheaply."""
+        script = self.script
+        if script is None or script.budget_bytes is None or script.saved_bytes[-1] < _MATTERS * script.budget_bytes:
+            return False
+        enough = _STEADY if self.prepared.has_strayed else _STEADY_FROM_THE_START
+        return self.prepared.steady < enough or script.spare_share < _CHEAP
+
     def serves(self, sizes: Sizes) -> bool:
         """Whether an input of these sizes may go by its plan."""
         is_host = self.script is not None and not self.stale and not self.straying.is_habit
@@ -201,7 +224,7 @@ class Kind:
 
     def step_is_over(self, way: tuple[int, int] | None) -> None:
         """A step has come to its end; ``way``: where it left the path, and how many calls it made."""
-        self.prepared.is_checked()
+        self.prepared.step_is_over(is_on_path=way is None)
         if self.straying.step_is_over(way) and self.straying.records <= MAX_DEVIATIONS:
             self.stale = True
 

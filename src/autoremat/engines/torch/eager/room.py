@@ -12,6 +12,7 @@ from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.online import Online
 from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.script import Script
+from autoremat.engines.torch.eager.spare import Spare
 from autoremat.record.local import local_of
 
 _SLACK: Final = 0.05
@@ -37,6 +38,9 @@ class Allowance(Protocol):
             taken_bytes: what is left for what runs.
             progress: the part of the backward that is through; None in the forward.
         """
+
+    def counted(self, nbytes: int) -> None:
+        """So much of what autograd has saved is counted with what the step has made from now on."""
 
 
 class OfFirstStep:
@@ -66,6 +70,9 @@ class OfFirstStep:
         """Plain training would take that for what runs, too."""
         return (1 - _MARGIN) * self._share(self.plain_bytes + taken_bytes) - taken_bytes
 
+    def counted(self, nbytes: int) -> None:
+        """It counts all of it."""
+
 
 class OfScript:
     """What a step may hold that has left the path of a script, as far into its backward as it is.
@@ -78,8 +85,11 @@ class OfScript:
     """
 
     def __init__(self, script: Script, n_calls: int = 0, growth: float = 1.0, others_bytes: int = 0) -> None:
-        self._script, self._growth, self._others_bytes = script, growth, others_bytes
-        self._saved_bytes = script.saved_bytes[min(n_calls, len(script.saved_bytes) - 1)]
+        self._script, self._others_bytes = script, others_bytes
+        self._saved_bytes = growth * script.saved_bytes[min(n_calls, len(script.saved_bytes) - 1)]
+        beside = zip(script.beside_bytes, script.gradient_bytes, strict=False)
+        self._beside = [growth * (made - script.fixed_bytes - gradients) + gradients for made, gradients in beside]
+        """What was taken beside values of the tape when the step was recorded, as large as it is now."""
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
         """Nobody knows what will have to be made again at once."""
@@ -87,15 +97,19 @@ class OfScript:
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """What the plan takes for everything else is left for that."""
-        script, beside = self._script, self._script.beside_bytes
+        script, beside = self._script, self._beside
         if script.budget_bytes is None:
             return None
         begin, end = 0, 1
         if progress is not None:
             last = len(beside) - 1
             begin, end = int((progress - _SLACK) * last) - _MORE, 1 + ceil((progress + _SLACK) * last) + _MORE
-        made = max(beside[max(0, begin) : end]) - script.fixed_bytes + self._saved_bytes
-        return script.budget_bytes - script.fixed_bytes - self._growth * made - self._others_bytes - taken_bytes
+        made = max(beside[max(0, begin) : end]) + self._saved_bytes
+        return script.budget_bytes - script.fixed_bytes - made - self._others_bytes - taken_bytes
+
+    def counted(self, nbytes: int) -> None:
+        """So much of what autograd has saved is counted with what the step has made from now on."""
+        self._saved_bytes = max(0.0, self._saved_bytes - nbytes)
 
 
 class Nothing:
@@ -109,6 +123,9 @@ class Nothing:
         """None at all."""
         return 0.0
 
+    def counted(self, nbytes: int) -> None:
+        """It counts all of it."""
+
 
 class Room:
     """Keeps all that a step has made within what is allowed, by the online policy.
@@ -119,12 +136,14 @@ class Room:
         passes: how far the backward is.
         may_go: whether letting go of a value that is held gives its memory back, and nothing is lost by it.
         n_calls: calls of the forward that were made before.
+        spare: of these; what is to be had of it is, as soon as room is needed.
     """
 
     def __init__(
-        self, allowance: Allowance, ledger: Ledger, passes: Passes, may_go: Callable[[int], bool], n_calls: int = 0
-    ) -> None:
-        self._allowance, self._passes = allowance, passes
+        self, allowance: Allowance, ledger: Ledger, passes: Passes, may_go: Callable[[int], bool], n_calls: int = 0,
+        spare: Spare | None = None,
+    ) -> None:  # fmt: skip
+        self._allowance, self._passes, self._spare = allowance, passes, spare
         self.online = Online(ledger, may_go, n_calls)
         self._largest_bytes = 0
 
@@ -151,5 +170,19 @@ class Room:
         progress = self._passes.n_served / max(1, self._passes.n_made) if in_backward else None
         taken = self._allowance.taken_bytes(needed, self._largest_bytes)
         allowed = self._allowance.allowed_bytes(taken, progress)
-        if allowed is not None:
-            self.online.shrink(allowed, locked)
+        if allowed is None:
+            return
+        if self._spare is not None and self.online.meter.nbytes > allowed:
+            self._turn(self._spare)
+            allowed = self._allowance.allowed_bytes(taken, progress) or 0.0
+        self.online.shrink(allowed, locked)
+
+    def empty(self) -> None:
+        """Let go of all that can be made again."""
+        if self._spare is not None:
+            self._turn(self._spare)
+        self.online.shrink(0.0)
+
+    def _turn(self, spare: Spare) -> None:
+        self._spare = None
+        self._allowance.counted(spare.turn())

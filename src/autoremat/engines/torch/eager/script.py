@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Collection
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, Final
 
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.several import held_bytes, waiting_bytes
 from autoremat.program import Plan, Program, Timeline, simulate
 from autoremat.program.lifetimes import Lifetimes
+
+_SPARE_SECONDS: Final = 5e-5
+"""About what it takes to be ready to make one call again that the plan does not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +74,8 @@ class Work:
     """What it reads: by position among the tensors given, the value."""
     written: frozenset[int] = frozenset()
     """Positions of what it overwrites."""
+    spare: bool = False
+    """Be ready to make it again should the path be left, though the plan does not."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ class Script:
         budget_bytes: the budget; None: a step off the path may take what it likes.
         beside_bytes: what anything but the values that the tape holds takes at most: in the forward, then from each
             request of the backward to the next.
+        gradient_bytes: of that at least so much, each time, are gradients of parameters: these grow with no input.
         fixed_bytes: what is always there.
         watch: the forward is known to write memory in ways that torch does not see.
         where: for every call its operator, module and line, for messages.
@@ -99,6 +105,10 @@ class Script:
         held_bytes: what there is between forward and backward, beside what is always there; in plain training.
         waiting_bytes: what there is beside that, while the backward goes through another call.
         last: number of the pack that is asked for last.
+        spare_works: in place of ``works``, where the path may be left: whatever may be made again is prepared.
+        spare_share: what that takes, as a share of the time of plain training: an estimate.
+        packed: for everything that autograd saves the value, if it has one.
+        costs: for every call the seconds of another run, and the bytes of what it makes and takes beside.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -112,6 +122,7 @@ class Script:
     twice: frozenset[int] = frozenset()
     budget_bytes: int | None = None
     beside_bytes: tuple[int, ...] = (0,)
+    gradient_bytes: tuple[int, ...] = (0,)
     fixed_bytes: int = 0
     where: tuple[str, ...] = ()
     loose: bool = False
@@ -120,6 +131,10 @@ class Script:
     held_bytes: tuple[int, int] = (0, 0)
     waiting_bytes: int = 0
     last: int = -1
+    spare_works: tuple[Work | None, ...] = ()
+    spare_share: float = 0.0
+    packed: tuple[int | None, ...] = ()
+    costs: tuple[tuple[float, int], ...] = ()
 
 
 @dataclass
@@ -168,9 +183,12 @@ class _Compiler:
         }
         hooked = {j for j, v in enumerate(packs) if v is not None} | asked | held_at.keys()
         inside = {j for c in path.calls for j in range(*c.packs)}
+        works = tuple(self._work(k, c, ready, hold, matter, hooked) for k, c in enumerate(path.calls))
+        spare_works = self._spare_works(works, ready, hold)
+        n_spare = sum(work is not None and work.spare and not work.ready for work in spare_works)
         return Script(
             funcs=tuple(c.func for c in path.calls),
-            works=tuple(self._work(k, c, ready, hold, matter, hooked) for k, c in enumerate(path.calls)),
+            works=works,
             packs=packs,
             asked=asked,
             acts=acts,
@@ -181,6 +199,7 @@ class _Compiler:
             twice=self._twice(ready, timeline),
             budget_bytes=plan.budget_bytes,
             beside_bytes=self._beside(timeline),
+            gradient_bytes=self._gradients(order),
             fixed_bytes=program.fixed_bytes,
             where=self._where(),
             numels=tuple(c.numel or math.inf for c in path.calls),
@@ -188,6 +207,10 @@ class _Compiler:
             held_bytes=(held_bytes(program, plan.schedule, timeline), held_bytes(program)),
             waiting_bytes=waiting_bytes(program),
             last=last,
+            spare_works=spare_works,
+            spare_share=n_spare * _SPARE_SECONDS / (sum(op.seconds for op in program.ops) or 1.0),
+            packed=path.packed,
+            costs=self._costs(),
         )
 
     # ---- stays ---------------------------------------------------------------------------------------------------
@@ -319,6 +342,41 @@ class _Compiler:
         written = frozenset(i for i, _, _ in call.written)
         return Work(call, k in ready, frozenset(makes & hold), stops, is_hooked, dict(call.reads), written)
 
+    def _spare_works(
+        self, works: Sequence[Work | None], ready: frozenset[int], hold: frozenset[int]
+    ) -> tuple[Work | None, ...]:
+        """What there is to do where all is prepared that may be made again, and everything saved is looked at."""
+        spare = self._may_run_again()
+        saved = {j: v for j, v in enumerate(self.path.packed) if v is not None}
+        matter = frozenset({v for k in spare for _, v in self.path.calls[k].reads}.union(saved.values()))
+        found: list[Work | None] = []
+        for k, (call, work) in enumerate(zip(self.path.calls, works, strict=True)):
+            other = self._work(k, call, ready, hold, matter, saved)
+            if work is not None and other is not None:
+                other = replace(work, hooked=work.hooked or other.hooked)
+            other = other or work
+            if k in spare and other is None:
+                other = self._work(k, call, spare, hold, matter, saved)
+            found.append(other if other is None else replace(other, spare=k in spare))
+        return tuple(found)
+
+    def _may_run_again(self) -> frozenset[int]:
+        """Calls of which nothing is known that speaks against another run."""
+        ops = self.program.ops
+        able = {op.call for op in ops} - {op.call for op in ops if op.call >= 0 and op.repeatable}
+        calls = enumerate(self.path.calls)
+        return frozenset(k for k, c in calls if k in able and not c.leaves and set(c.effects) <= set(c.statistics))
+
+    def _costs(self) -> tuple[tuple[float, int], ...]:
+        """For every call the seconds of another run, and the bytes of what it makes and takes beside."""
+        found = [(0.0, 0)] * len(self.path.calls)
+        for op in (self.program.ops[i] for i in self.program.forward):
+            if 0 <= op.call < len(found):
+                seconds, nbytes = found[op.call]
+                made = sum(self.program.values[v].nbytes for v in op.writes)
+                found[op.call] = seconds + op.again_seconds, nbytes + made + op.scratch_bytes
+        return tuple(found)
+
     def _twice(self, ready: frozenset[int], timeline: Timeline) -> frozenset[int]:
         """Calls whose results, and copies of what they overwrite, fit in once more at their first run."""
         resident: dict[int, int] = {}
@@ -350,6 +408,18 @@ class _Compiler:
             if self.program.ops[i].name == "unpack":
                 found.append(0)
             found[-1] = max(found[-1], resident - held)
+        return tuple(found)
+
+    def _gradients(self, order: tuple[int, ...]) -> tuple[int, ...]:
+        """The bytes of gradients of parameters: in the forward, and from each request on."""
+        found, last = [0], 0
+        for i in order:
+            op = self.program.ops[i]
+            if op.name == "unpack":
+                found.append(last)
+            taken_over = {new for new, _ in op.in_place}
+            made = (self.program.values[v] for v in op.writes if v not in taken_over)
+            last += sum(value.nbytes for value in made if value.kind == "gradient")
         return tuple(found)
 
     def _saved(self) -> tuple[int, ...]:

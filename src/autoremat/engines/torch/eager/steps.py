@@ -169,7 +169,9 @@ class Steps:
             check = SelfCheck(kind.script.twice - known, lambda k, why: self._differs(kind, k, why))
         assert kind.plan is not None
         others_bytes = self._here.load.held_bytes
-        tape = Tape(kind.script, reports=self._reports(kind), check=check, others_bytes=others_bytes)
+        tape = Tape(
+            kind.script, reports=self._reports(kind), check=check, others_bytes=others_bytes, wary=kind.is_wary
+        )  # fmt: skip
         if kind.straying.is_habit:
             tape.note_all(kind.straying.growth)
             self._reporter.counts.deviations += 1

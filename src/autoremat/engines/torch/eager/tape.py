@@ -29,6 +29,7 @@ from autoremat.engines.torch.eager.room import OfFirstStep, OfScript, Room
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.sections import Sections
 from autoremat.engines.torch.eager.shadow import Shadow
+from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.eager.values import Numbers
 from autoremat.engines.torch.eager.witness import Witness
 from autoremat.record.recorder import _user_line
@@ -74,11 +75,12 @@ class Tape:
         reports: whom to tell.
         check: compares what runs again with what ran first.
         others_bytes: what the graphs of earlier calls hold.
+        wary: the path may be left; prepare for that.
     """
 
     def __init__(
         self, script: Script | First, reports: Reports | None = None, check: NoCheck | None = None,
-        others_bytes: int = 0,
+        others_bytes: int = 0, *, wary: bool = False,
     ) -> None:  # fmt: skip
         self._others_bytes = others_bytes
         self.reports, self.check = reports or Reports(), check or NoCheck()
@@ -108,7 +110,8 @@ class Tape:
             self.backward.room = Room(self.allowance, self.ledger, self.passes, self.keeping.may_go)
             self.policy = Noting(self, [], first.is_kept)
         else:
-            self.policy, self.ledger.where = Follow(self, self.script), self.script.where
+            spare = Spare(self.ledger, self.numbers, self.passes, self.backward) if wary else None
+            self.policy, self.ledger.where = Follow(self, self.script, spare), self.script.where
         self._throughout = self.script is None or self.script.loose
         self.listener = Listener(self._heard())
 
@@ -173,8 +176,15 @@ class Tape:
     def note_all(self, growth: float = 1.0) -> None:
         """Note every call from here on, and make on demand what the backward asks for."""
         assert self.script is not None
+        spare = self.policy.spare if isinstance(self.policy, Follow) else None
+        if spare is not None:
+            spare.left()
         allowance = OfScript(self.script, self.n_calls, growth, self._others_bytes)
-        self.backward.room = Room(allowance, self.ledger, self.passes, self.keeping.may_go, self.n_calls)
+        n_calls = self.n_calls - len(self.ledger.entries)
+        room = Room(allowance, self.ledger, self.passes, self.keeping.may_go, n_calls, spare)
+        for call in self.ledger.entries:
+            room.online.noted(call, *self.script.costs[call])
+        self.backward.room = room
         self.policy = Noting(self)
         for call in self.ledger.entries:
             self.keeping.enter(call)
