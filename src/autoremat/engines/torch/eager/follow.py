@@ -26,7 +26,7 @@ from autoremat.engines.torch.eager.script import Script, Work
 from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.record.local import local_of
-from autoremat.record.values import is_parameter
+from autoremat.record.values import is_parameter, storage_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape
@@ -236,13 +236,14 @@ class Follow:
         value = self._script.packed[j] if j < len(self._script.packed) else None
         if value is None:
             return
-        number = self._tape.numbers.known_tensor(tensor)
+        storage, numbers = storage_of(local_of(tensor)), self._tape.numbers
+        number = None if storage is None else numbers.known(storage)
         if number != value:
-            if not self._is_saved_inside(j, value, number):
+            if storage is None or not self._is_saved_inside(j, value, number):
                 return
             if self._draws is not None:
                 self._note_draws(self._draws, j, value, tensor)
-            self._tape.numbers.rebind_tensor(tensor, value)
+            numbers.rebind(storage, value)
         spare.saved(j, value, kept)
 
     def _note_draws(self, draws: Draws, j: int, value: int, tensor: Tensor) -> None:
