@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -26,7 +27,9 @@ def batches(n_batches: int, lengths: list[int], batch: int) -> list[tuple[Tensor
     order = torch.randperm(len(lengths), generator=dice).tolist()
     order += torch.randint(len(lengths), (max(0, n_batches - len(lengths)),), generator=dice).tolist()
     text = torch.randint(0, 256, (batch, max(lengths) + 1), generator=dice)
-    return [(text[:, :n].contiguous(), text[:, 1 : n + 1].contiguous()) for n in (lengths[k] for k in order[:n_batches])]
+    return [
+        (text[:, :n].contiguous(), text[:, 1 : n + 1].contiguous()) for n in (lengths[k] for k in order[:n_batches])
+    ]
 
 
 def main() -> None:
@@ -70,17 +73,20 @@ def main() -> None:
                     results.append(go(loss, x, y))
                 seconds[k] += time.process_time() - begin
             exact &= torch.equal(*results)
-            exact &= all(torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), mine.parameters(), strict=True))
+            exact &= all(
+                torch.equal(p.grad, q.grad) for p, q in zip(plain.parameters(), mine.parameters(), strict=True)
+            )
         s = autoremat.stats(step)
+        peaks = f", steps over the budget {sum(o > 1 for o in over)}, most {max(over):.3f} of it" if over else ""
         print(
             f"round {number}: plain {seconds[0]:.2f} s, autoremat {seconds[1] / seconds[0]:.2f} x plain; "
             f"plans made {s.planned}, kept {s.plans}, off the path {s.deviations}, "
-            f"{'bit-identical' if exact else 'DIFFERENT'}" + (f", steps over the budget {sum(o > 1 for o in over)}, most {max(over):.3f} of it" if over else ""),
+            f"{'bit-identical' if exact else 'DIFFERENT'}{peaks}",
             flush=True,
         )
 
 
-def go(loss, x: Tensor, y: Tensor) -> Tensor:  # noqa: ANN001
+def go(loss: Callable[..., Tensor], x: Tensor, y: Tensor) -> Tensor:
     """One step; its loss."""
     out = loss(x, y)
     out.backward()

@@ -705,6 +705,9 @@ def scratch_only() -> Iterator[None]:
 class Planner:
     """Plans as a way says."""
 
+    time_limit_seconds = 0.02
+    given = None
+
     def __init__(self, way: Way) -> None:
         self.way = way
 
@@ -723,18 +726,18 @@ class Planner:
                 timing="measure" if measured else "estimate",
             )  # fmt: skip
 
-    def budget_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+    def budget_bytes(self, program: Program, plain_peak_bytes: int, *, anew: bool = False) -> int:
         return plain_peak_bytes
 
-    def solve(
-        self, program: Program, *, at_most_bytes: int | None = None, within_bytes: int | None = None,
-        quick: bool = False,
-    ) -> Plan:  # fmt: skip
+    def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+        return plain_peak_bytes
+
+    def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         if self.way.mode == "nothing":
             return plan_that_keeps_nothing(program)
         if self.way.mode == "random":
             return random_plan(program, random.Random(self.way.seed))
-        solver = "dtr" if quick else "auto" if self.way.seed % 4 == 0 else "greedy"
+        solver = "dtr" if seconds is None else "auto" if self.way.seed % 4 == 0 else "greedy"
         plain_peak, floor, share = simulate(program).peak_bytes, 0, self.way.share
         while True:
             budget = max(1, min(plain_peak, floor + int(share * (plain_peak - floor))))

@@ -1,4 +1,4 @@
-"""Batches of many sizes: one plan for all that are no larger, few recordings, every step exact and within its budget."""
+"""Batches of many sizes: one plan for all that are no larger, few recordings; every step exact, within its budget."""
 
 from __future__ import annotations
 
@@ -90,10 +90,10 @@ def test_numbers_text_and_lists_do_not_make_new_kinds() -> None:
 
     batches = [
         (text(32), k / 7, f"file {k}.txt", k, [torch.ones(1 + (j + k) % 3, 4) for j in range(2 + k % 2)])
-        for k in range(9)
+        for k in range(16)
     ]
     stats, _ = train(model, batches, loss, budget=1.0)
-    assert stats.planned <= 5
+    assert stats.planned <= 7
     assert (stats.deviations, stats.unplanned) == (0, 0)
 
 
