@@ -27,8 +27,8 @@ _PATIENCE: Final = 10
 """A plan serves for so many times as long as a better one takes to be found."""
 _STEP: Final = 8
 """By so much longer each search for a better plan is."""
-_FIRST_SECONDS: Final = 0.1
-"""What the first plan that is found has taken, about."""
+QUICK_SECONDS: Final = 0.1
+"""What a plan for another kind of input may take while the training waits."""
 
 
 class Planner(Protocol):
@@ -100,7 +100,7 @@ class Planning:
             plan = self._plan_for_one(program, budget_bytes, seconds, goes_on=bool(step.taken))
             budget_bytes = plan.budget_bytes
         step.taken = ()
-        step.follow(plan, budget_bytes, tried_seconds=_FIRST_SECONDS if seconds is None else seconds)
+        step.follow(plan, budget_bytes, tried_seconds=QUICK_SECONDS if seconds is None else seconds)
         self._reporter.counts.planned += 1
 
     def adopted(self, step: Prepared, program: Program) -> Prepared | None:
@@ -158,7 +158,7 @@ class Planning:
         """The plan for one of several calls before one backward."""
         most = most if self._at_most_bytes is None else min(most, self._at_most_bytes)
         plan = plan_for(
-            calls, most, lambda b, at_once: self._planner.solve(program, b, _FIRST_SECONDS if at_once else seconds)
+            calls, most, lambda b, at_once: self._planner.solve(program, b, QUICK_SECONDS if at_once else seconds)
         )  # fmt: skip
         if (needed := calls.needed_bytes(plan)) > most:
             self._reporter.warn(
@@ -183,7 +183,7 @@ class Planning:
             plan = self._planner.solve(program, large.plan.budget_bytes)
         except InfeasibleBudget:
             return None
-        found.follow(plan, plan.budget_bytes, tried_seconds=_FIRST_SECONDS)
+        found.follow(plan, plan.budget_bytes, tried_seconds=QUICK_SECONDS)
         self._reporter.counts.planned += 1
         return found
 
