@@ -27,8 +27,8 @@ _PATIENCE: Final = 10
 """A plan serves for so many times as long as a better one takes to be found."""
 _STEP: Final = 8
 """By so much longer each search for a better plan is."""
-QUICK_SECONDS: Final = 0.1
-"""What a plan for another kind of input may take while the training waits."""
+_QUICK: Final = 0.01
+"""The part of the time for a plan that one for another kind of input may take, while the training waits."""
 
 
 class Planner(Protocol):
@@ -100,8 +100,13 @@ class Planning:
             plan = self._plan_for_one(program, budget_bytes, seconds, goes_on=bool(step.taken))
             budget_bytes = plan.budget_bytes
         step.taken = ()
-        step.follow(plan, budget_bytes, tried_seconds=QUICK_SECONDS if seconds is None else seconds)
+        step.follow(plan, budget_bytes, tried_seconds=self.quick_seconds if seconds is None else seconds)
         self._reporter.counts.planned += 1
+
+    @property
+    def quick_seconds(self) -> float:
+        """What a plan may take while the training waits."""
+        return _QUICK * self._planner.time_limit_seconds
 
     def adopted(self, step: Prepared, program: Program) -> Prepared | None:
         """The user's plan for this step and for larger ones, if it is one of the same calls with nothing smaller."""
@@ -158,7 +163,7 @@ class Planning:
         """The plan for one of several calls before one backward."""
         most = most if self._at_most_bytes is None else min(most, self._at_most_bytes)
         plan = plan_for(
-            calls, most, lambda b, at_once: self._planner.solve(program, b, QUICK_SECONDS if at_once else seconds)
+            calls, most, lambda b, at_once: self._planner.solve(program, b, self.quick_seconds if at_once else seconds)
         )  # fmt: skip
         if (needed := calls.needed_bytes(plan)) > most:
             self._reporter.warn(
@@ -183,7 +188,7 @@ class Planning:
             plan = self._planner.solve(program, large.plan.budget_bytes)
         except InfeasibleBudget:
             return None
-        found.follow(plan, plan.budget_bytes, tried_seconds=QUICK_SECONDS)
+        found.follow(plan, plan.budget_bytes, tried_seconds=self.quick_seconds)
         self._reporter.counts.planned += 1
         return found
 

@@ -12,7 +12,7 @@ from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
 from autoremat.engines.torch.eager.here import Here
 from autoremat.engines.torch.eager.kinds import Kind
-from autoremat.engines.torch.eager.planning import QUICK_SECONDS, WELL_SECONDS, Planner, Planning
+from autoremat.engines.torch.eager.planning import WELL_SECONDS, Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import InfeasibleBudget, Program
@@ -92,7 +92,9 @@ class Steps:
             if adopted is not None:
                 kind.prepared = adopted
             else:
-                self._solve(kind, program, WELL_SECONDS if is_first or known is not None else QUICK_SECONDS)
+                self._solve(
+                    kind, program, WELL_SECONDS if is_first or known is not None else self._planning.quick_seconds
+                )
             kind.steps, kind.cached = 1, step.cached(result) if known is None else None
             if kind.prepared.parallel.units:  # what their hooks take is in the program already
                 step.tape.sections = None
