@@ -238,7 +238,7 @@ def test_variable_lengths() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(blocks=2, width=64, context=128))
     stats = lengths(8, 3, model, int(0.7 * longest_plain_peak(model, 3)))
-    assert stats.planned > stats.plans > 1  # the first kind once, the others when they come and when they come back
+    assert stats.planned <= 4  # of two recordings at most, what they foresee, and a better one
 
 
 @pytest.mark.slow
@@ -247,7 +247,7 @@ def test_variable_lengths_for_200_steps() -> None:
     torch.manual_seed(0)
     model = GPT(GPTConfig(blocks=3, width=64, context=128))
     stats = lengths(200, 40, model, int(0.6 * longest_plain_peak(model, 40)))
-    assert stats.plans >= 39
+    assert stats.plans <= 8
 
 
 @pytest.mark.slow
