@@ -88,7 +88,7 @@ class Recorder(TorchDispatchMode):
         self._packed: dict[int, weakref.ref[_Packed]] = {}
         self._packed_as: dict[int, int] = {}
         self._packs_of: dict[int, set[int]] = {}
-        self._open: set[int] = set()
+        self._open: dict[int, int] = {}
         self._outside_version: dict[int, int] = {}
         self.changed_unseen: set[int] = set()
         self.calls_with_numbers: list[CallSignature] = []
@@ -291,13 +291,16 @@ class Recorder(TorchDispatchMode):
         entry = self._storages.pop(address, None)
         if entry is None:
             return
-        now = len(self.ops)
         if entry.unpacked_at is None:
-            self.values[entry.number].died = now
-        else:  # while the backward held this copy, the value had to be there
-            for op in self.ops[entry.unpacked_at + 1 : now]:
-                if entry.number not in op.reads and entry.number not in op.writes:
-                    op.reads.append(entry.number)
+            self.values[entry.number].died = len(self.ops)
+        else:
+            self._is_used(entry.number, entry.unpacked_at)
+
+    def _is_used(self, number: int, since: int) -> None:
+        """The backward has held a value from that op on until now, so it had to be there."""
+        for op in self.ops[since + 1 :]:
+            if number not in op.reads and number not in op.writes:
+                op.reads.append(number)
 
     # ---- saved tensors -------------------------------------------------------------------------------------------
 
@@ -342,8 +345,9 @@ class Recorder(TorchDispatchMode):
         del self._packed[key]
         number = self._packed_as.pop(key)
         self._packs_of[number].discard(key)
-        if key in self._open:
-            self._open.discard(key)
+        asked_at = self._open.pop(key, None)
+        if asked_at is not None:  # its node is through, the sums over what was broadcast included
+            self._is_used(number, asked_at)
         else:  # never asked for: plain training would have kept it until now
             value = self.values[number]
             value.died = max(value.died or 0, len(self.ops))
@@ -366,10 +370,10 @@ class Recorder(TorchDispatchMode):
             tensor = torch._conj(tensor) if view.conjugated else tensor
             tensor = torch._neg_view(tensor) if view.negated else tensor
         packed.unpacked = True
-        self._open.add(id(packed))
         phase_op = RecordedOp("unpack", [packed.number], (), (), True, None, module=packed.module, source=packed.source,
                               packed=packed.n)  # fmt: skip
         self._append(phase_op)
+        self._open[id(packed)] = len(self.ops) - 1
         self.hold(base.untyped_storage(), packed.number)
         return tensor
 

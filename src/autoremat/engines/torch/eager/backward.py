@@ -71,9 +71,8 @@ class Backward:
         """Go on by a plan that was made of this very forward: hold what it keeps, let go of the rest."""
         ledger = self._ledger
         self._script, self._cursor = script, 0
-        for call, entry in ledger.entries.items():
-            work = script.works[call]
-            entry.stops = entry.stops if work is None else work.stops
+        for entry in ledger.entries.values():  # also those that the plan has nothing to do with, if they are needed
+            entry.stops = frozenset([v for _, v in entry.saved if v in script.stops])
         kept = script.kept | script.hold
         for value in list(ledger.held):
             if value not in kept and value in ledger.maker and can_go(value):
@@ -122,7 +121,8 @@ class Backward:
                 if self._script is None:
                     self._shrink()
                 tensor = self._served(handle, value)
-                handle.stays = tensor if in_python_node() else None
+                # As what autograd keeps itself: until the node is through, the sums over what was broadcast included.
+                handle.stays = tensor if in_python_node() or not self._passes.retained else None
                 if self.is_forward:  # a pass within the forward: what it does reads this value
                     self._rebind(tensor, value)
                 return tensor

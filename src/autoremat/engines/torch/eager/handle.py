@@ -62,7 +62,7 @@ class Handle:
         self.version = version_of(local)
         self.probe = _without_memory(local)
         self.stays: Tensor | None = None
-        """What a node written in Python has been given; it may ask once more, until it is done."""
+        """What a node has been given, until it is through; one written in Python may ask once more."""
         self.served = 0
         """The backward pass, counted by the tape, in which it was served last."""
 

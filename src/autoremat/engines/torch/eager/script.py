@@ -131,6 +131,7 @@ class Script:
     held_bytes: tuple[int, int] = (0, 0)
     waiting_bytes: int = 0
     last: int = -1
+    stops: frozenset[int] = frozenset()
     spare_works: tuple[Work | None, ...] = ()
     spare_share: float = 0.0
     packed: tuple[int | None, ...] = ()
@@ -207,6 +208,7 @@ class _Compiler:
             held_bytes=(held_bytes(program, plan.schedule, timeline), held_bytes(program)),
             waiting_bytes=waiting_bytes(program),
             last=last,
+            stops=self.stops,
             spare_works=spare_works,
             spare_share=n_spare * _SPARE_SECONDS / (sum(op.seconds for op in program.ops) or 1.0),
             packed=path.packed,
