@@ -80,7 +80,6 @@ class Family:
         if not smaller:
             return
         before = max(smaller, key=lambda k: k.sizes.elements)
-        kind.prepared.inherit(before.prepared)
         for factor in _GROWTH:
             sizes = kind.sizes.grown(before.sizes, factor)
             prepared = foreseen(before.prepared, kind.prepared, before.sizes.ratio(kind.sizes), factor)

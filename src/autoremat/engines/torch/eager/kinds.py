@@ -88,7 +88,6 @@ class Prepared:
         is_of_the_largest: the plan is the user's own, for the largest input and all smaller ones.
         steady: how many steps in a row have stayed on the path.
         has_strayed: some step has not.
-        known: calls that have been through it, with this plan or another one of the same calls.
         cost_seconds: what recording and planning have taken.
         together: calls before one backward that the plan is for.
         measured_bytes: the measured peak of one of them.
@@ -108,7 +107,6 @@ class Prepared:
     is_of_the_largest: bool = False
     steady: int = 0
     has_strayed: bool = False
-    known: frozenset[int] = frozenset()
     cost_seconds: float = 0.0
     together: int = 1
     measured_bytes: int | None = None
@@ -118,14 +116,7 @@ class Prepared:
         """A step has come to its end, and has been through the self-check."""
         self.steady = self.steady + 1 if is_on_path else 0
         self.has_strayed = self.has_strayed or not is_on_path
-        if not self.checked and self.script is not None:
-            self.known |= self.script.twice
         self.checked = True
-
-    def inherit(self, other: Prepared) -> None:
-        """Know what is known of the same calls with another input."""
-        if self.path is not None and other.path is not None and self.path.is_like(other.path):
-            self.known |= other.known
 
     def is_within(self, other: Prepared) -> bool:
         """Whether the other recording has the same calls, and nothing in this one is larger."""

@@ -182,8 +182,8 @@ class Planning:
             return None
         both = zip(small.path.numels(), large.path.numels(), strict=True)
         numels = [grown_number(a, b, between, further) for a, b in both]
-        path, known = large.path.with_numels(numels), small.known | large.known
-        found = Prepared(path=path, parallel=large.parallel, known=known, cost_seconds=large.cost_seconds)
+        path = large.path.with_numels(numels)
+        found = Prepared(path=path, parallel=large.parallel, cost_seconds=large.cost_seconds)
         try:
             plan = self._planner.solve(program, large.plan.budget_bytes)
         except InfeasibleBudget:

@@ -166,9 +166,9 @@ class Steps:
 
     def _tape(self, kind: Kind) -> Tape:
         assert kind.script is not None
-        check, known = None, kind.prepared.known
-        if not kind.prepared.checked and not known.issuperset(kind.script.twice):
-            check = SelfCheck(kind.script.twice - known, lambda k, why: self._differs(kind, k, why))
+        check = None
+        if not kind.prepared.checked:
+            check = SelfCheck(kind.script.twice, lambda k, why: self._differs(kind, k, why))
         assert kind.plan is not None
         others_bytes = self._here.load.held_bytes
         tape = Tape(
