@@ -20,6 +20,9 @@ from autoremat.record.local import local_of
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.backward import Backward
 
+_MATTERS = 0.05
+"""What may be let go of must be at least so much of the budget."""
+
 
 class Spare:
     """What is known of a forward beyond its plan.
@@ -55,6 +58,11 @@ class Spare:
         self._kept.clear()
 
     # ---- off the path --------------------------------------------------------------------------------------------
+
+    def is_worth(self, budget_bytes: int) -> bool:
+        """Whether what the plan has kept up to here is worth anything; at a tight budget it keeps next to nothing."""
+        storages = (kept.tensor.untyped_storage() for _, _, ref in self._kept if (kept := ref()) is not None)
+        return sum({s._cdata: s.nbytes() for s in storages}.values()) > _MATTERS * budget_bytes
 
     def left(self) -> None:
         """The path is left. Nothing else is done until room is needed: a step with fewer calls may need none."""

@@ -177,6 +177,9 @@ class Tape:
         """Note every call from here on, and make on demand what the backward asks for."""
         assert self.script is not None
         spare = self.policy.spare if isinstance(self.policy, Follow) else None
+        if spare is not None and not spare.is_worth(self.script.budget_bytes or 0):
+            spare.forget()
+            spare = None
         if spare is not None:
             spare.left()
         allowance = OfScript(self.script, self.n_calls, growth, self._others_bytes)
