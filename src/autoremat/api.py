@@ -400,9 +400,8 @@ class Options:
 
         A share of a peak is settled by the first plan; ``anew``: by more than that one knew of.
         """
-        budget = in_bytes(self.budget, program.fixed_bytes)
-        nbytes = parse_budget(budget, plain_peak_bytes)
-        if not _is_share(budget):
+        nbytes = self.share_bytes(program, plain_peak_bytes)
+        if not _is_share(in_bytes(self.budget, program.fixed_bytes)):
             return nbytes
         if self._settled_bytes is None or (anew and nbytes > self._settled_bytes):
             self._settled_bytes = nbytes

@@ -9,11 +9,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from operator import attrgetter, eq
 
-from autoremat.program import Op, Program, Value
+from autoremat.program import Op, Program
 
 _HAIR = 0.02
 """Powers this close to a whole number are that."""
+
+
+_OF_OPS = attrgetter("name", "reads", "writes", "call", "in_place", "repeatable")
+_OF_VALUES = attrgetter("fixed", "held", "available", "dtype")
 
 
 def is_same(a: Program, b: Program) -> bool:
@@ -21,24 +26,9 @@ def is_same(a: Program, b: Program) -> bool:
     return (
         len(a.ops) == len(b.ops)
         and len(a.values) == len(b.values)
-        and all(map(_is_same_op, a.ops, b.ops))
-        and all(map(_is_same_value, a.values, b.values))
+        and all(map(eq, map(_OF_OPS, a.ops), map(_OF_OPS, b.ops)))
+        and all(map(eq, map(_OF_VALUES, a.values), map(_OF_VALUES, b.values)))
     )
-
-
-def _is_same_op(a: Op, b: Op) -> bool:
-    return (a.name, a.reads, a.writes, a.call, a.in_place, a.repeatable) == (
-        b.name,
-        b.reads,
-        b.writes,
-        b.call,
-        b.in_place,
-        b.repeatable,
-    )
-
-
-def _is_same_value(a: Value, b: Value) -> bool:
-    return (a.fixed, a.held, a.available, a.dtype) == (b.fixed, b.held, b.available, b.dtype)
 
 
 def grown(small: Program, large: Program, between: float, further: float) -> Program | None:

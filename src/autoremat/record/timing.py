@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -98,11 +99,15 @@ def measure_all(
         progress: told how far it is.
         room_bytes: what all that should take at most: caches are emptied as far as there is room; None: no matter.
     """
-    new = [s for s in dict.fromkeys(signatures) if s is not None and _key(s) not in _MEASURED]
-    new.sort(key=_expected_seconds, reverse=True)
+    times = Counter(s for s in signatures if s is not None)
+    known = {s: cost.seconds for s in times if (cost := _MEASURED.get(_key(s))) is not None}
+    expected = {s: _expected_seconds(s) for s in times if s not in known}
+    seconds = known | expected
+    new = sorted(expected, key=expected.__getitem__, reverse=True)
     if room_bytes is not None:
         room_bytes -= torch.get_rng_state().nbytes  # the generator's, put aside for as long as this takes
-    until = time.perf_counter() + max(_LEAST_SECONDS, _STEPS * sum(_expected_seconds(s) for s in signatures if s))
+    step_seconds = sum(n * seconds[s] for s, n in times.items())
+    until = time.perf_counter() + max(_LEAST_SECONDS, _STEPS * step_seconds)
     with _undisturbing():
         for i, signature in enumerate(new):
             is_timed = time.perf_counter() < until

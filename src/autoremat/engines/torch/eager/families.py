@@ -114,15 +114,14 @@ class Family:
         self._guests.move_to_end(sizes)
         if len(self._guests) > MAX_GUESTS:
             self._guests.popitem(last=False)
-        guest.prepared, guest.share = host.prepared, sizes.elements / max(1, host.sizes.elements)
+        guest.prepared, guest.share = host.prepared, sizes.share_of(host.sizes)
         return guest
 
     def _pays(self, sizes: Sizes, host: Kind) -> bool:
         """Whether inputs of about these sizes have lost more time under the larger plan than their own one takes."""
-        rung = host.sizes, int(math.log2(max(1, host.sizes.elements) / max(1, sizes.elements)))
-        total = self._lost_seconds[rung] = self._lost_seconds.get(rung, 0.0) + host.prepared.lost_seconds(
-            sizes.elements / max(1, host.sizes.elements)
-        )
+        share = sizes.share_of(host.sizes)
+        rung, lost = (host.sizes, int(-math.log2(share))), host.prepared.lost_seconds(share)
+        total = self._lost_seconds[rung] = self._lost_seconds.get(rung, 0.0) + lost
         if len(self._kinds) >= _RUNGS or total <= _PAYS * host.prepared.cost_seconds:
             return False
         self._lost_seconds[rung] = 0.0

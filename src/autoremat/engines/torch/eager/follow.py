@@ -107,13 +107,12 @@ class Follow:
         with _unseen():
             given = tensors_given(args, kwargs)
             is_right = self._is_as_recorded(work, given)
+            is_ready = work.ready or (work.spare and self._reads_as_recorded(call, given))
         if not is_right:
             return self._left(f"call {k} ({name_of(func)}) is given other tensors than recorded", func, args, kwargs)
         if call.effects or call.leaves:
             tape.has_effects = True  # before it runs: it may run out of memory half-way
         tape.n_calls = k + 1
-        with _unseen():
-            is_ready = work.ready or (work.spare and self._reads_as_recorded(work.call, given))
         with DRAWING if call.random and is_ready else _NOTHING:
             entry = None
             if is_ready:

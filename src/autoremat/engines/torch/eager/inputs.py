@@ -43,6 +43,10 @@ class Sizes:
         """Whether no size is larger than that of an input of the same form."""
         return self.elements <= other.elements and all(a <= b for a, b in zip(self._all, other._all, strict=True))
 
+    def share_of(self, other: Sizes) -> float:
+        """The elements of this input, as a share of those of a larger one; an empty one counts as one element."""
+        return max(1, self.elements) / max(1, other.elements)
+
     def without_numbers(self) -> Sizes:
         """The same of the tensors alone."""
         return Sizes(self.each, (), self.elements)

@@ -76,8 +76,6 @@ class Planning:
         self._planner, self._reporter = planner, reporter
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
-        self._seconds = 0.0
-        """What the last plan took that was not quick."""
 
     def solve(self, step: Prepared, program: Program, living: Living, seconds: float | None = None) -> None:
         """Plan a program, less what has turned out not to be repeatable, in so many seconds; None: at once."""

@@ -85,9 +85,9 @@ class Session:
             result = self._steps.first(kind, args, kwargs, is_first=self._last is None)
             kind.prepared.cost_seconds = clock.now() - begin
             with self._lock:
-                for family in self._families.values():
-                    if kind in family:
-                        family.recorded(kind, self._planning.foreseen)
+                family = next((f for f in self._families.values() if kind in f), None)
+                if family is not None:
+                    family.recorded(kind, self._planning.foreseen)
             self._last = kind.plan or self._last
             return result
         if kind is None or kind.script is None:
