@@ -216,6 +216,6 @@ class FirstStep:
 
     def path(self) -> Path:
         """The path of its forward."""
-        path = path_of(self._shadow, self.tape.path, self.tape.n_packs)
+        path = path_of(self._shadow, self.tape.path, self.tape.n_packs, self.tape.composites)
         self.tape.witness.shadow = None
         return path

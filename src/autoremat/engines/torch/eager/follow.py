@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in
 from autoremat.engines.torch.eager.calls import is_out_of_sight, looks, name_of
+from autoremat.engines.torch.eager.composite import Composite
 from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, prepared
 from autoremat.engines.torch.eager.facts import is_overridden
@@ -55,6 +56,8 @@ class Follow:
         self._draws: Draws | None = None
         """Of the random call that runs now, where other threads may draw, too."""
         self._numels, self._n_funcs = script.numels, len(script.funcs)
+        is_cursory = spare is None and not tape.check.is_looking
+        self._composites = script.composites if is_cursory else {}
 
     def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """As ``heard``, in a step that is checked: look at all that a call is given before it is made."""
@@ -84,11 +87,22 @@ class Follow:
         """A call that is not the next one: a look, a function made of others, or the end of the path."""
         if looks(func) or is_out_of_sight():
             return func(*args, **kwargs)
-        if self._tape.listener.is_made_of_others(func):
-            return self._tape.listener.look_into(func, args, kwargs)
         k = self._tape.n_calls
+        if self._tape.listener.is_made_of_others(func):
+            composite = self._composites.get(k)
+            if composite is not None and composite.is_met_by(func, args, kwargs):
+                return self._composite(composite, args, kwargs)
+            return self._tape.listener.look_into(func, args, kwargs)
         wanted = "nothing more" if k >= self._n_funcs else name_of(self._funcs[k])
         return self._left(f"call {k} is {name_of(func)}, the recorded forward had {wanted}", func, args, kwargs)
+
+    def _composite(self, composite: Composite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a function's calls, of which none needs to be heard."""
+        self._tape.n_calls = composite.end
+        out = composite.func(*args, **kwargs)
+        if n_elements(out) > composite.numel:
+            self._outgrown(composite.end - 1, n_elements(out))
+        return out
 
     def _outgrown(self, k: int, numel: int) -> None:
         """A call gives more than recorded: the plan does not hold for that."""

@@ -12,6 +12,7 @@ from torch import Tensor, UntypedStorage, nn
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.calls import ESCAPES, is_collective, is_out_of_sight, is_pass, name_of, only_looks
 from autoremat.engines.torch.eager.check import DIFFERS
+from autoremat.engines.torch.eager.composite import Composite, looked_into
 from autoremat.engines.torch.eager.contents import contents_of
 from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, generators_of, prepared
@@ -54,6 +55,8 @@ class Noting:
         self._funcs = None if tape.script is None else tape.script.funcs
         self.differs_at: int | None = None
         """The first call that is not the one of the path, if there is a path."""
+        self.composites: list[Composite] = []
+        """Functions that were looked into, where the calls are listed."""
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy: tuple[int, Draws | None] | None = None
         """While a call runs: the number of what it saves first, and what to note of its random numbers."""
@@ -71,7 +74,7 @@ class Noting:
             return func(*args, **kwargs)
         listener = self._tape.listener
         if listener.is_made_of_others(func):
-            return listener.look_into(func, args, kwargs)
+            return self._looked_into(func, args, kwargs)
         if not self._tape.compiled and in_compiled_code():
             self._tape.met_compiled_code()
         given = tensors_given(args, kwargs)
@@ -92,6 +95,13 @@ class Noting:
                 self._tape.check.forget(n)
         facts = _PASS if is_pass(func, name) else facts_of_call(func, args, kwargs, State.now())
         return self._noted(func, args, kwargs, given, numbers, facts)
+
+    def _looked_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        begin = self._tape.n_calls
+        out = self._tape.listener.look_into(func, args, kwargs)
+        if self.path is not None and (composite := looked_into(func, args, kwargs, out, begin, self._tape.n_calls)):
+            self.composites.append(composite)
+        return out
 
     def _noted(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor],

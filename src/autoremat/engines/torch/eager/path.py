@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from autoremat.engines.torch.eager.composite import Composite
 
 Pair = tuple[int, int]
 
@@ -60,11 +63,13 @@ class Path:
         packed: for everything that autograd saved, in order, the value; None for what is from outside or cannot go.
         asks: what the passes asked for, in the order of the program's ``unpack`` ops: numbers of packs, -1 where the
             real step has no such pack.
+        composites: functions of torch's that were looked into, and on how many elements; known for recorded sizes only.
     """
 
     calls: tuple[Call, ...]
     packed: tuple[int | None, ...]
     asks: tuple[int, ...]
+    composites: tuple[Composite, ...] = field(default=(), compare=False)
 
     def numels(self) -> tuple[int, ...]:
         """For every call the elements that it gives."""
@@ -72,7 +77,8 @@ class Path:
 
     def with_numels(self, numels: Sequence[int]) -> Path:
         """The same calls, which give so many elements."""
-        return replace(self, calls=tuple(replace(c, numel=n) for c, n in zip(self.calls, numels, strict=True)))
+        calls = tuple(replace(c, numel=n) for c, n in zip(self.calls, numels, strict=True))
+        return replace(self, calls=calls, composites=())
 
     def is_like(self, other: Path) -> bool:
         """Whether the calls are the same but for how many elements they give."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from autoremat.engines.torch.eager.composite import Composite
 from autoremat.engines.torch.eager.facts import generators_kept, unseen
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
@@ -116,7 +117,7 @@ def largest_op_bytes(shadow: Shadow) -> int:
     return max((sum(values[n].nbytes for n in (*op.reads, *op.writes)) for op in shadow.recorder.ops), default=0)
 
 
-def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int) -> Path:
+def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int, composites: Sequence[Composite]) -> Path:
     """The path of the forward, with what autograd saved and what the passes asked for."""
     recorder = shadow.recorder
     asks = tuple(shadow.pack_of.get(op.packed, -1) for op in recorder.ops if op.name == "unpack")
@@ -124,4 +125,4 @@ def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int) -> Path:
     packed = tuple(
         v if (v := shadow.saved.get(j)) is not None and last.get(j, v) == v else None for j in range(n_packs)
     )
-    return Path(tuple(calls), packed, asks)
+    return Path(tuple(calls), packed, asks, tuple(composites))

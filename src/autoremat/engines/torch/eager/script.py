@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Final
 
+from autoremat.engines.torch.eager.composite import Composite, untouched
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.several import held_bytes, waiting_bytes
 from autoremat.program import Plan, Program, Timeline, simulate
@@ -109,6 +110,7 @@ class Script:
         spare_share: what that takes, as a share of the time of plain training: an estimate.
         packed: for everything that autograd saves the value, if it has one.
         costs: for every call the seconds of another run, and the bytes of what it makes and takes beside.
+        composites: by their first call, functions made of others at whose calls there is nothing to do.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -136,6 +138,7 @@ class Script:
     spare_share: float = 0.0
     packed: tuple[int | None, ...] = ()
     costs: tuple[tuple[float, int], ...] = ()
+    composites: dict[int, Composite] = field(default_factory=dict)
 
 
 @dataclass
@@ -213,6 +216,7 @@ class _Compiler:
             spare_share=n_spare * _SPARE_SECONDS / (sum(op.seconds for op in program.ops) or 1.0),
             packed=path.packed,
             costs=self._costs(),
+            composites=untouched(path.composites, works),
         )
 
     # ---- stays ---------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.backward import Backward
 from autoremat.engines.torch.eager.check import NoCheck
+from autoremat.engines.torch.eager.composite import Composite
 from autoremat.engines.torch.eager.follow import Follow
 from autoremat.engines.torch.eager.handle import Kept
 from autoremat.engines.torch.eager.keeping import Keeping
@@ -276,3 +277,9 @@ class Tape:
         assert isinstance(self.policy, Noting)
         assert self.policy.path is not None
         return self.policy.path
+
+    @property
+    def composites(self) -> list[Composite]:
+        """The functions that such a forward was looked into at."""
+        assert isinstance(self.policy, Noting)
+        return self.policy.composites

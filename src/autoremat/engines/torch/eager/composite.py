@@ -1,0 +1,97 @@
+"""Functions of torch that are made of others: where there is nothing to do at any of their calls, one is heard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from operator import le
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from autoremat.engines.torch.eager.path import n_elements
+from autoremat.engines.torch.eager.state import State
+
+_PLAIN: Final = (type(None), bool, int, float, str)
+_TENSORS: Final = (Tensor, nn.Parameter)
+_OTHER: Final = object()
+"""What cannot be compared without running somebody's code."""
+
+
+@dataclass(frozen=True, slots=True)
+class Composite:
+    """A function that was looked into while its path was recorded.
+
+    Given the same in the same state, it makes the same calls: torch's functions depend on nothing else. So they need
+    not be heard one by one, as long as there is nothing to do at any of them.
+
+    Attributes:
+        func: that was called.
+        begin: number of the first call in it.
+        end: number of the first call after it.
+        given: its arguments; of tensors the kind.
+        sizes: of the tensors.
+        state: in which it was called.
+        numel: how many elements it gave.
+    """
+
+    func: Callable[..., Any]
+    begin: int
+    end: int
+    given: tuple[Any, ...]
+    sizes: tuple[torch.Size, ...]
+    state: State
+    numel: int
+
+    def is_met_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether this call is the recorded one, on tensors that are nowhere larger."""
+        if func is not self.func:
+            return False
+        given, sizes = _outline(args, kwargs)
+        return given == self.given and State.now() == self.state and all(map(_fits, sizes, self.sizes))
+
+
+def looked_into(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, begin: int, end: int
+) -> Composite | None:
+    """A function that has been looked into; None if what it was given cannot be compared."""
+    given, sizes = _outline(args, kwargs)
+    state = State.now()
+    if end <= begin or _OTHER in given or state.has_modes_of_others:
+        return None
+    return Composite(func, begin, end, given, sizes, state, n_elements(out))
+
+
+def untouched(composites: Sequence[Composite], works: Sequence[object | None]) -> dict[int, Composite]:
+    """By their first call, the largest of the functions at whose calls there is nothing to do."""
+    found: dict[int, Composite] = {}
+    for composite in sorted(composites, key=lambda c: c.end):
+        if not any(works[composite.begin : composite.end]):
+            found[composite.begin] = composite
+    return found
+
+
+class _Kind(NamedTuple):
+    """What may decide, of a tensor, which calls a function makes."""
+
+    kind: type
+    dtype: torch.dtype
+    dim: int
+    requires_grad: bool
+
+
+def _outline(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], tuple[torch.Size, ...]]:
+    items = (*args, *kwargs, *kwargs.values()) if kwargs else args
+    return tuple(map(_seen, items)), tuple([item.shape for item in items if type(item) in _TENSORS])
+
+
+def _seen(item: Any) -> Any:
+    kind = type(item)
+    if kind in _TENSORS:
+        return _Kind(kind, item.dtype, item.dim(), item.requires_grad)
+    return item if kind in _PLAIN else _OTHER
+
+
+def _fits(size: torch.Size, recorded: torch.Size) -> bool:
+    return size == recorded or all(map(le, size, recorded))
