@@ -1,21 +1,71 @@
 """What it costs that calls run again from their first op on: op by op against call by call, at three budgets.
 
-For programs whose ops know their call (``Op.call``), as JSON files: the overhead if every op could run again by itself,
-if prefixes of calls do, and if only whole calls do.
+The overhead if every op could run again by itself, if prefixes of calls do, and if only whole calls do: for the
+networks of the tests, a Llama under bf16 autocast and a vision transformer with ``nn.MultiheadAttention``, or for
+programs from JSON files. Seconds of operators are estimated, so the figures are the same on every machine.
 
-    python -m benchmarks.granularity step.json ... [--seconds 10]
+Run: ``PYTHONPATH=. python benchmarks/granularity.py [step.json ...] [--seconds 10]``.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
 from autoremat import InfeasibleBudget, Program, solve
+from autoremat.api import record_step
+from benchmarks._gpu_networks import Llama, LlamaConfig
+from tests.zoo import CASES
 
 SHARES = (0.7, 0.5, 0.35)
+
+
+class VisionTransformer(nn.Module):
+    """Patches, blocks of ``nn.MultiheadAttention`` whose weights are asked for, a head."""
+
+    def __init__(self, width: int = 64, blocks: int = 4) -> None:
+        super().__init__()
+        self.patches, self.head = nn.Conv2d(3, width, 8, 8), nn.Linear(width, 10)
+        self.attention = nn.ModuleList(nn.MultiheadAttention(width, 4, 0.1, batch_first=True) for _ in range(blocks))
+        self.norm = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * blocks))
+        self.wide = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)) for _ in range(blocks)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, 3, S, S]`` to logits ``[B, 10]``."""
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        for i, (attention, wide) in enumerate(zip(self.attention, self.wide, strict=True)):
+            y = self.norm[2 * i](x)
+            x = x + attention(y, y, y)[0]
+            x = x + wide(self.norm[2 * i + 1](x))
+        return self.head(x.mean(1))
+
+
+def programs() -> Iterator[Program]:
+    """The steps of all networks."""
+    for case in CASES:
+        torch.manual_seed(0)
+        model = case.model()
+        yield record_step(case.loss(model), case.inputs(), {}, None, "estimate", name=case.name)
+    llama, tokens = Llama(LlamaConfig(4, 64, 4, 2, 172, 256, 64)), torch.randint(0, 256, (8, 64))
+    vit, images = VisionTransformer(), torch.randn(8, 3, 64, 64)
+
+    def next_token(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.cross_entropy(llama(x).flatten(0, 1), x.flatten())
+
+    def label(x: Tensor) -> Tensor:
+        return F.cross_entropy(vit(x), torch.arange(len(x)))
+
+    yield record_step(next_token, (tokens,), {}, None, "estimate", name="Llama, bf16 autocast")
+    yield record_step(label, (images,), {}, None, "estimate", name="vision transformer")
 
 
 def op_by_op(program: Program) -> Program:
@@ -62,10 +112,11 @@ def table(programs: Sequence[Program], seconds: float) -> str:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print the table for the files named."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("files", nargs="+", type=Path)
+    parser.add_argument("files", nargs="*", type=Path, help="programs; none: the networks")
     parser.add_argument("--seconds", type=float, default=10.0, help="for each plan")
     options = parser.parse_args(arguments)
-    print(table([Program.from_json(path) for path in options.files], options.seconds))
+    found = [Program.from_json(path) for path in options.files] or list(programs())
+    print(table(found, options.seconds))
 
 
 if __name__ == "__main__":
