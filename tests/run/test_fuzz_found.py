@@ -8,8 +8,9 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import autoremat
 from autoremat.engines.torch.eager import handle
 from autoremat.engines.torch.eager.dry_run import record
 from tests.run.compare import off_path, plan_that_keeps_nothing
@@ -237,3 +238,35 @@ def test_an_op_that_overwrites_a_buffer_in_place_of_the_recorded_one_is_no_error
     branch = If(1, (Do("half", 0, 0), Do("mul_", 0, 0)), (Do("buffer", 0, 0),))
     steps = (Step(), Step(), Step(sign=-1))
     assert examine(Script((Do("add_", 0, 1), *relus, branch), steps=steps, way=Way("nothing"))).wrong == []
+
+
+@pytest.mark.parametrize("budget", ["100%", 0.9])
+def test_a_view_of_whose_history_torch_does_not_tell(budget) -> None:
+    """Made without gradients, its base then overwritten with them: it may be read without gradients, and returned."""
+
+    def build():
+        torch.manual_seed(0)
+        return nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(16, 64), nn.Tanh(), nn.Linear(64, 16))))
+
+    def loss_of(model, x):
+        h = torch.relu(model(x)) * 2
+        with torch.no_grad():
+            view = h[::2]
+        h.mul_(3)
+        with torch.no_grad():
+            mean = view.mean()
+        return torch.tanh(h).sum() + mean, view
+
+    plain, mine = build(), build()
+    step = autoremat.checkpoint(lambda x: loss_of(mine, x), budget=budget)
+    for _ in range(3):
+        x = torch.randn(256, 16)
+        results = []
+        for model, call in ((plain, lambda x: loss_of(plain, x)), (mine, step)):
+            model.zero_grad()
+            loss, view = call(x)
+            loss.backward()
+            results.append((loss, view.detach(), *(p.grad for p in model.parameters())))
+        assert all(map(torch.equal, *results))
+    stats = autoremat.stats(step)
+    assert (stats.unplanned, stats.deviations) == (0, 0)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from autoremat.record.history import is_leaf
 from autoremat.record.living import Living
 from autoremat.record.local import Jagged, distributed_like, is_distributed, is_jagged, local_of
 from autoremat.record.parallel import Parallel, whole_parameter
@@ -65,7 +66,7 @@ def fake_world(
 
     def convert_argument(tensor: Tensor) -> Tensor:
         """One with a history becomes a leaf: the graph that it comes from is no part of the callable."""
-        if tensor.is_leaf or isinstance(tensor, FakeTensor) or id(tensor) in converted:
+        if is_leaf(tensor) or isinstance(tensor, FakeTensor) or id(tensor) in converted:
             return convert(tensor)
         originals.append(tensor)
         converted[id(tensor)] = convert(tensor.detach()).requires_grad_(tensor.requires_grad)

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autoremat.record.history import is_leaf
+
 PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
 """Types of tensors in which there is no other one: a look at the type is much the fastest."""
 
@@ -61,8 +63,8 @@ def knows_ragged_sizes(mode: FakeTensorMode) -> None:
 def is_apart(tensor: Tensor) -> bool:
     """Whether a tensor that autograd saves is to be kept as the tensor inside it."""
     if is_jagged(tensor):
-        return not (tensor.is_leaf and tensor.requires_grad)
-    return is_distributed(tensor) and not tensor.is_leaf
+        return not (is_leaf(tensor) and tensor.requires_grad)
+    return is_distributed(tensor) and not is_leaf(tensor)
 
 
 def is_taken_apart(types: Collection[type]) -> bool:

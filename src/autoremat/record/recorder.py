@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from autoremat.record.collectives import run_alone
 from autoremat.record.facts import OpFacts, facts_of, tensors_in
+from autoremat.record.history import is_leaf
 from autoremat.record.local import PackedLocal, description_of, is_apart, is_taken_apart, local_of
 from autoremat.record.numbers import has_number
 from autoremat.record.recording import RecordedOp, RecordedValue, Recording
@@ -316,7 +317,7 @@ class Recorder(TorchDispatchMode):
             number = self.map.number(storage)
             if number < 0 or is_parameter(tensor):
                 self._know_outside([tensor])
-                return tensor if tensor.is_leaf else tensor.detach()
+                return tensor if is_leaf(tensor) else tensor.detach()
             n, self._n_packed = self._n_packed, self._n_packed + 1
         packed = _Packed(n, number, View.of(tensor), tensor.device, self.module_path(), _user_line())
         key = id(packed)

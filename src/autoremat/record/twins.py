@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from autoremat.record.history import is_leaf
+
 
 class Twins:
     """Real tensors under another identity, on the same memory.
@@ -29,7 +31,7 @@ class Twins:
             else:
                 twin.requires_grad_(tensor.requires_grad)
             vars(twin).update(vars(tensor))
-            if tensor.is_leaf:
+            if is_leaf(tensor):
                 twin.grad = tensor.grad
             self._twins[id(tensor)] = tensor, twin
             self._own.add(id(twin))

@@ -63,7 +63,7 @@ def is_parameter(tensor: Tensor) -> bool:
 
     Autograd saves such a leaf itself, so that its backward sees the data it has by then.
     """
-    return tensor.is_leaf and isinstance(tensor, torch.nn.Parameter)
+    return isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf
 
 
 def _wraps(tensor: Tensor) -> bool:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from autoremat.record.history import node_of
+
 Convert = Callable[[Tensor], Tensor]
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
 DATA_SET_ITEMS: Final = 10_000
@@ -392,7 +394,7 @@ def leaves_of(outputs: Sequence[Tensor], since: Any) -> list[Tensor]:
     Raises:
         RuntimeError: the graph reaches nodes that were made before the node ``since``.
     """
-    pending = [t.grad_fn for t in outputs if t.grad_fn is not None]
+    pending = [node for t in outputs if (node := node_of(t)) is not None]
     seen, leaves = set(pending), []
     while pending:
         node = pending.pop()

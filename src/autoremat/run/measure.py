@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.profiler import ProfilerActivity, profile
 
+from autoremat.record.history import node_of
 from autoremat.run.account import account_of
 
 _NO_TASK = -1
@@ -90,8 +91,8 @@ class Measurement:
     def watch(self, result: Any) -> None:
         """The forward is over, with this result: notice the beginning of the backward."""
         for leaf in torch.utils._pytree.tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
-                self._hooks.append(leaf.grad_fn.register_prehook(self._begin_backward))
+            if isinstance(leaf, Tensor) and (node := node_of(leaf)) is not None:
+                self._hooks.append(node.register_prehook(self._begin_backward))
 
     def _begin_backward(self, _: Any) -> None:
         self._begun = True

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from autoremat.record.history import is_leaf
 from autoremat.record.local import Description, Jagged, description_of, has_inside, local_of
 from autoremat.record.values import View, storage_of
 
@@ -57,7 +58,7 @@ class Outside:
 
     def __init__(self, tensor: Tensor) -> None:
         self.requires_grad = tensor.requires_grad
-        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.tensor = tensor if is_leaf(tensor) else tensor.detach()
         self.version = version_of(self.tensor)
 
     def get(self) -> Tensor:

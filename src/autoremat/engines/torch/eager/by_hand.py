@@ -14,6 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
+from autoremat.record.history import is_leaf
 from autoremat.record.recorder import Recorder
 from autoremat.record.recording import RecordedOp
 from autoremat.record.values import View, is_parameter, storage_of
@@ -59,7 +60,7 @@ class Region:
         """What stands for a tensor that is saved: nothing holds its memory; one from outside itself."""
         recorder, storage = self.recorder, storage_of(tensor)
         if storage is None or is_parameter(tensor) or recorder.map.number(storage) < 0:
-            return tensor if tensor.is_leaf else tensor.detach()
+            return tensor if is_leaf(tensor) else tensor.detach()
         number = recorder.map.number(storage)
         packed = SetAside(self, number, View.of(tensor), tensor.device, recorder.module_path())
         self._waiting.add(packed)

@@ -31,6 +31,7 @@ from autoremat.record.compiled import CompiledCode, eagerly
 from autoremat.record.devices import check_devices, check_target, is_unreal, refuse_shared_memory
 from autoremat.record.facts import facts_of, tensors_in
 from autoremat.record.fakes import fake_world
+from autoremat.record.history import is_leaf
 from autoremat.record.living import Living, let_go_of_frames, let_go_of_lines
 from autoremat.record.local import is_taken_apart, local_of, prepare_jagged
 from autoremat.record.parallel import (
@@ -290,7 +291,7 @@ class _ConvertingReal(_Converting):
 
     def _is_own(self, tensor: Tensor) -> bool:
         made = self._made.get(id(tensor))
-        return not tensor.is_leaf or (made is not None and made() is tensor)
+        return not is_leaf(tensor) or (made is not None and made() is tensor)
 
 
 class _Beneath(TorchDispatchMode):

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import (
 from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
 from autoremat.engines.torch.eager.state import State, heard_by_classes, without_function_modes
 from autoremat.record.facts import RUNNING_STATISTICS, TRAINING, facts_of
+from autoremat.record.history import is_leaf
 from autoremat.record.local import (
     Jagged,
     has_inside,
@@ -280,7 +281,7 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
             fakes[id(tensor)] = inside.requires_grad_(tensor.requires_grad)
         elif id(tensor) not in fakes:
             made = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=tensor.device)
-            if tensor.requires_grad and tensor.is_leaf:
+            if tensor.requires_grad and is_leaf(tensor):
                 made = requiring_grad(made)
             elif tensor.requires_grad:
                 made = requiring_grad(made).clone()

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autoremat.engines.torch.eager.arguments import Seen, modified, version_of
+from autoremat.record.history import is_leaf
 from autoremat.record.local import local_of
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ class Kept:
     __slots__ = ("__weakref__", "backward", "handle", "pack", "tensor", "version")
 
     def __init__(self, tensor: Tensor, backward: Backward | None = None, pack: int = -1) -> None:
-        self.tensor = tensor if tensor.is_leaf else tensor.detach()
+        self.tensor = tensor if is_leaf(tensor) else tensor.detach()
         self.version = version_of(self.tensor)
         self.backward, self.pack = backward, pack
         self.handle: Handle | None = None

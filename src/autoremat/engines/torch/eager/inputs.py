@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from autoremat.record.compiled import is_compiled
+from autoremat.record.history import is_leaf
 from autoremat.record.local import Jagged, is_jagged, local_of
 from autoremat.record.parallel import parallel_of
 from autoremat.record.parallel import signature as parallel_signature
@@ -110,7 +111,7 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _own_tensor(tensor: Tensor) -> tuple[Any, ...]:
     shape = None if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
-    return tensor.requires_grad, tensor.is_leaf and tensor.grad is not None, tensor.dtype, shape
+    return tensor.requires_grad, is_leaf(tensor) and tensor.grad is not None, tensor.dtype, shape
 
 
 class _Found(NamedTuple):
@@ -155,7 +156,7 @@ def _form_of_list(items: list[Any], found: _Found) -> Any:
 
 
 def _form_of_tensor(x: Tensor, sizes: list[int], *, in_list: bool) -> Any:
-    grad = x.is_leaf and x.grad is not None
+    grad = is_leaf(x) and x.grad is not None
     if is_jagged(x):  # every one has a size of its own, told by its offsets
         inside = Jagged.of(x)
         sizes += inside.offsets.shape

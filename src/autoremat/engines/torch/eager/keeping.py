@@ -12,6 +12,7 @@ from autoremat.engines.torch.eager.check import CHANGED
 from autoremat.engines.torch.eager.ledger import Ledger, copy_of
 from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.witness import Witness
+from autoremat.record.history import is_leaf
 from autoremat.record.local import local_of
 from autoremat.record.values import is_parameter, storage_of
 
@@ -52,7 +53,7 @@ class Keeping:
 
     def is_outside(self, tensor: Tensor) -> bool:
         """Whether another run may take a tensor from outside as it is: it lives longer than the step."""
-        if is_parameter(tensor) or tensor.is_leaf:
+        if is_parameter(tensor) or is_leaf(tensor):
             return True
         storage = storage_of(local_of(tensor))
         return storage is not None and storage._cdata in self._lasting

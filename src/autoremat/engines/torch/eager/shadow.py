@@ -35,6 +35,7 @@ from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, 
 from autoremat.engines.torch.eager.state import heard_by_classes
 from autoremat.program.model import INSIDE
 from autoremat.record.facts import OpFacts, facts_of
+from autoremat.record.history import is_leaf, node_of
 from autoremat.record.local import (
     Description,
     Jagged,
@@ -147,7 +148,7 @@ class Shadow:
 
     def leaves(self) -> list[Tensor]:
         """The twins that gradients are accumulated into."""
-        found = {id(twin): twin for _, twin in self._twins.values() if twin.is_leaf and twin.requires_grad}
+        found = {id(twin): twin for _, twin in self._twins.values() if is_leaf(twin) and twin.requires_grad}
         return list(found.values())
 
     def twin(self, tensor: Tensor) -> Tensor:
@@ -186,8 +187,9 @@ class Shadow:
         storage = storage_of(local_of(tensor))
         if storage is not None:
             self._memory[storage._cdata] = weakref.ref(storage), weakref.ref(twin)
-        if tensor.grad_fn is not None:
-            where = tensor.grad_fn._sequence_nr(), tensor.output_nr
+        node = node_of(tensor)
+        if node is not None:
+            where = node._sequence_nr(), tensor.output_nr
             before = self._node_of.get(id(twin))
             if before is not None and before != where:  # it has been overwritten
                 self._nodes.pop(before, None)
@@ -215,7 +217,7 @@ class Shadow:
     def _met(self, tensor: Tensor) -> Tensor:
         """The twin of a tensor that no call was seen to make: from outside, or made out of sight from what is known."""
         with self._here():
-            if tensor.grad_fn is not None and (found := self._of_node(tensor)) is not None:
+            if node_of(tensor) is not None and (found := self._of_node(tensor)) is not None:
                 return found
             if is_jagged(tensor):
                 knows_ragged_sizes(self.mode)
@@ -226,7 +228,7 @@ class Shadow:
             if _is_nested(tensor):
                 blank = self._blank_like(tensor)
                 return requiring_grad(blank) if tensor.requires_grad else blank
-            detached = local_of(tensor if tensor.is_leaf else tensor.detach())
+            detached = local_of(tensor if is_leaf(tensor) else tensor.detach())
             twin: Tensor = self.mode.from_tensor(detached)
             if tensor.requires_grad and not twin.requires_grad:
                 twin = requiring_grad(twin)
@@ -234,7 +236,7 @@ class Shadow:
 
     def _of_node(self, tensor: Tensor) -> Tensor | None:
         """The twin of a tensor with a history: a node of a custom function, with the twins of its inputs before it."""
-        node: Any = tensor.grad_fn
+        node: Any = node_of(tensor)
         if type(node).__name__ == _COMPILED:
             self.compiled = self.compiled or _user_line() or "a function"
         found = list(self._behind(node, set()))
@@ -253,7 +255,7 @@ class Shadow:
         if known is not None and known[0]() is tensor and _is_like(known[1], tensor):
             return known[1]
         storage = storage_of(tensor)
-        if tensor.grad_fn is None or storage is None or has_inside(tensor) or is_distributed(tensor):
+        if node_of(tensor) is None or storage is None or has_inside(tensor) or is_distributed(tensor):
             return self.twin(tensor)
         with self._here():
             alias = self._alias_of(tensor)
@@ -313,7 +315,7 @@ class Shadow:
         """Before a pass: leaves that have no gradient have none here either."""
         for reference, twin in list(self._twins.values()):
             tensor = reference()
-            if tensor is not None and tensor.is_leaf and tensor.requires_grad and tensor.grad is None:
+            if tensor is not None and is_leaf(tensor) and tensor.requires_grad and tensor.grad is None:
                 twin.grad = None
 
     def _input(self, node: Any, nr: int) -> tuple[Tensor, Blank] | None:
@@ -345,8 +347,8 @@ class Shadow:
         with self._here():
             if not _is_like(twin, tensor):
                 return self._bind(tensor, self._met(tensor))
-            if tensor.is_leaf:
-                if not twin.is_leaf:
+            if is_leaf(tensor):
+                if not is_leaf(twin):
                     twin = twin.detach()
                 return self._bind(tensor, requiring_grad(twin) if tensor.requires_grad else twin.requires_grad_(False))
             if not tensor.requires_grad:

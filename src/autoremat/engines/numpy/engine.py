@@ -1,0 +1,115 @@
+"""Records a list of calls as a program, and carries out plans for it, run by run and free by free.
+
+No framework keeps anything here, so there is nothing to hear, to hook or to hide: whoever writes an engine can read
+what a schedule means from ``carry_out``, and every solver's plans are tried under it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from autoremat.program import END, Op, Plan, Program, Schedule, Value
+
+Array = npt.NDArray[np.generic]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One line of a step: ``writes = fn(*reads)``.
+
+    Attributes:
+        name: of what is done.
+        fn: takes the arrays read, and returns a sequence of those written.
+        reads: names of arrays.
+        writes: names of arrays, each written by one call only.
+        phase: ``forward`` or ``backward``.
+        once: "" when the call may be made again, otherwise the reason why it must not.
+        in_place: pairs (written, read): the function returns the memory of what it reads, overwritten.
+        seconds: that it takes.
+    """
+
+    name: str
+    fn: Callable[..., Sequence[Array]]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    phase: str = "forward"
+    once: str = ""
+    in_place: tuple[tuple[str, str], ...] = ()
+    seconds: float = 1.0
+
+
+def record(name: str, calls: Sequence[Call], inputs: Mapping[str, Array]) -> Program:
+    """The program of a step: run it once, and look at the sizes. What no call reads is a result, and stays.
+
+    Args:
+        name: of the step.
+        calls: in order; those of the backward are made once, whatever the plan.
+        inputs: arrays by name; they stay for the whole step.
+
+    Example:
+        >>> import numpy as np
+        >>> double = Call("double", lambda a: [2 * a], ("x",), ("y",))
+        >>> record("tiny", [double], {"x": np.ones(8)}).values[1].nbytes
+        64
+    """
+    memory, values = dict(inputs), [Value(n, a.nbytes, fixed=True) for n, a in inputs.items()]
+    read = {name for call in calls for name in call.reads}
+    for call in calls:
+        copied = [memory[r].copy() if r in dict(call.in_place).values() else memory[r] for r in call.reads]
+        memory.update(zip(call.writes, call.fn(*copied), strict=True))
+        values += [Value(w, memory[w].nbytes, held=None if w in read else END) for w in call.writes]
+    index = {value.id: v for v, value in enumerate(values)}
+    ops = tuple(
+        Op(
+            call.name, tuple(index[r] for r in call.reads), tuple(index[w] for w in call.writes), call.seconds,
+            phase=call.phase, repeatable=call.once or ("" if call.phase == "forward" else "backward"),
+            in_place=tuple((index[new], index[old]) for new, old in call.in_place),
+        )
+        for call in calls
+    )  # fmt: skip
+    return Program(name, tuple(values), ops)
+
+
+def carry_out(plan: Plan, calls: Sequence[Call], inputs: Mapping[str, Array]) -> dict[str, Array]:
+    """Run the calls in the order of a plan, and free what it frees, when it frees it.
+
+    Args:
+        plan: for the program of these calls.
+        calls: as recorded.
+        inputs: as recorded, or others of the same sizes.
+
+    Returns:
+        The arrays that are left, by name, the inputs among them.
+    """
+    program, schedule = plan.program, plan.schedule
+    names = [value.id for value in program.values]
+    memory, copies, seen = dict(inputs), list[Array](), set[int]()
+    for p, (i, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
+        op, leaving = program.ops[i], {names[v] for v in frees if program.values[v].held != END}
+        if not _goes_on(program, schedule, p, seen):
+            copies.clear()
+        _run(calls[i], {names[old] for _, old in op.in_place} - leaving, memory, copies)
+        seen.add(i)
+        for name in leaving:
+            del memory[name]
+    return memory
+
+
+def _run(call: Call, needed: set[str], memory: dict[str, Array], copies: list[Array]) -> None:
+    """Make one call; what is needed afterwards it overwrites in a copy.
+
+    What is there already stays, and what the call makes once more goes when it is through.
+    """
+    made = call.fn(*[memory[r].copy() if r in needed else memory[r] for r in call.reads])
+    copies += [array for name, array in zip(call.writes, made, strict=True) if name in memory]
+    memory.update((name, array) for name, array in zip(call.writes, made, strict=True) if name not in memory)
+
+
+def _goes_on(program: Program, schedule: Schedule, p: int, seen: set[int]) -> bool:
+    """Whether a run is a further one of the middle of a call."""
+    i = schedule.order[p]
+    return i in seen and program.call_begin[i] < i and schedule.order[p - 1] == i - 1
