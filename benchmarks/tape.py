@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import autoremat
-from autoremat.engines.torch.eager.script import script_of
+from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.tape import Tape
 from autoremat.program import Plan
 from autoremat.run.account import account, resident

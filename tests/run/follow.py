@@ -8,7 +8,8 @@ from typing import Any
 from autoremat.engines.torch.eager.check import NoCheck, SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.path import Path
-from autoremat.engines.torch.eager.script import Script, script_of
+from autoremat.engines.torch.eager.script import Script
+from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.program import Plan, Program
 from autoremat.record.parallel import Parallel

@@ -8,7 +8,8 @@ from typing import Final
 from autoremat.engines.torch.eager.first import Cached
 from autoremat.engines.torch.eager.inputs import Sizes
 from autoremat.engines.torch.eager.path import Path
-from autoremat.engines.torch.eager.script import Script, script_of
+from autoremat.engines.torch.eager.script import Script
+from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.sections import Sections, Taken
 from autoremat.program import Plan
 from autoremat.record.parallel import Parallel

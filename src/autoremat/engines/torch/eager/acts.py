@@ -1,0 +1,53 @@
+"""Acts: what the backward's requests set off, by a plan."""
+
+from __future__ import annotations
+
+from autoremat.engines.torch.eager.script import Act, Rerun
+from autoremat.engines.torch.eager.stays import Stays
+
+
+class Acts:
+    """Makes the acts of a script.
+
+    Args:
+        stays: of the values, with the last reads of the tape.
+    """
+
+    def __init__(self, stays: Stays) -> None:
+        self._stays, self._order, self._ops = stays, stays.order, stays.program.ops
+        self._drops: dict[int, list[int]] = {}
+        for v, ss in stays.by_value.items():
+            for s in ss:
+                if s.last_read is not None:
+                    self._drops.setdefault(s.last_read, []).append(stays.number[v])
+        self._installed = {(s.made_at, v) for v, ss in stays.by_value.items() for s in ss if s.last_read is not None}
+
+    def of(self, packs: tuple[int | None, ...]) -> tuple[Act, ...]:
+        """The acts, where these packs stand for values whose memory may go."""
+        again = self._stays.again
+        acts: list[Act] = []
+        pending: list[Rerun] = []
+        block: list[int] = []
+        for p, i in enumerate(self._order):
+            op = self._ops[i]
+            if p in again:
+                block.append(p)
+                after = p + 1
+                if not (after in again and self._ops[self._order[after]].call == op.call and self._order[after] > i):
+                    pending.append(self._rerun(block))
+                    block = []
+            elif op.name == "unpack":
+                v, j = op.reads[0], self._stays.pack_at[p]
+                is_handle = j >= 0 and packs[j] is not None
+                if pending or is_handle:
+                    value = self._stays.number.get(v, -1)
+                    acts.append(Act(j, value, tuple(pending), is_handle and value in self._drops.get(p, ())))
+                    pending = []
+        return tuple(acts)
+
+    def _rerun(self, block: list[int]) -> Rerun:
+        runs = [(p, self._ops[self._order[p]]) for p in block]
+        number = self._stays.number
+        install = frozenset(number[v] for p, op in runs for v in op.writes if (p, v) in self._installed)
+        gone = frozenset(n for p in block for n in self._drops.get(p, ()))
+        return Rerun(runs[0][1].call, install, gone)

@@ -1,0 +1,95 @@
+"""Stays: from when to when a value of a plan is in memory, and until when the tape itself needs it there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from autoremat.engines.torch.eager.path import Path
+from autoremat.program import Program, Schedule
+from autoremat.program.lifetimes import Lifetimes
+
+
+@dataclass
+class Stay:
+    """One stay of a value in memory."""
+
+    made_at: int
+    last_read: int | None = None
+    """The last position at which the tape itself reads the value: to make a call again, or to answer a handle."""
+    asks: list[int] = field(default_factory=list)
+
+
+class Stays:
+    """The stays of all values under a schedule. O(runs + reads).
+
+    Args:
+        program: of the step.
+        schedule: of its plan.
+        path: of its forward.
+
+    Attributes:
+        by_value: for every value its stays, in order.
+        number: for every value that is made the number that the path has for it.
+        again: positions of further runs.
+        pack_at: for every position at which the backward asks the number of the pack.
+    """
+
+    def __init__(self, program: Program, schedule: Schedule, path: Path) -> None:
+        self.program, self.order, self._path = program, schedule.order, path
+        self.number = {v: n for n, v in enumerate(v for v, value in enumerate(program.values) if not value.fixed)}
+        first: dict[int, int] = {}
+        self.again = {p for p, i in enumerate(self.order) if first.setdefault(i, p) != p}
+        self._passing = Lifetimes(program, self.order, first).passing
+        asks = iter(path.asks)
+        self.pack_at = {p: next(asks) for p, i in enumerate(self.order) if program.ops[i].name == "unpack"}
+        self.by_value = self._found()
+
+    def _found(self) -> dict[int, list[Stay]]:
+        """The stays of every value. What is still there when a call makes it again stays, and the new copy goes."""
+        stays: dict[int, list[Stay]] = {}
+        for p, i in enumerate(self.order):
+            op = self.program.ops[i]
+            if op.name == "unpack" and op.reads[0] in stays:
+                stays[op.reads[0]][-1].asks.append(p)
+            for v in op.writes:
+                if (p, v) not in self._passing:
+                    stays.setdefault(v, []).append(Stay(p))
+        return stays
+
+    def kept_packs(self) -> set[int]:
+        """Packs that are asked for, if at all, while what the forward made is still there."""
+        later = set()
+        for ss in self.by_value.values():
+            later |= {self.pack_at[p] for s in ss[1:] for p in s.asks}
+        return set(range(len(self._path.packed))) - later
+
+    def find_last_reads(self, packs: tuple[int | None, ...]) -> None:
+        """Note, for every stay, where the tape itself needs the value last."""
+        current: dict[int, int] = {}
+        written: dict[int, int] = {}
+        for p, i in enumerate(self.order):
+            op = self.program.ops[i]
+            if p in self.again:
+                block = self._block_begin(p)
+                for v in op.reads:
+                    if v in current and written[v] < block:
+                        self.by_value[v][current[v]].last_read = p
+            elif op.name == "unpack":
+                v, j = op.reads[0], self.pack_at[p]
+                if v in current and j >= 0 and packs[j] is not None:
+                    self.by_value[v][current[v]].last_read = p
+            for v in op.writes:
+                written[v] = p
+                if (p, v) not in self._passing:
+                    current[v] = current.get(v, -1) + 1
+
+    def _block_begin(self, p: int) -> int:
+        """The position of the first run of the call's block that the further run at p belongs to."""
+        call = self.program.ops[self.order[p]].call
+        while (
+            p - 1 in self.again
+            and self.program.ops[self.order[p - 1]].call == call
+            and self.order[p - 1] < self.order[p]
+        ):
+            p -= 1
+        return p

@@ -1,0 +1,100 @@
+"""Tables of a script: for every call, or for every request of the backward, what a plan says of bytes and seconds."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
+
+from autoremat.engines.torch.eager.stays import Stays
+from autoremat.program import Plan, Program, Timeline
+
+
+def stops_of(program: Program, number: dict[int, int]) -> frozenset[int]:
+    """Values that a run of their call can hand out before its end."""
+    end = {op.call: i for i, op in enumerate(program.ops) if op.call >= 0}
+    found = set()
+    for v, n in number.items():
+        available, maker = program.values[v].available, program.producer[v]
+        if available is not None and 0 <= available < end.get(program.ops[maker].call, -1):
+            found.add(n)
+    return frozenset(found)
+
+
+def costs_of(program: Program, n_calls: int) -> tuple[tuple[float, int], ...]:
+    """For every call the seconds of another run, and the bytes of what it makes and takes beside."""
+    found = [(0.0, 0)] * n_calls
+    for op in (program.ops[i] for i in program.forward):
+        if 0 <= op.call < len(found):
+            seconds, nbytes = found[op.call]
+            made = sum(program.values[v].nbytes for v in op.writes)
+            found[op.call] = seconds + op.again_seconds, nbytes + made + op.scratch_bytes
+    return tuple(found)
+
+
+def run_twice(plan: Plan, timeline: Timeline, ready: frozenset[int]) -> frozenset[int]:
+    """Calls whose results, and copies of what they overwrite, fit in once more at their first run."""
+    resident: dict[int, int] = {}
+    written: Counter[int] = Counter()
+    for i, nbytes in zip(plan.schedule.order, timeline.resident_bytes, strict=True):
+        call = plan.program.ops[i].call
+        if call in ready and i not in resident:
+            resident[i] = nbytes
+    worst: dict[int, int] = {}
+    for i, nbytes in resident.items():
+        op = plan.program.ops[i]
+        worst[op.call] = max(worst.get(op.call, 0), nbytes)
+        written[op.call] += sum(plan.program.values[v].nbytes for v in op.writes)
+        written[op.call] += sum(plan.program.values[old].nbytes for _, old in op.in_place)
+    return frozenset(k for k, nbytes in worst.items() if nbytes + written[k] <= plan.budget_bytes)
+
+
+def beside_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
+    """The most bytes that are not values held by the tape: in the forward, and from each request to the next."""
+    order = stays.order
+    change = [0] * (len(order) + 1)
+    for v, ss in stays.by_value.items():
+        for s in ss:
+            ends = [p for p in (s.last_read, *s.asks) if p is not None]
+            if ends:
+                change[s.made_at] += stays.program.values[v].nbytes
+                change[max(ends) + 1] -= stays.program.values[v].nbytes
+    found = [0]
+    for i, resident, held in zip(order, timeline.resident_bytes, accumulate(change), strict=False):
+        if stays.program.ops[i].name == "unpack":
+            found.append(0)
+        found[-1] = max(found[-1], resident - held)
+    return tuple(found)
+
+
+def gradient_bytes(program: Program, order: Sequence[int]) -> tuple[int, ...]:
+    """The bytes of gradients of parameters: in the forward, and from each request on."""
+    found, last = [0], 0
+    for i in order:
+        op = program.ops[i]
+        if op.name == "unpack":
+            found.append(last)
+        taken_over = {new for new, _ in op.in_place}
+        made = (program.values[v] for v in op.writes if v not in taken_over)
+        last += sum(value.nbytes for value in made if value.kind == "gradient")
+    return tuple(found)
+
+
+def saved_bytes(stays: Stays, n_calls: int) -> tuple[int, ...]:
+    """What is kept, and not by the tape, after so many calls."""
+    found = [0] * (n_calls + 1)
+    for v, (first, *_) in stays.by_value.items():
+        call = stays.program.ops[stays.program.producer[v]].call
+        if first.last_read is None and first.asks and 0 <= call < n_calls:
+            found[call + 1] += stays.program.values[v].nbytes
+    return tuple(accumulate(found))
+
+
+def places_of(program: Program, n_calls: int) -> tuple[str, ...]:
+    """For every call its operator, module and line."""
+    found = [""] * n_calls
+    for i in program.forward:
+        op = program.ops[i]
+        if 0 <= op.call < len(found):
+            found[op.call] = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'})"
+    return tuple(found)
