@@ -129,6 +129,10 @@ class Accountant:
         """The same, with the copies that nothing reads but that could be kept."""
         return self(order)
 
+    def extra_seconds_of(self, order: Ints) -> float:
+        """Seconds of the further runs of an order."""
+        return self._extra_seconds(order)
+
     def _extra_seconds(self, order: Ints) -> float:
         return float(np.dot(np.bincount(order, minlength=self.n_ops) - 1, self.seconds))
 

@@ -68,6 +68,10 @@ class CallAccountant(Accountant):
         """The same, with the copies that a call makes on the way and that could be kept."""
         return self._account(order, byproducts=True)
 
+    def extra_seconds_of(self, order: Ints) -> float:
+        """Seconds of the further runs of an order of the folded program."""
+        return self._extra_seconds(self._lay_out(order).order)
+
     def _account(self, order: Ints, *, byproducts: bool) -> Account:
         layout = self._lay_out(order)
         value, run, written = self._accesses(layout.order)

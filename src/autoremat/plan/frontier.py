@@ -34,7 +34,7 @@ class Frontier:
         program: the step.
         points: a plan per budget, by rising budget; each has its ``budget_bytes``, ``peak_bytes``, ``overhead`` and
             ``lower_bound``. Neither overheads nor lower bounds rise from one to the next.
-        floor_bytes: the smallest budget for which a schedule is known.
+        floor_bytes: the smallest budget that is accepted, whoever plans.
         plain_peak_bytes: the peak without any recomputation.
     """
 

@@ -13,10 +13,11 @@ from autoremat.plan.bounds import closer_bound, cut_bound
 from autoremat.plan.calls import folded_of, planned_as
 from autoremat.plan.classics import Classics
 from autoremat.plan.every_block import block_of
+from autoremat.plan.floor import floor_of
 from autoremat.plan.greedy import greedy
 from autoremat.plan.min_cut import Pricer
 from autoremat.plan.search import Candidate, Entry, Search, no_noise
-from autoremat.plan.segments import boundaries, crossing
+from autoremat.plan.segments import boundaries
 from autoremat.plan.tables import open_tables_of
 from autoremat.plan.walks import Walks
 from autoremat.program import Program, Schedule, simulate
@@ -61,13 +62,13 @@ class Pool:
         open_tables = open_tables_of(planned_as(program))
         self._walks = [Walks(self._search, t) for t in (self._search.tables, open_tables) if t is not None]
         self._classics = Classics(self._search)
-        self._first, self._for_the_floor = list(self._first_work()), list(self._floor_work())
+        self._floor = floor_of(program)
+        self._from_the_floor: list[Entry] = []
+        """What was looked at to find it; the lowest peak first."""
         self._cuts, self._rest = list(self._cut_work()), list(self._rest_of_the_work())
         self._found: dict[Job, list[Entry]] = {}
         """What each job has found, as far as they have run."""
         self._base: tuple[Entry, ...] = ()
-        self._floor: list[Entry] = []
-        """The candidate with the lowest peak that the jobs for the floor know."""
 
     # -- the pool ------------------------------------------------------------------------------------------------------
 
@@ -78,20 +79,10 @@ class Pool:
         whichever budgets have been asked for before.
         """
         self._search.frontier, self._search.leveled = [], []
-        for job in self._first:
-            self._run(job, deadline)
-        frontier, leveled = list(self._search.frontier), list(self._search.leveled)
+        progress("floor", 0.0)
+        for entry in self._look_for_the_floor():  # whatever the time, so that a floor is always known
+            self._search.remember(entry)
         self._run_until(self._cuts, deadline, progress, enough)
-        known = self._search.frontier, self._search.leveled
-        # The floor is looked for, whatever the time, from what the first jobs know: so it depends on nothing else.
-        self._search.frontier, self._search.leveled = frontier, leveled
-        progress("floor", 0.4)
-        for job in self._for_the_floor:
-            self._run(job, deadline)
-        self._floor = self._search.frontier[:1]
-        self._search.frontier, self._search.leveled = known
-        for job in self._for_the_floor:
-            self._run(job, deadline)
         self._run_until(self._rest, deadline, progress, enough)
         self._base = tuple(self._search.frontier)
 
@@ -119,15 +110,13 @@ class Pool:
 
     def floor_bytes(self, progress: Callable[[str, float], None]) -> int:
         """The smallest budget that ``solve`` takes."""
-        self.grow(0.0, progress, lambda: True)
-        return self._floor[0].peak_bytes
+        progress("floor", 0.0)
+        return self._floor.nbytes
 
-    def _first_work(self) -> Iterator[Job]:
-        """The extremes, and segments within segments; done in any case."""
-        search = self._search
-        yield lambda deadline: _ignore(search.keeping("keep-everything", frozenset(search.tables.droppable)))
-        yield lambda deadline: _ignore(search.keeping("keep-nothing", frozenset()))
-        yield from (self._nested(a, b, c) for a in _NESTED for b in (2, 3, 5) for c in (1, 3))
+    def _look_for_the_floor(self) -> list[Entry]:
+        if not self._from_the_floor:
+            self._from_the_floor = self._floor.entries(self._search.accountant.extra_seconds_of)
+        return self._from_the_floor
 
     def _cut_work(self) -> Iterator[Job]:
         """Minimum cuts for a grid of prices and segmentations."""
@@ -136,13 +125,6 @@ class Pool:
         for price in prices:
             for cut in cuts:
                 yield self._priced(pricer, price, cut)
-
-    def _floor_work(self) -> Iterator[Job]:
-        """The jobs that find the floor; they are done whatever the time, so that a floor is always known."""
-        yield lambda deadline: self._classics.find_floor()
-        yield lambda deadline: self._find_floor()
-        for walks in self._walks:
-            yield self._floor_of(walks)
 
     def _rest_of_the_work(self) -> Iterator[Job]:
         """Walks between floor and plain peak, and for small programs a ladder of budgets."""
@@ -171,28 +153,6 @@ class Pool:
     def _priced(self, pricer: Pricer, price: float, cuts: tuple[int, ...]) -> Job:
         return lambda deadline: _ignore(self._search.keeping("min-cut", pricer.keep(price, cuts)))
 
-    def _nested(self, *counts: int) -> Job:
-        """Segments within segments, for small budgets."""
-
-        def make(deadline: float) -> None:
-            tables, keeps, count = self._search.tables, list[frozenset[int]](), 1
-            for factor in counts:
-                count *= factor
-                if factor > 1 and count <= len(tables.early):
-                    keeps.append(crossing(tables, boundaries(tables, count, tapered=not keeps)))
-            if keeps:
-                self._search.keeping("nested segments", *keeps)
-
-        return make
-
-    def _floor_of(self, walks: Walks) -> Job:
-        return lambda deadline: walks.find_floor()
-
-    def _find_floor(self) -> None:
-        """Shave the lowest peaks as far down as it goes."""
-        for entry in self._search.leveled[:3]:
-            self._search.shave(self._search.recall(entry), 0, rounds=40)
-
     def _rung(self, k: int) -> Job:
         """A fixed smaller budget: small programs solve a ladder of them, so that more budget does not cost more."""
 
@@ -207,22 +167,26 @@ class Pool:
     def solve(
         self, program: Program, budget_bytes: int, solver: str, limit: float, progress: Callable[[str, float], None]
     ) -> Found:
-        """The best candidate for the budget."""
+        """The best candidate for the budget.
+
+        Below the floor ``auto`` looks for nothing: what it would find depends on how long it looks, and on seconds.
+        """
         begin, bound, moments = clock.now(), 0.0, list[int]()
+        progress("floor", 0.0)
+        floor = self._look_for_the_floor()[0]
+        if solver == "auto" and budget_bytes < floor.peak_bytes:
+            return Found("", None, self._schedule(program, floor), floor.peak_bytes, 0.0, ())
         if budget_bytes < simulate(program).peak_bytes:
             progress("lower bound", 0.0)
             bound, moments = cut_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
         bound = max(bound, self._search.tables.asked_seconds(program) / (program.seconds or 1.0))
         enough = (bound + self._near_enough) * program.seconds
         self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
-        floor = self._floor[0]
         late = clock.now() + 0.1 * limit  # looking for the floor may have taken all the time there was
         greedy_one = greedy(self._search, budget_bytes, deadline=max(begin + 0.7 * limit, late))
         if solver == "auto":
             progress("search", 0.7)
-            below = budget_bytes < floor.peak_bytes  # then what fits at all is good enough
-            last = max(begin + 0.9 * limit, late)
-            self._improve(budget_bytes, last, 0 if below else self._disturbances(), inf if below else enough)
+            self._improve(budget_bytes, max(begin + 0.9 * limit, late), self._disturbances(), enough)
         elif greedy_one.peak_bytes > budget_bytes:
             # Shaving towards another peak takes another way. So the greedy's floor, which is what it can do at most, is
             # the same for all budgets, and within reach.
@@ -362,9 +326,6 @@ def found_by_greedy(program: Program, budget_bytes: int) -> Found | None:
 def _schedule_of(program: Program, candidate: Candidate) -> Schedule:
     order = candidate.account.order.tolist()
     return Schedule.from_order(program, folded_of(program).unfold(order) if program.has_calls else order)
-
-
-_NESTED = (2, 3, 4, 6, 8, 12, 20, 32)
 
 
 def _ignore(_: Candidate) -> None:

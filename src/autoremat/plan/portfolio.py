@@ -106,8 +106,8 @@ def solve(
         time_limit_seconds: when to stop looking for a better plan. Where the limit is not hit, the plan depends on
             nothing but the program and the budget.
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
-        first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. Nobody has looked
-            for the floor then, so ``Plan.floor_bytes`` is the peak of that.
+        first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
+            looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
 
     Raises:
         InfeasibleBudget: no schedule known to the solver fits.
@@ -248,13 +248,16 @@ def _silent(what: str, share: float) -> None:
 
 def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
     """What the greedy finds, where it fits; it cannot be told what must not stay."""
+    from autoremat.plan.floor import floor_of
     from autoremat.plan.pool import found_by_greedy
 
-    found = None if passing_values(program) else found_by_greedy(program, budget_bytes)
+    if passing_values(program) or not (floor := floor_of(program)).is_within(budget_bytes):
+        return None
+    found = found_by_greedy(program, budget_bytes)
     if found is None or found.schedule is None:
         return None
     return _plan(
-        program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, found.name,
+        program, found.schedule, budget_bytes, plain_peak, floor.met_bytes, found.lower_bound, found.name,
         found.candidates,
     )  # fmt: skip
 
@@ -322,7 +325,7 @@ def _plan(
         budget_bytes=budget_bytes,
         peak_bytes=timeline.peak_bytes,
         plain_peak_bytes=plain_peak,
-        floor_bytes=min(floor, timeline.peak_bytes),
+        floor_bytes=floor if floor <= budget_bytes else timeline.peak_bytes,
         overhead=overhead,
         lower_bound=bound,
         solver=solver,

@@ -129,7 +129,7 @@ class Search:
             dropped = dropped[:-1]
         known = self._known.get(dropped)
         candidate = replace(known, name=name) if known else self._look_at(name, dropped)
-        self.remember(candidate.entry)
+        self.note(candidate)
         return candidate
 
     def _look_at(self, name: str, dropped: Levels) -> Candidate:
@@ -144,7 +144,7 @@ class Search:
         """The candidate with the given further runs as they are."""
         self.evaluations += 1
         candidate = Candidate(name, (), runs, self.accountant(self.accountant.order(runs)), walked=True)
-        self.remember(candidate.entry)
+        self.note(candidate)
         return candidate
 
     def reuse(
@@ -154,8 +154,12 @@ class Search:
         left, account = reuse(tables or self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
         self.evaluations += 1
         candidate = Candidate(name, (), left, account, walked=True)
-        self.remember(candidate.entry)
+        self.note(candidate)
         return candidate
+
+    def note(self, candidate: Candidate) -> None:
+        """Take note of a candidate that was looked at."""
+        self.remember(candidate.entry)
 
     def remember(self, entry: Entry) -> None:
         """Take note of a candidate that no other beats."""

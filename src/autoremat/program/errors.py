@@ -16,7 +16,7 @@ class InfeasibleBudget(ValueError):
 
     Attributes:
         budget_bytes: what was asked for.
-        floor_bytes: the smallest budget for which a schedule is known.
+        floor_bytes: the smallest budget that is accepted, whoever plans.
         peak_op: name of the op at which the peak of that smallest schedule stands.
         largest: ``(label, bytes)`` of the values that fill the peak, largest first.
     """

@@ -26,7 +26,7 @@ class Plan:
         budget_bytes: the budget asked for.
         peak_bytes: the peak of the schedule.
         plain_peak_bytes: the peak without any recomputation.
-        floor_bytes: the smallest budget for which a schedule is known.
+        floor_bytes: the smallest budget that is accepted, whoever plans.
         overhead: extra seconds as a fraction of the plain program's seconds.
         lower_bound: an overhead below which no schedule within this budget can go.
         solver: name of the solver whose schedule this is.

@@ -488,8 +488,8 @@ def _plans_figures(machine: _Machine, promises: _Promises) -> Iterator[_Found]:
         yield _Found(f"overhead is {plan.overhead}, but the machine counted {overhead}")
     if not plan.lower_bound <= overhead + _FRACTION_SLACK:
         yield _Found(f"lower_bound is {plan.lower_bound}, but this very schedule has an overhead of {overhead}")
-    if plan.floor_bytes > machine.peak():
-        yield _Found(f"floor_bytes is {plan.floor_bytes}, but this very schedule has a peak of {machine.peak()} bytes")
+    if plan.floor_bytes > max(plan.budget_bytes, machine.peak()):
+        yield _Found(f"floor_bytes is {plan.floor_bytes}, but this plan is for {plan.budget_bytes} bytes")
     if (least := plan.floor_lower_bound_bytes) > machine.peak():
         yield _Found(f"floor_lower_bound_bytes is {least}, but this very schedule has a peak of {machine.peak()} bytes")
 

@@ -52,7 +52,7 @@ def _costs(plan: Plan) -> list[str]:
         f"  budget      {format_bytes(plan.budget_bytes):>9}  {_share(plan.budget_bytes, plain)} of the plain peak",
         f"  peak        {format_bytes(plan.peak_bytes):>9}  {_share(plan.peak_bytes, plain)} of the plain peak",
         f"  plain peak  {format_bytes(plain):>9}  with nothing computed again",
-        f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest known peak{below}",
+        f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest budget that has a plan{below}",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
         f"  plain step  {seconds:>9}  {timing}{without}",
     ]
