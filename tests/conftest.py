@@ -10,6 +10,7 @@ import pytest
 
 from tests.fixed import fixed_planning, fixed_seconds, is_thorough, seed
 
+os.environ["AUTOREMAT_CACHE"] = "off"  # tests neither read nor write what the user's trainings have measured
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
 
 with suppress(ModuleNotFoundError):  # the tests for a GPU do without it

@@ -61,10 +61,10 @@ def random_seed(number: int) -> int:
     return number + 1000 * seed() if is_thorough() else number
 
 
-def _estimated(signature: Any, room_bytes: int | None, *, is_timed: bool = True) -> Cost:
+def _estimated(signature: Any, room_bytes: int | None, repeats: int = 0) -> Cost:
     """An operator run once, for what it allocates; its seconds are an estimate."""
-    cost = _measured(signature, room_bytes, is_timed=False)
-    return cost._replace(seconds=timing.estimate(signature, sum(cost.made_bytes)).seconds)
+    cost = _measured(signature, room_bytes, 0)
+    return cost._replace(seconds=timing.estimate(signature, sum(cost.made_bytes)).seconds, runs=1)
 
 
 def _long_enough(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
@@ -75,7 +75,8 @@ def _long_enough(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
 @contextmanager
 def fixed_seconds() -> Iterator[None]:
     """Operators are measured for the bytes that they allocate; seconds are estimated."""
-    quick = {"_MEASURED": _COSTS, "_CACHE_BYTES": 0, "_time_once": _long_enough, "_measure_for_real": _estimated}
+    quick = {"_MEASURED": _COSTS, "_FACTORS": {}, "_CACHE_BYTES": 0, "_time_once": _long_enough}
+    quick["_measure_for_real"] = _estimated
     with patch.multiple(timing, **quick):
         yield
 

@@ -34,6 +34,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 Budget = int | float | str
 _MARK = "__autoremat__"
 warn_if_untested(torch.__version__)  # here, so that it is said once, at the first use
+TIMINGS: Final = ("auto", "measure", "estimate")
+"""Where seconds and kernel scratch come from."""
 QUICK: Final = 0.01
 """The part of the time for a plan that is wanted at once."""
 
@@ -166,11 +168,14 @@ def plan(
     solver: str = "auto",
     keep: Patterns = (),
     recompute: Patterns = (),
-    timing: str = "estimate",
+    timing: str = "auto",
     time_limit_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Plan:
-    """Plan a training step without running it: nothing of the model's or the activations' size is allocated.
+    """Plan a training step without running it, in the account of ``checkpoint``: what one accepts, the other does.
+
+    The step is recorded on fake tensors: nothing of the model's or the activations' size is allocated. Operators that
+    no process has measured on this device so far are run alone, one at a time, on random numbers.
 
     Args:
         fn: a module or callable, as for ``checkpoint``; its tensors may be real, fake, or on the ``meta`` device.
@@ -180,9 +185,12 @@ def plan(
         solver: name of a solver (``autoremat.plan.SOLVERS``); ``"auto"`` takes the best of several.
         keep: as for ``checkpoint``.
         recompute: as for ``checkpoint``.
-        timing: ``"estimate"`` operators from their FLOPs and bytes, or ``"measure"`` each distinct one, alone, on the
-            device (then kernel scratch is in the account too, as it is for ``checkpoint``, and what a kernel leaves of
-            it behind its result).
+        timing: where seconds and kernel scratch come from. ``"auto"``: from what was measured before, on this device,
+            by any process; where the tensors are real, other operators are measured, each distinct one alone, unless
+            it takes more than half of what the device has left; for the rest, and for meta and fake tensors, the
+            seconds are estimates. ``"measure"``: the same, however much that takes. ``"estimate"``: from FLOPs and
+            bytes alone, the same on every machine; kernel scratch is not counted then, and ``checkpoint`` may need
+            more.
         time_limit_seconds: the longest that planning may take, recording excluded.
         **kwargs: keyword arguments of ``fn``.
 
@@ -213,7 +221,7 @@ def explain(
     optimizer: Any = None,
     keep: Patterns = (),
     recompute: Patterns = (),
-    timing: str = "estimate",
+    timing: str = "auto",
     time_limit_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Explanation:
@@ -275,7 +283,7 @@ def frontier(
     optimizer: Any = None,
     keep: Patterns = (),
     recompute: Patterns = (),
-    timing: str = "estimate",
+    timing: str = "auto",
     time_limit_seconds: float = 60.0,
     **kwargs: Any,
 ) -> Frontier:
@@ -333,8 +341,8 @@ def record_step(
     progress: Progress | None = None, device: str | None = None, name: str = "",
 ) -> Program:  # fmt: skip
     """The program of a step that is not going to be run."""
-    if timing not in ("estimate", "measure"):
-        raise ValueError(f'timing is "estimate" or "measure", not {timing!r}')
+    if timing not in TIMINGS:
+        raise ValueError(f"timing is one of {', '.join(map(repr, TIMINGS))}, not {timing!r}")
     session = session_of(fn)
     plain = session.fn if session is not None else fn
     state, scratch = optimizer_bytes(optimizer)

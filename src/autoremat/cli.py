@@ -255,8 +255,9 @@ _recording = _together(
     click.option("--device", help="Where the model will train, if its tensors are on the meta device."),
     click.option("--optimizer", type=_Size(), help="Bytes of the optimizer's state, counted in the peak."),
     click.option(
-        "--timing", type=click.Choice(["estimate", "measure"]),
-        help="Estimate what operators take (default), or run each one, alone, on the device.",
+        "--timing", type=click.Choice(["auto", "measure", "estimate"]),
+        help="Where seconds and kernel scratch come from: what was measured before and, of the rest, each operator "
+        "alone, if there is room (auto, the default) or in any case (measure); FLOPs and bytes alone (estimate).",
     ),
 )  # fmt: skip
 _json = click.option(
@@ -295,7 +296,7 @@ def _recorded(target: str, device: str | None, optimizer: int | None, timing: st
 
     with progress_bar() as progress:
         name = Path(target).stem if target.endswith(".py") else target.rpartition(":")[2]
-        return record_step(step.fn, step.args, step.kwargs, optimizer, timing or "estimate", progress, device, name)
+        return record_step(step.fn, step.args, step.kwargs, optimizer, timing or "auto", progress, device, name)
 
 
 def _read_or_recorded(target: str, device: str | None, optimizer: int | None, timing: str | None) -> Program | Plan:

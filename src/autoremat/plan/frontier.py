@@ -80,6 +80,7 @@ class Frontier:
             "version": 1,
             "name": self.program.name,
             "timing": self.program.timing,
+            "measured_share": self.program.measured_share,
             "floor_bytes": self.floor_bytes,
             "plain_peak_bytes": self.plain_peak_bytes,
             "points": [{name: getattr(plan, name) for name in figures} for plan in self.points],

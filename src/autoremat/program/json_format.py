@@ -70,7 +70,12 @@ def program_to_data(program: Program) -> dict[str, Any]:
         "format": PROGRAM_FORMAT,
         "version": VERSION,
         "name": program.name,
-        **_unless({"timing": program.timing, "recorded": program.recorded}, timing="given", recorded=""),
+        **_unless(
+            {"timing": program.timing, "measured_share": program.measured_share, "recorded": program.recorded},
+            timing="given",
+            measured_share=float(program.timing == "measured"),
+            recorded="",
+        ),
         "values": [_value_to_data(v) for v in program.values],
         "ops": [_op_to_data(op, ids) for op in program.ops],
     }
@@ -217,6 +222,7 @@ def program_from_data(data: Mapping[str, Any]) -> Program:
         values,
         ops,
         timing=_get(data, "program", "timing", str, "given"),
+        measured_share=_number(data, "program", "measured_share", -1.0),
         recorded=_get(data, "program", "recorded", str, ""),
     )
 

@@ -131,8 +131,13 @@ class Program:
     """On what the step was recorded: ``fake`` or ``real`` tensors; "" if it was not recorded."""
     timing: str = field(default="given", kw_only=True)
     """Where the seconds come from: ``measured``, ``estimated`` or ``given``."""
+    measured_share: float = field(default=-1.0, kw_only=True)
+    """The share of the seconds that was measured, here or by another process; the rest is estimated, or given. Where it
+    is not said: all of what is ``measured``, nothing of the rest."""
 
     def __post_init__(self) -> None:
+        if self.measured_share < 0:
+            object.__setattr__(self, "measured_share", float(self.timing == "measured"))
         object.__setattr__(self, "values", tuple(self.values))
         object.__setattr__(self, "ops", tuple(self.ops))
         _check(self)
@@ -247,6 +252,8 @@ class Program:
 
 def _check(program: Program) -> None:
     """Refuse what breaks the rules, naming the op or value."""
+    if not 0 <= program.measured_share <= 1:
+        raise InvalidProgram(f"measured_share is {program.measured_share}; a share is between 0 and 1")
     values = program.values
     _check_values(values, len(program.ops))
     written = {i for i, v in enumerate(values) if v.fixed}

@@ -8,9 +8,9 @@ from typing import Any, Final
 import torch
 
 from autoremat.program import END, Op, Program, Value
+from autoremat.record.costs import Cost
 from autoremat.record.numbers import saved_number_bytes
 from autoremat.record.recording import RecordedOp, RecordedValue, Recording
-from autoremat.record.timing import Cost
 
 OPTIMIZER_STEP: Final = "optimizer step"
 """Name of the last op of a program in whose account the optimizer's step is."""
@@ -32,7 +32,7 @@ def assemble(
         timing: where the seconds come from.
         recorded: on what: fake or real tensors.
     """
-    device = _main_device(recording.values)
+    device = main_device(recording.values)
     outside = sorted((n for n in recording.values if n < 0), reverse=True)
     made = range(recording.made)
     index = {n: i for i, n in enumerate([*outside, *made])}
@@ -64,10 +64,12 @@ def assemble(
     ]
     if optimizer_scratch_bytes:
         ops.append(Op(OPTIMIZER_STEP, (), (), 0.0, optimizer_scratch_bytes, phase="backward", repeatable="backward"))
-    return Program(name, tuple(values), tuple(ops), timing=timing, recorded=recorded)
+    total, timed = sum(cost.seconds for cost in costs), sum(cost.seconds for cost in costs if cost.runs)
+    share = timed / total if total else 0.0
+    return Program(name, tuple(values), tuple(ops), timing=timing, measured_share=share, recorded=recorded)
 
 
-def _main_device(values: dict[int, RecordedValue]) -> torch.device:
+def main_device(values: dict[int, RecordedValue]) -> torch.device:
     """The device that the budget is for: the accelerator if one is in use."""
     devices = {v.device for v in values.values()}
     return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +29,30 @@ def check_target(device: torch.device | str) -> None:
             f"device {str(device)!r} is not available to torch {torch.__version__} here; leave it out, name one that "
             "is, or record on the machine that will train"
         )
+
+
+def free_bytes(device: torch.device) -> int:
+    """What a device has left, as far as anybody tells."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return min(_free_on_machine(), _free_in_group())
+
+
+def _free_on_machine() -> int:
+    with suppress(OSError), open("/proc/meminfo", encoding="ascii") as file:
+        for line in file:
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return 1 << 32  # nobody tells
+
+
+def _free_in_group() -> int:
+    """What the group of processes that this one is in (a container's) is still allowed to take."""
+    with suppress(OSError, ValueError):  # no limit is the word "max"
+        group = Path("/sys/fs/cgroup")
+        return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+    return 1 << 62
 
 
 def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from statistics import median
@@ -16,26 +16,9 @@ from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import ProfilerConfig, ProfilerState
 
+from autoremat.record.costs import Cost, Kept, place_of
 from autoremat.record.facts import tensors_in
 from autoremat.record.signature import CallSignature, TensorSpec, thaw
-
-
-class Cost(NamedTuple):
-    """What one operator call takes.
-
-    Attributes:
-        seconds: of one run.
-        scratch_bytes: what the kernel allocates beside its results.
-        made_bytes: of every storage that it makes, in the order of the results; empty where nothing has been run. Some
-            kernels leave their result in memory that was meant for more: the one number that ``mse_loss``,
-            ``smooth_l1_loss``, ``binary_cross_entropy`` or ``soft_margin_loss`` returns lies in as many bytes as the
-            prediction takes. Fake tensors do not tell.
-    """
-
-    seconds: float
-    scratch_bytes: int = 0
-    made_bytes: tuple[int, ...] = ()
-
 
 Progress = Callable[[str, float], None]
 FREE: Final = Cost(0.0)
@@ -52,6 +35,8 @@ _STEPS: Final = 2.0
 """Timing goes on for about as long as so many steps take, ..."""
 _LEAST_SECONDS: Final = 0.1
 """... but at least for this long."""
+_ONCE_SECONDS: Final = 1.0
+"""As long again, and for so long besides, other calls are timed once."""
 
 _CACHE_BYTES: Final = 1 << 26
 """Memory that is written before each timed call, so that caches hold nothing of its arguments; where there is room."""
@@ -68,7 +53,9 @@ _LSTM_BACKWARD: Final = "aten.mkldnn_rnn_layer_backward"
 _GROUPED: Final = frozenset({"aten._grouped_mm", "aten._scaled_grouped_mm"})
 """Products with a tensor of offsets that says where each group ends: with zeros they would have nothing to do."""
 
-_MEASURED: dict[tuple[CallSignature, str, int], Cost] = {}
+_MEASURED: dict[tuple[CallSignature, str], Cost] = {}
+"""By call and place: what has been run, or was kept by another process."""
+_KEPT: dict[str, Kept] = {}
 _FACTORS: dict[Any, list[float]] = {}
 """For every operator what it took, whenever it was timed, as a multiple of the estimate."""
 
@@ -85,42 +72,128 @@ _RATES: Final = {"cpu": Rates(1e11, 2e10, 3e-6), "cuda": Rates(1e14, 1.5e12, 5e-
 
 
 def measure_all(
-    signatures: Sequence[CallSignature | None], progress: Progress | None = None, *, room_bytes: int | None = None
-) -> list[Cost]:
-    """The cost of every call, each distinct one measured once per process, alone, on random numbers.
+    signatures: Sequence[CallSignature | None], progress: Progress | None = None, *, room_bytes: int | None = None,
+    most_bytes: int | None = None, outputs: Sequence[int] = (),
+) -> list[Cost]:  # fmt: skip
+    """The cost of every call: of those that are not known, each distinct one is run alone, on random numbers.
 
-    Timing takes about as long as a few steps: the calls that seem to take longest are timed first, several times each;
-    when the time is over, the others are timed once. A call that cannot run on random numbers is estimated. Random
+    All of them are run once, for what they allocate. Timing takes about as long as a few steps: the calls that seem to
+    take longest are timed first, several times each, others once; when the time is over, the seconds of the rest are
+    estimates, scaled by those of the first. A call that cannot run on random numbers is estimated, too. Random
     generators are left as they were. Memory: the arguments (copies, of weights too), results and scratch of one call at
-    a time, and what is written in between to empty the caches.
+    a time, and what is written in between to empty the caches. What is found out is kept for other processes
+    (``costs``).
 
     Args:
         signatures: the calls; None costs nothing.
         progress: told how far it is.
         room_bytes: what all that should take at most: caches are emptied as far as there is room; None: no matter.
+        most_bytes: a call whose arguments and results take more is not run, but estimated; None: all are run.
+        outputs: bytes that each call writes; for ``most_bytes``.
     """
-    times = Counter(s for s in signatures if s is not None)
-    known = {s: cost.seconds for s in times if (cost := _MEASURED.get(_key(s))) is not None}
+    times, keys = Counter(s for s in signatures if s is not None), _Keys()
+    written = dict(zip(signatures, outputs, strict=False))  # all of them, or none
+    known = {s: cost.seconds for s in times if (cost := _known(s, keys)) is not None}
     expected = {s: _expected_seconds(s) for s in times if s not in known}
     seconds = known | expected
     new = sorted(expected, key=expected.__getitem__, reverse=True)
     if room_bytes is not None:
         room_bytes -= torch.get_rng_state().nbytes  # the generator's, put aside for as long as this takes
     step_seconds = sum(n * seconds[s] for s, n in times.items())
-    until = time.perf_counter() + max(_LEAST_SECONDS, _STEPS * step_seconds)
+    begin, limit = time.perf_counter(), max(_LEAST_SECONDS, _STEPS * step_seconds)
+    found: dict[CallSignature, Cost] = {}
     with _undisturbing():
         for i, signature in enumerate(new):
-            is_timed = time.perf_counter() < until
-            _MEASURED[_key(signature)] = _measure(signature, room_bytes, is_timed=is_timed)
+            if most_bytes is None or _taken_bytes(signature) + written.get(signature, 0) <= most_bytes:
+                spent = time.perf_counter() - begin
+                repeats = _MAX_REPEATS if spent < limit else int(spent < 2 * limit + _ONCE_SECONDS)
+                found[signature] = _measure(signature, room_bytes, repeats)
             if progress is not None:
                 progress("measuring operators", (i + 1) / len(new))
-    return [FREE if s is None else _MEASURED[_key(s)] for s in signatures]
+    _keep(found, keys)
+    return _costs(signatures, written, keys)
 
 
-def _expected_seconds(signature: CallSignature) -> float:
+def known_all(signatures: Sequence[CallSignature | None], outputs: Sequence[int]) -> list[Cost]:
+    """The cost of every call without running any: what is known, here or by another process; the rest estimated."""
+    return _costs(signatures, dict(zip(signatures, outputs, strict=True)), _Keys())
+
+
+def _costs(
+    signatures: Sequence[CallSignature | None], written: Mapping[CallSignature | None, int], keys: _Keys
+) -> list[Cost]:
+    """What is known of every call, the others estimated by it."""
+    found = {s: _known(s, keys) for s in dict.fromkeys(signatures) if s is not None}
+    costs = {s: cost or _scaled(s, written.get(s, 0)) for s, cost in found.items()}
+    return [FREE if s is None else costs[s] for s in signatures]
+
+
+def _known(signature: CallSignature, keys: _Keys) -> Cost | None:
+    """What has been run, or what another process has kept of it."""
+    key = keys.of(signature)
+    if key is None:
+        return None
+    cost = _MEASURED.get(key)
+    if cost is None and (cost := _kept(key[1]).get(signature)) is not None:
+        _MEASURED[key] = cost
+        _learn(signature, cost)
+    return cost
+
+
+def _keep(found: Mapping[CallSignature, Cost], keys: _Keys) -> None:
+    """Remember what has been measured, here and for other processes."""
+    by_place: dict[str, dict[CallSignature, Cost]] = {}
+    for signature, cost in found.items():
+        key = keys.of(signature)
+        if key is not None:
+            _MEASURED[key] = cost
+            if cost.has_run:
+                by_place.setdefault(key[1], {})[signature] = cost
+    for place, costs in by_place.items():
+        _kept(place).add(costs)
+
+
+def _kept(place: str) -> Kept:
+    return _KEPT.setdefault(place, Kept(place))
+
+
+class _Keys:
+    """Under what calls are known; the place of a device is looked at once."""
+
+    def __init__(self) -> None:
+        self._places: dict[torch.device, str] = {}
+
+    def of(self, signature: CallSignature) -> tuple[CallSignature, str] | None:
+        """Calls with this key cost the same; None where nobody has used the device yet, or there is none."""
+        devices = {s.device for s in _specs(signature)}
+        device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
+        if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_initialized()):
+            return None
+        if device not in self._places:
+            self._places[device] = place_of(device)
+        return signature, self._places[device]
+
+
+def _scaled(signature: CallSignature, output_bytes: int) -> Cost:
+    """An estimate, corrected by what has been measured."""
+    return estimate(signature, output_bytes)._replace(seconds=_expected_seconds(signature, output_bytes))
+
+
+def _taken_bytes(signature: CallSignature) -> int:
+    """What the arguments of a call take."""
+    return sum(_extent(s) * s.dtype.itemsize for s in _specs(signature))
+
+
+def _expected_seconds(signature: CallSignature, output_bytes: int = 0) -> float:
     """An estimate, corrected by what this operator has taken elsewhere, or operators in general have."""
     known = _FACTORS.get(signature.func) or [f for factors in _FACTORS.values() for f in factors]
-    return estimate(signature, 0).seconds * (median(known) if known else 1.0)
+    return estimate(signature, output_bytes).seconds * (median(known) if known else 1.0)
+
+
+def _learn(signature: CallSignature, cost: Cost) -> None:
+    """Correct the estimates of others by what an operator was timed to take."""
+    if cost.runs and (rough := estimate(signature, 0).seconds) > 0:
+        _FACTORS.setdefault(signature.func, []).append(cost.seconds / rough)
 
 
 def estimate_all(
@@ -170,27 +243,19 @@ def _specs(signature: CallSignature) -> Iterable[TensorSpec]:
     return found
 
 
-def _key(signature: CallSignature) -> tuple[CallSignature, str, int]:
-    """Calls with this key cost the same."""
-    devices = {s.device for s in _specs(signature)}
-    accelerator = next((d for d in devices if d.type == "cuda"), None)
-    name = torch.cuda.get_device_name(accelerator) if accelerator is not None else "cpu"
-    return signature, name, torch.get_num_threads()
-
-
-def _measure(signature: CallSignature, room_bytes: int | None, *, is_timed: bool = True) -> Cost:
+def _measure(signature: CallSignature, room_bytes: int | None, repeats: int) -> Cost:
     if str(signature.func.overloadpacket) in _NEEDS_ITS_WORKSPACE:
         return estimate(signature, 0)
     try:
-        cost = _measure_for_real(signature, room_bytes, is_timed=is_timed)
+        cost = _measure_for_real(signature, room_bytes, repeats)
     except Exception:  # noqa: BLE001 - random numbers do not suit every operator: then an estimate has to do
         return estimate(signature, 0)
-    if is_timed and (rough := estimate(signature, 0).seconds) > 0:
-        _FACTORS.setdefault(signature.func, []).append(cost.seconds / rough)
-    return cost
+    _learn(signature, cost)
+    return cost._replace(has_run=True)
 
 
-def _measure_for_real(signature: CallSignature, room_bytes: int | None, *, is_timed: bool = True) -> Cost:
+def _measure_for_real(signature: CallSignature, room_bytes: int | None, repeats: int = _MAX_REPEATS) -> Cost:
+    """What a call takes, timed so often at most; 0: its seconds are estimated."""
     args, kwargs = thaw(signature.args, _random), thaw(signature.kwargs, _random)
     func = signature.func
     if str(func.overloadpacket) in _GROUPED:
@@ -198,19 +263,23 @@ def _measure_for_real(signature: CallSignature, room_bytes: int | None, *, is_ti
     elif str(func.overloadpacket) == _LSTM_BACKWARD:
         args = _with_workspace(args)
     cuda = any(s.device.type == "cuda" for s in _specs(signature))
+    begin = time.perf_counter()
     scratch, made = (_memory_cuda if cuda else _memory_cpu)(func, args, kwargs)
-    if not is_timed:
-        return Cost(_time_once(func, args, kwargs, cuda), scratch, made)
+    if repeats == 0:  # watched, it takes longer than alone: so it was at most that
+        return Cost(min(_expected_seconds(signature, sum(made)), time.perf_counter() - begin), scratch, made)
+    if repeats == 1:
+        return Cost(_time_once(func, args, kwargs, cuda), scratch, made, 1)
     cache_bytes = _CACHE_BYTES
     if room_bytes is not None:
-        taken = sum(_extent(s) * s.dtype.itemsize for s in _specs(signature)) + scratch + sum(made)
+        taken = _taken_bytes(signature) + scratch + sum(made)
         cache_bytes = max(0, min(cache_bytes, room_bytes - taken))
     flush = torch.empty(cache_bytes, dtype=torch.uint8, device="cuda" if cuda else "cpu")
     durations: list[float] = []
     while _asks_for_another(durations):
         flush.zero_()  # in a step, what an operator reads was written long ago
         durations.append(_time_once(func, args, kwargs, cuda))
-    return Cost(min(durations), scratch, made)  # whatever else the machine does can only add to the seconds
+    # The least: whatever else the machine does can only add to the seconds.
+    return Cost(min(durations), scratch, made, len(durations))
 
 
 def _asks_for_another(durations: Sequence[float]) -> bool:
@@ -285,6 +354,7 @@ def _watched(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
 
 
 def _memory_cuda(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
+    func(*args, **kwargs)  # libraries take a workspace at their first call, and keep it
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from autoremat.program import Program
-from autoremat.record.assemble import assemble
+from autoremat.record.assemble import assemble, main_device
+from autoremat.record.costs import Cost
+from autoremat.record.devices import free_bytes
 from autoremat.record.recording import Recording
-from autoremat.record.timing import FREE, Cost, Progress, estimate_all, measure_all
+from autoremat.record.timing import FREE, Progress, estimate_all, known_all, measure_all
+
+_SHARE_OF_FREE: Final = 0.5
+"""What an operator may take, of what the device has left, that nobody has asked to be run."""
 
 
 @dataclass(frozen=True)
@@ -20,24 +26,34 @@ class Whole:
     optimizer_state_bytes: int
     optimizer_scratch_bytes: int
     beside: Mapping[str, int]
-    measures: bool
+    timing: str
+    """``measure`` or ``auto`` run operators, ``auto`` those that have room; ``estimate`` runs none, and asks nobody."""
+    has_numbers: bool
+    """Tensors are real: operators can be run."""
     limit: Callable[[Program], int] | None
     progress: Progress | None
 
     def program(self, recording: Recording) -> Program:
         """The program, with operators measured or estimated."""
         signatures = [op.signature for op in recording.ops]
-        if not self.measures:
-            written = [sum(recording.values[n].nbytes for n in op.writes) for op in recording.ops]
+        written = [sum(recording.values[n].nbytes for n in op.writes) for op in recording.ops]
+        if self.timing == "estimate":
             return self._assembled(recording, estimate_all(signatures, written), "estimated")
-        room = None
+        if not self.has_numbers:
+            return self._with_real_sizes(recording, known_all(signatures, written), "estimated")
+        room = most = None
         if self.limit is not None:
             without_costs = self._assembled(recording, [FREE] * len(signatures), "estimated")
             room = self.limit(without_costs) - without_costs.fixed_bytes
-        costs = measure_all(signatures, self.progress, room_bytes=room)
+        if self.timing == "auto":
+            most = int(_SHARE_OF_FREE * free_bytes(main_device(recording.values)))
+        costs = measure_all(signatures, self.progress, room_bytes=room, most_bytes=most, outputs=written)
+        return self._with_real_sizes(recording, costs, "measured")
+
+    def _with_real_sizes(self, recording: Recording, costs: Sequence[Cost], source: str) -> Program:
         if self.recorded == "fake":  # sizes that depend on the data were seen on the real tensors
             recording.take_sizes([cost.made_bytes for cost in costs])
-        return self._assembled(recording, costs, "measured")
+        return self._assembled(recording, costs, source)
 
     def _assembled(self, recording: Recording, costs: Sequence[Cost], source: str) -> Program:
         return assemble(

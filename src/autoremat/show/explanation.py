@@ -111,6 +111,7 @@ def _data(e: Explanation) -> dict[str, Any]:
         "version": 1,
         "name": e.program.name,
         "timing": e.program.timing,
+        "measured_share": e.program.measured_share,
         "solver": e.plan.solver if e.plan else None,
         "budget_bytes": e.plan.budget_bytes if e.plan else None,
         "peak_bytes": e.peak_bytes,

@@ -12,7 +12,7 @@ from autoremat.show.explanation import Explanation
 from autoremat.show.modules import Module
 from autoremat.show.page import PLAIN_WIDTH, page_width, table_lines
 from autoremat.show.residents import Resident, name_of, op_text
-from autoremat.show.text import fold_indices, format_seconds
+from autoremat.show.text import fold_indices, format_seconds, timing_text
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -56,7 +56,7 @@ def _planned(e: Explanation) -> list[str]:
     seconds = format_seconds(sum(a.seconds for a in e.savings.again))
     return [
         f"  the plan keeps {format_bytes(e.kept_bytes)}, in {len(e.savings.kept)} values, and runs "
-        f"{len(e.savings.again)} ops again, {runs} times: {seconds} ({e.program.timing}), {e.plan.overhead:+.1%}"
+        f"{len(e.savings.again)} ops again, {runs} times: {seconds} ({timing_text(e.program)}), {e.plan.overhead:+.1%}"
     ]
 
 

@@ -15,10 +15,12 @@ from autoremat.show.residents import op_text, short_source
 if TYPE_CHECKING:
     from autoremat.plan.frontier import Frontier
 
-__all__ = ["fold_indices", "format_bytes", "format_seconds", "frontier_text", "plan_text"]
+__all__ = ["fold_indices", "format_bytes", "format_seconds", "frontier_text", "plan_text", "timing_text"]
 
 _SHOWN: Final = 6
 _BAR: Final = 36
+_NEARLY_ALL: Final = 0.995
+"""A share that is as good as all."""
 _LAYER: Final = re.compile(r"^((?:[^\s.]+\.)*?)(\d+)(?=[.\s]|$)")
 
 
@@ -44,18 +46,32 @@ def _costs(plan: Plan) -> list[str]:
     plain = plan.plain_peak_bytes
     least = plan.floor_lower_bound_bytes
     below = f"; no plan can be below {format_bytes(least)}" if least else ""
-    timing, seconds = plan.program.timing, format_seconds(plan.program.seconds)
-    without = ", and memory inside kernels not counted" if timing == "estimated" else ""
+    timing, seconds = timing_text(plan.program), format_seconds(plan.program.seconds)
+    without = f", and memory inside kernels {_counted(plan.program)}" if plan.program.timing == "estimated" else ""
     name = f" for {plan.program.name}" if plan.program.name else ""
     return [
         f"Plan{name} by solver {plan.solver}",
         f"  budget      {format_bytes(plan.budget_bytes):>9}  {_share(plan.budget_bytes, plain)} of the plain peak",
         f"  peak        {format_bytes(plan.peak_bytes):>9}  {_share(plan.peak_bytes, plain)} of the plain peak",
         f"  plain peak  {format_bytes(plain):>9}  with nothing computed again",
-        f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest budget that has a plan{below}",
+        f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest known peak{below}",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
         f"  plain step  {seconds:>9}  {timing}{without}",
     ]
+
+
+def timing_text(program: Program) -> str:
+    """Where the seconds come from, and, if not all of them come from there, which share does not."""
+    share = program.measured_share
+    if program.timing == "measured" and share < _NEARLY_ALL:
+        return f"measured, but for {1 - share:.0%} of it"
+    if program.timing == "estimated" and share > 1 - _NEARLY_ALL:
+        return f"estimated, but for {share:.0%} of it, which was measured before"
+    return program.timing
+
+
+def _counted(program: Program) -> str:
+    return "counted where they were measured" if program.measured_share else "not counted"
 
 
 def _repeats(program: Program, timeline: Timeline) -> list[str]:
@@ -174,7 +190,7 @@ def frontier_text(front: Frontier) -> str:
     name = f" of {front.program.name}" if front.program.name else ""
     head = (
         f"Frontier{name}: floor {format_bytes(front.floor_bytes)}, plain peak {format_bytes(front.plain_peak_bytes)}; "
-        f"seconds are {front.program.timing}"
+        f"seconds are {timing_text(front.program)}"
     )
     return "\n".join([head, *table_lines(table)])
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from autoremat.plan.budget import format_bytes
+from autoremat.program import Program
 from autoremat.program.files import write_text
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.report.data import Point, page_data
@@ -85,7 +86,7 @@ def _known(plan: Plan, e: Explanation) -> list[tuple[str, str, str]]:
     scratch = sum(op.scratch_bytes > 0 for op in program.ops)
     return [
         ("Operators and bytes of values", *_RECORDED.get(program.recorded, _RECORDED[""])),
-        ("Seconds of operators", *_TIMED.get(program.timing, _TIMED["given"])),
+        ("Seconds of operators", *_timed(program)),
         (
             "Scratch inside of kernels",
             f"Known of {scratch} of {len(program.ops)} ops. It is measured with the seconds; where it is not, it "
@@ -108,6 +109,17 @@ _RECORDED: Final = {
     "real": ("Recorded on real tensors, while they were computed.", "exact"),
     "": ("Taken from a file or made by hand.", "given"),
 }
+
+
+def _timed(program: Program) -> tuple[str, str]:
+    """How the seconds are known, and of which kind that is."""
+    text, kind = _TIMED.get(program.timing, _TIMED["given"])
+    share = program.measured_share
+    if kind == "given" or share in (0.0, 1.0):
+        return text, kind
+    return f"{text} Timed, now or before: {_percent(share)} of them; the rest is estimated.", kind
+
+
 _TIMED: Final = {
     "measured": ("Each distinct operator was run, alone, on the device.", "measured"),
     "estimated": ("From floating-point operations and bytes; nothing was run.", "estimated"),

@@ -78,7 +78,8 @@ def record(
         kwargs: its keyword arguments.
         optimizer_state_bytes: resident state of the optimizer, counted in the peak.
         optimizer_scratch_bytes: what the optimizer's step takes beside, counted after the backward.
-        timing: ``"measure"`` runs each distinct operator alone on the device, ``"estimate"`` runs nothing.
+        timing: ``"measure"`` runs each distinct operator alone on the device, ``"auto"`` those for which it has room,
+            ``"estimate"`` nothing.
         device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
         progress: called with a label and a fraction.
         name: name of the program.
@@ -108,7 +109,7 @@ def record(
     recorded, recording = _recorded(Step(fn, modules, args, kwargs, parallel, device, progress), has_numbers)
     whole = Whole(
         name or getattr(fn, "__name__", type(fn).__name__), recorded, optimizer_state_bytes, optimizer_scratch_bytes,
-        resident_bytes(parallel), timing == "measure" and has_numbers, None, progress,
+        resident_bytes(parallel), timing, has_numbers, None, progress,
     )  # fmt: skip
     return whole.program(recording)
 

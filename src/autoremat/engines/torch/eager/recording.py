@@ -90,10 +90,9 @@ def program_of(
     parallel: Parallel, progress: Progress | None, limit: Callable[[Program], int] | None, timing: str = "measure",
 ) -> Program:  # fmt: skip
     """The program of a recorded step; operators are measured, where there is room for that, or estimated."""
-    is_measured = timing == "measure"
     beside = resident_bytes(parallel)
     whole = Whole(
-        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, beside, is_measured, limit, progress
+        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, beside, timing, True, limit, progress
     )  # fmt: skip
     return whole.program(finished(shadow, calls))
 
