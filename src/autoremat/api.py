@@ -488,6 +488,11 @@ class _PlainForward:
         self.module, self._forward = module, forward
         self.__name__ = type(module).__name__
 
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the forward, for messages that name an argument."""
+        return inspect.signature(self._forward)
+
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._forward(*args, **kwargs)
 

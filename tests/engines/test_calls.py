@@ -19,6 +19,7 @@ from autoremat.engines.torch.eager.arguments import Made, template, tensors_give
 from autoremat.engines.torch.eager.facts import facts_of_call
 from autoremat.engines.torch.eager.listener import Listener
 from autoremat.engines.torch.eager.online import MOST_RERUNS
+from autoremat.engines.torch.eager.room import OfFirstStep
 from autoremat.engines.torch.eager.state import State
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.run.account import account, resident
@@ -322,7 +323,7 @@ def test_what_is_made_again_without_a_plan_is_bounded() -> None:
     plain = copy.deepcopy(model)
     torch.manual_seed(1)
     plain(x).backward()
-    tape = Tape(First(lambda saved: 0.0))
+    tape = Tape(First(OfFirstStep(lambda saved: 0.0)))
     torch.manual_seed(1)
     with tape.forward():
         loss = model(x)

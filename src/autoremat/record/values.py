@@ -63,7 +63,8 @@ def is_parameter(tensor: Tensor) -> bool:
 
     Autograd saves such a leaf itself, so that its backward sees the data it has by then.
     """
-    return isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf
+    kind = type(tensor)
+    return kind is not Tensor and isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf
 
 
 def _wraps(tensor: Tensor) -> bool:

@@ -54,6 +54,10 @@ class Entry:
     saved: tuple[tuple[int, int], ...] = ()
     in_place: tuple[tuple[int, int], ...] = ()
     draws: Draws | None = None
+    reads: tuple[int, ...] = ()
+    """The values among its arguments."""
+    makes: tuple[int, ...] = ()
+    """The values that another run can make."""
     stops: frozenset[int] = frozenset()
     """Values after which a run may end as soon as they have been saved: nothing overwrites them later in the call."""
 
@@ -63,17 +67,10 @@ class Entry:
     ) -> None:  # fmt: skip
         """Take note of what the call has made, once it has been made."""
         self.results, self.saved = results, saved
-        self.in_place = tuple([(new, old) for _, old, new in written])
-
-    @property
-    def reads(self) -> tuple[int, ...]:
-        """The values among its arguments."""
-        return tuple(dict.fromkeys(self.positions.values()))
-
-    @property
-    def makes(self) -> tuple[int, ...]:
-        """The values that another run can make."""
-        return (*(v for _, v in self.results), *(v for _, v in self.saved), *(new for new, _ in self.in_place))
+        self.makes = tuple([v for _, v in results])
+        if saved or written:
+            self.in_place = tuple([(new, old) for _, old, new in written])
+            self.makes += (*(v for _, v in saved), *(new for new, _ in self.in_place))
 
     def run(self, memory: dict[int, Tensor], replay: Replay, wanted: Collection[int]) -> dict[int, Tensor]:
         """Make the call again, or as much of it as makes what is wanted.
@@ -123,7 +120,7 @@ class Entry:
 
 def prepared(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[int, int],
-    written: Collection[int], statistics: Collection[int], *, random: bool,
+    written: Collection[int], statistics: Collection[int], state: State, *, random: bool,
 ) -> Entry:  # fmt: skip
     """All that it takes to make a call again, noted right before it is made.
 
@@ -134,6 +131,7 @@ def prepared(
         values: for those of the tensors given, by position, that look at a value of the step, that value.
         written: positions of those that the call overwrites.
         statistics: positions of running statistics.
+        state: of this moment.
         random: it draws from a generator.
     """
     outside: list[Outside] = []
@@ -154,8 +152,8 @@ def prepared(
     draws = Draws.of(generator)  # before a look at the generator: a thread that starts in between is told of
     return Entry(
         func, [template(a, described) for a in args], {k: template(a, described) for k, a in kwargs.items()},
-        State.now(), generator, None if generator is None else state_of(generator),
-        values, tuple(outside), draws=draws,
+        state, generator, None if generator is None else state_of(generator),
+        values, tuple(outside), draws=draws, reads=tuple(dict.fromkeys(values.values())),
     )  # fmt: skip
 
 

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import random
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -41,7 +41,7 @@ from autoremat.record.local import (
     local_of,
 )
 from autoremat.record.recorder import _covers_storage
-from autoremat.record.signature import freeze, signature_of
+from autoremat.record.signature import signature_of
 from autoremat.record.timing import estimate
 from autoremat.record.values import storage_of
 
@@ -87,8 +87,20 @@ class CallFacts:
 _KNOWN: dict[Any, CallFacts] = {}
 
 
-def facts_of_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: State) -> CallFacts:
-    """The facts of a call; calls of the same function on tensors of the same kind are looked at once per process."""
+def facts_of_call(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: State, *, is_plain: bool = False
+) -> CallFacts:
+    """The facts of a call; calls of the same function on tensors of the same kind are looked at once per process.
+
+    ``is_plain``: all tensors are torch's own, and their memory can be seen.
+    """
+    if is_plain and not state.modes and not _of_functorch() and forward_ad._current_level < 0:
+        try:
+            known = _KNOWN.get(_key(func, args, kwargs, state))
+        except TypeError:
+            known = None
+        if known is not None:
+            return known
     given = tensors_given(args, kwargs)
     if (
         any(torch.nn.parameter.is_lazy(t) or (storage_of(t) is None and not has_inside(t)) for t in given)
@@ -108,16 +120,54 @@ def facts_of_call(func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[
     if any(map(is_jagged, given)):
         return _probed(func, args, kwargs, given)
     try:
-        key = (
-            func, freeze(args), freeze(kwargs), tuple([t.requires_grad for t in given]), state.settings.grad_enabled,
-            state.inference, state.autocast,
-        )  # fmt: skip
+        key = _key(func, args, kwargs, state)
         known = _KNOWN.get(key)
-    except TypeError:  # something among the arguments cannot be hashed
+    except TypeError:
         return _probed(func, args, kwargs, given)
     if known is None:
         known = _KNOWN[key] = _probed(func, args, kwargs, given)
     return known
+
+
+def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: State) -> Any:
+    """What makes two calls alike; raises where something among the arguments is nothing to be remembered by."""
+    floats = getattr(func, "__name__", "") not in _ARITHMETIC
+    named = (tuple(kwargs), _alike(kwargs.values(), floats)) if kwargs else None
+    return func, _alike(args, floats), named, state.settings.grad_enabled, state.inference, state.autocast
+
+
+def _alike(items: Iterable[Any], floats: bool) -> tuple[Any, ...]:
+    found: list[Any] = []
+    for item in items:
+        kind = type(item)
+        if isinstance(item, Tensor):
+            stride = item.stride() if item.layout is torch.strided else ()
+            found += (item.dtype, item.size(), stride, item.device, item.requires_grad)
+        elif kind is float and not floats:
+            found.append(float)
+        elif kind in _PLAIN_ARGUMENTS:
+            found += (kind, item)
+        elif kind is list or kind is tuple:
+            found += (kind, _alike(item, floats))
+        elif kind is slice:
+            found += (kind, _alike((item.start, item.stop, item.step), floats))
+        elif isinstance(item, torch.Generator):
+            found.append(kind)
+        else:
+            raise TypeError(kind)
+    return tuple(found)
+
+
+_ARITHMETIC: Final = frozenset(
+    f"{around}{prefix}{name}{suffix}{around}"
+    for name in ("add", "sub", "mul", "div", "truediv", "true_divide", "subtract", "multiply", "divide")
+    for around, prefix, suffix in (("", "", ""), ("", "", "_"), ("__", "", ""), ("__", "r", ""), ("__", "i", ""))
+)
+"""Functions of which it decides nothing how large a number is that they are given."""
+_PLAIN_ARGUMENTS: Final = frozenset(
+    {int, float, bool, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
+     torch.memory_format, torch.Size}
+)  # fmt: skip
 
 
 def is_torchs(func: Any) -> bool:

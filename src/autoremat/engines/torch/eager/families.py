@@ -59,7 +59,11 @@ class Family:
             self._kinds.move_to_end(sizes)
             return kind
         host = self._host(sizes)
-        return None if host is None or self._pays(sizes, host) else self._guest(sizes, host)
+        if host is None:
+            return None
+        guest = self._guest(sizes, host)
+        guest.pays = self._pays(sizes, host)
+        return guest
 
     def add(self, kind: Kind) -> None:
         """A kind that is to be recorded."""
@@ -67,6 +71,14 @@ class Family:
         guest = self._guests.pop(kind.sizes, None)
         self._strangers += guest is not None and guest.stale
         self._kinds[kind.sizes] = kind
+
+    def newcomer(self, sizes: Sizes) -> Sizes | None:
+        """What tells inputs that no plan serves apart: nothing, unless their sizes decide which calls are made."""
+        return self._known_as(sizes) if self._strangers >= _STRANGERS else None
+
+    def relative(self) -> Kind | None:
+        """The largest kind with a plan."""
+        return max((k for k in self._kinds.values() if k.script), key=lambda k: k.sizes.elements, default=None)
 
     def recorded(self, kind: Kind, foreseen: Callable[[Prepared, Prepared, float, float], Prepared | None]) -> None:
         """A kind has its first plan. If sizes have grown, they may go on growing: have a plan for larger ones."""

@@ -21,6 +21,7 @@ from autoremat.engines.torch.eager.recording import (
     program_of,
     record_backward,
 )
+from autoremat.engines.torch.eager.room import OfFirstStep
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.engines.torch.eager.units import Units
@@ -59,6 +60,28 @@ class Cached:
         return any(storage() is not None for storage in self._storages)
 
 
+def _named(modules: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
+    """Parameters and buffers, as far as they are there, by name."""
+    return [(n, t) for n, _, t in named_tensors(modules) if not torch.nn.parameter.is_lazy(t)]
+
+
+def what_is_there(
+    modules: Sequence[torch.nn.Module], args: Sequence[Any], kwargs: dict[str, Any], parallel: Parallel
+) -> tuple[list[torch.UntypedStorage], int]:  # fmt: skip
+    """The memory that is there before a step; how many bytes, with those of torch.distributed."""
+    tensors = [t for _, t in _named(modules)]
+    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    found = list({s._cdata: s for s in map(storage_of, tensors) if s is not None}.values())
+    return found, sum(s.nbytes() for s in found) + sum(resident_bytes(parallel).values())
+
+
+def missing_gradient_bytes(modules: Sequence[torch.nn.Module]) -> int:
+    """What the gradients take that parameters do not have yet."""
+    own = {id(t): t for _, t in _named(modules) if t.is_leaf and t.requires_grad and t.grad is None}
+    return sum(local_of(t).nbytes for t in own.values())
+
+
 class FirstStep:
     """One call of the callable, noted and recorded.
 
@@ -87,13 +110,11 @@ class FirstStep:
         self._gradients = [(t, t.grad) for t in self._own() if t.is_leaf and t.requires_grad]
         self._versions = self._versions_of_gradients()
         self._units = Units(parallel, self.modules, self._shadow)
-        storages = self._storages()
-        fixed_bytes = sum(s.nbytes() for s in storages) + sum(resident_bytes(parallel).values())
-        self.tape = Tape(First(room(fixed_bytes), self._shadow, storages, is_kept), reports, check)
+        storages, fixed_bytes = what_is_there(self.modules, args, kwargs, parallel)
+        self.tape = Tape(First(OfFirstStep(room(fixed_bytes)), self._shadow, storages, is_kept), reports, check)
 
     def _named(self) -> list[tuple[str, Tensor]]:
-        """Parameters and buffers, as far as they are there, by name."""
-        return [(n, t) for n, _, t in named_tensors(self.modules) if not torch.nn.parameter.is_lazy(t)]
+        return _named(self.modules)
 
     def _own(self) -> list[Tensor]:
         return [t for _, t in self._named()]
@@ -105,14 +126,6 @@ class FirstStep:
 
     def _versions_of_gradients(self) -> list[tuple[int, int] | None]:
         return [None if t.grad is None else (id(t.grad), t.grad._version) for t, _ in self._gradients]
-
-    def _storages(self) -> list[torch.UntypedStorage]:
-        """The memory that is there before the step."""
-        tensors = self._own()
-        tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
-        tensors += [t for t in torch.utils._pytree.tree_leaves((self.args, self.kwargs)) if isinstance(t, Tensor)]
-        storages = map(storage_of, tensors)
-        return list({s._cdata: s for s in storages if s is not None}.values())
 
     def close(self) -> None:
         """The recording is over, and there is no training: a graph that somebody holds keeps nothing else alive."""

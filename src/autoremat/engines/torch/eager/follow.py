@@ -132,7 +132,7 @@ class Follow:
             if is_ready:
                 with _unseen():
                     entry = prepared(
-                        func, args, kwargs, work.values, work.written, call.statistics, random=call.random
+                        func, args, kwargs, work.values, work.written, call.statistics, State.now(), random=call.random
                     )  # fmt: skip
                     if work.ready:
                         tape.check.before(k, given, call.reads, work.written)

@@ -69,11 +69,53 @@ class Sizes:
         return (*self.each, *self.numbers)
 
 
+class Form(NamedTuple):
+    """The form of an input.
+
+    Attributes:
+        args: of the positional arguments.
+        kwargs: names and forms of the others.
+        flags: of every module, whether it trains and is compiled.
+        own: of every parameter and buffer, whether it requires and has a gradient, its dtype and shape.
+        autocast: devices and dtypes.
+        around: what torch.distributed does around the modules.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...]
+    flags: tuple[Any, ...]
+    own: tuple[Any, ...]
+    autocast: tuple[Any, ...]
+    around: Any
+
+
+class TensorForm(NamedTuple):
+    """The form of a tensor among the arguments.
+
+    Attributes:
+        dtype: of its elements.
+        dimensions: in a list how many; else for each one 0, 1, or 2 for anything larger.
+        order: how it lies in memory.
+        device: where that is.
+        requires_grad: whether it does.
+        grad: whether it has a gradient.
+        placements: of a distributed one.
+    """
+
+    dtype: torch.dtype
+    dimensions: Any
+    order: Any
+    device: torch.device
+    requires_grad: bool
+    grad: bool
+    placements: Any
+
+
 def _larger(before: int, now: int, factor: float) -> int:
     return math.ceil(now * factor) if now > before else now
 
 
-def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any, Sizes]:
+def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Form, Sizes]:
     """Form and sizes of an input. O(modules + tensors).
 
     In the form: how arguments are nested, lists of like items like one item; dtypes, devices, dimensions, the order of
@@ -81,7 +123,7 @@ def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any,
     which parameters require and have gradients; autocast.
     """
     sizes = _Found([], [])
-    form = tuple([_form(x, sizes) for x in args]), tuple([(k, _form(x, sizes)) for k, x in kwargs.items()])
+    positional, named = tuple([_form(x, sizes) for x in args]), tuple([(k, _form(x, sizes)) for k, x in kwargs.items()])
     roots = reachable_modules(fn, args, kwargs)
     modules = _all_modules(roots)
     flags = tuple([(m.training, is_compiled(m)) for m in modules])
@@ -90,7 +132,15 @@ def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Any,
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     around = parallel_signature(parallel_of(roots))
     elements = sum(t.numel() for t in _tensors((args, kwargs)))
-    return (form, flags, own, autocast, around), Sizes(tuple(sizes.each), tuple(sizes.numbers), elements)
+    form = Form(positional, named, flags, own, autocast, around)
+    return form, Sizes(tuple(sizes.each), tuple(sizes.numbers), elements)
+
+
+def sizes_of(argument: Any) -> tuple[int, int]:
+    """How many sizes, and how many whole numbers, of an input are those of this argument."""
+    found = _Found([], [])
+    _form(argument, found)
+    return len(found.each), len(found.numbers)
 
 
 def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
@@ -166,7 +216,7 @@ def _form_of_tensor(x: Tensor, sizes: list[int], *, in_list: bool) -> Any:
     # Sizes of 0 and 1 are special: a row is not copied where a matrix would be, and is repeated where it fits nothing.
     special = len(shape) if in_list else tuple([n if n < 2 else 2 for n in shape])
     around = getattr(x, "placements", None)
-    return x.dtype, special, _order(x), x.device, x.requires_grad, grad, around
+    return TensorForm(x.dtype, special, _order(x), x.device, x.requires_grad, grad, around)
 
 
 def _order(x: Tensor) -> Any:

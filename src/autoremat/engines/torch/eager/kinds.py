@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Any, Final
 
 from autoremat.engines.torch.eager.first import Cached
 from autoremat.engines.torch.eager.inputs import Sizes
@@ -167,6 +167,9 @@ class Kind:
         cached: what the first step may have left for the second one to find.
         is_new: the next step is its first one.
         stale: it is to be recorded anew.
+        pays: as a guest it has lost more time than a plan of its own takes.
+        relative: another kind, by whose account its steps are noted; they are not recorded.
+        newcomer: what tells it from other kinds that are not.
         steps: calls under the plan.
     """
 
@@ -177,6 +180,9 @@ class Kind:
     cached: Cached | None = None
     is_new: bool = False
     stale: bool = False
+    pays: bool = False
+    relative: Kind | None = None
+    newcomer: Any = None
     steps: int = 0
 
     @property
@@ -188,6 +194,11 @@ class Kind:
     def script(self) -> Script | None:
         """That carries out the plan; None where there is none."""
         return self.prepared.script
+
+    @property
+    def goes_by_plan(self) -> bool:
+        """Whether its next step does: some stray so much that they do without."""
+        return self.plan is not None and not self.straying.is_habit
 
     @property
     def is_wary(self) -> bool:
@@ -206,7 +217,7 @@ class Kind:
     def has_come(self) -> None:
         """One more step."""
         self.steps, self.cached = self.steps + 1, None
-        if self.plan is not None:
+        if self.plan is not None and self.goes_by_plan:
             self.prepared.used_seconds += self.plan.program.seconds * self.share
 
     @property

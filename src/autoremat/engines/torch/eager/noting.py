@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from torch import Tensor, UntypedStorage, nn
 
 from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in, version_of
-from autoremat.engines.torch.eager.calls import ESCAPES, is_collective, is_out_of_sight, is_pass, name_of, only_looks
+from autoremat.engines.torch.eager.calls import ESCAPES, is_collective, is_out_of_sight, is_pass, looks, name_of
 from autoremat.engines.torch.eager.check import DIFFERS
 from autoremat.engines.torch.eager.composite import Composite, looked_into
 from autoremat.engines.torch.eager.contents import contents_of
@@ -22,7 +22,7 @@ from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.purity import gives_the_same
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.record.compiled import in_compiled_code
-from autoremat.record.local import local_of
+from autoremat.record.local import PLAIN, local_of
 from autoremat.record.values import is_parameter, storage_of
 from autoremat.run.settings import state_of
 
@@ -33,6 +33,7 @@ _UNREPEATABLE: Final = "reads what is not there any more, or makes nothing that 
 _OVERWRITES: Final = "overwrites what the step did not make"
 _REGISTER_HOOK: Final = Tensor.register_hook
 _PASS: Final = CallFacts(once="a pass of its own", leaves=True)
+_NOTHING: Final = contextlib.nullcontext()
 Written = list[tuple[int, int, int]]
 
 
@@ -67,8 +68,7 @@ class Noting:
 
     def heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call and take note of it."""
-        name = name_of(func)
-        if only_looks(func, name) or is_out_of_sight():
+        if looks(func) or is_out_of_sight():
             if func is _REGISTER_HOOK and len(args) > 1 and self._tape.sections is not None:
                 args = args[0], self._tape.sections.hooked(*args[:2]), *args[2:]
             return func(*args, **kwargs)
@@ -78,23 +78,31 @@ class Noting:
         if not self._tape.compiled and in_compiled_code():
             self._tape.met_compiled_code()
         given = tensors_given(args, kwargs)
-        if any(map(nn.parameter.is_lazy, given)):
+        is_plain = PLAIN.issuperset(map(type, given))
+        if not is_plain and any(map(nn.parameter.is_lazy, given)):
             return func(*args, **kwargs)
-        numbers = [self._tape.numbers.of(t) for t in given]
+        number = self._tape.numbers.of
+        numbers = [number(t) for t in given]
         if self._tape.check.is_looking:
             self._tape.look_at(given)
+        versions = self._versions
         for tensor, n in zip(given, numbers, strict=True):
-            if n is not None and self._versions.get(n, -1) not in (-1, version_of(local_of(tensor))):
+            if n in versions and versions[n] != version_of(local_of(tensor)):
                 self._tape.keeping.has_changed(n, tensor)  # where nobody listens: in another thread, in a hook
                 self._tape.check.forget(n)
-                self._versions[n] = version_of(local_of(tensor))
+                versions[n] = version_of(local_of(tensor))
+        name = name_of(func)
         if name in ESCAPES:
             known = [n for n in numbers if n is not None and n >= 0]
             self._tape.keeping.escape(known)
             for n in known:
                 self._tape.check.forget(n)
-        facts = _PASS if is_pass(func, name) else facts_of_call(func, args, kwargs, State.now())
-        return self._noted(func, args, kwargs, given, numbers, facts)
+        state = State.now()
+        if is_pass(func, name):
+            facts = _PASS
+        else:
+            facts = facts_of_call(func, args, kwargs, state, is_plain=is_plain and None not in numbers)
+        return self._noted(func, args, kwargs, given, numbers, facts, state)
 
     def _looked_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         begin = self._tape.n_calls
@@ -105,7 +113,7 @@ class Noting:
 
     def _noted(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor],
-        numbers: Sequence[int | None], facts: CallFacts,
+        numbers: Sequence[int | None], facts: CallFacts, state: State,
     ) -> Any:  # fmt: skip
         tape = self._tape
         for i in (*facts.written, *facts.statistics):
@@ -117,12 +125,12 @@ class Noting:
         if self._funcs is not None and self.differs_at is None:
             self._compare(call, func)
         before = [version_of(t) for t in given]
-        with DRAWING if facts.random else contextlib.nullcontext():
+        with DRAWING if facts.random else _NOTHING:
             unknown = facts.foreign or bool(facts.once)
             drawn = [(g, state_of(g)) for g in generators_of(args, kwargs)] if unknown else []
-            entry = self._prepared(func, args, kwargs, given, numbers, facts)
+            entry = self._prepared(func, args, kwargs, given, numbers, facts, state)
             is_tried = not facts.uninitialised and not facts.foreign
-            if entry is not None and is_tried:
+            if entry is not None and is_tried and tape.check.is_looking:
                 reads = tuple(entry.positions.items())
                 tape.check.before(call, given, reads, facts.written, has_room=self._room.has(3 * facts.nbytes))
             untouched = contents_of(given) if facts.foreign and entry is not None else None
@@ -131,18 +139,21 @@ class Noting:
                 out = tape.hooked(func, args, kwargs)
             finally:
                 self._busy = None
-        if not facts.random and any(state_of(g) != s for g, s in drawn):
+        if drawn and not facts.random and any(state_of(g) != s for g, s in drawn):
             entry = None
         written = {i for i, t in enumerate(given) if version_of(t) != before[i]}.union(facts.written)
-        tape.witness.made(func, args, kwargs, out, range(first, tape.n_packs), call)
-        if entry is not None and any(self._is_kept(*names) for names in tape.witness.names_of(call)):
-            entry = None
-        changes, effects = self._overwritten(given, numbers, sorted(written), facts)
+        if tape.witness.shadow is not None:
+            tape.witness.made(func, args, kwargs, out, range(first, tape.n_packs), call)
+            if entry is not None and any(self._is_kept(*names) for names in tape.witness.names_of(call)):
+                entry = None
+        changes, effects = self._overwritten(given, numbers, sorted(written), facts) if written else ([], [])
         if entry is not None and not set(effects) <= set(facts.statistics):
             entry = None
         made = tensors_in(out)
         results, saved = self._numbered(made, first)
-        for tensor in (*(made[i] for i, _ in results), *(t for _, _, t in self._fresh)):
+        for i, _ in results:
+            self._room.made(made[i])
+        for _, _, tensor in self._fresh:
             self._room.made(tensor)
         if entry is not None:
             entry.take(results, saved, changes)
@@ -161,13 +172,15 @@ class Noting:
         if facts.uninitialised:
             tape.keeping.uninitialised.update(v for _, v in results)
         self._enter(call, entry, facts, effects)
-        self._listed(Call(
-            func, tuple((i, n) for i, n in enumerate(numbers) if n is not None and n >= 0), results, saved,
-            tuple(changes), tuple(effects), facts.statistics, facts.random, facts.uninitialised, facts.leaves,
-            (first, tape.n_packs), n_elements(out),
-        ), given, made)  # fmt: skip
+        self._take_note(func, facts, results, changes, given, made)
+        if self.path is not None:
+            self.path.append(Call(
+                func, tuple((i, n) for i, n in enumerate(numbers) if n is not None and n >= 0), results, saved,
+                tuple(changes), tuple(effects), facts.statistics, facts.random, facts.uninitialised, facts.leaves,
+                (first, tape.n_packs), n_elements(out),
+            ))  # fmt: skip
         self._room.online.noted(call, facts.seconds, facts.nbytes)
-        self._room.online.used([n for n in (*numbers, *(v for _, v in results)) if n is not None and n >= 0])
+        self._room.online.used([n for n in numbers if n is not None and n >= 0] + [v for _, v in results])
         self._room.shrink()
         return out
 
@@ -179,7 +192,7 @@ class Noting:
 
     def _prepared(
         self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], numbers: Sequence[int | None],
-        facts: CallFacts,
+        facts: CallFacts, state: State,
     ) -> Entry | None:  # fmt: skip
         """All that another run needs, if there may be one."""
         keeping, ledger = self._tape.keeping, self._tape.ledger
@@ -196,7 +209,7 @@ class Noting:
             if n is not None and n >= 0 and n not in ledger.held and n not in ledger.maker:
                 ledger.hold(n, local_of(tensor).detach())
         values = {i: n for i, n in enumerate(numbers) if n is not None and n >= 0}
-        return prepared(func, args, kwargs, values, facts.written, facts.statistics, random=facts.random)
+        return prepared(func, args, kwargs, values, facts.written, facts.statistics, state, random=facts.random)
 
     def _overwritten(
         self, given: Sequence[Tensor], numbers: Sequence[int | None], written: Sequence[int], facts: CallFacts
@@ -220,9 +233,10 @@ class Noting:
     def _numbered(self, made: Sequence[Tensor], first: int) -> tuple[tuple[tuple[int, int], ...], ...]:
         """Pairs of position and number of what a call has made: in its result, and saved inside."""
         number = self._tape.numbers.of_new
-        results = tuple((i, n) for i, t in enumerate(made) if (n := number(t)) is not None)
-        saved = tuple((j - first, n) for j, _, t in self._fresh if (n := number(t, j)) is not None)
-        return results, saved
+        results = tuple([(i, n) for i, t in enumerate(made) if (n := number(t)) is not None])
+        if not self._fresh:
+            return results, ()
+        return results, tuple([(j - first, n) for j, _, t in self._fresh if (n := number(t, j)) is not None])
 
     def _enter(self, call: int, entry: Entry | None, facts: CallFacts, effects: Sequence[int]) -> None:
         tape = self._tape
@@ -233,21 +247,23 @@ class Noting:
         tape.ledger.enter(call, entry)
         tape.keeping.enter(call)
 
-    def _listed(self, call: Call, given: Sequence[Tensor], made: Sequence[Tensor]) -> None:
+    def _take_note(
+        self, func: Any, facts: CallFacts, results: tuple[tuple[int, int], ...], changes: Written,
+        given: Sequence[Tensor], made: Sequence[Tensor],
+    ) -> None:  # fmt: skip
         """Take note of what a call has overwritten and made, and hold what autograd has saved of it."""
         tape = self._tape
-        self._versions.update((n, version_of(local_of(made[i]))) for i, n in call.results)
-        self._versions.update((new, version_of(local_of(given[i]))) for i, _, new in call.written)
-        for position, old, new in call.written:
-            tape.overwritten(old, new, given[position])
-        is_full = not call.uninitialised and not is_collective(call.func)
+        for i, n in results:
+            self._versions[n] = version_of(local_of(made[i]))
+        for i, old, new in changes:
+            self._versions[new] = version_of(local_of(given[i]))
+            tape.overwritten(old, new, given[i])
+        is_full = not facts.uninitialised and not is_collective(func)
         if tape.check.is_looking and is_full and tape.n_calls - 1 not in tape.ledger.entries:
-            tape.check.noted(tape.n_calls - 1, call.results, made)
+            tape.check.noted(tape.n_calls - 1, results, made)
         for _, handle, tensor in self._fresh:
             self._hold(handle, tensor)
         self._fresh.clear()
-        if self.path is not None:
-            self.path.append(call)
 
     # ---- saved tensors -------------------------------------------------------------------------------------------
 

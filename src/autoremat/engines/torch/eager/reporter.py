@@ -67,6 +67,25 @@ class Reporter:
         self.warn(f"the step could not be recorded ({reason}); it runs without checkpointing")
         self.counts.unplanned += 1
 
+    def checkpoints_itself(self, where: str) -> None:
+        """Say where the model's own checkpointing is switched on, if it is."""
+        if where:
+            self.warn(
+                f"the model's own checkpointing is switched on (in {where}): what it wraps is computed again as "
+                "a whole, whatever the budget, and only the rest is planned. Switch it off to let the budget decide: "
+                "activation_checkpointing_disable() or gradient_checkpointing_disable() in transformers, "
+                "disable_gradient_checkpointing() in diffusers, set_grad_checkpointing(False) in timm"
+            )
+
+    def new_kinds(self, name: str, how: str) -> None:
+        """Say which argument it is that makes new kinds of input all the time."""
+        self.warn(
+            f"new kinds of input keep coming: {name} is another one again and again ({how}). To record each of them "
+            "would take longer than to train: from now on steps of new kinds run under the online policy, within the "
+            "budget, until a kind has come back often enough to pay for a plan; known kinds keep theirs. Hand over "
+            "what does not change which operators run inside an object, or have fewer kinds"
+        )
+
     def keeps(self, program: Program, call: int, reason: str) -> None:
         """Say that what a call makes is kept from now on, and why."""
         op = [op for op in program.ops if op.call == call][-1]

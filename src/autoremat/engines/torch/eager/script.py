@@ -5,8 +5,9 @@ Pure data but for the functions that are called.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from autoremat.engines.torch.eager.composite import Composite
@@ -130,3 +131,19 @@ class Script:
     packed: tuple[int | None, ...] = ()
     costs: tuple[tuple[float, int], ...] = ()
     composites: dict[int, Composite] = field(default_factory=dict)
+
+
+def elsewhere(script: Script, room_bytes: float, gradient_bytes: int) -> Script:
+    """The account of a step of other calls: what it takes beside its values is about what a step of these takes.
+
+    Args:
+        script: of these.
+        room_bytes: that there are beside what is always there.
+        gradient_bytes: of parameters that have no gradient yet.
+    """
+    beside = zip(script.beside_bytes, script.gradient_bytes, strict=False)
+    made = tuple([nbytes - script.fixed_bytes - gradients + gradient_bytes for nbytes, gradients in beside])
+    return replace(
+        script, fixed_bytes=0, saved_bytes=(0,), beside_bytes=made, gradient_bytes=(gradient_bytes,) * len(made),
+        budget_bytes=None if script.budget_bytes is None or room_bytes == math.inf else int(room_bytes),
+    )  # fmt: skip

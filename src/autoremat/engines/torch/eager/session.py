@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.aside import is_heard, is_traced, obstacle, own_checkpointing, tell_compiled
+from autoremat.engines.torch.eager.changing import what_changes
 from autoremat.engines.torch.eager.families import Family
 from autoremat.engines.torch.eager.here import Here
-from autoremat.engines.torch.eager.inputs import Sizes, input_of
+from autoremat.engines.torch.eager.inputs import Form, Sizes, input_of
 from autoremat.engines.torch.eager.kinds import Kind, Prepared, Straying
+from autoremat.engines.torch.eager.newcomers import Newcomers
 from autoremat.engines.torch.eager.peaks import Peaks
 from autoremat.engines.torch.eager.planning import Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.steps import Steps
 from autoremat.plan import clock
-from autoremat.program import Plan
 from autoremat.record.devices import check_devices
 from autoremat.record.local import local_of
 from autoremat.record.parallel import check_supported, parallel_of
@@ -45,7 +46,9 @@ class Session:
         self.fn, self.planner, self.measure = fn, planner, measure
         self._families: OrderedDict[Any, Family] = OrderedDict()
         self._lock, self._here = threading.RLock(), Here()
-        self._last: Plan | None = None
+        self._newcomers = Newcomers()
+        self._last: Kind | None = None
+        """The kind whose plan was used last."""
         self._reporter = Reporter()
         self._peaks = Peaks(fn, self._reporter, asked=measure)
         self._planning = Planning(planner, self._reporter)
@@ -85,10 +88,16 @@ class Session:
             result = self._steps.first(kind, args, kwargs, is_first=self._last is None)
             kind.prepared.cost_seconds = clock.now() - begin
             with self._lock:
-                family = next((f for f in self._families.values() if kind in f), None)
-                if family is not None:
+                form, family = next(((f, k) for f, k in self._families.items() if kind in k), (None, None))
+                if form is not None and family is not None:
                     family.recorded(kind, self._planning.foreseen)
-            self._last = kind.plan or self._last
+                    self._newcomers.has_recorded(form, kind.sizes, kind.prepared.cost_seconds)
+            self._last = self._last if kind.plan is None else kind
+            return result
+        if kind is not None and kind.relative is not None:
+            begin = clock.now()
+            result = self._steps.noted(kind, args, kwargs)
+            self._newcomers.has_noted(kind.newcomer, clock.now() - begin)
             return result
         if kind is None or kind.script is None:
             return self._steps.plain(kind, args, kwargs)
@@ -97,23 +106,53 @@ class Session:
     def _kind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Kind:
         with self._lock:
             form, sizes = input_of(self.fn, args, kwargs)
-            family = self._families.setdefault(form, Family())
-            self._families.move_to_end(form)
-            kind = family.find(sizes)
-            if kind is None or kind.stale:
-                kind = self._new(args, kwargs, kind, sizes)
-                family.add(kind)
-                self._forget()
-            elif kind.cached is not None and not kind.prepared.differing and kind.cached.outlive():
+            family = self._families.get(form)
+            if family is not None:
+                self._families.move_to_end(form)
+            kind = None if family is None else family.find(sizes)
+            if kind is None or kind.stale or kind.pays:
+                return self._of_no_plan(args, kwargs, form, sizes, kind)
+            if kind.cached is not None and not kind.prepared.differing and kind.cached.outlive():
                 kind.is_new = True  # the second step will make other calls than the first one
-            elif kind.plan is not None and self._planning.is_due(kind.prepared, self._here.living):
+            elif kind.goes_by_plan and self._planning.is_due(kind.prepared, self._here.living):
                 self._planning.better(kind.prepared, self._here.living)
                 kind.steps = 0
             elif kind.plan is not None:
                 self._reporter.counts.hits += 1
+                self._newcomers.has_followed()
             kind.has_come()
-            self._last = kind.plan or self._last
+            self._last = self._last if kind.plan is None else kind
             return kind
+
+    def _of_no_plan(
+        self, args: Sequence[Any], kwargs: dict[str, Any], form: Form, sizes: Sizes, before: Kind | None
+    ) -> Kind:
+        """The kind of an input for which there is no plan, or a plan that is none for it: to be recorded, or not.
+
+        ``before``: what it was taken for up to now.
+        """
+        family = self._families.get(form, Family())
+        newcomer = form, family.newcomer(sizes)
+        relative = before if before is not None and before.script is not None else family.relative() or self._last
+        is_paid = relative is None or (before is not None and before.pays)
+        kind = self._new(args, kwargs, before, sizes)
+        if is_paid or not kind.is_new or self._newcomers.may_record(newcomer):
+            self._reporter.checkpoints_itself(own_checkpointing(self.fn, args, kwargs))
+            family.add(kind)
+            self._families[form] = family
+            self._forget()
+            kind.has_come()
+        else:
+            kind.is_new, kind.relative, kind.newcomer = False, relative, newcomer
+            self._tell_new_ones(args, kwargs, form, sizes)
+        return kind
+
+    def _tell_new_ones(self, args: Sequence[Any], kwargs: dict[str, Any], form: Form, sizes: Sizes) -> None:
+        """Say which argument it is that makes new kinds all the time; rarely, for it takes a moment to find that."""
+        if self._newcomers.denied & (self._newcomers.denied - 1):
+            return
+        name, how = what_changes(self.fn, args, kwargs, [*self._newcomers.recorded, (form, sizes)])
+        self._reporter.new_kinds(name, how)
 
     def _forget(self) -> None:
         """Forget the plans that were used least recently, so that there are not too many."""
@@ -127,15 +166,8 @@ class Session:
         """A kind of input that has never been met, or is to be recorded anew."""
         modules = reachable_modules(self.fn, args, kwargs)
         check_devices(modules, args, kwargs)
-        straying = Straying() if before is None else before.straying
+        straying = Straying() if before is None or before.pays else before.straying
         kind = Kind(Prepared(parallel=parallel_of(modules)), sizes, straying=straying.recorded_anew())
-        if switched_on := own_checkpointing(self.fn, args, kwargs):
-            self._reporter.warn(
-                f"the model's own checkpointing is switched on (in {switched_on}): what it wraps is computed again as "
-                "a whole, whatever the budget, and only the rest is planned. Switch it off to let the budget decide: "
-                "activation_checkpointing_disable() or gradient_checkpointing_disable() in transformers, "
-                "disable_gradient_checkpointing() in diffusers, set_grad_checkpointing(False) in timm"
-            )
         try:
             check_supported(kind.prepared.parallel, modules)
             kind.is_new = True
@@ -151,8 +183,8 @@ class Session:
         """What has happened so far."""
         self._peaks.end()
         kinds = [k for family in self._families.values() for k in family.kinds()]
-        measured = next((k.prepared.measured_bytes for k in kinds if k.plan is self._last), None)
-        return self._reporter.stats(self._last, measured, len(kinds))
+        plan, measured = (None, None) if self._last is None else (self._last.plan, self._last.prepared.measured_bytes)
+        return self._reporter.stats(plan, measured, len(kinds))
 
 
 def _bytes_by_address(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, int]:

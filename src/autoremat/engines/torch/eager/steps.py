@@ -9,12 +9,14 @@ from typing import Any, Final
 from torch import Tensor
 
 from autoremat.engines.torch.eager.check import SelfCheck
-from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
+from autoremat.engines.torch.eager.first import FirstStep, NotRecorded, missing_gradient_bytes, what_is_there
 from autoremat.engines.torch.eager.here import Here
 from autoremat.engines.torch.eager.kinds import Kind
 from autoremat.engines.torch.eager.planning import WELL_SECONDS, Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
-from autoremat.engines.torch.eager.tape import Reports, Tape
+from autoremat.engines.torch.eager.room import OfScript
+from autoremat.engines.torch.eager.script import elsewhere
+from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.program import InfeasibleBudget, Program
 from autoremat.record.parallel import Parallel, hidden
 from autoremat.record.problems import NothingDifferentiable
@@ -60,12 +62,8 @@ class Steps:
             with hidden(parallel):
                 result = step.forward()
         except BaseException as error:
-            if isinstance(error, RuntimeError) and _NO_HOOKS in str(error):
+            if self._refuses_hooks(error):
                 before.restore()
-                self._reporter.refuse(
-                    "the forward differentiates with torch.func, which refuses the saved-tensor hooks of autoremat "
-                    "(what it had done up to there has been done twice)"
-                )
                 return self._fn(*args, **kwargs)
             kind.is_new = True  # this error is why it could not be recorded; the next call may be a good one
             raise
@@ -76,6 +74,41 @@ class Steps:
             )
             return result
         self._plan(kind, step, result, is_first)
+        return result
+
+    def _refuses_hooks(self, error: BaseException) -> bool:
+        """Whether the forward cannot be noted; says so."""
+        if not isinstance(error, RuntimeError) or _NO_HOOKS not in str(error):
+            return False
+        self._reporter.refuse(
+            "the forward differentiates with torch.func, which refuses the saved-tensor hooks of autoremat "
+            "(what it had done up to there has been done twice)"
+        )
+        return True
+
+    def noted(self, kind: Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """A step that is not recorded: under the online policy from its first call on."""
+        relative, parallel, modules = kind.relative, kind.prepared.parallel, reachable_modules(self._fn, args, kwargs)
+        assert relative is not None
+        assert relative.script is not None
+        storages, fixed_bytes = what_is_there(modules, args, kwargs, parallel)
+        script = elsewhere(relative.script, self._room(fixed_bytes)(0), missing_gradient_bytes(modules))
+        growth = max(relative.straying.growth, relative.share * kind.sizes.share_of(relative.sizes))
+        tape = Tape(
+            First(OfScript(script, growth=growth), None, storages, self._planner.is_kept),
+            Reports(rerun=self._reporter.rerun),
+        )  # fmt: skip
+        self._reporter.counts.deviations += 1
+        before = RandomStates.now()
+        try:
+            with hidden(parallel), tape.forward():
+                result = self._fn(*args, **kwargs)
+        except RuntimeError as error:
+            if not self._refuses_hooks(error):
+                raise
+            before.restore()
+            return self._fn(*args, **kwargs)
+        self._waits(kind, tape)
         return result
 
     def _plan(self, kind: Kind, step: FirstStep, result: Any, is_first: bool) -> None:

@@ -53,16 +53,16 @@ class Reports:
 
 @dataclass(frozen=True)
 class First:
-    """What a first step has that no other one has.
+    """What a step has that goes by no plan: a first one, or one that is not recorded.
 
     Attributes:
-        room: bytes that may be taken beside what is there for good, given what plain training would take.
+        allowance: what the budget leaves for what it makes.
         shadow: where every call is made once more, on fake tensors; None where nobody records.
         storages: the memory that is there before the step.
         is_kept: whether the user wants what an operator of this module and name makes kept.
     """
 
-    room: Callable[[int], float]
+    allowance: OfFirstStep | OfScript
     shadow: Shadow | None = None
     storages: Collection[torch.UntypedStorage] = ()
     is_kept: Callable[[str, str], bool] = lambda module, name: False
@@ -107,9 +107,9 @@ class Tape:
         self.policy: Follow | Noting
         if self.script is None:
             assert first is not None
-            self.allowance = OfFirstStep(first.room)
-            self.backward.room = Room(self.allowance, self.ledger, self.passes, self.keeping.may_go)
-            self.policy = Noting(self, [], first.is_kept)
+            self.allowance = first.allowance if isinstance(first.allowance, OfFirstStep) else None
+            self.backward.room = Room(first.allowance, self.ledger, self.passes, self.keeping.may_go)
+            self.policy = Noting(self, None if self.allowance is None else [], first.is_kept)
         else:
             spare = Spare(self.ledger, self.numbers, self.passes, self.backward) if wary else None
             self.policy, self.ledger.where = Follow(self, self.script, spare), self.script.where

@@ -43,7 +43,10 @@ class Numbers(ValueMap):
         storage = storage_of(local_of(tensor))
         if storage is None:
             return None
-        known, recorded = self.known(storage), self._witness.number(tensor)
+        known = self._known.get(storage._cdata)
+        if self._witness.shadow is None:
+            return self.bind_outside(storage) if known is None else known
+        recorded = self._witness.number(tensor)
         if known is None and recorded is not None:
             self.rebind(storage, recorded)
             return recorded
