@@ -170,6 +170,7 @@ def plan(
     recompute: Patterns = (),
     timing: str = "auto",
     time_limit_seconds: float = 10.0,
+    accumulate: bool = False,
     **kwargs: Any,
 ) -> Plan:
     """Plan a training step without running it, in the account of ``checkpoint``: what one accepts, the other does.
@@ -192,6 +193,8 @@ def plan(
             bytes alone, the same on every machine; kernel scratch is not counted then, and ``checkpoint`` may need
             more.
         time_limit_seconds: the longest that planning may take, recording excluded.
+        accumulate: the step finds gradients of all parameters that its backward reaches, and adds to them: what
+            gradient accumulation takes from the second micro-step on. A plan of it serves the first one, too.
         **kwargs: keyword arguments of ``fn``.
 
     Raises:
@@ -207,7 +210,7 @@ def plan(
     """
     _check_budget(budget)
     with progress_bar() as progress:
-        program = record_step(fn, args, kwargs, optimizer, timing, progress)
+        program = record_step(fn, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
         return solve(
             program, in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
@@ -223,6 +226,7 @@ def explain(
     recompute: Patterns = (),
     timing: str = "auto",
     time_limit_seconds: float = 10.0,
+    accumulate: bool = False,
     **kwargs: Any,
 ) -> Explanation:
     """Where the peak of a training step stands and what fills it, before anything is run.
@@ -239,6 +243,7 @@ def explain(
         recompute: as for ``plan``; together with a budget.
         timing: as for ``plan``; of a callable only.
         time_limit_seconds: the longest that planning may take, recording excluded.
+        accumulate: as for ``plan``; of a callable only.
         **kwargs: keyword arguments of the callable.
 
     Returns:
@@ -260,13 +265,13 @@ def explain(
     if budget is None and (keep or recompute):
         raise TypeError("keep= and recompute= are wishes for a plan: give a budget with them")
     if isinstance(step, Plan):
-        if args or kwargs or optimizer is not None or budget is not None:
+        if args or kwargs or optimizer is not None or accumulate or budget is not None:
             raise TypeError("a plan stands for itself: its program and its budget are in it")
         return explanation_of(step.program, step)
     if budget is not None:
         _check_budget(budget)
     with progress_bar() as progress:
-        program = _program_of(step, args, kwargs, optimizer, timing, progress)
+        program = _program_of(step, args, kwargs, optimizer, timing, progress, accumulate)
         if budget is None:
             return explanation_of(program)
         plan = solve(
@@ -285,6 +290,7 @@ def frontier(
     recompute: Patterns = (),
     timing: str = "auto",
     time_limit_seconds: float = 60.0,
+    accumulate: bool = False,
     **kwargs: Any,
 ) -> Frontier:
     """Overhead against peak over the whole range of budgets: what memory costs in time, before anything is run.
@@ -299,6 +305,7 @@ def frontier(
         recompute: as for ``plan``.
         timing: as for ``plan``; of a callable only.
         time_limit_seconds: the longest that planning may take, all budgets together, recording excluded.
+        accumulate: as for ``plan``; of a callable only.
         **kwargs: keyword arguments of the callable.
 
     Returns:
@@ -317,7 +324,7 @@ def frontier(
         True
     """
     with progress_bar() as progress:
-        program = _program_of(program_or_fn, args, kwargs, optimizer, timing, progress)
+        program = _program_of(program_or_fn, args, kwargs, optimizer, timing, progress, accumulate)
         return frontier_of(
             program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
             progress=progress,
@@ -326,19 +333,21 @@ def frontier(
 
 def _program_of(
     step: Program | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
-    progress: Progress | None,
+    progress: Progress | None, accumulate: bool,
 ) -> Program:  # fmt: skip
     """The program itself, or that of the callable."""
     if not isinstance(step, Program):
-        return record_step(step, args, kwargs, optimizer, timing, progress)
-    if args or kwargs or optimizer is not None:
-        raise TypeError("a program stands for itself: arguments and optimizer are for a module or a callable")
+        return record_step(step, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
+    if args or kwargs or optimizer is not None or accumulate:
+        raise TypeError(
+            "a program stands for itself: arguments, optimizer and accumulate are for a module or a callable"
+        )
     return step
 
 
 def record_step(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
-    progress: Progress | None = None, device: str | None = None, name: str = "",
+    progress: Progress | None = None, device: str | None = None, name: str = "", *, accumulate: bool = False,
 ) -> Program:  # fmt: skip
     """The program of a step that is not going to be run."""
     if timing not in TIMINGS:
@@ -348,7 +357,7 @@ def record_step(
     state, scratch = optimizer_bytes(optimizer)
     return record_calls(
         plain, args, kwargs, optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, timing=timing, device=device,
-        progress=progress, name=name,
+        progress=progress, name=name, accumulate=accumulate,
     )  # fmt: skip
 
 

@@ -259,6 +259,9 @@ _recording = _together(
         help="Where seconds and kernel scratch come from: what was measured before and, of the rest, each operator "
         "alone, if there is room (auto, the default) or in any case (measure); FLOPs and bytes alone (estimate).",
     ),
+    click.option(
+        "--accumulate", is_flag=True, help="A step of gradient accumulation: it finds gradients, and adds to them."
+    ),
 )  # fmt: skip
 _json = click.option(
     "--json", "json_path", type=_Target(dash=True), metavar="FILE",
@@ -286,7 +289,9 @@ _planning = _together(_solver, _wishes, _time_limit(10.0), _json, _plot, _html)
 # --- What commands work on --------------------------------------------------------------------------------------------
 
 
-def _recorded(target: str, device: str | None, optimizer: int | None, timing: str | None) -> Program:
+def _recorded(
+    target: str, device: str | None, optimizer: int | None, timing: str | None, accumulate: bool
+) -> Program:  # fmt: skip
     """The program of the step that the command line names."""
     if target.endswith(".json"):
         raise NoSuchStep(f"{target} is a file, not a model; to plan the program in it: autoremat solve {target}")
@@ -296,15 +301,22 @@ def _recorded(target: str, device: str | None, optimizer: int | None, timing: st
 
     with progress_bar() as progress:
         name = Path(target).stem if target.endswith(".py") else target.rpartition(":")[2]
-        return record_step(step.fn, step.args, step.kwargs, optimizer, timing or "auto", progress, device, name)
+        return record_step(
+            step.fn, step.args, step.kwargs, optimizer, timing or "auto", progress, device, name,
+            accumulate=accumulate,
+        )  # fmt: skip
 
 
-def _read_or_recorded(target: str, device: str | None, optimizer: int | None, timing: str | None) -> Program | Plan:
+def _read_or_recorded(
+    target: str, device: str | None, optimizer: int | None, timing: str | None, accumulate: bool
+) -> Program | Plan:  # fmt: skip
     """The program or plan in a file, or the program of a step."""
     if not target.endswith(".json"):
-        return _recorded(target, device, optimizer, timing)
-    if device or optimizer or timing:
-        raise click.UsageError("--device, --optimizer and --timing are for models; a file has its bytes and seconds.")
+        return _recorded(target, device, optimizer, timing, accumulate)
+    if device or optimizer or timing or accumulate:
+        raise click.UsageError(
+            "--device, --optimizer, --timing and --accumulate are for models; a file has its bytes and seconds."
+        )
     if not Path(target).is_file():
         raise NoSuchStep(f"there is no file {target}")
     from autoremat.program.json_format import PLAN_FORMAT, PROGRAM_FORMAT, read_json
@@ -430,6 +442,7 @@ def main(debug: bool) -> None:
         "autoremat plan my_package.train:step --budget 10GiB --optimizer 2.4GB",
         "autoremat plan examples/models.py:gpt --budget 3GB --keep 'head*' --json plan.json",
         "autoremat plan examples/models.py:gpt --budget 50% --html out.html",
+        "autoremat plan examples/models.py:gpt --budget 50% --accumulate",
     )
 )
 @_model
@@ -437,9 +450,9 @@ def main(debug: bool) -> None:
 @_recording
 @_planning
 def plan(
-    model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None, solver: str,
-    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None,
-    plot_path: Path | None, html_path: Path | None,
+    model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None,
+    accumulate: bool, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float,
+    json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan a training step of MODEL within a budget; nothing of its size is allocated.
 
@@ -448,7 +461,7 @@ def plan(
     meta device cost no memory.
     """
     _require_for(json_path, plot_path, html_path)
-    program = _recorded(model, device, optimizer, timing)
+    program = _recorded(model, device, optimizer, timing, accumulate)
     from autoremat.api import in_bytes
 
     budget = in_bytes(budget, program.fixed_bytes)
@@ -470,7 +483,8 @@ def plan(
 @_json
 def explain(
     model: str, budget: int | float | str | None, device: str | None, optimizer: int | None, timing: str | None,
-    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None,
+    accumulate: bool, keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float,
+    json_path: Path | str | None,
 ) -> None:  # fmt: skip
     """Print where the peak of a training step stands, what fills it, and why.
 
@@ -478,7 +492,7 @@ def explain(
     """
     if budget is None and (keep or recompute):
         raise click.UsageError("--keep and --recompute are wishes for a plan: give a --budget with them.")
-    step = _read_or_recorded(model, device, optimizer, timing)
+    step = _read_or_recorded(model, device, optimizer, timing, accumulate)
     if budget is not None and isinstance(step, Plan):
         raise click.UsageError(f"{model} is a plan, which has its budget; leave --budget out.")
     from autoremat.api import explain as make_explanation
@@ -505,16 +519,16 @@ def explain(
     "--beside", type=click.Choice(SOLVERS), multiple=True, metavar="SOLVER", help="Solvers to mark in the picture."
 )
 def frontier(
-    model: str, points: int, device: str | None, optimizer: int | None, timing: str | None, keep: tuple[str, ...],
-    recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None, plot_path: Path | None,
-    beside: tuple[str, ...],
+    model: str, points: int, device: str | None, optimizer: int | None, timing: str | None, accumulate: bool,
+    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None,
+    plot_path: Path | None, beside: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Print overhead against peak, from the floor to the plain peak.
 
     MODEL is as for `autoremat plan`, or a file: a program as JSON.
     """
     _require_for(json_path, plot_path, None)
-    step = _read_or_recorded(model, device, optimizer, timing)
+    step = _read_or_recorded(model, device, optimizer, timing, accumulate)
     from autoremat.plan import frontier as make_frontier
     from autoremat.show.progress import progress_bar
 

@@ -70,6 +70,7 @@ def max_batch(
     keep: Patterns = (),
     recompute: Patterns = (),
     time_limit_seconds: float = 5.0,
+    accumulate: bool = False,
 ) -> MaxBatch:
     """The largest ``n`` for which the step ``fn(*make_inputs(n))`` has a plan within the budget.
 
@@ -89,6 +90,7 @@ def max_batch(
         keep: as for ``autoremat.plan``.
         recompute: as for ``autoremat.plan``.
         time_limit_seconds: the longest that planning one size may take, recording excluded.
+        accumulate: as for ``autoremat.plan``.
 
     Raises:
         InfeasibleBudget: not even ``n = 1`` fits.
@@ -108,7 +110,7 @@ def max_batch(
 
         def fits(n: int) -> bool:
             report = None if progress is None else lambda what, share: progress(f"n = {n}, {what}", share)
-            program = _recorded(fn, make_inputs, n, optimizer)
+            program = _recorded(fn, make_inputs, n, optimizer, accumulate)
             try:
                 results[n] = solve(
                     program, budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
@@ -176,11 +178,13 @@ def _check(budget: int | str, overhead: float, start: int, most: int) -> None:
         raise ValueError(f"start must be at least 1 and at most most={most}; got {start}")
 
 
-def _recorded(fn: Callable[..., Any], make_inputs: Callable[[int], Any], n: int, optimizer: Any) -> Program:
+def _recorded(
+    fn: Callable[..., Any], make_inputs: Callable[[int], Any], n: int, optimizer: Any, accumulate: bool
+) -> Program:  # fmt: skip
     """The step of size ``n``."""
     args, kwargs = _fake_inputs(make_inputs, n)
     try:
-        return record_step(fn, args, kwargs, optimizer, "estimate")
+        return record_step(fn, args, kwargs, optimizer, "estimate", accumulate=accumulate)
     except (UnusableInput, RecordingDied):
         raise
     except Exception as error:

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 
 from autoremat.record.collectives import run_alone
 from autoremat.record.facts import OpFacts, facts_of, tensors_in
+from autoremat.record.gradients import ACCUMULATE, label_of
 from autoremat.record.history import is_leaf
 from autoremat.record.local import PackedLocal, description_of, is_apart, is_taken_apart, local_of
 from autoremat.record.numbers import has_number
@@ -119,7 +120,14 @@ class Recorder(TorchDispatchMode):
         finally:
             self._paused = before
 
-    def call_gradient(self, tensor: Tensor, label: str, module: str) -> None:
+    def accumulates(self, gradient: Tensor) -> None:
+        """Note that the backward has a gradient for a leaf now: it takes it, copies it, or adds it to one."""
+        storage = storage_of(local_of(gradient))
+        number = None if storage is None else self.map.number(storage)
+        if number in self.values:
+            self._append(RecordedOp(ACCUMULATE, [number], (), (), True, None))
+
+    def call_gradient(self, tensor: Tensor, name: str, module: str) -> None:
         """Note that this tensor is the gradient of a leaf: of a parameter by name, of another one without."""
         storage = storage_of(local_of(tensor))
         if storage is None:
@@ -128,8 +136,8 @@ class Recorder(TorchDispatchMode):
         if value is None:  # it was there before, or came up unseen
             return
         value.kind = "gradient"
-        if label:
-            value.label, value.module = f"{label} {value.text}", module
+        if name:
+            value.label, value.module = label_of(name, value.text), module
 
     def leave_gradients(self, gradients: Sequence[Tensor]) -> None:
         """Note that these gradients leave their memory as soon as they are complete."""

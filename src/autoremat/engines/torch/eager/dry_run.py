@@ -31,6 +31,7 @@ from autoremat.record.compiled import CompiledCode, eagerly
 from autoremat.record.devices import check_devices, check_target, is_unreal, refuse_shared_memory
 from autoremat.record.facts import facts_of, tensors_in
 from autoremat.record.fakes import fake_world
+from autoremat.record.gradients import gradients_left, gradients_there, with_gradients
 from autoremat.record.history import is_leaf
 from autoremat.record.living import Living, let_go_of_frames, let_go_of_lines
 from autoremat.record.local import is_taken_apart, local_of, prepare_jagged
@@ -59,6 +60,7 @@ def record(
     fn: Callable[..., Any], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *,
     optimizer_state_bytes: int = 0, optimizer_scratch_bytes: int = 0, timing: str = "measure",
     device: torch.device | str | None = None, progress: Progress | None = None, name: str = "",
+    accumulate: bool = False,
 ) -> Program:  # fmt: skip
     """Record forward and backward of ``fn(*args, **kwargs)``.
 
@@ -83,6 +85,7 @@ def record(
         device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
         progress: called with a label and a fraction.
         name: name of the program.
+        accumulate: the step finds gradients of all parameters that its backward reaches, and adds to them.
 
     Returns:
         The program. Its backward starts from the ``loss`` if the result has one, from the only scalar that requires
@@ -96,6 +99,7 @@ def record(
         Scripted: a ScriptModule would have to be recorded in this process.
         UnusableInput: parameters and inputs are on several devices; ``device`` is not one of this machine's.
         RecordingDied: the child that recorded has died.
+        NotSupported: ``accumulate`` under DistributedDataParallel or ``fully_shard``.
     """
     kwargs = dict(kwargs or {})
     if device is not None:
@@ -105,13 +109,23 @@ def record(
     prepare_jagged()
     parallel = parallel_of(modules)
     check_supported(parallel, modules)
+    if accumulate and parallel:
+        raise NotSupported(
+            "accumulate= under DistributedDataParallel or fully_shard: where their buckets and shards keep gradients "
+            "between steps is not known beforehand; autoremat.checkpoint plans for them when they are there"
+        )
     has_numbers = not is_unreal(modules, args, kwargs)
     recorded, recording = _recorded(Step(fn, modules, args, kwargs, parallel, device, progress), has_numbers)
     whole = Whole(
         name or getattr(fn, "__name__", type(fn).__name__), recorded, optimizer_state_bytes, optimizer_scratch_bytes,
         resident_bytes(parallel), timing, has_numbers, None, progress,
     )  # fmt: skip
-    return whole.program(recording)
+    program = whole.program(recording)
+    if parallel:
+        return program
+    left = gradients_left(program)
+    there = gradients_there(modules, left)
+    return with_gradients(program, left | there if accumulate else there)
 
 
 def _recorded(step: Step, has_numbers: bool) -> tuple[str, Recording]:

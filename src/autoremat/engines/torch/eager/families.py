@@ -65,6 +65,14 @@ class Family:
         guest.pays = self._pays(sizes, host)
         return guest
 
+    def relative(self, sizes: Sizes) -> Kind | None:
+        """The kind whose plan would serve these sizes if it knew of the gradients that are there."""
+        if self._strangers >= _STRANGERS or self._host(self._known_as(sizes)) is not None:
+            return None
+        sizes = self._known_as(sizes)
+        found = [k for k in self._kinds.values() if k.serves_but_for_gradients(sizes)]
+        return min(found, key=lambda k: k.sizes.elements, default=None)
+
     def add(self, kind: Kind) -> None:
         """A kind that is to be recorded."""
         kind.sizes = self._known_as(kind.sizes)
@@ -76,7 +84,7 @@ class Family:
         """What tells inputs that no plan serves apart: nothing, unless their sizes decide which calls are made."""
         return self._known_as(sizes) if self._strangers >= _STRANGERS else None
 
-    def relative(self) -> Kind | None:
+    def largest(self) -> Kind | None:
         """The largest kind with a plan."""
         return max((k for k in self._kinds.values() if k.script), key=lambda k: k.sizes.elements, default=None)
 
@@ -119,7 +127,7 @@ class Family:
         if self._strangers >= _STRANGERS:
             return None
         found = [k for k in self._kinds.values() if k.serves(sizes)]
-        return min(found, key=lambda k: k.sizes.elements, default=None)
+        return min(found, key=lambda k: (k.sizes.elements, sum(k.prepared.found)), default=None)
 
     def _guest(self, sizes: Sizes, host: Kind) -> Kind:
         guest = self._guests.setdefault(sizes, Kind(sizes=sizes))

@@ -26,6 +26,7 @@ from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.engines.torch.eager.units import Units
 from autoremat.program import Program
+from autoremat.record.gradients import gradients_left, gradients_there
 from autoremat.record.local import local_of, prepare_jagged
 from autoremat.record.module_paths import ModulePaths
 from autoremat.record.parallel import Parallel, resident_bytes
@@ -145,7 +146,7 @@ class FirstStep:
         """
         prepare_jagged()
         try:
-            know_the_world(self._shadow, self.modules, self.args, self.kwargs)
+            know_the_world(self._shadow, self.modules, self.args, self.kwargs, with_gradients=bool(self.parallel))
             self._units.know()
         except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot stand for
             self.tape.witness.give_up(error)
@@ -189,7 +190,9 @@ class FirstStep:
                     raise self._failures[0]
                 whole = self._units.whole()
                 moving = [*self._moving(), *(t for _, t in whole)]
-                record_backward(self._shadow, result, [*self._named(), *whole], moving)
+                record_backward(
+                    self._shadow, result, [*self._named(), *whole], moving, with_gradients=bool(self.parallel)
+                )
                 self._units.forbid()
             except NothingDifferentiable:
                 refuse_training(has_trained)
@@ -198,6 +201,10 @@ class FirstStep:
                 if "backward through the graph a second time" in str(error):
                     refuse_training(has_trained, error)
                 raise NotRecorded(f"{type(error).__name__}: {error}") from error
+
+    def gradients(self, program: Program) -> dict[str, int]:
+        """Bytes of the gradients that the step has found, by name of the parameter, as far as its program has none."""
+        return {} if self.parallel else gradients_there(self.modules, gradients_left(program))
 
     def program(
         self, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int, progress: Progress | None,
@@ -208,6 +215,7 @@ class FirstStep:
         assert room is not None
         room.make(largest_op_bytes(self._shadow))
         there = room.online.meter.nbytes
+        there += 0 if self.parallel else sum(gradients_there(self.modules).values())
         return program_of(
             self._shadow, self.tape.path, getattr(self.fn, "__name__", type(self.fn).__name__),
             optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,

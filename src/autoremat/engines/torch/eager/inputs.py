@@ -10,9 +10,10 @@ another path, and where they decide how large something is, that it has grown.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import zip_longest
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from autoremat.record.history import is_leaf
 from autoremat.record.local import Jagged, is_jagged, local_of
 from autoremat.record.parallel import parallel_of
 from autoremat.record.parallel import signature as parallel_signature
-from autoremat.record.world import reachable_modules
+from autoremat.record.world import named_tensors, reachable_modules
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,15 +35,21 @@ class Sizes:
         each: sizes of all its tensors, dimension by dimension; of inputs of one form as many.
         numbers: its whole numbers, which may be sizes of something.
         elements: of all its tensors together.
+        gradients: for every parameter and buffer 1 where a gradient is there before the step, else 0.
     """
 
     each: tuple[int, ...] = ()
     numbers: tuple[int, ...] = ()
     elements: int = 0
+    gradients: bytes = b""
 
     def fits_into(self, other: Sizes) -> bool:
-        """Whether no size is larger than that of an input of the same form."""
+        """Whether no size is larger than that of an input of the same form, whatever gradients are there."""
         return self.elements <= other.elements and all(a <= b for a, b in zip(self._all, other._all, strict=True))
+
+    def finds_within(self, found: bytes) -> bool:
+        """Whether it finds no gradient that is not among these."""
+        return self.gradients == found or not any(a and not b for a, b in zip_longest(self.gradients, found))
 
     def share_of(self, other: Sizes) -> float:
         """The elements of this input, as a share of those of a larger one; an empty one counts as one element."""
@@ -50,7 +57,7 @@ class Sizes:
 
     def without_numbers(self) -> Sizes:
         """The same of the tensors alone."""
-        return Sizes(self.each, (), self.elements)
+        return replace(self, numbers=())
 
     def ratio(self, other: Sizes) -> float:
         """By how much the sizes of an input that this one fits into have grown, at least; 1 where none has."""
@@ -62,7 +69,7 @@ class Sizes:
         each = tuple(_larger(a, b, factor) for a, b in zip(since.each, self.each, strict=True))
         numbers = tuple(_larger(a, b, factor) for a, b in zip(since.numbers, self.numbers, strict=True))
         n_grown = sum(b > a for a, b in zip(since.each, self.each, strict=True))
-        return Sizes(each, numbers, math.ceil(self.elements * factor**n_grown))
+        return Sizes(each, numbers, math.ceil(self.elements * factor**n_grown), self.gradients)
 
     @property
     def _all(self) -> tuple[int, ...]:
@@ -76,7 +83,7 @@ class Form(NamedTuple):
         args: of the positional arguments.
         kwargs: names and forms of the others.
         flags: of every module, whether it trains and is compiled.
-        own: of every parameter and buffer, whether it requires and has a gradient, its dtype and shape.
+        own: of every parameter and buffer, whether it requires a gradient, its dtype and shape.
         autocast: devices and dtypes.
         around: what torch.distributed does around the modules.
     """
@@ -120,20 +127,23 @@ def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Form
 
     In the form: how arguments are nested, lists of like items like one item; dtypes, devices, dimensions, the order of
     strides and ``requires_grad`` of tensors; flags; of every module that the callable can reach, ``training``, and
-    which parameters require and have gradients; autocast.
+    which parameters require gradients; autocast. Which have one is among the sizes, for a plan with more of them serves
+    those with fewer; where ``torch.distributed`` moves gradients about, it is in the form.
     """
     sizes = _Found([], [])
     positional, named = tuple([_form(x, sizes) for x in args]), tuple([(k, _form(x, sizes)) for k, x in kwargs.items()])
     roots = reachable_modules(fn, args, kwargs)
     modules = _all_modules(roots)
     flags = tuple([(m.training, is_compiled(m)) for m in modules])
-    tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
-    own = tuple([_own_tensor(t) for table in tables for t in table.values() if t is not None])
+    tensors = _own_tensors(modules)
+    own, there = tuple(map(_own_tensor, tensors)), bytes(map(_has_gradient, tensors))
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
-    around = parallel_signature(parallel_of(roots))
+    parallel = parallel_of(roots)
+    around = (parallel_signature(parallel), there) if parallel else None
     elements = sum(t.numel() for t in _tensors((args, kwargs)))
+    there = b"" if parallel else there
     form = Form(positional, named, flags, own, autocast, around)
-    return form, Sizes(tuple(sizes.each), tuple(sizes.numbers), elements)
+    return form, Sizes(tuple(sizes.each), tuple(sizes.numbers), elements, there)
 
 
 def sizes_of(argument: Any) -> tuple[int, int]:
@@ -141,6 +151,19 @@ def sizes_of(argument: Any) -> tuple[int, int]:
     found = _Found([], [])
     _form(argument, found)
     return len(found.each), len(found.numbers)
+
+
+def gradients_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any], names: Collection[str]) -> bytes:
+    """``Sizes.gradients`` of a step that finds those of the parameters of these names."""
+    roots = reachable_modules(fn, args, kwargs)
+    known = {id(tensor) for name, _, tensor in named_tensors(roots) if name in names}
+    return bytes(id(t) in known for t in _own_tensors(_all_modules(roots)))
+
+
+def _own_tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """Parameters and buffers."""
+    tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
+    return [t for table in tables for t in table.values() if t is not None]
 
 
 def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
@@ -161,7 +184,11 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def _own_tensor(tensor: Tensor) -> tuple[Any, ...]:
     shape = None if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
-    return tensor.requires_grad, is_leaf(tensor) and tensor.grad is not None, tensor.dtype, shape
+    return tensor.requires_grad, tensor.dtype, shape
+
+
+def _has_gradient(tensor: Tensor) -> bool:
+    return is_leaf(tensor) and tensor.grad is not None
 
 
 class _Found(NamedTuple):

@@ -11,7 +11,7 @@ from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.sections import Sections, Taken
-from autoremat.program import Plan
+from autoremat.program import Plan, Program
 from autoremat.record.parallel import Parallel
 
 MAX_DEVIATIONS: Final = 3
@@ -77,6 +77,9 @@ class Prepared:
 
     Attributes:
         plan: None where steps run without checkpointing.
+        program: what was recorded, of a step that finds no gradients.
+        gradients: bytes of those that the planned step finds, by name of the parameter.
+        found: the same, as ``Sizes.gradients``.
         script: that carries it out; None where there is no plan.
         path: of the forward, once it has been recorded.
         parallel: what torch.distributed does around the modules.
@@ -96,6 +99,9 @@ class Prepared:
     """
 
     plan: Plan | None = None
+    program: Program | None = None
+    gradients: dict[str, int] = field(default_factory=dict)
+    found: bytes = b""
     script: Script | None = None
     path: Path | None = None
     parallel: Parallel = field(default_factory=Parallel)
@@ -113,6 +119,11 @@ class Prepared:
     measured_bytes: int | None = None
     to_measure: int = 0
 
+    def close_sections(self) -> None:
+        """The first step is over: note what code of the user's in its backward took."""
+        if self.sections is not None:
+            self.taken, self.sections = self.sections.close(), None
+
     def step_is_over(self, *, is_on_path: bool) -> None:
         """A step has come to its end, and has been through the self-check."""
         self.steady = self.steady + 1 if is_on_path else 0
@@ -121,9 +132,9 @@ class Prepared:
 
     def is_within(self, other: Prepared) -> bool:
         """Whether the other recording has the same calls, and nothing in this one is larger."""
-        if self.plan is None or other.plan is None or self.path is None or other.path is None:
+        if self.program is None or other.program is None or self.path is None or other.path is None:
             return False
-        mine, theirs = ([v for v in p.program.values if not v.fixed] for p in (self.plan, other.plan))
+        mine, theirs = ([v for v in p.values if not v.fixed] for p in (self.program, other.program))
         return (
             len(mine) == len(theirs)
             and self.path.is_like(other.path)
@@ -201,6 +212,11 @@ class Kind:
         return self.plan is not None and not self.straying.is_habit
 
     @property
+    def finds_all(self) -> bool:
+        """Whether all gradients are there that its plan has in the account."""
+        return not any(self.prepared.found) or self.sizes.gradients == self.prepared.found
+
+    @property
     def is_wary(self) -> bool:
         """Whether the next step prepares for leaving its path: until it seems that this will not happen, or cheaply."""
         script = self.script
@@ -211,8 +227,11 @@ class Kind:
 
     def serves(self, sizes: Sizes) -> bool:
         """Whether an input of these sizes may go by its plan."""
-        is_host = self.script is not None and not self.stale and not self.straying.is_habit
-        return is_host and (self.prepared.is_of_the_largest or sizes.fits_into(self.sizes))
+        return self.serves_but_for_gradients(sizes) and sizes.finds_within(self.prepared.found)
+
+    def serves_but_for_gradients(self, sizes: Sizes) -> bool:
+        """The same if it found no gradients but those that its plan knows of."""
+        return self.is_host and (self.prepared.is_of_the_largest or sizes.fits_into(self.sizes))
 
     def has_come(self) -> None:
         """One more step."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -17,6 +17,7 @@ from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
 from autoremat.plan.grown import grown, grown_number, is_same
 from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
+from autoremat.record.gradients import gradients_found, gradients_left, with_gradients
 from autoremat.run.memory import told
 
 TIGHTER: Final = 0.9
@@ -84,8 +85,9 @@ class Planning:
             for i, op in enumerate(ops):
                 if op.call in step.differing and not op.repeatable:
                     ops[i] = replace(op, repeatable=step.differing[op.call])
-            program, step.differing = replace(program, ops=tuple(ops)), {}
-        program = with_taken(program, step.taken)
+            program = replace(program, ops=tuple(ops))
+        recorded = with_taken(program, step.taken)
+        program = with_gradients(recorded, step.gradients)
         n = step.together = max(step.together, living.usual)
         calls = Calls(n, living.input_bytes)
         budget_bytes = self._planner.budget_bytes(
@@ -97,9 +99,40 @@ class Planning:
         else:
             plan = self._plan_for_one(program, budget_bytes, seconds, goes_on=bool(step.taken))
             budget_bytes = plan.budget_bytes
-        step.taken = ()
+        step.program, step.differing, step.taken = recorded, {}, ()
         step.follow(plan, budget_bytes, tried_seconds=self.quick_seconds if seconds is None else seconds)
         self._reporter.counts.planned += 1
+
+    def solve_where(
+        self, step: Prepared, program: Program, there: Mapping[str, int], living: Living, seconds: float | None = None
+    ) -> None:  # fmt: skip
+        """Plan a program for steps that find these gradients.
+
+        If it can be, as though all that the backward makes were there: that serves whatever else a step finds.
+        """
+        left = gradients_left(program)
+        if there:
+            step.gradients = left | dict(there)
+            with contextlib.suppress(InfeasibleBudget):
+                self.solve(step, program, living, seconds)
+                return
+        step.gradients = dict(there)
+        self.solve(step, program, living, seconds)
+
+    def accumulating(self, step: Prepared, there: Mapping[str, int], living: Living) -> Prepared:
+        """The same step where these gradients are there, planned.
+
+        Raises:
+            InfeasibleBudget: no plan keeps it within the budget with them.
+        """
+        step.close_sections()
+        assert step.program is not None
+        found = Prepared(
+            path=step.path, parallel=step.parallel, differing=dict(step.differing), taken=step.taken,
+            together=step.together, is_of_the_largest=step.is_of_the_largest, cost_seconds=step.cost_seconds,
+        )  # fmt: skip
+        self.solve_where(found, step.program, there, living, self.quick_seconds)
+        return found
 
     @property
     def quick_seconds(self) -> float:
@@ -111,6 +144,10 @@ class Planning:
         plan, path = self._planner.given, step.path
         if plan is None or path is None:
             return None
+        left = gradients_left(program)
+        program = with_gradients(
+            program, {n: left.get(n, nbytes) for n, nbytes in gradients_found(plan.program).items()}
+        )
         if not is_same(program, plan.program) or any(map(_is_larger, program.values, plan.program.values)):
             self._reporter.warn(
                 "the plan that was given is not for this step (it was made of another model, or of a smaller input; "
@@ -120,15 +157,17 @@ class Planning:
         if simulate(program, plan.schedule).peak_bytes > plan.budget_bytes:
             return None  # temporaries of kernels, which an estimate does not know
         limits = [_limit(call, program, plan.program) for call in path.calls]
-        found = Prepared(path=path.with_numels(limits), parallel=step.parallel, is_of_the_largest=True)
+        found = Prepared(
+            path=path.with_numels(limits), parallel=step.parallel, is_of_the_largest=True, program=plan.program
+        )  # fmt: skip
         found.follow(plan, plan.budget_bytes, tried_seconds=self._planner.time_limit_seconds)
         return found
 
     def better(self, step: Prepared, living: Living) -> None:
         """Look for a better plan of what is recorded, or for one that knows more."""
-        assert step.plan is not None
+        assert step.program is not None
         knows_more = bool(step.differing or step.taken) or step.together < living.usual
-        self.solve(step, step.plan.program, living, None if knows_more else self._next_seconds(step))
+        self.solve(step, step.program, living, None if knows_more else self._next_seconds(step))
 
     def _next_seconds(self, step: Prepared) -> float:
         """What the next search for a better plan may take."""
@@ -173,17 +212,20 @@ class Planning:
 
     def foreseen(self, small: Prepared, large: Prepared, between: float, further: float) -> Prepared | None:
         """A plan for still larger inputs, if two recordings of the same calls tell how they grow; quickly made."""
-        if small.plan is None or large.plan is None or small.path is None or large.path is None:
+        if small.program is None or large.program is None or small.path is None or large.path is None:
             return None
-        program = grown(small.plan.program, large.plan.program, between, further)
-        if program is None or large.together > 1 or not small.path.is_like(large.path):
+        program = grown(small.program, large.program, between, further)
+        if program is None or large.plan is None or large.together > 1 or not small.path.is_like(large.path):
             return None
         both = zip(small.path.numels(), large.path.numels(), strict=True)
         numels = [grown_number(a, b, between, further) for a, b in both]
         path = large.path.with_numels(numels)
-        found = Prepared(path=path, parallel=large.parallel, cost_seconds=large.cost_seconds)
+        found = Prepared(
+            path=path, parallel=large.parallel, cost_seconds=large.cost_seconds, program=program,
+            gradients=large.gradients, found=large.found,
+        )  # fmt: skip
         try:
-            plan = self._planner.solve(program, large.plan.budget_bytes)
+            plan = self._planner.solve(with_gradients(program, large.gradients), large.plan.budget_bytes)
         except InfeasibleBudget:
             return None
         found.follow(plan, plan.budget_bytes, tried_seconds=self.quick_seconds)
@@ -195,8 +237,7 @@ class Planning:
 
         It is, once so much training has gone on with it that a better one costs little beside.
         """
-        if step.sections is not None:
-            step.taken, step.sections = step.sections.close(), None
+        step.close_sections()
         if step.differing or step.taken or step.together < living.usual:
             return True
         following = self._next_seconds(step)
@@ -215,12 +256,13 @@ class Planning:
         Raises:
             InfeasibleBudget: no plan is that small; the old one stays.
         """
-        plan = step.plan
+        plan, program = step.plan, step.program
         assert plan is not None
+        assert program is not None
         had = plan.peak_bytes if reached is None else _bytes_at(plan, reached)
         before, self._at_most_bytes = self._at_most_bytes, int(TIGHTER * had)
         try:
-            self.solve(step, plan.program, living, WELL_SECONDS)
+            self.solve(step, program, living, WELL_SECONDS)
         except InfeasibleBudget:
             self._at_most_bytes = before
             raise

@@ -25,14 +25,19 @@ from autoremat.record.whole import Whole
 from autoremat.record.world import named_tensors
 
 
-def know_the_world(shadow: Shadow, modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
-    """Tell the shadow what there is before the step: parameters, buffers, their gradients, inputs."""
+def know_the_world(
+    shadow: Shadow, modules: Sequence[nn.Module], args: Any, kwargs: Any, *, with_gradients: bool
+) -> None:  # fmt: skip
+    """Tell the shadow what there is before the step: parameters, buffers, inputs; and gradients, if they count.
+
+    Otherwise the step is recorded as one that finds none, and they are added to its program (``record.gradients``).
+    """
     for name, kind, tensor in named_tensors(modules):
         if nn.parameter.is_lazy(tensor):
             continue
         module = name.rpartition(".")[0]
         shadow.know(tensor, name, kind, module)
-        if tensor.is_leaf and tensor.grad is not None:
+        if with_gradients and tensor.is_leaf and tensor.grad is not None:
             shadow.know_gradient(tensor, f"{name}.grad", module)
     leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     for i, tensor in enumerate(leaves):
@@ -40,8 +45,9 @@ def know_the_world(shadow: Shadow, modules: Sequence[nn.Module], args: Any, kwar
 
 
 def record_backward(
-    shadow: Shadow, result: Any, named: Sequence[tuple[str, Tensor]], moving: Sequence[Tensor] = ()
-) -> None:
+    shadow: Shadow, result: Any, named: Sequence[tuple[str, Tensor]], moving: Sequence[Tensor] = (), *,
+    with_gradients: bool,
+) -> None:  # fmt: skip
     """Run the backward of the forward that the shadow has seen, on fake tensors.
 
     Args:
@@ -49,6 +55,7 @@ def record_backward(
         result: of the callable.
         named: parameters by name.
         moving: parameters whose gradients leave their memory as soon as they are complete.
+        with_gradients: it adds to those that are there.
 
     Raises:
         NothingDifferentiable: nothing returned requires grad.
@@ -70,13 +77,18 @@ def record_backward(
         warnings.simplefilter("ignore")
         stack.enter_context(recorder)
         leaves = shadow.leaves()
+        if not with_gradients:
+            for _, tensor in named:
+                shadow.twin(tensor).grad = None
+        for leaf in leaves:
+            leaf.register_hook(recorder.accumulates)
         with recorder.seeded(twins) as start:
             recorder.backward = True
             start()
             for leaf in leaves:
                 if leaf.grad is not None:
                     name = names.get(id(leaf), "")
-                    recorder.call_gradient(leaf.grad, name and f"{name}.grad", name.rpartition(".")[0])
+                    recorder.call_gradient(leaf.grad, name, name.rpartition(".")[0])
             recorder.finish()
             for n in cached:
                 if recorder.values[n].forever:

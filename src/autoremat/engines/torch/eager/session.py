@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final
 
 import torch
@@ -23,6 +24,7 @@ from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.steps import Steps
 from autoremat.plan import clock
 from autoremat.record.devices import check_devices
+from autoremat.record.gradients import gradients_left, gradients_there
 from autoremat.record.local import local_of
 from autoremat.record.parallel import check_supported, parallel_of
 from autoremat.record.values import storage_of
@@ -78,7 +80,7 @@ class Session:
             self._reporter.counts.calls += 1
             self._here.next_call(_bytes_by_address(args, kwargs))
             kind = self._kind(args, kwargs)
-        if kind is not None and kind.prepared.to_measure and kind.steps > 1:
+        if kind is not None and kind.prepared.to_measure and kind.steps > 1 and kind.finds_all:
             return self._peaks.measured(kind, args, kwargs, lambda: self._run(kind, args, kwargs))
         return self._run(kind, args, kwargs)
 
@@ -107,9 +109,10 @@ class Session:
         with self._lock:
             form, sizes = input_of(self.fn, args, kwargs)
             family = self._families.get(form)
+            kind = None
             if family is not None:
                 self._families.move_to_end(form)
-            kind = None if family is None else family.find(sizes)
+                kind = family.find(sizes) or self._accumulating(family, sizes, args, kwargs)
             if kind is None or kind.stale or kind.pays:
                 return self._of_no_plan(args, kwargs, form, sizes, kind)
             if kind.cached is not None and not kind.prepared.differing and kind.cached.outlive():
@@ -133,7 +136,7 @@ class Session:
         """
         family = self._families.get(form, Family())
         newcomer = form, family.newcomer(sizes)
-        relative = before if before is not None and before.script is not None else family.relative() or self._last
+        relative = before if before is not None and before.script is not None else family.largest() or self._last
         is_paid = relative is None or (before is not None and before.pays)
         kind = self._new(args, kwargs, before, sizes)
         if is_paid or not kind.is_new or self._newcomers.may_record(newcomer):
@@ -153,6 +156,23 @@ class Session:
             return
         name, how = what_changes(self.fn, args, kwargs, [*self._newcomers.recorded, (form, sizes)])
         self._reporter.new_kinds(name, how)
+
+    def _accumulating(
+        self, family: Family, sizes: Sizes, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> Kind | None:  # fmt: skip
+        """The kind of a step that has been recorded, planned for gradients that are there now; None: record it."""
+        relative = family.relative(sizes)
+        if relative is None or relative.prepared.program is None:
+            return None
+        if relative.cached is not None and relative.cached.outlive():
+            return None  # this step will make other calls
+        left = gradients_left(relative.prepared.program)
+        there = gradients_there(reachable_modules(self.fn, args, kwargs), left)
+        prepared = self._planning.accumulating(relative.prepared, there, self._here.living)
+        self._steps.knows(prepared, args, kwargs)
+        family.add(Kind(prepared, replace(relative.sizes, gradients=sizes.gradients)))
+        self._forget()
+        return family.find(sizes)
 
     def _forget(self) -> None:
         """Forget the plans that were used least recently, so that there are not too many."""

@@ -11,13 +11,15 @@ from torch import Tensor
 from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep, NotRecorded, missing_gradient_bytes, what_is_there
 from autoremat.engines.torch.eager.here import Here
-from autoremat.engines.torch.eager.kinds import Kind
+from autoremat.engines.torch.eager.inputs import gradients_of
+from autoremat.engines.torch.eager.kinds import Kind, Prepared
 from autoremat.engines.torch.eager.planning import WELL_SECONDS, Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.room import OfScript
 from autoremat.engines.torch.eager.script import elsewhere
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.program import InfeasibleBudget, Program
+from autoremat.record.gradients import gradients_found
 from autoremat.record.parallel import Parallel, hidden
 from autoremat.record.problems import NothingDifferentiable
 from autoremat.record.world import named_tensors, reachable_modules
@@ -122,12 +124,15 @@ class Steps:
                 step.tape.take_plan(kind.script)
                 return
             adopted = None if kind.prepared.differing else self._planning.adopted(kind.prepared, program)
-            if adopted is not None:
+            there = step.gradients(program)
+            if adopted is None:
+                seconds = WELL_SECONDS if is_first or known is not None else self._planning.quick_seconds
+                self._solve(kind, program, there, seconds)
+            elif there.keys() <= _found(adopted).keys():
                 kind.prepared = adopted
             else:
-                self._solve(
-                    kind, program, WELL_SECONDS if is_first or known is not None else self._planning.quick_seconds
-                )
+                kind.prepared = self._planning.accumulating(adopted, there, self._here.living)
+            self.knows(kind.prepared, step.args, step.kwargs)
             kind.steps, kind.cached = 1, step.cached(result) if known is None else None
             if kind.prepared.parallel.units:  # what their hooks take is in the program already
                 step.tape.sections = None
@@ -142,10 +147,15 @@ class Steps:
             self._reporter.not_recorded(error)
         self._waits(kind, step.tape)
 
-    def _solve(self, kind: Kind, program: Program, seconds: float) -> None:
+    def knows(self, prepared: Prepared, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """Note which gradients a plan has in its account, among those of these arguments and of the callable."""
+        if not prepared.parallel:
+            prepared.found = gradients_of(self._fn, args, kwargs, _found(prepared).keys())
+
+    def _solve(self, kind: Kind, program: Program, there: dict[str, int], seconds: float) -> None:
         for k, reason in kind.prepared.differing.items():
             self._reporter.keeps(program, k, reason)
-        self._planning.solve(kind.prepared, program, self._here.living, seconds)
+        self._planning.solve_where(kind.prepared, program, there, self._here.living, seconds)
 
     def _waits(self, kind: Kind, tape: Tape) -> None:
         """A forward is over, and its graph waits for its backward."""
@@ -251,6 +261,11 @@ class Steps:
                 f"({kind.straying.deviations} times so far: it depends on the data or on state outside); such steps "
                 "run under the online policy"
             )
+
+
+def _found(prepared: Prepared) -> dict[str, int]:
+    """Bytes of the gradients that a plan has in its account from the start, by name of the parameter."""
+    return {} if prepared.plan is None else gradients_found(prepared.plan.program)
 
 
 def _off_the_path(parallel: Parallel) -> str:
