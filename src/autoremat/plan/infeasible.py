@@ -28,7 +28,9 @@ def infeasible(program: Program, budget_bytes: int, lowest: Schedule, *, solver:
     )
 
 
-def with_message(error: InfeasibleBudget, message: str) -> InfeasibleBudget:
+def with_message(
+    error: InfeasibleBudget, message: str, arrived: tuple[tuple[str, int], ...] = ()
+) -> InfeasibleBudget:  # fmt: skip
     """The same error with more to say."""
     return InfeasibleBudget(
         message,
@@ -36,7 +38,46 @@ def with_message(error: InfeasibleBudget, message: str) -> InfeasibleBudget:
         floor_bytes=error.floor_bytes,
         peak_op=error.peak_op,
         largest=error.largest,
+        arrived=arrived or error.arrived,
     )
+
+
+def with_arrivals(error: InfeasibleBudget, before: Program, now: Program) -> InfeasibleBudget:
+    """The same error, which says what this step finds that another one of the training has not found. O(values)."""
+    known, found = _fixed(before), _fixed(now)
+    more = {what: (n, nbytes - known.get(what, (0, 0))[1]) for what, (n, nbytes) in found.items()}
+    arrived = sorted(((what, nbytes) for what, (_, nbytes) in more.items() if nbytes > 0), key=lambda pair: -pair[1])
+    if not arrived:
+        return error
+    listed = " and ".join(_found(what, more[what][0] - known.get(what, (0, 0))[0], nbytes) for what, nbytes in arrived)
+    ask = " autoremat.plan(..., accumulate=True) asks for that beforehand." if arrived[0][0] == "gradients" else ""
+    message = (
+        f"{error}\nThis step finds {listed} that the first step has not found; with that, the floor is "
+        f"{error.floor_bytes:,} bytes.{ask}"
+    )
+    return with_message(error, message, tuple(arrived))
+
+
+_WHAT = {"gradient": "gradients", "input": "inputs", "buffer": "buffers", "parameter": "parameters",
+         "optimizer": "optimizer state"}  # fmt: skip
+
+
+def _fixed(program: Program) -> dict[str, tuple[int, int]]:
+    """How many values are there during the whole step, and their bytes, by what they are."""
+    found: dict[str, tuple[int, int]] = {}
+    for value in program.values:
+        if value.fixed:
+            what = _WHAT.get(value.kind) or value.label or "other memory"
+            n, nbytes = found.get(what, (0, 0))
+            found[what] = n + 1, nbytes + value.nbytes
+    return found
+
+
+def _found(what: str, n: int, nbytes: int) -> str:
+    """So many bytes more of something, such as ``4,096 bytes of gradients (2 parameters)``."""
+    if what == "gradients":
+        return f"{nbytes:,} bytes of gradients ({n} parameter{'s' * (n != 1)})"
+    return f"{nbytes:,} bytes of {what}"
 
 
 def _exact(nbytes: int) -> str:

@@ -16,6 +16,7 @@ from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
 from autoremat.plan.grown import grown, grown_number, is_same
+from autoremat.plan.infeasible import with_arrivals
 from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
 from autoremat.record.gradients import gradients_found, gradients_left, with_gradients
 from autoremat.run.memory import told
@@ -77,6 +78,8 @@ class Planning:
         self._planner, self._reporter = planner, reporter
         self._at_most_bytes: int | None = None
         """What the device turned out to have, if it was less than the budget."""
+        self._first: Program | None = None
+        """Of the first step that was planned: what a later one finds beside that, an error names."""
 
     def solve(self, step: Prepared, program: Program, living: Living, seconds: float | None = None) -> None:
         """Plan a program, less what has turned out not to be repeatable, in so many seconds; None: at once."""
@@ -88,6 +91,16 @@ class Planning:
             program = replace(program, ops=tuple(ops))
         recorded = with_taken(program, step.taken)
         program = with_gradients(recorded, step.gradients)
+        try:
+            self._solve(step, program, living, seconds)
+        except InfeasibleBudget as error:
+            raise error if self._first is None else with_arrivals(error, self._first, program) from None
+        self._first = self._first or program
+        step.program, step.differing, step.taken = recorded, {}, ()
+        self._reporter.counts.planned += 1
+
+    def _solve(self, step: Prepared, program: Program, living: Living, seconds: float | None) -> None:
+        """Plan a program of which all is known."""
         n = step.together = max(step.together, living.usual)
         calls = Calls(n, living.input_bytes)
         budget_bytes = self._planner.budget_bytes(
@@ -99,9 +112,7 @@ class Planning:
         else:
             plan = self._plan_for_one(program, budget_bytes, seconds, goes_on=bool(step.taken))
             budget_bytes = plan.budget_bytes
-        step.program, step.differing, step.taken = recorded, {}, ()
         step.follow(plan, budget_bytes, tried_seconds=self.quick_seconds if seconds is None else seconds)
-        self._reporter.counts.planned += 1
 
     def solve_where(
         self, step: Prepared, program: Program, there: Mapping[str, int], living: Living, seconds: float | None = None
@@ -161,6 +172,7 @@ class Planning:
             path=path.with_numels(limits), parallel=step.parallel, is_of_the_largest=True, program=plan.program
         )  # fmt: skip
         found.follow(plan, plan.budget_bytes, tried_seconds=self._planner.time_limit_seconds)
+        self._first = self._first or plan.program
         return found
 
     def better(self, step: Prepared, living: Living) -> None:
