@@ -10,7 +10,8 @@ from unittest.mock import patch
 
 from hypothesis import settings
 
-from autoremat.plan import clock
+from autoremat.plan import beside, clock
+from autoremat.plan.beside import Here
 from autoremat.plan.stages import Table, Whole
 from autoremat.record import timing
 from autoremat.record.timing import Cost
@@ -112,8 +113,8 @@ def _solved(table: Table, seconds: float, *, nodes: int | None = None, **rest: A
 
 @contextmanager
 def fixed_planning() -> Iterator[None]:
-    """The planner's limits of time count work."""
+    """The planner's limits of time count work, and plans are looked for in this process."""
     work = Work()
     limits = {name: getattr(work, name) for name in ("now", "relaxation_limits", "search_limits")}
-    with patch.multiple(clock, **limits), patch.object(Table, "solve", _solved):
+    with patch.multiple(clock, **limits), patch.object(Table, "solve", _solved), patch.object(beside, "begun", Here):
         yield

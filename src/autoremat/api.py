@@ -21,6 +21,7 @@ from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
 from autoremat.plan import Frontier, parse_budget, solve
 from autoremat.plan import frontier as frontier_of
+from autoremat.plan.beside import Wanted
 from autoremat.plan.constraints import Patterns, is_matched, still_possible
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record.optimizer import optimizer_bytes
@@ -433,15 +434,16 @@ class Options:
 
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
-        limit = self.time_limit_seconds
-        seconds, is_first = (QUICK * limit, True) if seconds is None else (min(seconds, limit), False)
+        is_first = seconds is None
+        wanted = self.wanted(program, budget, QUICK * self.time_limit_seconds if seconds is None else seconds)
+        with progress_bar() as progress:
+            return wanted.found(progress=progress, first=is_first)
+
+    def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
+        """The same plan, to be looked for elsewhere."""
         found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
         recompute = still_possible(program, self.recompute) if found_out else self.recompute
-        with progress_bar() as progress:
-            return solve(
-                program, budget, keep=self.keep, recompute=recompute, time_limit_seconds=seconds, progress=progress,
-                first=is_first,
-            )  # fmt: skip
+        return Wanted(program, budget, min(seconds, self.time_limit_seconds), self.keep, recompute)
 
     def _in_bytes(self, program: Program) -> int:
         return parse_budget(self._budget(program.fixed_bytes), simulate(program).peak_bytes)

@@ -21,8 +21,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.sparse import csr_matrix
-from scipy.sparse.csgraph import breadth_first_order, maximum_flow
 
 from autoremat.plan.segments import segment_of
 from autoremat.plan.tables import Tables
@@ -109,6 +107,9 @@ def _max_flow(
     size: int, edges: Sequence[tuple[int, int, int, int]], capacity: Floats
 ) -> tuple[int, npt.NDArray[np.bool_], float]:
     """Value of the maximum flow in scaled integers (rounded down), the source side of the cut, and the scale."""
+    from scipy.sparse import csr_matrix  # here: a first plan needs no cut, and scipy takes longer than it does
+    from scipy.sparse.csgraph import breadth_first_order, maximum_flow
+
     tail = np.array([e[0] for e in edges], dtype=np.int64)
     head = np.array([e[1] for e in edges], dtype=np.int64)
     finite = np.isfinite(capacity)

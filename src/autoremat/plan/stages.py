@@ -25,8 +25,6 @@ from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
-from scipy.optimize import Bounds, LinearConstraint, linprog, milp
-from scipy.sparse import csr_matrix
 
 from autoremat.plan import clock
 from autoremat.program import Program
@@ -101,11 +99,15 @@ class Table:
 
     def matrix(self) -> Any:
         """The coefficients, one row per constraint."""
+        from scipy.sparse import csr_matrix  # here: a first plan needs none, and scipy takes longer than it does
+
         shape = (len(self.most), len(self.cost))
         return csr_matrix((self._coefficients, (self._rows, self._columns)), shape=shape)
 
     def relax(self, seconds: float) -> Relaxed | None:
         """The optimum over fractions (HiGHS); None when the time is over."""
+        from scipy.optimize import linprog
+
         matrix, box = self.matrix(), np.stack([self.low, self.high], axis=1)
         options = dict(clock.relaxation_limits(seconds))
         found = linprog(self.cost, A_ub=matrix, b_ub=self.most, bounds=box, method="highs", options=options)
@@ -130,6 +132,8 @@ class Table:
             high: narrower upper limits.
             nodes: limit of the search that, unlike the time, makes no difference between fast and slow machines.
         """
+        from scipy.optimize import Bounds, LinearConstraint, milp
+
         limits = {**clock.search_limits(seconds), "mip_rel_gap": 0.0}
         found = milp(
             np.array(self.cost),

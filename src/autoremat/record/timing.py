@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import lru_cache
 from statistics import median
 from typing import Any, Final, NamedTuple
 
@@ -218,6 +219,7 @@ def estimate(signature: CallSignature, output_bytes: int, backend: str | None = 
     return Cost(rates.launch_seconds + max(_flops(signature) / rates.flops, moved / rates.bytes))
 
 
+@lru_cache(maxsize=4096)
 def _flops(signature: CallSignature) -> float:
     """FLOPs by torch's own counter, on meta tensors; 0 for operators that it does not count."""
     from torch.utils.flop_counter import flop_registry

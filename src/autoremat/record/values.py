@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,10 @@ from autoremat.record.local import PLAIN
 
 _new_tuple: Any = tuple.__new__
 """Makes a named tuple in a third of the time."""
+_ROW = 512
+"""Numbers of eight bytes in a row of those whose sums stand for them ..."""
+_MANY = 1 << 16
+"""... where there are so many bytes."""
 
 
 class View(NamedTuple):
@@ -79,12 +84,22 @@ def fingerprint(storage: torch.UntypedStorage, part: slice = slice(None)) -> int
         return 0  # there are no contents
     whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[part]
     if storage.device.type == "cpu":
-        if not whole.numel():
-            return 0
-        # An array of NumPy on it would make the storage one that its owner cannot resize any more.
-        return zlib.crc32((ctypes.c_ubyte * whole.numel()).from_address(whole.data_ptr()))
+        return _checksum(whole.data_ptr(), whole.numel())
     wide = whole[: len(whole) // 8 * 8].clone().view(torch.int64)
     return (int(wide.sum()) ^ int(whole[wide.numel() * 8 :].sum())) % (1 << 64)
+
+
+def _checksum(address: int, n: int) -> int:
+    """A checksum of so many bytes; of many, that of the sums of rows and columns, which takes a fifth of the time.
+
+    By address: an array of NumPy on a tensor would make its storage one that the owner cannot resize any more.
+    """
+    rest = n % (8 * _ROW) if n >= _MANY and address % 8 == 0 else n
+    found = zlib.crc32((ctypes.c_ubyte * rest).from_address(address + n - rest)) if rest else 0
+    if rest < n:
+        rows = np.ctypeslib.as_array((ctypes.c_int64 * ((n - rest) // 8)).from_address(address)).reshape(-1, _ROW)
+        found = zlib.crc32(rows.sum(1).tobytes(), zlib.crc32(rows.sum(0).tobytes(), found))
+    return found
 
 
 class Seen(NamedTuple):

@@ -6,6 +6,7 @@ Nothing of the user's runs for that: of operators that are not torch's own, the 
 from __future__ import annotations
 
 import random
+import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -18,6 +19,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
+    FakeTensor,
     FakeTensorMode,
 )
 from torch.autograd import forward_ad
@@ -40,7 +42,7 @@ from autoremat.record.local import (
     knows_ragged_sizes,
     local_of,
 )
-from autoremat.record.recorder import _covers_storage
+from autoremat.record.recorder import ASKS_FOR_DEVICE, _covers_storage
 from autoremat.record.signature import signature_of
 from autoremat.record.timing import estimate
 from autoremat.record.values import storage_of
@@ -263,6 +265,16 @@ def generators_kept() -> Iterator[None]:
         random.setstate(before)
 
 
+class _Own(threading.local):
+    """What belongs to one thread: the mode of its probes, which takes as long to make as an operator."""
+
+    def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+
+
+_OWN = _Own()
+
+
 @dataclass
 class _Probe(TorchDispatchMode):
     """Looks at the operators of one call, on fake tensors."""
@@ -288,9 +300,11 @@ class _Probe(TorchDispatchMode):
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator of the call."""
         kwargs = kwargs or {}
+        if func is ASKS_FOR_DEVICE and type(args[0]) is FakeTensor:
+            return args[0].device
         if is_taken_apart(types):
             return NotImplemented
-        if func.namespace == "prim":  # a fake tensor is asked for its device
+        if func.namespace == "prim":
             return func(*args, **kwargs)
         facts = facts_of(func)
         self.random |= facts.random
@@ -321,7 +335,7 @@ class _Probe(TorchDispatchMode):
 
 def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
     """Make the call on fake tensors of the same kind, and look on."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = FakeTensorMode(allow_non_fake_inputs=True) if any(map(is_jagged, given)) else _OWN.mode
     fakes: dict[int, Tensor] = {}
 
     def fake(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.sections import Sections, Taken
+from autoremat.plan.beside import Search
 from autoremat.program import Plan, Program
 from autoremat.record.parallel import Parallel
 
@@ -88,6 +89,8 @@ class Prepared:
         taken: what such code takes, if that is not in the plan yet.
         tried_seconds: what the search for the plan was given.
         used_seconds: what steps under the plan have taken, by the plan's account.
+        search: for a better plan, if one goes on.
+        budget_bytes: what all calls before one backward have.
         checked: a step with this plan has been through the self-check.
         is_of_the_largest: the plan is the user's own, for the largest input and all smaller ones.
         steady: how many steps in a row have stayed on the path.
@@ -110,6 +113,8 @@ class Prepared:
     taken: tuple[Taken, ...] = ()
     tried_seconds: float = 0.0
     used_seconds: float = 0.0
+    search: Search | None = None
+    budget_bytes: int = 0
     checked: bool = False
     is_of_the_largest: bool = False
     steady: int = 0
@@ -155,13 +160,18 @@ class Prepared:
         own = max(0.0, fixed + share * (plan.plain_peak_bytes - fixed) - plan.budget_bytes)
         return plan.overhead * plan.program.seconds * share * max(0.0, 1 - own / above)
 
+    @property
+    def lost_by_now(self) -> float:
+        """The seconds by which steps under the plan have been longer than any plan could make them."""
+        return 0.0 if self.plan is None else (self.plan.overhead - self.plan.lower_bound) * self.used_seconds
+
     def follow(self, plan: Plan, budget_bytes: int, *, tried_seconds: float) -> None:
         """Take this plan from now on; all calls before one backward have so many bytes."""
         assert self.path is not None
         script = replace(script_of(plan, self.path), budget_bytes=budget_bytes)
         if self.parallel.units:  # off the path nobody knows which parameters are there
             script = replace(script, budget_bytes=None)
-        self.plan, self.script = plan, script
+        self.plan, self.script, self.budget_bytes = plan, script, budget_bytes
         self.tried_seconds, self.used_seconds, self.checked = tried_seconds, 0.0, False
         self.measured_bytes, self.to_measure = None, MAX_MEASURED
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import sys
 from collections.abc import Callable, Mapping
@@ -15,18 +16,17 @@ from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
+from autoremat.plan import beside
+from autoremat.plan.beside import SearchFailed, Wanted
 from autoremat.plan.grown import grown, grown_number, is_same
 from autoremat.plan.infeasible import with_arrivals
 from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
 from autoremat.record.gradients import gradients_found, gradients_left, with_gradients
 from autoremat.run.memory import told
 
+_LOG = logging.getLogger("autoremat")
 TIGHTER: Final = 0.9
 """The next budget, as a share of what the plan has in memory where the device ran out of it."""
-WELL_SECONDS: Final = 1.0
-"""What the first plan of a training may take; most of what can be found is found by then."""
-_PATIENCE: Final = 10
-"""A plan serves for so many times as long as a better one takes to be found."""
 _STEP: Final = 8
 """By so much longer each search for a better plan is."""
 _QUICK: Final = 0.01
@@ -65,6 +65,9 @@ class Planner(Protocol):
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
 
+    def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
+        """The same plan, to be looked for elsewhere."""
+
 
 class Planning:
     """Makes the plans of one callable.
@@ -102,17 +105,18 @@ class Planning:
     def _solve(self, step: Prepared, program: Program, living: Living, seconds: float | None) -> None:
         """Plan a program of which all is known."""
         n = step.together = max(step.together, living.usual)
+        tried_seconds = self.quick_seconds if seconds is None else seconds
         calls = Calls(n, living.input_bytes)
         budget_bytes = self._planner.budget_bytes(
             program, calls.plain_peak_bytes(program), anew=n > 1 or bool(step.taken)
         )  # fmt: skip
         if n > 1:
-            seconds = self._planner.time_limit_seconds if seconds is None else seconds
-            plan = self._plan_for_several(program, calls, budget_bytes, seconds)
+            plan = self._plan_for_several(program, calls, budget_bytes, tried_seconds)
         else:
             plan = self._plan_for_one(program, budget_bytes, seconds, goes_on=bool(step.taken))
             budget_bytes = plan.budget_bytes
-        step.follow(plan, budget_bytes, tried_seconds=self.quick_seconds if seconds is None else seconds)
+        step.search = None
+        step.follow(plan, budget_bytes, tried_seconds=tried_seconds)
 
     def solve_where(
         self, step: Prepared, program: Program, there: Mapping[str, int], living: Living, seconds: float | None = None
@@ -142,7 +146,7 @@ class Planning:
             path=step.path, parallel=step.parallel, differing=dict(step.differing), taken=step.taken,
             together=step.together, is_of_the_largest=step.is_of_the_largest, cost_seconds=step.cost_seconds,
         )  # fmt: skip
-        self.solve_where(found, step.program, there, living, self.quick_seconds)
+        self.solve_where(found, step.program, there, living)
         return found
 
     @property
@@ -175,15 +179,48 @@ class Planning:
         self._first = self._first or plan.program
         return found
 
-    def better(self, step: Prepared, living: Living) -> None:
-        """Look for a better plan of what is recorded, or for one that knows more."""
-        assert step.program is not None
-        knows_more = bool(step.differing or step.taken) or step.together < living.usual
-        self.solve(step, step.program, living, None if knows_more else self._next_seconds(step))
+    def renewed(self, step: Prepared, living: Living) -> bool:
+        """Whether the plan has just been replaced: by one that knows more, or by a better one of what is recorded.
 
-    def _next_seconds(self, step: Prepared) -> float:
-        """What the next search for a better plan may take."""
-        return min(_STEP * step.tried_seconds, self._planner.time_limit_seconds)
+        A better one is looked for beside the training, once one without any extra time above the bound would have saved
+        as much by now as the search may take. It is followed from the next call on after it has been found.
+        """
+        plan = step.plan
+        assert plan is not None
+        assert step.program is not None
+        step.close_sections()
+        if step.differing or step.taken or step.together < living.usual:
+            self.solve(step, step.program, living)
+            return True
+        seconds = min(_STEP * step.tried_seconds, self._planner.time_limit_seconds)
+        if step.search is None and step.tried_seconds < seconds < step.lost_by_now:
+            step.search = beside.begun(self._planner.wanted(plan.program, plan.budget_bytes, seconds))
+            if step.search is not None:
+                _LOG.info("looking for a better plan, for %.1f s at most; the training goes on", seconds)
+        return step.search is not None and step.search.is_over() and self._is_better(step, step.search, living)
+
+    def _is_better(self, step: Prepared, search: beside.Search, living: Living) -> bool:
+        """Whether a search that is over has found a better plan, which is followed from now on."""
+        plan, step.search = step.plan, None
+        assert plan is not None
+        step.tried_seconds, step.used_seconds = search.wanted.seconds, 0.0
+        try:
+            found = search.plan()
+        except SearchFailed as error:
+            step.tried_seconds = self._planner.time_limit_seconds
+            self._reporter.tell(f"no better plan could be looked for ({error}); the training goes on as it is")
+            return False
+        calls = Calls(step.together, living.input_bytes)
+        if found is None or found.overhead >= plan.overhead or calls.needed_bytes(found) > calls.needed_bytes(plan):
+            _LOG.info("no better plan has been found")
+            if found is not None:  # but it is known how good this one is
+                lowest = min(found.floor_bytes, plan.floor_bytes)
+                step.plan = replace(plan, lower_bound=max(found.lower_bound, plan.lower_bound), floor_bytes=lowest)
+            return False
+        _LOG.info("a better plan has been found: %.1f %% extra time", 100 * found.overhead)
+        step.follow(found, step.budget_bytes, tried_seconds=search.wanted.seconds)
+        self._reporter.counts.planned += 1
+        return True
 
     def _plan_for_one(self, program: Program, budget_bytes: int, seconds: float | None, *, goes_on: bool) -> Plan:
         """The plan for a call that has its backward next; ``goes_on``: the smallest, where none is small enough."""
@@ -244,17 +281,6 @@ class Planning:
         self._reporter.counts.planned += 1
         return found
 
-    def is_due(self, step: Prepared, living: Living) -> bool:
-        """Whether the plan is to be made anew of what is recorded.
-
-        It is, once so much training has gone on with it that a better one costs little beside.
-        """
-        step.close_sections()
-        if step.differing or step.taken or step.together < living.usual:
-            return True
-        following = self._next_seconds(step)
-        return following > step.tried_seconds and step.used_seconds > _PATIENCE * following
-
     def ran_out(self, step: Prepared, error: BaseException, living: Living) -> BaseException:
         """The device has less than the plan takes: say what the plan accounts for, and plan tighter next time."""
         plan = step.plan
@@ -274,7 +300,7 @@ class Planning:
         had = plan.peak_bytes if reached is None else _bytes_at(plan, reached)
         before, self._at_most_bytes = self._at_most_bytes, int(TIGHTER * had)
         try:
-            self.solve(step, program, living, WELL_SECONDS)
+            self.solve(step, program, living)
         except InfeasibleBudget:
             self._at_most_bytes = before
             raise

@@ -117,8 +117,7 @@ class Session:
                 return self._of_no_plan(args, kwargs, form, sizes, kind)
             if kind.cached is not None and not kind.prepared.differing and kind.cached.outlive():
                 kind.is_new = True  # the second step will make other calls than the first one
-            elif kind.goes_by_plan and self._planning.is_due(kind.prepared, self._here.living):
-                self._planning.better(kind.prepared, self._here.living)
+            elif kind.goes_by_plan and self._planning.renewed(kind.prepared, self._here.living):
                 kind.steps = 0
             elif kind.plan is not None:
                 self._reporter.counts.hits += 1

@@ -757,8 +757,8 @@ def _twin_beside(tensor: Tensor) -> Tensor | None:
     return getattr(tensor, "twin_beside", None)
 
 
-def _blank(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.empty(n, dtype=dtype, device=device)
+def _blank(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.empty_strided(size, stride, dtype=dtype, device=device)
 
 
 def _count(tensor: Tensor) -> int:

@@ -13,7 +13,7 @@ from autoremat.engines.torch.eager.first import FirstStep, NotRecorded, missing_
 from autoremat.engines.torch.eager.here import Here
 from autoremat.engines.torch.eager.inputs import gradients_of
 from autoremat.engines.torch.eager.kinds import Kind, Prepared
-from autoremat.engines.torch.eager.planning import WELL_SECONDS, Planner, Planning
+from autoremat.engines.torch.eager.planning import Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.room import OfScript
 from autoremat.engines.torch.eager.script import elsewhere
@@ -126,8 +126,7 @@ class Steps:
             adopted = None if kind.prepared.differing else self._planning.adopted(kind.prepared, program)
             there = step.gradients(program)
             if adopted is None:
-                seconds = WELL_SECONDS if is_first or known is not None else self._planning.quick_seconds
-                self._solve(kind, program, there, seconds)
+                self._solve(kind, program, there)
             elif there.keys() <= _found(adopted).keys():
                 kind.prepared = adopted
             else:
@@ -152,10 +151,10 @@ class Steps:
         if not prepared.parallel:
             prepared.found = gradients_of(self._fn, args, kwargs, _found(prepared).keys())
 
-    def _solve(self, kind: Kind, program: Program, there: dict[str, int], seconds: float) -> None:
+    def _solve(self, kind: Kind, program: Program, there: dict[str, int]) -> None:
         for k, reason in kind.prepared.differing.items():
             self._reporter.keeps(program, k, reason)
-        self._planning.solve_where(kind.prepared, program, there, self._here.living, seconds)
+        self._planning.solve_where(kind.prepared, program, there, self._here.living)
 
     def _waits(self, kind: Kind, tape: Tape) -> None:
         """A forward is over, and its graph waits for its backward."""
