@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
+from autoremat.demo.models import GPT, GPTConfig
 from autoremat.record.optimizer import optimizer_bytes
 from autoremat.run.account import account, resident
 from tests.zoo import CASES, Case
@@ -137,3 +138,19 @@ def test_numbers_that_autograd_saves_are_in_the_account() -> None:
     for _ in range(2):
         layers.zero_grad()
         assert account(lambda: call(x).backward(), resident(layers, x)).peak_bytes <= floor
+
+
+@pytest.mark.real_seconds
+def test_operators_are_measured_within_the_budget_beside_what_the_recording_holds() -> None:
+    """Caches are emptied with all the room that there is, and copies of the tokens have some of it."""
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(blocks=2, width=64, context=140))
+    tokens = torch.randint(0, 256, (4, 138))
+
+    def loss(m: GPT) -> Tensor:
+        return m(tokens).square().mean()
+
+    plain = copy.deepcopy(model)
+    budget = int(0.7 * account(lambda: loss(plain).backward(), resident(plain, tokens)).peak_bytes)
+    step = autoremat.checkpoint(lambda: loss(model), budget=budget)
+    assert account(lambda: step().backward(), resident(model, tokens)).peak_bytes <= budget

@@ -214,7 +214,7 @@ class FirstStep:
         room = self.tape.backward.room
         assert room is not None
         room.make(largest_op_bytes(self._shadow))
-        there = room.online.meter.nbytes
+        there = room.online.meter.nbytes + self._shadow.real_bytes
         there += 0 if self.parallel else sum(gradients_there(self.modules).values())
         return program_of(
             self._shadow, self.tape.path, getattr(self.fn, "__name__", type(self.fn).__name__),

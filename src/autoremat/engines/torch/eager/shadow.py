@@ -146,6 +146,11 @@ class Shadow:
                     recorder.values[n].available = last[maker[n]]
         return {s.number for s in recorder._storages.values() if s.number >= 0 and s.unpacked_at is None} - known
 
+    @property
+    def real_bytes(self) -> int:
+        """What the recording itself holds in memory: copies of numbers that the backward looks at."""
+        return sum(numbers.nbytes for numbers in self._numbers.values())
+
     def leaves(self) -> list[Tensor]:
         """The twins that gradients are accumulated into."""
         found = {id(twin): twin for _, twin in self._twins.values() if is_leaf(twin) and twin.requires_grad}
