@@ -62,9 +62,9 @@ def random_seed(number: int) -> int:
     return number + 1000 * seed() if is_thorough() else number
 
 
-def _estimated(signature: Any, room_bytes: int | None, repeats: int = 0) -> Cost:
+def _estimated(signature: Any, room_bytes: int | None, repeats: int = 1) -> Cost:
     """An operator run once, for what it allocates; its seconds are an estimate."""
-    cost = _measured(signature, room_bytes, 0)
+    cost = _measured(signature, room_bytes, 1)
     return cost._replace(seconds=timing.estimate(signature, sum(cost.made_bytes)).seconds, runs=1)
 
 

@@ -65,6 +65,37 @@ def test_the_floor_of_a_plan_is_a_budget_and_its_peak_is_the_measured_one(case: 
     assert peak == stats.plan.peak_bytes == plan.peak_bytes <= floor
 
 
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, id=str(c), marks=() if c.name == "U-Net" else pytest.mark.slow) for c in CASES]
+)
+def test_plan_and_checkpoint_accept_the_same_budgets(case: Case) -> None:
+    """With all defaults: what one names as the floor, both accept, and one byte less both refuse."""
+    torch.manual_seed(0)
+    model, inputs = case.model(), case.inputs()
+    loss = case.loss(model)
+    floor = autoremat.plan(loss, *inputs, budget="90%", time_limit_seconds=0.5).floor_bytes
+    with pytest.raises(autoremat.InfeasibleBudget) as beforehand:
+        autoremat.plan(loss, *inputs, budget=floor - 1, time_limit_seconds=0.5)
+    with pytest.raises(autoremat.InfeasibleBudget) as in_training:
+        autoremat.checkpoint(loss, budget=floor - 1)(*inputs)
+    assert beforehand.value.floor_bytes == in_training.value.floor_bytes == floor
+    model.zero_grad()
+    step = autoremat.checkpoint(loss, budget=floor)
+    step(*inputs).backward()
+    plan = autoremat.stats(step).plan
+    assert plan is not None
+    assert plan.floor_bytes == floor
+
+
+def test_scratch_of_kernels_is_in_a_plan() -> None:
+    """Where it was only estimated, the floor of a plan was too small for ``checkpoint``."""
+    model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), torch.randn(2, 3, 16, 16)
+    program = autoremat.plan(model, x, budget="100%").program
+    assert any(op.scratch_bytes for op in program.ops)
+    estimated = autoremat.plan(model, x, budget="100%", timing="estimate").program
+    assert not any(op.scratch_bytes for op in estimated.ops)
+
+
 def test_autocast_is_that_of_the_training() -> None:
     net = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16), nn.Dropout(0.5))
 

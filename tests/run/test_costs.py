@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,12 +25,12 @@ def call(*size: int, func: object = torch.ops.aten.mm.default) -> CallSignature:
 
 
 @pytest.fixture
-def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of its own for what is kept, and a process that knows nothing yet."""
     monkeypatch.setenv(VARIABLE, str(tmp_path / "cache"))
     monkeypatch.setattr(timing, "_MEASURED", {})
     monkeypatch.setattr(timing, "_KEPT", {})
-    yield tmp_path / "cache"
+    return tmp_path / "cache"
 
 
 def the_file(folder: Path) -> Path:
