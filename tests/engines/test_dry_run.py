@@ -87,6 +87,20 @@ def test_plan_and_checkpoint_accept_the_same_budgets(case: Case) -> None:
     assert plan.floor_bytes == floor
 
 
+def test_a_program_does_not_depend_on_where_tensors_are() -> None:
+    """A tensor that came to lie where another had just been let that one's memory stay to the end of the forward."""
+    x, weights = torch.randn(512, 64), [torch.randn(64, 64, requires_grad=True) for _ in range(3)]
+
+    def loss(x: Tensor) -> Tensor:
+        for weight in weights:
+            x = torch.sigmoid(x @ weight)
+        return x.sum()
+
+    programs = [record(loss, (x,), timing="estimate") for _ in range(12)]
+    assert {values_of(p) == values_of(programs[0]) for p in programs} == {True}
+    assert {ops_of(p) == ops_of(programs[0]) for p in programs} == {True}
+
+
 def test_scratch_of_kernels_is_in_a_plan() -> None:
     """Where it was only estimated, the floor of a plan was too small for ``checkpoint``."""
     model, x = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3)), torch.randn(2, 3, 16, 16)

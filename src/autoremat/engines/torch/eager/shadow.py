@@ -188,6 +188,9 @@ class Shadow:
 
     def _bind(self, tensor: Tensor, twin: Tensor) -> Tensor:
         key, gone = id(tensor), self._gone
+        before = self._twins.pop(key, None)
+        if before is not None and before[0]() is None:  # this tensor is where another one was that is gone by now
+            self._cut(before[1])
         self._twins[key] = weakref.ref(tensor, lambda _: gone.append(key)), twin
         storage = storage_of(local_of(tensor))
         if storage is not None:
@@ -195,9 +198,9 @@ class Shadow:
         node = node_of(tensor)
         if node is not None:
             where = node._sequence_nr(), tensor.output_nr
-            before = self._node_of.get(id(twin))
-            if before is not None and before != where:  # it has been overwritten
-                self._nodes.pop(before, None)
+            known = self._node_of.get(id(twin))
+            if known is not None and known != where:  # it has been overwritten
+                self._nodes.pop(known, None)
             self._nodes[where] = twin, _blank_of(twin)
             self._node_of[id(twin)] = where
         return twin
