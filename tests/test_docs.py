@@ -1,12 +1,14 @@
 """Every block of the README, the docs and the docstrings runs, page by page, in the order in which it stands.
 
-Python and console blocks are run; what the lines of shell blocks name is looked up, and completion scripts are loaded
-into a real shell; the JSON of ``program-file.md`` is read elsewhere. Any other block only shows something.
+Python and console blocks are run, and what one page shows below them is what they print; what the lines of shell blocks
+name is looked up, and completion scripts are loaded into a real shell; the JSON of ``program-file.md`` is read elsewhere. Any other block only shows something.
 """
 
 from __future__ import annotations
 
+import contextlib
 import doctest
+import io
 import os
 import re
 import shlex
@@ -33,7 +35,11 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 WITH_JSON = "program-file.md"  # tests/program/test_json_format.py reads its JSON
 WITH_LIBRARIES = ("README.md", "docs/trainers.md")
 """Their blocks of ```py run in tests/integrations/test_blocks.py, with the libraries that they are about."""
-BLOCK = re.compile(r"^```python\n(.*?)^```", re.M | re.S)
+WITH_OUTPUT = "real-training.md"
+"""A block of text right after a block of Python is what that prints; ``...`` stands for any lines."""
+MANY_BYTES = re.compile(r"\b\d{1,3}(,\d{3})+\b")
+"""Bytes, which differ a little between versions of torch."""
+BLOCK_AND_OUTPUT = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", re.M | re.S)
 FENCE = re.compile(r"^( *)(`{3,}|~{3,})([^\n]*)\n(.*?)^\1\2$", re.M | re.S)
 COMMAND = re.compile(r"^ *(\$|>>>|autoremat|pip|python3?|make|git|cd|import|from) ", re.M)
 
@@ -73,8 +79,13 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     if page.name == WITH_JSON:  # the file that a reader brings
         gpt(6).to_json("step.json")
     names: dict[str, object] = {"__name__": "docs"} | (names_of_the_readme() if page.name == "README.md" else {})
-    for block in BLOCK.findall(page.read_text()):
-        exec(compile(block, str(page), "exec"), names)
+    for block, shown in BLOCK_AND_OUTPUT.findall(page.read_text()):
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(compile(block, str(page), "exec"), names)
+        if page.name == WITH_OUTPUT and shown:
+            lines, output = (MANY_BYTES.sub("#", text).splitlines() for text in (shown, printed.getvalue()))
+            assert is_shown(lines, output), printed.getvalue()
 
 
 @pytest.mark.slow
