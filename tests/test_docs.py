@@ -1,8 +1,8 @@
 """Every block of the README, the docs and the docstrings runs, page by page, in the order in which it stands.
 
 Python and console blocks are run, and what one page shows below them is what they print; what the lines of shell blocks
-name is looked up, and completion scripts are loaded into a real shell; the JSON of ``program-file.md`` is read elsewhere.
-Any other block only shows something.
+name is looked up, and completion scripts are loaded into a real shell; the JSON of ``program-file.md`` is read
+elsewhere. Any other block only shows something.
 """
 
 from __future__ import annotations
