@@ -88,7 +88,8 @@ def checkpoint(
     Raises:
         ValueError: a malformed budget, a module without trainable parameters or one that is checkpointed already; at
             the first call, a pattern that matches nothing.
-        InfeasibleBudget: at the end of the first call, when no plan fits; names the smallest budget that does.
+        InfeasibleBudget: at the end of the first call, when no plan fits; names the smallest budget that does. At a
+            later call that finds more (gradients that stayed, a larger input); names what has come, too.
 
     Example:
         >>> import torch, autoremat
