@@ -17,6 +17,24 @@ from autoremat.run.account import account, resident
 
 Make = Callable[..., optim.Optimizer]
 
+
+class Lion(optim.Optimizer):
+    """One that is not torch's: a moment, and the sign of it."""
+
+    def __init__(self, params: Any) -> None:
+        super().__init__(params, {"lr": 1e-4})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                if not state:
+                    state["moment"] = torch.zeros_like(p)
+                p.sub_(group["lr"] * (0.9 * state["moment"] + 0.1 * p.grad).sign_())
+                state["moment"].lerp_(p.grad, 0.01)
+
+
 OPTIMIZERS: dict[str, Make] = {
     "SGD": partial(optim.SGD, lr=0.1),
     "SGD with momentum": partial(optim.SGD, lr=0.1, momentum=0.9, nesterov=True, weight_decay=0.1),
@@ -31,6 +49,7 @@ OPTIMIZERS: dict[str, Make] = {
     "RMSprop": partial(optim.RMSprop, centered=True, momentum=0.9),
     "Adafactor": optim.Adafactor,
     "NAdam, foreach": partial(optim.NAdam, foreach=True),
+    "Lion": Lion,
 }
 
 
