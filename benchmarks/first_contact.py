@@ -129,11 +129,11 @@ def bert() -> Training:
     model, dice = DistilBertForSequenceClassification(DistilBertConfig(num_labels=2)), random.Random(0)
 
     def batch(longest: int) -> dict[str, Tensor]:
-        lengths = [longest, *(dice.randrange(8, longest) for _ in range(7))]
+        lengths = [longest, *(dice.randrange(8, longest) for _ in range(15))]
         ids = nn.utils.rnn.pad_sequence([torch.randint(1, 30522, (n,)) for n in lengths], batch_first=True)
-        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.randint(0, 2, (8,))}
+        return {"input_ids": ids, "attention_mask": (ids > 0).long(), "labels": torch.randint(0, 2, (16,))}
 
-    return Training(model, lambda m, b: m(**b).loss, [batch(32), batch(56)], 0.9)
+    return Training(model, lambda m, b: m(**b).loss, [batch(48), batch(80)], 0.9)
 
 
 NETWORKS = {

@@ -438,7 +438,10 @@ class Options:
         is_first = seconds is None
         wanted = self.wanted(program, budget, QUICK * self.time_limit_seconds if seconds is None else seconds)
         with progress_bar() as progress:
-            return wanted.found(progress=progress, first=is_first)
+            return solve(
+                program, budget, keep=wanted.keep, recompute=wanted.recompute, time_limit_seconds=wanted.seconds,
+                progress=progress, first=is_first,
+            )  # fmt: skip
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
         """The same plan, to be looked for elsewhere."""

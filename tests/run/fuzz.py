@@ -30,6 +30,8 @@ import autoremat
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
 from autoremat.engines.torch.eager.tape import Reports
+from autoremat.plan import beside
+from autoremat.plan.beside import Here, Wanted
 from autoremat.plan.calls import planned_as, unfolded
 from autoremat.plan.tables import tables_of
 from autoremat.plan.unroll import unroll
@@ -732,6 +734,9 @@ class Planner:
     def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
         return plain_peak_bytes
 
+    def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
+        return WantedOf(program, budget, seconds, planner=self)
+
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         if self.way.mode == "nothing":
             return plan_that_keeps_nothing(program)
@@ -745,6 +750,17 @@ class Planner:
                 return autoremat.solve(program, budget, solver=solver, time_limit_seconds=0.02)
             except InfeasibleBudget as error:  # once to know the floor; where the time did not suffice, again
                 floor, share = error.floor_bytes, share if not floor else share + 0.1
+
+
+@dataclass(frozen=True)
+class WantedOf(Wanted):
+    """A plan that is looked for as the way says, in this process."""
+
+    planner: Planner | None = None
+
+    def found(self) -> Plan:
+        assert self.planner is not None
+        return self.planner.solve(self.program, self.budget_bytes, self.seconds)
 
 
 def random_plan(program: Program, random: random.Random) -> Plan:
@@ -790,7 +806,7 @@ def examine(script: Script) -> Outcome:
         sessions.append(session)
         return lambda *args: session.call(args, {})
 
-    with quiet() as messages:
+    with quiet() as messages, patch.object(beside, "begun", Here):
         plain = dict(train(script, lambda model: model))
         compare(outcome, dict(train(script, wrap)), plain)
         for session in sessions:

@@ -227,7 +227,7 @@ def test_a_better_plan_is_followed_once_it_is_there() -> None:
 def test_a_plan_that_is_no_better_is_not_followed() -> None:
     class NoBetter(Late):
         def plan(self) -> Plan | None:
-            return replace(self.wanted.found(first=True), overhead=1.0)
+            return replace(autoremat.solve(self.wanted.program, self.wanted.budget_bytes, first=True), overhead=1.0)
 
     with searching(NoBetter):
         mine = autoremat.checkpoint(model(), budget=0.6)

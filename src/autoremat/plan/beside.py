@@ -53,16 +53,17 @@ class Wanted:
     keep: Patterns = ()
     recompute: Patterns = ()
 
-    def found(self, **more: Any) -> Plan:
-        """Look for it; ``more``: arguments of ``solve``.
+    def found(self) -> Plan:
+        """Look for it.
 
         Raises:
             InfeasibleBudget: there is none that is known.
         """
         from autoremat.plan.portfolio import solve
 
-        limits: dict[str, Any] = {"keep": self.keep, "recompute": self.recompute, "time_limit_seconds": self.seconds}
-        return solve(self.program, self.budget_bytes, **limits | more)
+        return solve(
+            self.program, self.budget_bytes, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.seconds
+        )
 
 
 class Search(Protocol):
