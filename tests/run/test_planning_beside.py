@@ -178,6 +178,16 @@ def test_a_fork_leaves_the_search_to_its_parent() -> None:
     assert not search.is_over()
 
 
+def test_a_first_plan_needs_no_scipy() -> None:
+    """Importing it takes longer than such a plan."""
+    script = (
+        "import sys, autoremat; plan = autoremat.solve(autoremat.Program.from_json(sys.argv[1]), 4000, first=True); "
+        "sys.exit(plan.solver != 'greedy' or 'scipy' in sys.modules)"
+    )
+    env = os.environ | {"PYTHONPATH": str(Path(autoremat.__file__).parent.parent)}
+    assert not subprocess.run([sys.executable, "-c", script, chain(60).to_json()], env=env, check=False).returncode
+
+
 def test_nothing_is_left_when_the_process_ends(tmp_path: Path) -> None:
     """Of a training that ends, or fails, while a plan is looked for."""
     script = tmp_path / "training.py"

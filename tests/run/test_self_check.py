@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.program import Program
+from autoremat.record.values import fingerprint
 from autoremat.run.account import account, resident
 from tests.run.compare import off_by_a_bit
 from tests.zoo import CASES
@@ -185,3 +186,19 @@ def test_memory_that_is_looked_at_can_still_be_resized() -> None:
         gradient, weight.grad = weight.grad, None
         step(x).backward()
         assert torch.equal(gradient, weight.grad)
+
+
+@pytest.mark.parametrize("n", [7, 100_003])
+def test_a_fingerprint_tells_contents_apart(n: int) -> None:
+    def of(tensor: Tensor) -> int:
+        return fingerprint(tensor.untyped_storage())
+
+    before = torch.randn(n, generator=torch.Generator().manual_seed(0))
+    assert of(before) == of(before.clone())
+    for i in (0, n // 2, n - 1):
+        changed = before.clone()
+        changed[i] = torch.nextafter(changed[i], torch.tensor(torch.inf))
+        assert of(changed) != of(before), "the last bit of one number"
+    swapped = before.clone()
+    swapped[[1, n - 2]] = before[[n - 2, 1]]
+    assert len({of(before), of(swapped), of(before.flip(0))}) == 3, "the same numbers in another order"
