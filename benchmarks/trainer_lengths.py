@@ -69,12 +69,20 @@ class Trained:
 class Watch(TrainerCallback):
     """Processor time of the training; where asked for, the peak of every step."""
 
-    def __init__(self, ours: AutorematCallback | None, longest: int, *, metered: bool) -> None:
-        self.ours, self.longest, self.metered = ours, longest, metered
+    def __init__(self, ours: AutorematCallback | None, *, metered: bool) -> None:
+        self.ours, self.metered = ours, metered
+        self.collate = DataCollatorForSeq2Seq(ByT5Tokenizer())
+        self.input_bytes: list[int] = []
         self.peaks: list[int] = []
         self.planned_in: list[int] = []
         self.planned, self.begin, self.end = 0, 0.0, 0.0
         self._profile: Any = None
+
+    def collated(self, batch: list[Any]) -> Any:
+        """A batch, padded to its longest row."""
+        out = self.collate(batch)
+        self.input_bytes.append(sum(t.nbytes for t in out.values()))
+        return out
 
     def on_train_begin(self, *args: Any, **others: Any) -> None:
         """Begin to count."""
@@ -83,8 +91,7 @@ class Watch(TrainerCallback):
     def on_step_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **others: Any) -> None:
         """Begin the account of a step."""
         if self.metered:
-            inputs = [torch.zeros(BATCH, self.longest, dtype=torch.long) for _ in range(3)]  # with mask and labels
-            self._before = resident(model, _inner(optimizer), *inputs)
+            self._before = resident(model, _inner(optimizer)) + self.input_bytes[state.global_step]
             self._profile = torch.profiler.profile(
                 activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
             )
@@ -135,7 +142,7 @@ def train(args: argparse.Namespace) -> Trained:
     if args.only_longest:
         data = [data[0]] * (BATCH * args.batches)
     ours = AutorematCallback(budget=args.budget) if args.run == "autoremat" else None
-    watch = Watch(ours, args.longest, metered=args.metered)
+    watch = Watch(ours, metered=args.metered)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         arguments = TrainingArguments(
@@ -145,7 +152,7 @@ def train(args: argparse.Namespace) -> Trained:
         )  # fmt: skip
         trainer = Trainer(
             model, arguments, train_dataset=data, callbacks=[c for c in (ours, watch) if c is not None],
-            data_collator=DataCollatorForSeq2Seq(ByT5Tokenizer()),
+            data_collator=watch.collated,
         )  # fmt: skip
         trainer.train()
     digest = hashlib.sha256(b"".join(p.detach().numpy().tobytes() for p in model.parameters())).hexdigest()[:12]
