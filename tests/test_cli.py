@@ -301,7 +301,7 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("plan steps.py:mlp --budget 50% --optimizer adam", 2, "'adam' is no number of bytes; accepted are 3000000"),
         ("plan steps.py:mlp --budget 50% --optimizer -5", 2, "is no number of bytes"),
         ("plan steps.py:mlp --budget 50% --time-limit soon", 2, "'soon' is not a valid float"),
-        ("plan steps.py:mlp --budget 50% --timing guess", 2, "'guess' is not one of 'estimate', 'measure'"),
+        ("plan steps.py:mlp --budget 50% --timing guess", 2, "'guess' is not one of 'auto', 'measure', 'estimate'"),
         ("plan steps.py:meta --budget 50% --device nowhere", 1, "device 'nowhere' is not available to torch"),
         ("plan steps.py:mlp --budget 50% --keep nothing.*", 1, "matches no module"),
         ("plan step.json --budget 50%", 2, "to plan the program in it: autoremat solve step.json"),
