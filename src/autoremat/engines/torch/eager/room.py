@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable
 from math import ceil
 from typing import Final, Protocol
 
@@ -19,9 +19,6 @@ _SLACK: Final = 0.05
 """How far apart the backward of the plan and one off its path may be, as a share of all requests ..."""
 _MORE: Final = 8
 """... and so many requests more."""
-_LEAST: Final = 0.1
-"""So much of what there is beside what is always there may be held at least: with next to nothing, making values again
-takes so long that it has to be given up, and everything is held."""
 _MARGIN: Final = 0.02
 """What a first step leaves for what nobody counts, as a share of what it may take."""
 _SCRATCH: Final = 0.3
@@ -90,33 +87,25 @@ class OfScript:
     def __init__(self, script: Script, n_calls: int = 0, growth: float = 1.0, others_bytes: int = 0) -> None:
         self._script, self._others_bytes = script, others_bytes
         self._saved_bytes = growth * script.saved_bytes[min(n_calls, len(script.saved_bytes) - 1)]
-        self._beside, self._asked = (self._grown(made, growth) for made in (script.beside_bytes, script.asked_bytes))
+        beside = zip(script.beside_bytes, script.gradient_bytes, strict=False)
+        self._beside = [growth * (made - script.fixed_bytes - gradients) + gradients for made, gradients in beside]
         """What was taken beside values of the tape when the step was recorded, as large as it is now."""
-        self._again_bytes = 0
-
-    def _grown(self, beside: Sequence[int], growth: float) -> list[float]:
-        fixed, gradients = self._script.fixed_bytes, self._script.gradient_bytes
-        return [growth * (made - fixed - known) + known for made, known in zip(beside, gradients, strict=False)]
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
-        """Nobody knows what will have to be made again at once; and kernels take more than they give."""
-        self._again_bytes = 2 * largest_bytes
-        return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * (self._script.budget_bytes or 0)))
+        """Nobody knows what will have to be made again at once."""
+        return needed_bytes + 2 * largest_bytes
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """What the plan takes for everything else is left for that."""
         script, beside = self._script, self._beside
         if script.budget_bytes is None:
             return None
-        if progress is None:
-            made = beside[0] + taken_bytes
-        else:
+        begin, end = 0, 1
+        if progress is not None:
             last = len(beside) - 1
             begin, end = int((progress - _SLACK) * last) - _MORE, 1 + ceil((progress + _SLACK) * last) + _MORE
-            begin = max(1 if last else 0, begin)
-            made = max(max(beside[begin:end]), max(self._asked[begin:end], default=0.0) + self._again_bytes)
-        room = script.budget_bytes - script.fixed_bytes
-        return max(_LEAST * room, room - made - self._saved_bytes - self._others_bytes)
+        made = max(beside[max(0, begin) : end]) + self._saved_bytes
+        return script.budget_bytes - script.fixed_bytes - made - self._others_bytes - taken_bytes
 
     def counted(self, nbytes: int) -> None:
         """So much of what autograd has saved is counted with what the step has made from now on."""
