@@ -559,36 +559,3 @@ def test_passes_within_the_forward_are_in_the_plan(
     assert (stats.deviations, stats.unplanned) == (0, 0)
     assert stats.reruns > 0
     assert max(peaks) <= budget
-
-
-class Quantiser(nn.Module):
-    """Between two halves codes are looked up, and written now and then, as in a VQ-VAE."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = (
-            nn.Sequential(*(nn.Sequential(nn.Linear(32, 128), nn.SiLU(), nn.Linear(128, 32)) for _ in range(4)))
-            for _ in range(2)
-        )
-        self.register_buffer("book", torch.randn(64, 32))
-
-    def forward(self, x: Tensor, revives: Tensor) -> Tensor:
-        z = self.first(x)
-        q = self.book[torch.cdist(z, self.book).argmin(1)]
-        if revives.item():
-            with torch.no_grad():
-                self.book[:3] = z[:3]
-        return F.mse_loss(self.second(z + (q - z).detach()), x) + F.mse_loss(z, q.detach())
-
-
-def test_a_step_that_leaves_its_path_at_a_tight_budget_stays_within_it() -> None:
-    """The plan has kept next to nothing by then; to have all of it let go of would take more than that."""
-    torch.manual_seed(0)
-    x, model = torch.randn(512, 32), Quantiser()
-    no, yes = torch.tensor(False), torch.tensor(True)
-    with pytest.raises(autoremat.InfeasibleBudget) as refused:
-        autoremat.plan(model, x, no, budget=1, timing="measure")
-    budget = int(1.4 * refused.value.floor_bytes)
-    peaks = both(model, budget, [(x, b) for b in (no, no, yes)], lambda m, b: m(*b))
-    assert both.stats.deviations == 1  # type: ignore[attr-defined]
-    assert max(peaks) <= budget
