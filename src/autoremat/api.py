@@ -8,7 +8,9 @@ import math
 import os
 import sys
 import types
+import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, overload
 
@@ -22,7 +24,8 @@ from autoremat.engines.torch.eager.session import Session
 from autoremat.plan import Frontier, parse_budget, solve
 from autoremat.plan import frontier as frontier_of
 from autoremat.plan.beside import Wanted
-from autoremat.plan.constraints import Patterns, is_matched, still_possible
+from autoremat.plan.constraints import Patterns, constrain, is_matched, still_possible
+from autoremat.plan.floor import floor_of
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.record.optimizer import optimizer_bytes
 from autoremat.record.timing import Progress
@@ -159,7 +162,10 @@ def stats(target: Any) -> Stats:
     session = session_of(target)
     if session is None:
         raise ValueError("this is not checkpointed by autoremat; call autoremat.checkpoint on it first")
-    return session.stats()
+    found, planner = session.stats(), session.planner
+    if found.plan is None or not isinstance(planner, Options):
+        return found
+    return replace(found, plan=planner.with_floor(found.plan))
 
 
 def plan(
@@ -375,10 +381,12 @@ class Options:
         self.keep, self.recompute, self.measure = keep, recompute, measure
         self._settled_bytes: int | None = None
         """What a share of the plain peak has come to, at the first plan: later kinds of input have as much."""
+        self._floor: tuple[weakref.ref[Program], int] | None = None
+        """The floor that was looked for last."""
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy of a model needs the bytes of the optimizer, not the optimizer."""
-        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None}
+        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None, "_floor": None}
 
     @property
     def wishes(self) -> dict[str, Any]:
@@ -448,6 +456,17 @@ class Options:
         found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
         recompute = still_possible(program, self.recompute) if found_out else self.recompute
         return Wanted(program, budget, min(seconds, self.time_limit_seconds), self.keep, recompute)
+
+    def with_floor(self, plan: Plan) -> Plan:
+        """The plan with the smallest budget that is accepted; a first plan was made without looking for that."""
+        known = None if self._floor is None or self._floor[0]() is not plan.program else self._floor[1]
+        if known is None:
+            wanted = self.wanted(plan.program, plan.budget_bytes, 0.0)
+            limited = wanted.keep or wanted.recompute
+            program = constrain(plan.program, wanted.keep, wanted.recompute) if limited else plan.program
+            known = min(plan.floor_bytes, floor_of(program).nbytes)
+            self._floor = weakref.ref(plan.program), known
+        return plan if plan.floor_bytes == known else replace(plan, floor_bytes=known)
 
     def _in_bytes(self, program: Program) -> int:
         return parse_budget(self._budget(program.fixed_bytes), simulate(program).peak_bytes)

@@ -283,3 +283,27 @@ def test_an_account_that_cannot_be_had_is_none() -> None:
 
 def test_a_session_measures_only_if_asked() -> None:
     assert Session(lambda x: x, planner=None).measure is False  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("keep", [(), ("0",)])
+def test_the_floor_of_a_first_plan_is_a_budget_that_is_accepted_and_a_byte_less_is_not(keep: tuple[str, ...]) -> None:
+    layers = nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(32, 32), nn.Tanh())))
+    x = torch.randn(256, 32)
+
+    def trained(budget: int | float) -> int:
+        step = autoremat.checkpoint(lambda x: layers(x).square().mean(), budget=budget, keep=keep)
+        step(x)
+        plan = autoremat.stats(step).plan
+        assert plan is not None
+        return plan.floor_bytes
+
+    floor = trained(1.0)
+    assert floor < plain_peak(layers, x)
+    assert trained(floor) == floor
+    with pytest.raises(autoremat.InfeasibleBudget) as error:
+        trained(floor - 1)
+    assert error.value.floor_bytes == floor
+
+
+def plain_peak(layers: nn.Module, x: torch.Tensor) -> int:
+    return autoremat.plan(lambda x: layers(x).square().mean(), x, budget=1.0).plain_peak_bytes
