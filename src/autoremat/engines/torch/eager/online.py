@@ -4,8 +4,11 @@ After DTR (Kirisame et al. 2021, "Dynamic Tensor Rematerialization", ICLR, secti
 per byte and staleness goes first; its cost is that of its call and of what would have to be made again before it.
 
 Searches are rare: where room is needed, a little more than that goes at once, and where nothing could be let go of,
-nobody looks again before more is held. So all of them together take time about linear in the number of calls. And what
-is made again is bounded: after ``MOST_RERUNS`` times as many calls as there were, nothing is let go of any more.
+nobody looks again before more is held. So all of them together take time about linear in the number of calls.
+
+What is made again is bounded. Where next to nothing may be held, making it takes a long way each time; so once as many
+calls have been made again as there were, more and more is held, whatever was left for other things: all that there is
+after ``MOST_RERUNS`` times as many, and from then on nothing is let go of any more.
 """
 
 from __future__ import annotations
@@ -59,7 +62,7 @@ class Online:
     def shrink(self, allowed: float, locked: Collection[int] = ()) -> None:
         """Let go of values that can be made again until all that the step has made is within what is allowed."""
         ledger, meter = self._ledger, self.meter
-        if meter.nbytes <= max(allowed, self._in_vain_bytes) or self._is_exhausted():
+        if meter.nbytes <= max(allowed, self._in_vain_bytes) or self.impatience == 1:
             return
         target = allowed - SPARE * max(allowed, 0.0)
         for _, value in sorted((self._score(v), v) for v in ledger.held if v in ledger.maker and v not in locked):
@@ -71,8 +74,11 @@ class Online:
                     return
         self._in_vain_bytes = int((1 + MORE) * meter.nbytes)
 
-    def _is_exhausted(self) -> bool:
-        return self._ledger.reruns > MOST_RERUNS * max(self._n_calls + len(self._seconds), 16)
+    @property
+    def impatience(self) -> float:
+        """From 0 to 1: the share of all room that is held rather than making so much again any longer."""
+        times = self._ledger.reruns / max(self._n_calls + len(self._seconds), 16)
+        return min(1.0, max(0.0, (times - 1) / (MOST_RERUNS - 1)))
 
     def _bytes(self, value: int) -> int:
         return max(1, self._ledger.held[value].untyped_storage().nbytes())

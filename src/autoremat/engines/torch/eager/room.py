@@ -39,6 +39,9 @@ class Allowance(Protocol):
             progress: the part of the backward that is through; None in the forward.
         """
 
+    def all_bytes(self) -> float:
+        """Bytes that there are for all that the step makes."""
+
     def counted(self, nbytes: int) -> None:
         """So much of what autograd has saved is counted with what the step has made from now on."""
 
@@ -69,6 +72,10 @@ class OfFirstStep:
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """Plain training would take that for what runs, too."""
         return (1 - _MARGIN) * self._share(self.plain_bytes + taken_bytes) - taken_bytes
+
+    def all_bytes(self) -> float:
+        """Of what plain training would hold by now."""
+        return self._share(self.plain_bytes)
 
     def counted(self, nbytes: int) -> None:
         """It counts all of it."""
@@ -107,6 +114,10 @@ class OfScript:
         made = max(beside[max(0, begin) : end]) + self._saved_bytes
         return script.budget_bytes - script.fixed_bytes - made - self._others_bytes - taken_bytes
 
+    def all_bytes(self) -> float:
+        """The budget, less what is always there."""
+        return (self._script.budget_bytes or 0) - self._script.fixed_bytes - self._others_bytes
+
     def counted(self, nbytes: int) -> None:
         """So much of what autograd has saved is counted with what the step has made from now on."""
         self._saved_bytes = max(0.0, self._saved_bytes - nbytes)
@@ -121,6 +132,10 @@ class Nothing:
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """None at all."""
+        return 0.0
+
+    def all_bytes(self) -> float:
+        """None."""
         return 0.0
 
     def counted(self, nbytes: int) -> None:
@@ -175,6 +190,8 @@ class Room:
         if self._spare is not None and self.online.meter.nbytes > allowed:
             self._turn(self._spare)
             allowed = self._allowance.allowed_bytes(taken, progress) or 0.0
+        if impatience := self.online.impatience:
+            allowed = max(allowed, impatience * self._allowance.all_bytes())
         self.online.shrink(allowed, locked)
 
     def empty(self) -> None:
