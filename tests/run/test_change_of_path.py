@@ -559,3 +559,37 @@ def test_passes_within_the_forward_are_in_the_plan(
     assert (stats.deviations, stats.unplanned) == (0, 0)
     assert stats.reruns > 0
     assert max(peaks) <= budget
+
+
+class Turning(nn.Module):
+    """Layers whose second half has another activation in some steps."""
+
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.layers, self.turns = nn.ModuleList(nn.Linear(32, 32) for _ in range(n)), False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, layer in enumerate(self.layers):
+            x = layer(x)
+            x = torch.sigmoid(x) if self.turns and 2 * i >= len(self.layers) else torch.tanh(x)
+        return x.square().mean()
+
+
+@pytest.mark.filterwarnings("ignore:autoremat")
+@pytest.mark.parametrize("above", [1.4, 1.8])
+def test_a_step_that_leaves_its_path_half_way_is_within_a_budget_well_above_the_floor(above: float) -> None:
+    torch.manual_seed(0)
+    mine, x = Turning(16), torch.randn(512, 32)
+    plain = copy.deepcopy(mine)
+    floor = autoremat.plan(mine, x, budget=1.0, timing="measure").floor_bytes
+    budget = int(above * floor)
+    autoremat.checkpoint(mine, budget=budget)
+    for turns in (False, True, False, True):
+        mine.turns = plain.turns = turns
+        mine.zero_grad()
+        plain.zero_grad()
+        peak = account(lambda: mine(x).backward(), resident(mine, x)).peak_bytes
+        plain(x).backward()
+        assert all(torch.equal(p.grad, q.grad) for p, q in zip(mine.parameters(), plain.parameters(), strict=True))
+        assert peak <= budget
+    assert autoremat.stats(mine).deviations == 2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from math import ceil
 from typing import Final, Protocol
 
@@ -94,25 +94,32 @@ class OfScript:
     def __init__(self, script: Script, n_calls: int = 0, growth: float = 1.0, others_bytes: int = 0) -> None:
         self._script, self._others_bytes = script, others_bytes
         self._saved_bytes = growth * script.saved_bytes[min(n_calls, len(script.saved_bytes) - 1)]
-        beside = zip(script.beside_bytes, script.gradient_bytes, strict=False)
-        self._beside = [growth * (made - script.fixed_bytes - gradients) + gradients for made, gradients in beside]
+        self._beside, self._asked = (self._grown(made, growth) for made in (script.beside_bytes, script.asked_bytes))
         """What was taken beside values of the tape when the step was recorded, as large as it is now."""
+        self._again_bytes = 0
+
+    def _grown(self, beside: Sequence[int], growth: float) -> list[float]:
+        fixed, gradients = self._script.fixed_bytes, self._script.gradient_bytes
+        return [growth * (made - fixed - known) + known for made, known in zip(beside, gradients, strict=False)]
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
-        """Nobody knows what will have to be made again at once."""
-        return needed_bytes + 2 * largest_bytes
+        """Nobody knows what will have to be made again at once; and kernels take more than they give."""
+        self._again_bytes = 2 * largest_bytes
+        return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * (self._script.budget_bytes or 0)))
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """What the plan takes for everything else is left for that."""
         script, beside = self._script, self._beside
         if script.budget_bytes is None:
             return None
-        begin, end = 0, 1
-        if progress is not None:
+        if progress is None:
+            made = beside[0] + taken_bytes
+        else:
             last = len(beside) - 1
             begin, end = int((progress - _SLACK) * last) - _MORE, 1 + ceil((progress + _SLACK) * last) + _MORE
-        made = max(beside[max(0, begin) : end]) + self._saved_bytes
-        return script.budget_bytes - script.fixed_bytes - made - self._others_bytes - taken_bytes
+            begin = max(1 if last else 0, begin)
+            made = max(max(beside[begin:end]), max(self._asked[begin:end], default=0.0) + self._again_bytes)
+        return script.budget_bytes - script.fixed_bytes - made - self._saved_bytes - self._others_bytes
 
     def all_bytes(self) -> float:
         """The budget, less what is always there."""

@@ -88,6 +88,8 @@ class Script:
         budget_bytes: the budget; None: a step off the path may take what it likes.
         beside_bytes: what anything but the values that the tape holds takes at most: in the forward, then from each
             request of the backward to the next.
+        asked_bytes: of that what is taken at the moment of each request, when calls may be made again for it; in the
+            forward, what kernels take that give nothing of it.
         gradient_bytes: of that at least so much, each time, are gradients of parameters: these grow with no input.
         fixed_bytes: what is always there.
         watch: the forward is known to write memory in ways that torch does not see.
@@ -116,6 +118,7 @@ class Script:
     twice: frozenset[int] = frozenset()
     budget_bytes: int | None = None
     beside_bytes: tuple[int, ...] = (0,)
+    asked_bytes: tuple[int, ...] = (0,)
     gradient_bytes: tuple[int, ...] = (0,)
     fixed_bytes: int = 0
     where: tuple[str, ...] = ()
@@ -141,9 +144,13 @@ def elsewhere(script: Script, room_bytes: float, gradient_bytes: int) -> Script:
         room_bytes: that there are beside what is always there.
         gradient_bytes: of parameters that have no gradient yet.
     """
-    beside = zip(script.beside_bytes, script.gradient_bytes, strict=False)
-    made = tuple([nbytes - script.fixed_bytes - gradients + gradient_bytes for nbytes, gradients in beside])
+    fixed, gradients = script.fixed_bytes, script.gradient_bytes
+    beside, asked = (
+        tuple([made - fixed - known + gradient_bytes for made, known in zip(all_made, gradients, strict=False)])
+        for all_made in (script.beside_bytes, script.asked_bytes)
+    )
     return replace(
-        script, fixed_bytes=0, saved_bytes=(0,), beside_bytes=made, gradient_bytes=(gradient_bytes,) * len(made),
+        script, fixed_bytes=0, saved_bytes=(0,), gradient_bytes=(gradient_bytes,) * len(beside),
+        beside_bytes=(*asked[:1], *beside[1:]), asked_bytes=asked,
         budget_bytes=None if script.budget_bytes is None or room_bytes == math.inf else int(room_bytes),
     )  # fmt: skip

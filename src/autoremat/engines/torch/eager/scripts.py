@@ -12,6 +12,7 @@ from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.several import held_bytes, waiting_bytes
 from autoremat.engines.torch.eager.stays import Stays
 from autoremat.engines.torch.eager.tables import (
+    asked_bytes,
     beside_bytes,
     costs_of,
     gradient_bytes,
@@ -59,6 +60,7 @@ def script_of(plan: Plan, path: Path) -> Script:
         twice=run_twice(plan, timeline, ready),
         budget_bytes=plan.budget_bytes,
         beside_bytes=beside_bytes(stays, timeline),
+        asked_bytes=asked_bytes(stays, timeline),
         gradient_bytes=gradient_bytes(program, schedule.order),
         fixed_bytes=program.fixed_bytes,
         where=places_of(program, n_calls),

@@ -50,21 +50,41 @@ def run_twice(plan: Plan, timeline: Timeline, ready: frozenset[int]) -> frozense
 
 
 def beside_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
-    """The most bytes that are not values held by the tape: in the forward, and from each request to the next."""
-    order = stays.order
-    change = [0] * (len(order) + 1)
+    """The most bytes that are not values held by the tape: in the forward, and from each request to the next.
+
+    What calls take that are made again is not among them: off the path others are, and room is left for those.
+    """
+    found, seen = [0], set[int]()
+    for i, resident, held in zip(stays.order, timeline.resident_bytes, _held_bytes(stays), strict=False):
+        if stays.program.ops[i].name == "unpack":
+            found.append(0)
+        if i not in seen:
+            found[-1] = max(found[-1], resident - held)
+        seen.add(i)
+    return tuple(found)
+
+
+def asked_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
+    """The bytes that are not values held by the tape at each request; in the forward, what kernels take."""
+    program = stays.program
+    scratch = max((program.ops[i].scratch_bytes for i in program.forward), default=0)
+    found = [program.fixed_bytes + scratch]
+    for i, resident, there in zip(stays.order, timeline.resident_bytes, _held_bytes(stays), strict=False):
+        if program.ops[i].name == "unpack":
+            found.append(max(program.fixed_bytes, resident - there))
+    return tuple(found)
+
+
+def _held_bytes(stays: Stays) -> list[int]:
+    """The bytes of values that the tape holds, at every run."""
+    change = [0] * (len(stays.order) + 1)
     for v, ss in stays.by_value.items():
         for s in ss:
             ends = [p for p in (s.last_read, *s.asks) if p is not None]
             if ends:
                 change[s.made_at] += stays.program.values[v].nbytes
                 change[max(ends) + 1] -= stays.program.values[v].nbytes
-    found = [0]
-    for i, resident, held in zip(order, timeline.resident_bytes, accumulate(change), strict=False):
-        if stays.program.ops[i].name == "unpack":
-            found.append(0)
-        found[-1] = max(found[-1], resident - held)
-    return tuple(found)
+    return list(accumulate(change))
 
 
 def gradient_bytes(program: Program, order: Sequence[int]) -> tuple[int, ...]:
