@@ -742,7 +742,7 @@ class Planner:
             return plan_that_keeps_nothing(program)
         if self.way.mode == "random":
             return random_plan(program, random.Random(self.way.seed))
-        solver = "dtr" if seconds is None else "auto" if self.way.seed % 4 == 0 else "greedy"
+        solver = "auto" if self.way.seed % 4 == 0 else "greedy"
         plain_peak, floor, share = simulate(program).peak_bytes, 0, self.way.share
         while True:
             budget = max(1, min(plain_peak, floor + int(share * (plain_peak - floor))))

@@ -139,3 +139,33 @@ def test_nobodys_comparison_is_run() -> None:
     for _ in range(STEADY):
         step(torch.randn(4, 8)).backward()
     assert Mean.compared == STEADY * per_step
+
+
+def test_calls_that_draw_wait_for_each_other_though_the_plan_keeps_what_they_make(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Another thread may be noting what it draws: a number taken from it in between, it could not draw again."""
+    entered = 0
+
+    class Lock:
+        def __enter__(self) -> None:
+            nonlocal entered
+            entered += 1
+
+        def __exit__(self, *error: object) -> None:
+            pass
+
+    attention, linear = nn.MultiheadAttention(16, 2, 0.1), nn.Linear(16, 16)
+
+    def loss(x: Tensor) -> Tensor:
+        y = torch.nn.functional.dropout(linear(x), 0.1)
+        return torch.rand_like(y).mul(attention(y, y, y, need_weights=False)[0]).sum()
+
+    step = autoremat.checkpoint(loss, budget="100%")
+    for _ in range(STEADY):
+        step(torch.randn(8, 4, 16)).backward()
+        attention.zero_grad()
+        linear.zero_grad()
+    monkeypatch.setattr("autoremat.engines.torch.eager.follow.DRAWING", Lock())
+    step(torch.randn(8, 4, 16)).backward()
+    assert entered == 3

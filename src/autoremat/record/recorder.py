@@ -174,6 +174,8 @@ class Recorder(TorchDispatchMode):
         """Run one operator and take note of it."""
         kwargs = kwargs or {}
         if func is ASKS_FOR_DEVICE and type(args[0]) is FakeTensor:
+            if not self._paused:
+                self._know_outside(args)
             return args[0].device  # more than half of all that is heard, in a tenth of the time
         if types and is_taken_apart(types):
             return NotImplemented

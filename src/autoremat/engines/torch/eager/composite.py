@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import le
-from typing import Any, Final, NamedTuple
+from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from autoremat.engines.torch.eager.path import n_elements
 from autoremat.engines.torch.eager.state import State
+
+if TYPE_CHECKING:
+    from autoremat.engines.torch.eager.script import Work
 
 _PLAIN: Final = (type(None), bool, int, float, str)
 _TENSORS: Final = (Tensor, nn.Parameter)
@@ -34,6 +37,7 @@ class Composite:
         sizes: of the tensors.
         state: in which it was called.
         numel: how many elements it gave.
+        random: whether a call in it draws from a generator.
     """
 
     func: Callable[..., Any]
@@ -43,6 +47,7 @@ class Composite:
     sizes: tuple[torch.Size, ...]
     state: State
     numel: int
+    random: bool = False
 
     def is_met_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether this call is the recorded one, on tensors that are nowhere larger."""
@@ -63,12 +68,13 @@ def looked_into(
     return Composite(func, begin, end, given, sizes, state, n_elements(out))
 
 
-def untouched(composites: Sequence[Composite], works: Sequence[object | None]) -> dict[int, Composite]:
+def untouched(composites: Sequence[Composite], works: Sequence[Work | None]) -> dict[int, Composite]:
     """By their first call, the largest of the functions at whose calls there is nothing to do."""
     found: dict[int, Composite] = {}
     for composite in sorted(composites, key=lambda c: c.end):
-        if not any(works[composite.begin : composite.end]):
-            found[composite.begin] = composite
+        inside = [work for work in works[composite.begin : composite.end] if work is not None]
+        if all(work.draws_only for work in inside):
+            found[composite.begin] = replace(composite, random=bool(inside))
     return found
 
 

@@ -99,7 +99,8 @@ class Follow:
     def _composite(self, composite: Composite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a function's calls, of which none needs to be heard."""
         self._tape.n_calls = composite.end
-        out = composite.func(*args, **kwargs)
+        with DRAWING if composite.random else _NOTHING:
+            out = composite.func(*args, **kwargs)
         if n_elements(out) > composite.numel:
             self._outgrown(composite.end - 1, n_elements(out))
         return out
@@ -118,6 +119,10 @@ class Follow:
 
     def _at_work(self, k: int, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape, call = self._tape, work.call
+        if work.draws_only:
+            tape.n_calls = k + 1
+            with DRAWING:
+                return func(*args, **kwargs)
         with _unseen():
             given = tensors_given(args, kwargs)
             is_right = self._is_as_recorded(work, given)
@@ -127,7 +132,7 @@ class Follow:
         if call.effects or call.leaves:
             tape.has_effects = True  # before it runs: it may run out of memory half-way
         tape.n_calls = k + 1
-        with DRAWING if call.random and is_ready else _NOTHING:
+        with DRAWING if call.random else _NOTHING:
             entry = None
             if is_ready:
                 with _unseen():

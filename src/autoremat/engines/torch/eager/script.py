@@ -69,6 +69,8 @@ class Work:
     """Positions of what it overwrites."""
     spare: bool = False
     """Be ready to make it again should the path be left, though the plan does not."""
+    draws_only: bool = False
+    """There is nothing to do but to draw while no other thread does: one may be noting what it draws."""
 
 
 @dataclass(frozen=True)

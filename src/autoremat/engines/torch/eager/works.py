@@ -30,7 +30,8 @@ class Works:
         """What there is to do; ``hooked``: packs at which there is."""
         read = {v for k in self._ready for _, v in self._path.calls[k].reads}
         matter = frozenset(read | {v for v in packs if v is not None}) | self._hold
-        return tuple(self._work(k, c, self._ready, matter, hooked) for k, c in enumerate(self._path.calls))
+        calls = enumerate(self._path.calls)
+        return tuple(self._work(k, c, self._ready, matter, hooked) or _drawing(c) for k, c in calls)
 
     def spare(self, works: Sequence[Work | None]) -> tuple[Work | None, ...]:
         """What there is to do where all is prepared that may be made again, and everything saved is looked at."""
@@ -40,12 +41,14 @@ class Works:
         found: list[Work | None] = []
         for k, (call, work) in enumerate(zip(self._path.calls, works, strict=True)):
             other = self._work(k, call, self._ready, matter, saved)
+            if work is not None and work.draws_only:
+                work = None
             if work is not None and other is not None:
                 other = replace(work, hooked=work.hooked or other.hooked)
             other = other or work
             if k in spare and other is None:
                 other = self._work(k, call, spare, matter, saved)
-            found.append(other if other is None else replace(other, spare=k in spare))
+            found.append(_drawing(call) if other is None else replace(other, spare=k in spare))
         return tuple(found)
 
     def _may_run_again(self) -> frozenset[int]:
@@ -65,3 +68,8 @@ class Works:
         stops = frozenset(v for _, v in call.saved if v in self._stops)
         written = frozenset(i for i, _, _ in call.written)
         return Work(call, k in ready, frozenset(makes & self._hold), stops, is_hooked, dict(call.reads), written)
+
+
+def _drawing(call: Call) -> Work | None:
+    """What there is to do at a call that the plan has nothing to do with."""
+    return Work(call, False, frozenset(), frozenset(), hooked=False, draws_only=True) if call.random else None
