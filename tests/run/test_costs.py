@@ -286,3 +286,19 @@ def test_the_share_says_how_much_was_timed(kept: Path, monkeypatch: pytest.Monke
 
 
 REAL = timing._measure_for_real
+
+
+def test_a_plan_runs_no_operator_that_is_not_torchs() -> None:
+    runs = []
+
+    @torch.library.custom_op("tests_costs::doubled", mutates_args=())
+    def doubled(x: torch.Tensor) -> torch.Tensor:
+        runs.append(x)
+        return 2 * x
+
+    doubled.register_fake(torch.empty_like)
+    doubled.register_autograd(lambda ctx, gradient: 2 * gradient)
+    linear, x = nn.Linear(8, 8), torch.randn(16, 8)
+    program = autoremat.plan(lambda: doubled(linear(x)).square().mean(), budget="100%").program
+    assert any(op.name.startswith("tests_costs") for op in program.ops)
+    assert not runs
