@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import io
+import logging
 import os
 import re
 import shlex
@@ -79,6 +80,9 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     if page.name == WITH_JSON:  # the file that a reader brings
         gpt(6).to_json("step.json")
+    log = logging.getLogger("autoremat")  # a reader may keep what a page does to it; other tests must not
+    monkeypatch.setattr(log, "filters", list(log.filters))
+    monkeypatch.setattr(log, "level", log.level)
     names: dict[str, object] = {"__name__": "docs"} | (names_of_the_readme() if page.name == "README.md" else {})
     for block, shown in BLOCK_AND_OUTPUT.findall(page.read_text()):
         printed = io.StringIO()
