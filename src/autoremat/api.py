@@ -40,7 +40,7 @@ _MARK = "__autoremat__"
 warn_if_untested(torch.__version__)  # here, so that it is said once, at the first use
 TIMINGS: Final = ("auto", "measure", "estimate")
 """Where seconds and kernel scratch come from."""
-AT_ONCE: Final = 0.1
+TIGHT: Final = 0.1
 """The part of the time for a plan that is wanted at once, where the budget is too tight for the greedy."""
 
 
@@ -444,7 +444,7 @@ class Options:
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
         is_first = seconds is None
-        wanted = self.wanted(program, budget, AT_ONCE * self.time_limit_seconds if seconds is None else seconds)
+        wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
         with progress_bar() as progress:
             return solve(
                 program, budget, keep=wanted.keep, recompute=wanted.recompute, time_limit_seconds=wanted.seconds,

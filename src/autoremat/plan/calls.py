@@ -11,7 +11,6 @@ The bytes of the folded program are never below those of the program. ``CallAcco
 
 from __future__ import annotations
 
-import weakref
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -19,6 +18,7 @@ from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 
 from autoremat.plan.constraints import Constrained, passing_values
+from autoremat.plan.per_program import per_program
 from autoremat.program import END, Op, Program, Schedule, Value
 
 
@@ -71,17 +71,10 @@ class Folded(Constrained):
         return self.stages[order[p + 1]].call_begin == self.stages[order[p]].call_begin
 
 
-_CACHE: dict[int, tuple[weakref.ref[Program], Folded]] = {}
-
-
+@per_program
 def folded_of(program: Program) -> Folded:
     """The folded program, made at the first call and kept while the program lives."""
-    found = _CACHE.get(id(program))
-    if found is not None and found[0]() is program:
-        return found[1]
-    key, folded = id(program), fold(program)
-    _CACHE[key] = (weakref.ref(program, lambda _: _CACHE.pop(key, None)), folded)
-    return folded
+    return fold(program)
 
 
 def planned_as(program: Program) -> Program:
@@ -91,7 +84,7 @@ def planned_as(program: Program) -> Program:
 
 def program_of(folded: Folded) -> Program | None:
     """The program that ``folded_of`` has folded, while it lives."""
-    return next((ref() for ref, known in _CACHE.values() if known is folded), None)
+    return next((ref() for ref, known in folded_of.kept.values() if known is folded), None)
 
 
 def unfolded(program: Program, schedule: Schedule) -> Schedule:

@@ -8,13 +8,13 @@ way are candidates of the program itself, too: their bytes are the same.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 from autoremat.plan.account import Ints
 from autoremat.plan.calls import planned_as
 from autoremat.plan.classics import Classics
+from autoremat.plan.per_program import per_program
 from autoremat.plan.search import Candidate, Entry, Search
 from autoremat.plan.segments import boundaries, crossing
 from autoremat.plan.tables import open_tables_of
@@ -25,17 +25,11 @@ _NESTED = (2, 3, 4, 6, 8, 12, 20, 32)
 _SHAVED = 3
 """How many of the lowest peaks are shaved as far down as it goes."""
 
-_FLOORS: dict[int, tuple[weakref.ref[Program], Floor]] = {}
 
-
+@per_program
 def floor_of(program: Program) -> Floor:
     """The floor of a program, looked for once and kept while the program lives."""
-    found = _FLOORS.get(id(program))
-    if found is not None and found[0]() is program:
-        return found[1]
-    key, floor = id(program), Floor(program)
-    _FLOORS[key] = (weakref.ref(program, lambda _: _FLOORS.pop(key, None)), floor)
-    return floor
+    return Floor(program)
 
 
 class Floor:

@@ -10,7 +10,6 @@ budgets, more budget hardly ever costs more.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from importlib import import_module
@@ -24,6 +23,7 @@ from autoremat.plan.constraints import Patterns, constrain, explained, kept_anyw
 from autoremat.plan.every_block import every_block
 from autoremat.plan.infeasible import infeasible
 from autoremat.plan.keep_everything import keep_everything
+from autoremat.plan.per_program import per_program
 from autoremat.plan.segments import segments
 from autoremat.plan.tables import tables_of
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
@@ -77,8 +77,6 @@ _WIDE_GAP: Final = 0.01
 
 _LONG_LOOK: Final = 0.6
 """Enough for about a hundred ops."""
-
-_POOLS: dict[int, tuple[weakref.ref[Program], Pool]] = {}
 
 
 def solve(
@@ -262,16 +260,15 @@ def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | 
     )  # fmt: skip
 
 
+@per_program
 def _pool_of(program: Program) -> Pool:
     """The program's pool, made at the first call and kept while the program lives."""
     from autoremat.plan.pool import Pool
 
-    found = _POOLS.get(id(program))
-    if found is not None and found[0]() is program:
-        return found[1]
-    key, pool = id(program), Pool(program)
-    _POOLS[key] = (weakref.ref(program, lambda _: _POOLS.pop(key, None)), pool)
-    return pool
+    return Pool(program)
+
+
+_POOLS: Final = _pool_of.kept
 
 
 def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:

@@ -8,13 +8,13 @@ memory. In a recorded program only an ``unpack`` op can wait for a value to be m
 
 from __future__ import annotations
 
-import weakref
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from autoremat.plan.constraints import Constrained, passing_values
+from autoremat.plan.per_program import per_program
 from autoremat.program import Op, Program, Value
 
 NEVER: Final = 1 << 60
@@ -84,19 +84,11 @@ class Tables:
         return max(time, self.ends[value][k]) if k >= 0 else time
 
 
-_CACHE: dict[int, tuple[weakref.ref[Program], Tables]] = {}
-
-
+@per_program
 def tables_of(program: Program) -> Tables:
     """The tables of a program, made at the first call and kept while the program lives. O(reads)."""
-    found = _CACHE.get(id(program))
-    if found is not None and found[0]() is program:
-        return found[1]
     late = _late_ops(program)
-    tables = _make(program, late, tuple(not x for x in late))
-    key = id(program)
-    _CACHE[key] = (weakref.ref(program, lambda _: _CACHE.pop(key, None)), tables)
-    return tables
+    return _make(program, late, tuple(not x for x in late))
 
 
 def open_tables_of(program: Program) -> Tables | None:
