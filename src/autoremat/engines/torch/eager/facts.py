@@ -87,6 +87,15 @@ class CallFacts:
 
 
 _KNOWN: dict[Any, CallFacts] = {}
+"""By what makes two calls alike to the last size."""
+_OF_OTHER_SIZES: dict[Any, dict[tuple[int, ...], CallFacts]] = {}
+"""By what makes two calls alike but for their sizes, and then by these: of the calls that were looked at."""
+MAX_KNOWN: Final = 1 << 16
+"""Calls whose facts are remembered."""
+MANY_SIZES: Final = 32
+"""So many sizes of calls that are alike otherwise are looked at one by one: that tells best what they take."""
+_SIZE: Final = 9
+"""A number from here on is a size of something: a smaller one may be a dimension, or choose what is computed."""
 
 
 def facts_of_call(
@@ -127,15 +136,79 @@ def facts_of_call(
     except TypeError:
         return _probed(func, args, kwargs, given)
     if known is None:
-        known = _KNOWN[key] = _probed(func, args, kwargs, given)
+        if len(_KNOWN) >= MAX_KNOWN:
+            _KNOWN.clear()
+            _OF_OTHER_SIZES.clear()
+        known = _KNOWN[key] = _like_larger(func, args, kwargs, given, state)
     return known
+
+
+def _like_larger(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor], state: State
+) -> CallFacts:  # fmt: skip
+    """The facts of a call; where many sizes have come, those of one alike but for its sizes, all up to twice as large.
+
+    What a call does is not decided by how large things are, as long as none is empty or single, and all lie in memory
+    alike. What it takes is no more than what the larger one does. So where sizes are new in every step, in the end
+    only some are looked at for every time that sizes double.
+    """
+    sizes: list[int] = []
+    described = _but_for_sizes((args, tuple(kwargs.items())), _decides_by_floats(func), sizes)
+    key = func, described, *_around(state)
+    known = _OF_OTHER_SIZES.setdefault(key, {})
+    mine = tuple(sizes)
+    for theirs, facts in known.items() if len(known) >= MANY_SIZES else ():
+        if all(a <= b <= 2 * a for a, b in zip(mine, theirs, strict=True)):
+            return facts
+    facts = known[mine] = _probed(func, args, kwargs, given)
+    return facts
+
+
+def _but_for_sizes(item: Any, floats: bool, sizes: list[int]) -> Any:
+    """What makes something alike but for its sizes, which are appended to a list."""
+    kind = type(item)
+    if isinstance(item, Tensor):
+        shape = tuple(item.size())
+        sizes += shape
+        return item.dtype, tuple([min(n, 2) for n in shape]), _layout(item), item.device, item.requires_grad
+    if kind is tuple or kind is list or kind is torch.Size:
+        return kind, *(_but_for_sizes(part, floats, sizes) for part in item)
+    if kind is slice:
+        return kind, _but_for_sizes((item.start, item.stop, item.step), floats, sizes)
+    if kind is int and item >= _SIZE:
+        sizes.append(item)
+        return kind
+    return kind if isinstance(item, torch.Generator) or (kind is float and not floats) else (kind, item)
+
+
+def _layout(tensor: Tensor) -> Any:
+    """How a tensor lies in memory: without its sizes where there are no gaps and no overlaps in it."""
+    if tensor.layout is not torch.strided:
+        return tensor.layout
+    if tensor.is_contiguous():
+        return True
+    stride, shape, n = tensor.stride(), tensor.size(), 1
+    order = tuple(sorted(range(len(stride)), key=stride.__getitem__))
+    for k in order:
+        if stride[k] != n:
+            return stride
+        n *= shape[k]
+    return order
+
+
+def _around(state: State) -> tuple[Any, ...]:
+    return state.settings.grad_enabled, state.inference, state.autocast
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: State) -> Any:
     """What makes two calls alike; raises where something among the arguments is nothing to be remembered by."""
-    floats = getattr(func, "__name__", "") not in _ARITHMETIC
+    floats = _decides_by_floats(func)
     named = (tuple(kwargs), _alike(kwargs.values(), floats)) if kwargs else None
-    return func, _alike(args, floats), named, state.settings.grad_enabled, state.inference, state.autocast
+    return func, _alike(args, floats), named, *_around(state)
+
+
+def _decides_by_floats(func: Any) -> bool:
+    return getattr(func, "__name__", "") not in _ARITHMETIC
 
 
 def _alike(items: Iterable[Any], floats: bool) -> tuple[Any, ...]:
