@@ -19,6 +19,7 @@ from autoremat.plan.constraints import Patterns
 from autoremat.program import Plan
 from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
 from autoremat.record.devices import is_unreal
+from autoremat.record.history import is_leaf
 from autoremat.record.outputs import differentiable_outputs
 from autoremat.record.problems import NOTHING, NothingDifferentiable, UnusableInput
 from autoremat.record.recorder import backward_from
@@ -215,7 +216,7 @@ _KINDS = ("output", "gradient", "buffer", "generator")
 
 def _without_history(tensor: Tensor) -> Tensor:
     """An argument for a backward that ends there: the graph behind it is for the user's own backward."""
-    return tensor.detach().requires_grad_() if tensor.requires_grad and not tensor.is_leaf else tensor
+    return tensor.detach().requires_grad_() if tensor.requires_grad and not is_leaf(tensor) else tensor
 
 
 def _named(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> dict[str, Tensor]:
@@ -238,7 +239,7 @@ def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
 def _all_as_before(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
     """Yields a function that puts numbers and generators back to the start, without gradients."""
     saved = [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
-    gradients = [(t, t.grad) for t, _ in saved if t.is_leaf]
+    gradients = [(t, t.grad) for t, _ in saved if is_leaf(t)]
     states = RandomStates.now()
 
     def start_anew() -> None:

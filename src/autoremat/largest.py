@@ -21,6 +21,7 @@ from autoremat.plan.infeasible import with_message
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.record import UnusableInput
 from autoremat.record.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, run_apart
+from autoremat.record.history import is_leaf
 from autoremat.record.values import View, storage_of
 from autoremat.record.world import undisturbed
 from autoremat.show.progress import progress_bar
@@ -258,7 +259,7 @@ def _described(inputs: Any) -> Any:
 
     def described(tensor: Tensor) -> Any:
         storage = storage_of(tensor)
-        if storage is None or not tensor.is_leaf:
+        if storage is None or not is_leaf(tensor):
             raise TypeError
         return _Described(storage._cdata, storage.nbytes(), View.of(tensor), tensor.device, tensor.requires_grad)
 

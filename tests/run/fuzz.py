@@ -676,6 +676,7 @@ def inputs_of(step: Step, n: int) -> list[Tensor]:
 def visible(model: Model, xs: list[Tensor], result: Any) -> Iterator[tuple[str, Any]]:
     for i, leaf in enumerate(tree_leaves(result)):
         yield f"result {i}", leaf
+    yield "order of nodes", nodes_in_order(result)
     for name, p in model.named_parameters():
         yield f"gradient of {name}", p.grad
         yield f"parameter {name}", p
@@ -688,6 +689,18 @@ def visible(model: Model, xs: list[Tensor], result: Any) -> Iterator[tuple[str, 
     yield "generator", model.generator
     yield "torch's generator", torch.get_rng_state()
     yield "python's generator", random.getstate()
+
+
+def nodes_in_order(result: Any) -> tuple[str, ...]:
+    """The names of the nodes behind a result, as they were made: that order decides how gradients are added up."""
+    found: dict[Any, None] = {}
+    pending = [t.grad_fn for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in found and not hasattr(node, "variable"):
+            found[node] = None
+            pending += [n for n, _ in node.next_functions]
+    return tuple(node.name() for node in sorted(found, key=lambda node: node._sequence_nr()))
 
 
 COSTS: dict[Any, Cost] = {}

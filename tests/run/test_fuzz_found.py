@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.engines.torch.eager import handle
+from autoremat.engines.torch.eager import facts, handle
 from autoremat.engines.torch.eager.dry_run import record
 from tests.run.compare import off_path, plan_that_keeps_nothing
 from tests.run.follow import following, recorded
@@ -270,3 +270,19 @@ def test_a_view_of_whose_history_torch_does_not_tell(budget) -> None:
         assert all(map(torch.equal, *results))
     stats = autoremat.stats(step)
     assert (stats.unplanned, stats.deviations) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "way", [Way("nothing", 0), Way("nothing", 1), Way("online"), Way("measured"), Way("random", 3)]
+)
+@pytest.mark.parametrize("op", ["add_", "half_", "detached_"])
+@pytest.mark.parametrize("view", [2, 3, 4])
+def test_nobody_makes_the_node_of_an_overwritten_view_before_the_call_that_reads_it(
+    op: str, view: int, way: Way, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Torch makes it anew when it is asked for. Two nodes the other way round: gradients are added up otherwise."""
+    monkeypatch.setattr(facts, "_KNOWN", {})  # as in a process that has met no call yet
+    monkeypatch.setattr(facts, "_OF_OTHER_SIZES", {})
+    write = Do(op, 0, view, 1)
+    for body in ((write,), (In("no_grad", (write,)), Do("silu", 0, 4, 2)), (write, Do("cast", 1, 4, 0, 2))):
+        assert examine(Script(body, steps=(Step(),), way=way)).wrong == []

@@ -9,6 +9,7 @@ from typing import Final
 from torch import nn
 
 from autoremat.program import END, Op, Program, Value
+from autoremat.record.history import is_leaf
 from autoremat.record.local import local_of
 from autoremat.record.values import storage_of
 from autoremat.record.world import named_tensors
@@ -37,7 +38,7 @@ def gradients_found(program: Program) -> dict[str, int]:
 def _by_memory(modules: Sequence[nn.Module]) -> Iterator[tuple[list[str], int]]:
     found: dict[int, tuple[list[str], int]] = {}
     for name, _, tensor in named_tensors(modules):
-        if nn.parameter.is_lazy(tensor) or not tensor.is_leaf or tensor.grad is None:
+        if nn.parameter.is_lazy(tensor) or not is_leaf(tensor) or tensor.grad is None:
             continue
         storage = storage_of(local_of(tensor.grad))
         if storage is not None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from autoremat.record.history import node_of
+from autoremat.record.history import node_made
 
 Convert = Callable[[Tensor], Tensor]
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
@@ -394,7 +394,7 @@ def leaves_of(outputs: Sequence[Tensor], since: Any) -> list[Tensor]:
     Raises:
         RuntimeError: the graph reaches nodes that were made before the node ``since``.
     """
-    pending = [node for t in outputs if (node := node_of(t)) is not None]
+    pending = [node for t in outputs if (node := node_made(t)) is not None]
     seen, leaves = set(pending), []
     while pending:
         node = pending.pop()

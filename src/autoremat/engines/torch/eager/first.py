@@ -27,6 +27,7 @@ from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.engines.torch.eager.units import Units
 from autoremat.program import Program
 from autoremat.record.gradients import gradients_left, gradients_there
+from autoremat.record.history import is_leaf
 from autoremat.record.local import local_of, prepare_jagged
 from autoremat.record.module_paths import ModulePaths
 from autoremat.record.parallel import Parallel, resident_bytes
@@ -71,7 +72,7 @@ def what_is_there(
 ) -> tuple[list[torch.UntypedStorage], int]:  # fmt: skip
     """The memory that is there before a step; how many bytes, with those of torch.distributed."""
     tensors = [t for _, t in _named(modules)]
-    tensors += [t.grad for t in tensors if t.is_leaf and t.grad is not None]
+    tensors += [t.grad for t in tensors if is_leaf(t) and t.grad is not None]
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     found = list({s._cdata: s for s in map(storage_of, tensors) if s is not None}.values())
     return found, sum(s.nbytes() for s in found) + sum(resident_bytes(parallel).values())
@@ -79,7 +80,7 @@ def what_is_there(
 
 def missing_gradient_bytes(modules: Sequence[torch.nn.Module]) -> int:
     """What the gradients take that parameters do not have yet."""
-    own = {id(t): t for _, t in _named(modules) if t.is_leaf and t.requires_grad and t.grad is None}
+    own = {id(t): t for _, t in _named(modules) if is_leaf(t) and t.requires_grad and t.grad is None}
     return sum(local_of(t).nbytes for t in own.values())
 
 
@@ -108,7 +109,7 @@ class FirstStep:
         reports.unlike = self._failures.append  # not a method: in a circle, gradients would outlive it
         self._paths = ModulePaths(self.modules)
         self._shadow = Shadow(self._paths.current)
-        self._gradients = [(t, t.grad) for t in self._own() if t.is_leaf and t.requires_grad]
+        self._gradients = [(t, t.grad) for t in self._own() if is_leaf(t) and t.requires_grad]
         self._versions = self._versions_of_gradients()
         self._units = Units(parallel, self.modules, self._shadow)
         storages, fixed_bytes = what_is_there(self.modules, args, kwargs, parallel)

@@ -16,6 +16,7 @@ from autoremat.engines.torch.eager.facts import generators_kept, unseen
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.program import Program
+from autoremat.record.history import is_leaf
 from autoremat.record.outputs import differentiable_outputs
 from autoremat.record.parallel import Parallel, resident_bytes
 from autoremat.record.problems import NOTHING, NothingDifferentiable
@@ -37,7 +38,7 @@ def know_the_world(
             continue
         module = name.rpartition(".")[0]
         shadow.know(tensor, name, kind, module)
-        if with_gradients and tensor.is_leaf and tensor.grad is not None:
+        if with_gradients and is_leaf(tensor) and tensor.grad is not None:
             shadow.know_gradient(tensor, f"{name}.grad", module)
     leaves = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     for i, tensor in enumerate(leaves):

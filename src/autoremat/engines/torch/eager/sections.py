@@ -21,7 +21,7 @@ from autoremat.engines.torch.eager.calls import is_out_of_sight, is_pass, name_o
 from autoremat.engines.torch.eager.listener import Listener
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.program import END, Program, Value
-from autoremat.record.history import node_of
+from autoremat.record.history import node_made
 from autoremat.record.local import local_of
 from autoremat.record.recording import RecordedOp, RecordedValue
 from autoremat.record.values import storage_of
@@ -100,7 +100,7 @@ class Sections:
 
     def hooked(self, tensor: Any, hook: Any) -> Any:
         """What is to be registered in place of a hook on a tensor; a leaf would have it for longer than the step."""
-        if self._recording is None or not isinstance(tensor, Tensor) or node_of(tensor) is None or not callable(hook):
+        if self._recording is None or not isinstance(tensor, Tensor) or node_made(tensor) is None or not callable(hook):
             return hook
         self._n_hooks += 1
         key = -self._n_hooks

@@ -28,14 +28,14 @@ from torch._subclasses.fake_tensor import (
 from torch.autograd.forward_ad import _set_fwd_grad_enabled
 from torch.utils._python_dispatch import _disable_current_modes
 
-from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
+from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.by_hand import Region, Regions, SetAside
 from autoremat.engines.torch.eager.calls import is_pass, name_of
 from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
 from autoremat.engines.torch.eager.state import heard_by_classes
 from autoremat.program.model import INSIDE
 from autoremat.record.facts import OpFacts, facts_of
-from autoremat.record.history import is_leaf, node_of
+from autoremat.record.history import is_leaf, node_made, node_of
 from autoremat.record.local import (
     Description,
     Jagged,
@@ -119,7 +119,7 @@ class Shadow:
     def know(self, tensor: Tensor, label: str, kind: str, module: str = "") -> None:
         """Register a tensor that exists before the step."""
         with self._here():
-            self.recorder.know(self.twin(tensor), label, kind, module)
+            self.recorder.know(self.twin(tensor, node_of), label, kind, module)
 
     def know_gradient(self, leaf: Tensor, label: str, module: str) -> None:
         """Register the gradient that a leaf has already: the backward adds to it."""
@@ -156,20 +156,29 @@ class Shadow:
         found = {id(twin): twin for _, twin in self._twins.values() if is_leaf(twin) and twin.requires_grad}
         return list(found.values())
 
-    def twin(self, tensor: Tensor) -> Tensor:
-        """The twin of a tensor, made where there is none, put right where the tensor has changed unseen."""
+    def twin(self, tensor: Tensor, node_of: Callable[[Tensor], Any] = node_made) -> Tensor:
+        """The twin of a tensor, made where there is none, put right where the tensor has changed unseen.
+
+        ``node_of``: gives the node that has made the tensor.
+        """
         known = self._twins.get(id(tensor))
         if known is not None and known[0]() is tensor:
             twin = known[1]
             if _is_like(twin, tensor) and twin.requires_grad == tensor.requires_grad:
                 return twin
             return self._put_right(tensor, twin)
-        return self._bind(tensor, self._met(tensor))
+        node = node_of(tensor)
+        return self._bind(tensor, self._met(tensor, node), node)
 
     def _as_given(self, tensor: Tensor) -> Tensor:
         """The twin of what a call was given, as it was then: the tensor itself may have been overwritten since."""
         known = self._twins.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else self.twin(tensor)
+
+    def _is_twin(self, twin: Tensor, tensor: Tensor) -> bool:
+        """Whether this is known as the twin of a tensor."""
+        known = self._twins.get(id(tensor))
+        return known is not None and known[0]() is tensor and known[1] is twin
 
     def number(self, tensor: Tensor) -> int:
         """The number of the value that a tensor looks at."""
@@ -186,7 +195,7 @@ class Shadow:
         if storage is not None:
             self.recorder.revive(storage, number)
 
-    def _bind(self, tensor: Tensor, twin: Tensor) -> Tensor:
+    def _bind(self, tensor: Tensor, twin: Tensor, node: Any) -> Tensor:
         key, gone = id(tensor), self._gone
         before = self._twins.pop(key, None)
         if before is not None and before[0]() is None:  # this tensor is where another one was that is gone by now
@@ -195,7 +204,6 @@ class Shadow:
         storage = storage_of(local_of(tensor))
         if storage is not None:
             self._memory[storage._cdata] = weakref.ref(storage), weakref.ref(twin)
-        node = node_of(tensor)
         if node is not None:
             where = node._sequence_nr(), tensor.output_nr
             known = self._node_of.get(id(twin))
@@ -222,10 +230,10 @@ class Shadow:
             tail = _Tail.apply(self, self._nodes[where][1], twin)
             self._nodes[where] = tail, _blank_of(tail)
 
-    def _met(self, tensor: Tensor) -> Tensor:
+    def _met(self, tensor: Tensor, node: Any) -> Tensor:
         """The twin of a tensor that no call was seen to make: from outside, or made out of sight from what is known."""
         with self._here():
-            if node_of(tensor) is not None and (found := self._of_node(tensor)) is not None:
+            if node is not None and (found := self._of_node(tensor, node)) is not None:
                 return found
             if is_jagged(tensor):
                 knows_ragged_sizes(self.mode)
@@ -242,9 +250,8 @@ class Shadow:
                 twin = requiring_grad(twin)
             return twin
 
-    def _of_node(self, tensor: Tensor) -> Tensor | None:
+    def _of_node(self, tensor: Tensor, node: Any) -> Tensor | None:
         """The twin of a tensor with a history: a node of a custom function, with the twins of its inputs before it."""
-        node: Any = node_of(tensor)
         if type(node).__name__ == _COMPILED:
             self.compiled = self.compiled or _user_line() or "a function"
         found = list(self._behind(node, set()))
@@ -263,7 +270,7 @@ class Shadow:
         if known is not None and known[0]() is tensor and _is_like(known[1], tensor):
             return known[1]
         storage = storage_of(tensor)
-        if node_of(tensor) is None or storage is None or has_inside(tensor) or is_distributed(tensor):
+        if node_made(tensor) is None or storage is None or has_inside(tensor) or is_distributed(tensor):
             return self.twin(tensor)
         with self._here():
             alias = self._alias_of(tensor)
@@ -352,23 +359,25 @@ class Shadow:
 
     def _put_right(self, tensor: Tensor, twin: Tensor) -> Tensor:
         """The twin of a tensor that has got another shape, or another history, out of sight."""
+        node = node_made(tensor)
         with self._here():
             if not _is_like(twin, tensor):
-                return self._bind(tensor, self._met(tensor))
-            if is_leaf(tensor):
+                return self._bind(tensor, self._met(tensor, node), node)
+            if node is None:
                 if not is_leaf(twin):
                     twin = twin.detach()
-                return self._bind(tensor, requiring_grad(twin) if tensor.requires_grad else twin.requires_grad_(False))
+                twin = requiring_grad(twin) if tensor.requires_grad else twin.requires_grad_(False)
+                return self._bind(tensor, twin, None)
             if not tensor.requires_grad:
-                return self._bind(tensor, twin.detach())
-            stand_in = self._of_node(tensor)
+                return self._bind(tensor, twin.detach(), node)
+            stand_in = self._of_node(tensor, node)
             if stand_in is None:
                 raise Unlike("a tensor got a history that nobody has seen")
             storage, old = storage_of(stand_in), storage_of(twin)
             if storage is not None and old is not None and storage._cdata != old._cdata:  # the same memory as before
                 with self.recorder.paused(), torch.no_grad():
                     stand_in.data = twin.detach()
-            return self._bind(tensor, stand_in)
+            return self._bind(tensor, stand_in, node)
 
     def _as_fake(self, tensor: Tensor) -> Tensor:
         if (twin := _twin_beside(tensor)) is not None:
@@ -438,9 +447,11 @@ class Shadow:
         if self._region is not None:
             self._region.given(numbers)
         begin = len(recorder.ops)
+        versions = {id(twin): _version(twin) for twin, _ in recorder.given}
         made = self._made(func, args, kwargs, real, packs)
         for tensor, twin in zip(real, made, strict=True):
-            self._bind(tensor, twin)
+            if versions.get(id(twin)) != _version(twin) or not self._is_twin(twin, tensor):
+                self._bind(tensor, twin, node_made(tensor))
             self._take_size(tensor, twin)
         recorder.real, recorder.given, recorder.masks = [], [], []
         self._read_all(begin, numbers)
@@ -791,6 +802,10 @@ def _is_opaque(tensor: Tensor) -> bool:
 def _is_nested(tensor: Tensor) -> bool:
     """Whether this is a nested tensor of the old layout, for which another one stands that has as many elements."""
     return tensor.is_nested and not is_jagged(tensor)
+
+
+def _version(twin: Tensor) -> int:
+    return version_of(local_of(twin))
 
 
 def _is_like(twin: Tensor, tensor: Tensor) -> bool:

@@ -20,6 +20,7 @@ from autoremat.engines.torch.eager.script import elsewhere
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.program import InfeasibleBudget, Program
 from autoremat.record.gradients import gradients_found
+from autoremat.record.history import is_leaf
 from autoremat.record.parallel import Parallel, hidden
 from autoremat.record.problems import NothingDifferentiable
 from autoremat.record.world import named_tensors, reachable_modules
@@ -277,5 +278,5 @@ def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterato
     """Parameters, buffers and gradients: if a forward made one of them, running it once more would do so again."""
     for _, _, tensor in named_tensors(reachable_modules(fn, args, kwargs)):
         yield tensor
-        if tensor.is_leaf and tensor.grad is not None:
+        if is_leaf(tensor) and tensor.grad is not None:
             yield tensor.grad
