@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.demo.models import GPTConfig
+from autoremat.engines.torch.world.memory_account import resident
 from autoremat.program import Plan
-from autoremat.run.account import resident
 
 Data = dict[str, Any]
 

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig, ResNet, ResNetConfig, checkpoint_every_block
+from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.program import Plan
-from autoremat.run.account import account, resident
 from autoremat.show.text import format_bytes
 from tests.run.follow import following, recorded
 

@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from autoremat.engines.torch.eager.dry_run import record
-from autoremat.plan import Frontier, frontier, solve
+from autoremat.planner import Frontier, frontier, solve
 from autoremat.program import Program, simulate
 from autoremat.show.plots import draw_frontier
 from autoremat.show.text import format_bytes

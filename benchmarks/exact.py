@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from autoremat import Program, simulate, solve
-from tests.plan.random_graphs import layered
+from tests.planner.random_graphs import layered
 
 DATA = Path(__file__).resolve().parents[1] / "tests" / "plan" / "data"
 SHARES = (0.1, 0.3, 0.5, 0.8)

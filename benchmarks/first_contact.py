@@ -37,7 +37,7 @@ import autoremat
 from autoremat.demo.models import GPT, GPTConfig
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.planning import Planning
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
 
 PLAIN_STEPS = 3
 PARTS = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
 from tests.zoo import CASES, Case
 
 SHARE = 0.6

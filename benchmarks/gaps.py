@@ -21,7 +21,7 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from autoremat.plan import solve
+from autoremat.planner import solve
 from autoremat.program import InfeasibleBudget, Program, simulate
 from benchmarks.chen import resnet1001
 from benchmarks.strategies import gpt24, of_the_zoo, resnet50

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
 
 
 def batches(n_batches: int, lengths: list[int], batch: int) -> list[tuple[Tensor, Tensor]]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import autoremat
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
 
 WARM_UP = 24
 """Steps that are not timed: by then nothing is recorded any more."""

@@ -34,7 +34,7 @@ from torch import nn
 from zoo_models import ZOO, tell_torchvision_of_its_operators
 
 import autoremat
-from autoremat.record import timing
+from autoremat.engines.torch.operators import timing
 from tests.zoo import CASES
 
 Step = Callable[[], torch.Tensor]

@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from autoremat.demo.models import GPT, GPTConfig
 from autoremat.engines.torch.eager.dry_run import record
-from autoremat.plan import SOLVERS, solve
+from autoremat.planner import SOLVERS, solve
 from autoremat.program import InfeasibleBudget, Program
 from benchmarks.chen import DeepResNet
 from tests.zoo import CASES, Case

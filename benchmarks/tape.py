@@ -26,8 +26,8 @@ from torch.utils.checkpoint import checkpoint
 import autoremat
 from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.tape import Tape
+from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.program import Plan
-from autoremat.run.account import account, resident
 from tests.run.follow import recorded
 
 LAYERS = 60

@@ -37,8 +37,8 @@ from transformers import (
 )
 
 from autoremat.demo.data import stdlib_bytes
+from autoremat.engines.torch.world.memory_account import _add_up, _events, resident
 from autoremat.integrations.transformers import AutorematCallback
-from autoremat.run.account import _add_up, _events, resident
 
 BATCH = 8
 HAIR_BYTES = 4096

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 from zoo_models import ZOO, Specimen, tell_torchvision_of_its_operators
 
 import autoremat
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.show.text import format_bytes
 
 SHARE = 0.6

@@ -15,7 +15,8 @@ import torch
 from matplotlib.figure import Figure
 
 from autoremat.engines.torch.eager.dry_run import record
-from autoremat.plan import SOLVERS, Frontier, frontier, solve
+from autoremat.planner import SOLVERS, Frontier, frontier, solve
+from autoremat.planner.frontiers import reached
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.show.explanation import explanation_of
 from autoremat.show.plots import draw_frontier, draw_memory
@@ -67,7 +68,8 @@ def draw(plan: Plan, front: Frontier, path: Path) -> None:
     figure = Figure(figsize=(14, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2)
     draw_memory(left, plan)
-    draw_frontier(right, front, beside=BESIDE if len(plan.program.ops) <= MOST_OPS else ())
+    marks = {name: reached(front, name) for name in BESIDE} if len(plan.program.ops) <= MOST_OPS else {}
+    draw_frontier(right, front, marks=marks)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=75)
 

@@ -17,7 +17,7 @@ from typing import Final, NamedTuple
 ROOT: Final = Path(__file__).resolve().parents[1]
 FOLDER: Final = ROOT / "build" / "versions"
 VERSIONS: Final = "2.11", "2.13", "2.14.1", "2.15"
-"""The oldest and the newest that ``autoremat.record.versions`` names, and two in between."""
+"""The oldest and the newest that ``autoremat.engines.torch.world.versions`` names, and two in between."""
 
 
 class Result(NamedTuple):

@@ -10,11 +10,11 @@ from unittest.mock import patch
 
 from hypothesis import settings
 
-from autoremat.plan import beside, clock
-from autoremat.plan.beside import Here
-from autoremat.plan.stages import Table, Whole
-from autoremat.record import timing
-from autoremat.record.timing import Cost
+from autoremat.engines.torch.operators import timing
+from autoremat.engines.torch.operators.timing import Cost
+from autoremat.planner import beside, clock
+from autoremat.planner.beside import Here
+from autoremat.planner.bounds.stages import Table, Whole
 
 SEED_IS = "AUTOREMAT_SEED"
 """The variable that has the seed of random examples; without it examples are the same every time."""

@@ -108,7 +108,7 @@ def test_an_unexpected_error_points_to_debug(program: str, monkeypatch: pytest.M
         raise RuntimeError("two\nlines")
 
     # By way of sys.modules, because the attribute autoremat.plan is the public function.
-    monkeypatch.setattr(sys.modules["autoremat.plan"], "solve", fail)
+    monkeypatch.setattr(sys.modules["autoremat.planner"], "solve", fail)
     assert_one_line(call("solve", program, "--budget", "0.5"), "RuntimeError: two lines", "--debug")
 
 

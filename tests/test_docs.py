@@ -29,7 +29,7 @@ from torch import Tensor, nn
 import autoremat
 from autoremat import cli
 from docs.pictures import IMAGES, pictures
-from tests.plan.chains import gpt
+from tests.planner.chains import gpt
 from tests.zoo import CASES
 
 ROOT = Path(__file__).parent.parent

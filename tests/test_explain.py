@@ -86,7 +86,7 @@ def test_what_checkpointing_a_block_by_hand_would_free_is_what_it_frees(
     block: Any, apart: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not apart:
-        monkeypatch.setattr("autoremat.record.step.can_run_apart", lambda: False)
+        monkeypatch.setattr("autoremat.engines.torch.recording.step.can_run_apart", lambda: False)
     net, x = Net(block(), nn.Sigmoid(), block()), torch.randn(8, 16)
     plain = autoremat.explain(net, x)
     gains = {b.path: b.gain_bytes for b in plain.blocks}

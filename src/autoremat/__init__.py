@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from autoremat.plan import solve
+from autoremat.planner import solve
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate, verify
 
 if TYPE_CHECKING:
@@ -35,9 +35,6 @@ __all__ = [
     "stats",
     "verify",
 ]
-
-# ``autoremat.plan`` is the function; the package of that name stays importable: ``from autoremat.plan import ...``.
-globals().pop("plan", None)
 
 _NEED_TORCH = {
     **dict.fromkeys(("checkpoint", "explain", "frontier", "plan", "restore", "stats"), "autoremat.api"),

@@ -21,16 +21,16 @@ from autoremat.engines.torch.eager.check import CHANGED, DIFFERS
 from autoremat.engines.torch.eager.dry_run import record as record_calls
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
-from autoremat.plan import Frontier, parse_budget, solve
-from autoremat.plan import frontier as frontier_of
-from autoremat.plan.beside import Wanted
-from autoremat.plan.constraints import Patterns, constrain, is_matched, still_possible
-from autoremat.plan.floor import floor_of
+from autoremat.engines.torch.eager.stats import Stats
+from autoremat.engines.torch.operators.timing import Progress
+from autoremat.engines.torch.world.optimizer import optimizer_bytes
+from autoremat.engines.torch.world.versions import warn_if_untested
+from autoremat.planner import Frontier, parse_budget, solve
+from autoremat.planner import frontier as frontier_of
+from autoremat.planner.beside import Wanted
+from autoremat.planner.constraints import Patterns, constrain, is_matched, still_possible
+from autoremat.planner.search.floor import floor_of
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
-from autoremat.record.optimizer import optimizer_bytes
-from autoremat.record.timing import Progress
-from autoremat.record.versions import warn_if_untested
-from autoremat.run import Stats
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.progress import progress_bar
 
@@ -191,7 +191,7 @@ def plan(
         *args: its positional arguments.
         budget: as for ``checkpoint``.
         optimizer: as for ``checkpoint``.
-        solver: name of a solver (``autoremat.plan.SOLVERS``); ``"auto"`` takes the best of several.
+        solver: name of a solver (``autoremat.planner.SOLVERS``); ``"auto"`` takes the best of several.
         keep: as for ``checkpoint``.
         recompute: as for ``checkpoint``.
         timing: where seconds and kernel scratch come from. ``"auto"``: from what was measured before, on this device,

@@ -15,15 +15,13 @@ from torch import Tensor, nn
 from autoremat.api import Options, session_of
 from autoremat.engines.torch.eager.check import Differs
 from autoremat.engines.torch.eager.session import Session
-from autoremat.plan.constraints import Patterns
-from autoremat.program import Plan
-from autoremat.record.apart import CannotRunApart, can_run_apart, run_apart
-from autoremat.record.devices import is_unreal
-from autoremat.record.history import is_leaf
-from autoremat.record.outputs import differentiable_outputs
-from autoremat.record.problems import NOTHING, NothingDifferentiable, UnusableInput
-from autoremat.record.recorder import backward_from
-from autoremat.record.world import (
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.settings import RandomStates
+from autoremat.engines.torch.recording.recorder import backward_from
+from autoremat.engines.torch.world.apart import CannotRunApart, can_run_apart, run_apart
+from autoremat.engines.torch.world.devices import is_unreal
+from autoremat.engines.torch.world.memory_account import measured_peak
+from autoremat.engines.torch.world.modules import (
     gradients_kept,
     leaves_of,
     map_tensors,
@@ -31,8 +29,10 @@ from autoremat.record.world import (
     reachable_modules,
     undisturbed,
 )
-from autoremat.run.account import measured_peak
-from autoremat.run.settings import RandomStates
+from autoremat.engines.torch.world.outputs import differentiable_outputs
+from autoremat.engines.torch.world.problems import NOTHING, NothingDifferentiable, UnusableInput
+from autoremat.planner.constraints import Patterns
+from autoremat.program import Plan
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Check:
 
     def __str__(self) -> str:
         """A table that a person can read."""
-        from autoremat.show.check_text import check_text
+        from autoremat.show.check_lines import check_text
 
         return check_text(self)
 

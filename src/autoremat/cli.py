@@ -15,12 +15,12 @@ import click
 from click.shell_completion import CompletionItem
 
 from autoremat.loading import NoSuchStep, load_step
-from autoremat.plan import SOLVERS
-from autoremat.plan.budget import parse_budget
+from autoremat.planner import SOLVERS
 from autoremat.program import InfeasibleBudget, Plan, Program
+from autoremat.program.units import parse_budget
 
 if TYPE_CHECKING:
-    from autoremat.plan.frontier import Frontier
+    from autoremat.planner.frontiers import Frontier
 
 # Threads of OpenMP wait for each other busily. Where something else runs on one of two cores, that makes a training
 # step ten times slower (measured: 4.8 s instead of 0.5 s); a short wait costs 3 % on an idle machine. libgomp reads
@@ -350,7 +350,7 @@ def _solve_and_show(
     time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan, print, write."""
-    from autoremat.plan import solve as make_plan
+    from autoremat.planner import solve as make_plan
     from autoremat.show.progress import progress_bar
 
     keep, recompute = wishes
@@ -370,8 +370,8 @@ def _solve_and_show(
 
 def _write_page(plan: Plan, path: Path, wishes: tuple[tuple[str, ...], tuple[str, ...]], time_limit: float) -> None:
     """The page of a plan, with the frontier around it and the classics beside it."""
-    from autoremat.plan import classics_of
-    from autoremat.plan import frontier as make_frontier
+    from autoremat.planner import classics_of
+    from autoremat.planner import frontier as make_frontier
     from autoremat.show.progress import progress_bar
 
     keep, recompute = wishes
@@ -529,7 +529,7 @@ def frontier(
     """
     _require_for(json_path, plot_path, None)
     step = _read_or_recorded(model, device, optimizer, timing, accumulate)
-    from autoremat.plan import frontier as make_frontier
+    from autoremat.planner import frontier as make_frontier
     from autoremat.show.progress import progress_bar
 
     with progress_bar() as progress:

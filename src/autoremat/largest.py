@@ -14,16 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
 
 from autoremat.api import record_step
-from autoremat.plan import parse_budget, solve
-from autoremat.plan.budget import format_bytes
-from autoremat.plan.constraints import Patterns
-from autoremat.plan.infeasible import with_message
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.values import View, storage_of
+from autoremat.engines.torch.world.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, run_apart
+from autoremat.engines.torch.world.modules import undisturbed
+from autoremat.engines.torch.world.problems import UnusableInput
+from autoremat.planner import parse_budget, solve
+from autoremat.planner.constraints import Patterns
+from autoremat.planner.refusals import with_message
 from autoremat.program import InfeasibleBudget, Plan, Program
-from autoremat.record import UnusableInput
-from autoremat.record.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, run_apart
-from autoremat.record.history import is_leaf
-from autoremat.record.values import View, storage_of
-from autoremat.record.world import undisturbed
+from autoremat.program.units import format_bytes
 from autoremat.show.progress import progress_bar
 
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from autoremat.demo.models import GPT, Block, GPTConfig, PreActBlock, ResNet, ResNetConfig, checkpoint_every_block
-from autoremat.run.account import account
+from autoremat.engines.torch.world.memory_account import account
 
 SMALL_GPT = GPTConfig(blocks=2, width=16, heads=2, context=8, vocabulary=11, dropout=0.1)
 SMALL_RESNET = ResNetConfig(widths=(4, 8), blocks_per_stage=1, classes=5)

@@ -13,7 +13,7 @@ from rich.console import Console
 
 from autoremat.demo import data, models, train
 from autoremat.demo.report import save_picture, summary, table
-from autoremat.run.account import Account
+from autoremat.engines.torch.world.memory_account import Account
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import autoremat
-from autoremat.record.optimizer import optimizer_bytes
-from autoremat.record.parallel import NotSupported
-from autoremat.record.problems import UnusableInput
+from autoremat.engines.torch.world.optimizer import optimizer_bytes
+from autoremat.engines.torch.world.parallel import NotSupported
+from autoremat.engines.torch.world.problems import UnusableInput
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import autoremat
-from autoremat.run.account import account
+from autoremat.engines.torch.world.memory_account import account
 
 WIDTH, DEPTH, ROWS = 32, 4, 256
 SMALL = 4096

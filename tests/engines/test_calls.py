@@ -22,7 +22,7 @@ from autoremat.engines.torch.eager.online import MOST_RERUNS
 from autoremat.engines.torch.eager.room import OfFirstStep
 from autoremat.engines.torch.eager.state import State
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
 from tests.run.follow import following, recorded
 
 WIDTH = 32

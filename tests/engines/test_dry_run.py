@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.engines.torch.eager.dry_run import record
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.problems import UnusableInput
 from autoremat.program import Program, Value, simulate
-from autoremat.run.account import account, resident
 from tests.zoo import CASES, Case
 
 SMALL = [c for c in CASES if c.name in ("pre-activation ResNet", "U-Net", "encoder-decoder", "XOR MLP")]
@@ -125,7 +126,7 @@ def test_autocast_is_that_of_the_training() -> None:
 
 @pytest.mark.parametrize("around", [False, True], ids=["inside", "around"])
 def test_nothing_fake_stays_in_the_cache_of_autocast(around: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from autoremat.record import apart
+    from autoremat.engines.torch.world import apart
 
     monkeypatch.setattr(apart._Here, "cannot", True)
     net, x = nn.Linear(16, 16), torch.randn(8, 16)
@@ -147,7 +148,7 @@ def test_numbers_of_fake_tensors_are_not_there() -> None:
 
     x = torch.ones(4, requires_grad=True)
     assert record(loss, (x,)).recorded == "real"
-    with pytest.raises(autoremat.record.UnusableInput, match="looks at the numbers"):
+    with pytest.raises(UnusableInput, match="looks at the numbers"):
         record(loss, (torch.ones(4, device="meta", requires_grad=True),))
 
 

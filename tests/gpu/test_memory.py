@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig, ResNet, ResNetConfig
-from autoremat.run.account import resident
+from autoremat.engines.torch.world.memory_account import resident
 
 pytestmark = pytest.mark.gpu
 

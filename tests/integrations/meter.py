@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from autoremat.run.account import _add_up, _events, resident
+from autoremat.engines.torch.world.memory_account import _add_up, _events, resident
 
 SCALARS = 64
 """Bytes of the numbers that live outside the callable: the loss divided, logged, and cloned to compare it later."""

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.record.optimizer import optimizer_bytes
-from autoremat.run.account import measured_peak
+from autoremat.engines.torch.world.memory_account import measured_peak
+from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from tests.integrations.meter import SCALARS
 
 pytestmark = pytest.mark.slow

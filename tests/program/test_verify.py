@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from autoremat.program import END, InvalidSchedule, Op, Plan, Program, Schedule, Value, Violation, simulate, verify
 from autoremat.program import verify as _verify_function
-from autoremat.program.verify import MOST_VIOLATIONS, RULES
+from autoremat.program.verifier import MOST_VIOLATIONS, RULES
 from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, handed, in_place, linear, split
 from tests.strategies import orders, programs
 

@@ -18,12 +18,12 @@ import autoremat
 import autoremat.api
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.script import Script
+from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.eager.tape import Reports, Tape
-from autoremat.plan.calls import planned_as, unfolded
-from autoremat.plan.unroll import unroll
+from autoremat.engines.torch.operators.timing import Cost
+from autoremat.planner.search.calls import planned_as, unfolded
+from autoremat.planner.search.unrolled import unroll
 from autoremat.program import Plan, Program, Schedule, simulate
-from autoremat.record.timing import Cost
-from autoremat.run import Stats
 
 FRACTIONS: tuple[float, ...] = ()
 """The budgets of this test, beside the floor."""
@@ -46,7 +46,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
 
     monkeypatch.setattr(sys.modules[__name__], "FRACTIONS", (0.9, 0.7, 0.5) if request.param else (0.6,))
     monkeypatch.setattr(autoremat.api, "solve", solve)
-    monkeypatch.setattr(sys.modules["autoremat.record.whole"], "measure_all", costs)
+    monkeypatch.setattr(sys.modules["autoremat.engines.torch.recording.whole"], "measure_all", costs)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -11,8 +11,8 @@ from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.tape import Reports, Tape
+from autoremat.engines.torch.world.parallel import Parallel
 from autoremat.program import Plan, Program
-from autoremat.record.parallel import Parallel
 
 
 def recorded(

@@ -30,15 +30,15 @@ import autoremat
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
 from autoremat.engines.torch.eager.tape import Reports
-from autoremat.plan import beside
-from autoremat.plan.beside import Here, Wanted
-from autoremat.plan.calls import planned_as, unfolded
-from autoremat.plan.tables import tables_of
-from autoremat.plan.unroll import unroll
+from autoremat.engines.torch.operators import timing
+from autoremat.engines.torch.operators.timing import Cost
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.planner import beside
+from autoremat.planner.beside import Here, Wanted
+from autoremat.planner.search.calls import planned_as, unfolded
+from autoremat.planner.search.tables import tables_of
+from autoremat.planner.search.unrolled import unroll
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
-from autoremat.record import timing
-from autoremat.record.timing import Cost
-from autoremat.run.account import account, resident
 from tests.run.compare import frozen, off_path, plan_that_keeps_nothing, same
 
 WIDTH = 8

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from autoremat.run.account import _add_up, account, resident
+from autoremat.engines.torch.world.memory_account import _add_up, account, resident
 
 
 def test_two_tensors_by_hand() -> None:

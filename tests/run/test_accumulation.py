@@ -15,10 +15,10 @@ from torch import Tensor, nn
 import autoremat
 from autoremat.engines.torch.eager import steps
 from autoremat.engines.torch.eager.dry_run import record
+from autoremat.engines.torch.world.gradients import gradients_found, gradients_left, with_gradients
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.program import Program, simulate
-from autoremat.record.gradients import gradients_found, gradients_left, with_gradients
-from autoremat.record.optimizer import optimizer_bytes
-from autoremat.run.account import account, resident
 from tests.zoo import CASES, Case
 
 Step = Callable[..., Tensor]

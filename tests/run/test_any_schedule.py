@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from autoremat.plan.account import Accountant
-from autoremat.plan.calls import folded_of
-from autoremat.plan.tables import tables_of
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.planner.search.account import Accountant
+from autoremat.planner.search.calls import folded_of
+from autoremat.planner.search.tables import tables_of
 from autoremat.program import Plan, Program, Schedule, simulate, verify
 from autoremat.program.lifetimes import Lifetimes, block_ends
-from autoremat.run.account import account, resident
 from tests.fixed import is_thorough, random_seed
 from tests.run.follow import following, recorded
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import autoremat
-from autoremat.record import apart
+from autoremat.engines.torch.world import apart
 
 NUMBERS = itertools.count()
 

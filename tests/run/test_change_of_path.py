@@ -19,8 +19,9 @@ from autoremat.engines.torch.eager.kinds import MAX_DEVIATIONS, Kind
 from autoremat.engines.torch.eager.room import OfScript
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.session import MAX_PLANS
+from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.eager.tape import Tape
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
 
 WIDTH = 64
 
@@ -214,14 +215,14 @@ def test_stochastic_depth() -> None:
     assert max(peaks) <= budget
 
 
-def lengths(n_steps: int, n_lengths: int, model: GPT, budget: int) -> autoremat.run.Stats:
+def lengths(n_steps: int, n_lengths: int, model: GPT, budget: int) -> Stats:
     dice = torch.Generator().manual_seed(1)
     rows = [24 + 2 * int(torch.randint(n_lengths, (), generator=dice)) for _ in range(n_steps)]
     text = torch.randint(0, 256, (4, 24 + 2 * n_lengths + 1), generator=dice)
     batches = [(text[:, :n].contiguous(), text[:, 1 : n + 1].contiguous()) for n in rows]
     peaks = both(model, budget, batches, lambda m, b: F.cross_entropy(m(b[0]).flatten(0, 1), b[1].flatten()))
     assert max(peaks) <= budget
-    stats: autoremat.run.Stats = both.stats  # type: ignore[attr-defined]
+    stats: Stats = both.stats  # type: ignore[attr-defined]
     assert (stats.deviations, stats.unplanned) == (0, 0)
     assert stats.reruns > 0
     assert stats.plans <= MAX_PLANS

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import autoremat
 from autoremat.checking import Check
 from autoremat.cli import main
-from autoremat.record.timing import Cost
+from autoremat.engines.torch.operators.timing import Cost
 from tests.run.compare import off_by_a_bit
 from tests.zoo import CASES
 
@@ -127,7 +127,7 @@ def test_what_differs_and_is_overwritten_is_kept_as_well(
     budget: float, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Dropout makes its mask in place; whatever the plan runs again of that, the check goes on."""
-    dice, module = random.Random(seed), sys.modules["autoremat.record.whole"]
+    dice, module = random.Random(seed), sys.modules["autoremat.engines.torch.recording.whole"]
     plain = module.measure_all
 
     def costs(signatures: Any, *rest: Any, **options: Any) -> list[Cost]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.record.compiled import CompiledCode, eagerly, in_compiled_code
+from autoremat.engines.torch.operators.compiled import CompiledCode, eagerly, in_compiled_code
 from tests.run.compare import World, assert_same, attempt, exact, observe, quick, seeded
 
 __all__ = ["quick"]  # a fixture

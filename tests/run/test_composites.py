@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.engines.torch.eager.listener import Listener
+from autoremat.engines.torch.eager.stats import Stats
 
 STEADY = 8
 """After so many steps nobody prepares for leaving the path any more."""
@@ -48,7 +49,7 @@ def looked_into(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def train(change: Callable[[Block], None], looked_into: list[str], budget: Any = "100%") -> autoremat.run.Stats:
+def train(change: Callable[[Block], None], looked_into: list[str], budget: Any = "100%") -> Stats:
     """Some steps, then a change, then more; every one compared to plain training."""
     torch.manual_seed(0)
     plain = Block()

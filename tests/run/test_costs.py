@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 import autoremat
-from autoremat.record import costs, timing
-from autoremat.record.costs import VARIABLE, Cost, Kept, folder, place_of, text_of
-from autoremat.record.signature import CallSignature, signature_of
+from autoremat.engines.torch.operators import costs, timing
+from autoremat.engines.torch.operators.costs import VARIABLE, Cost, Kept, folder, place_of, text_of
+from autoremat.engines.torch.operators.signature import CallSignature, signature_of
 
 CPU = torch.device("cpu")
 PLACE = "a machine"
@@ -129,7 +129,7 @@ def test_a_large_file_keeps_its_newest_lines(kept: Path, monkeypatch: pytest.Mon
 
 WRITER = """
 import sys, torch
-from autoremat.record.costs import Cost, Kept
+from autoremat.engines.torch.operators.costs import Cost, Kept
 from tests.run.test_costs import PLACE, call
 who = int(sys.argv[1])
 for i in range(100):

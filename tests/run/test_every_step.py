@@ -16,9 +16,9 @@ from torch.profiler import ProfilerActivity, profile
 
 import autoremat
 from autoremat.engines.torch.eager.planning import Planning
-from autoremat.record import timing
-from autoremat.record.optimizer import optimizer_bytes
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.operators import timing
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.optimizer import optimizer_bytes
 
 WIDTH, ROWS = 32, 128
 

@@ -38,7 +38,7 @@ def test_a_tensor_of_a_closure_is_no_part_of_the_graph_of_the_recording(
 ) -> None:
     """Nor do its numbers change, where the recording runs on real tensors."""
     if not apart:
-        monkeypatch.setattr("autoremat.record.step.can_run_apart", lambda: False)
+        monkeypatch.setattr("autoremat.engines.torch.recording.step.can_run_apart", lambda: False)
     weight, state = torch.ones(8, requires_grad=True), torch.zeros(4, 8)
 
     def loss_fn(x: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.record import timing
+from autoremat.engines.torch.operators import timing
 from tests.run.compare import World, exact, quick
 
 __all__ = ["quick"]  # a fixture
@@ -609,7 +609,7 @@ def test_recurrent_layers(kind: Any, packed: bool) -> None:
 
 def test_recurrent_layers_are_measured_without_a_crash(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their backward reads pointers out of a workspace: on made-up bytes the process would die."""
-    monkeypatch.setattr(sys.modules["autoremat.record.whole"], "measure_all", timing.measure_all)
+    monkeypatch.setattr(sys.modules["autoremat.engines.torch.recording.whole"], "measure_all", timing.measure_all)
     rnn = nn.LSTM(8, 8, batch_first=True)
     plan = autoremat.plan(lambda x: rnn(x)[0].mean(), torch.randn(4, 4, 8), budget=1.0, timing="measure")
     assert plan.program.timing == "measured"

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.record.world import undisturbed
+from autoremat.engines.torch.world.modules import undisturbed
 from tests.run.compare import World, exact, quick
 from tests.run.test_hostile import ROWS, WIDTH, Net, check_body, data, training
 from tests.run.test_hostile_use import check_step, curly, net, nothing_active, tight

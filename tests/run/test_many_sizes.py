@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.eager.stats import Stats
+from autoremat.engines.torch.world.memory_account import account, resident
 from tests.fixed import is_thorough, random_seed
 
 Loss = Callable[..., Tensor]
@@ -40,7 +41,7 @@ def plain_peak(model: nn.Module, *inputs: Any, loss: Loss = loss_of) -> int:
 
 def train(
     model: nn.Module, batches: Sequence[tuple[Any, ...]], loss: Loss = loss_of, **options: Any
-) -> tuple[autoremat.run.Stats, list[int]]:
+) -> tuple[Stats, list[int]]:
     """Train a copy plainly and one under autoremat side by side; statistics, and the peak of every step."""
     plain, mine = copy.deepcopy(model), copy.deepcopy(model)
     step = autoremat.checkpoint(lambda *batch: loss(mine, *batch), **options)

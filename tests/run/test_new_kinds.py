@@ -19,7 +19,8 @@ import autoremat
 from autoremat.engines.torch.eager.changing import what_changes
 from autoremat.engines.torch.eager.inputs import input_of
 from autoremat.engines.torch.eager.newcomers import AT_ONCE, OFTEN, Newcomers
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.eager.stats import Stats
+from autoremat.engines.torch.world.memory_account import account, resident
 from tests.fixed import examples
 
 WIDTH, ROWS = 32, 256
@@ -91,7 +92,7 @@ class Run:
         assert all(map(torch.equal, *gradients))
 
     @property
-    def stats(self) -> autoremat.run.Stats:
+    def stats(self) -> Stats:
         return autoremat.stats(self.step)
 
 

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import autoremat
 from autoremat.engines.torch.eager.dry_run import record
-from autoremat.record import apart
+from autoremat.engines.torch.world import apart
 
 Use = Callable[[Tensor], Any]
 Place = Callable[[Path], tuple[Use, Callable[[], Any]]]

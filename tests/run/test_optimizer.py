@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn, optim
 
 import autoremat
-from autoremat.record.optimizer import OptimizerBytes, optimizer_bytes
-from autoremat.record.problems import UnusableInput
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.optimizer import OptimizerBytes, optimizer_bytes
+from autoremat.engines.torch.world.problems import UnusableInput
 
 Make = Callable[..., optim.Optimizer]
 

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.engines.torch.eager.kinds import Prepared
-from autoremat.plan import beside
-from autoremat.plan.beside import Beside, Here, Search, SearchFailed, Wanted
+from autoremat.planner import beside
+from autoremat.planner.beside import Beside, Here, Search, SearchFailed, Wanted
 from autoremat.program import Op, Plan, Program, Value, verify
 
 
@@ -195,7 +195,7 @@ def test_nothing_is_left_when_the_process_ends(tmp_path: Path) -> None:
         textwrap.dedent(
             """
             import sys
-            from autoremat.plan.beside import Beside, Wanted
+            from autoremat.planner.beside import Beside, Wanted
             from autoremat.program import Program
             search = Beside(Wanted(Program.from_json(sys.argv[1]), 900, 60.0))
             print(search._process.pid, flush=True)

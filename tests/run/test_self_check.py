@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
+from autoremat.engines.torch.operators.values import fingerprint
+from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.program import Program
-from autoremat.record.values import fingerprint
-from autoremat.run.account import account, resident
 from tests.run.compare import off_by_a_bit
 from tests.zoo import CASES
 

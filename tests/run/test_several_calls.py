@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
 
 WIDTH, ROWS = 64, 256
 Loss = Callable[[Any, list[Tensor]], Tensor]

@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 import autoremat
+from autoremat.engines.torch.eager import measure
+from autoremat.engines.torch.eager.measure import CudaMeter, Measurement
 from autoremat.engines.torch.eager.session import Session
-from autoremat.run import measure
-from autoremat.run.account import account, resident
-from autoremat.run.measure import CudaMeter, Measurement
+from autoremat.engines.torch.eager.stats import Stats
+from autoremat.engines.torch.world.memory_account import account, resident
 
 HOOKS = _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
@@ -54,7 +55,7 @@ class Training:
         self.optimizer.zero_grad()
 
     @property
-    def stats(self) -> autoremat.run.Stats:
+    def stats(self) -> Stats:
         return autoremat.stats(self.loss)
 
 

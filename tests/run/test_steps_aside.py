@@ -20,8 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import autoremat
 from autoremat.engines.torch.eager.dry_run import record
-from autoremat.record import UnusableInput, apart
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world import apart
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.problems import UnusableInput
 
 
 @pytest.fixture(params=["apart", "here"])

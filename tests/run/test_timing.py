@@ -8,10 +8,10 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from autoremat.engines.torch.eager.dry_run import record
+from autoremat.engines.torch.operators import timing
+from autoremat.engines.torch.operators.signature import CallSignature, signature_of
+from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.program import simulate
-from autoremat.record import timing
-from autoremat.record.signature import CallSignature, signature_of
-from autoremat.run.account import account, resident
 
 
 @pytest.mark.parametrize(

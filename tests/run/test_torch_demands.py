@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import autoremat
 from autoremat.engines.torch.eager.tape import Tape
-from autoremat.run.account import account
+from autoremat.engines.torch.world.memory_account import account
 from tests.run.compare import World, exact, quick
 from tests.run.test_hostile import WIDTH, check_body, data
 from tests.run.test_hostile_use import Saves, check_step, net

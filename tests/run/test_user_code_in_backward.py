@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.plan import portfolio
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.planner import solving as portfolio
 from tests.run.compare import quick  # noqa: F401 - a fixture for every test
 
 ROWS, WIDTH = 512, 32

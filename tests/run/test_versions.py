@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from autoremat.record.versions import TESTED, warn_if_untested
+from autoremat.engines.torch.world.versions import TESTED, warn_if_untested
 
 NEWER = """
 import warnings, torch

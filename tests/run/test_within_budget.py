@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.record.optimizer import optimizer_bytes
-from autoremat.run.account import account, resident
+from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from tests.zoo import CASES, Case
 
 

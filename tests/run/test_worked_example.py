@@ -7,7 +7,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.dry_run import record
 from autoremat.engines.torch.eager.tape import Reports
-from autoremat.plan.unroll import unroll
+from autoremat.planner.search.unrolled import unroll
 from autoremat.program import Plan, Program, Schedule, simulate, verify
 from tests.run.follow import following, recorded
 

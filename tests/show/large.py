@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from autoremat.plan import solve
+from autoremat.planner import solve
 from autoremat.program import Plan
-from tests.plan.chains import gpt
+from tests.planner.chains import gpt
 
 
 def large_plan() -> Plan:

@@ -17,14 +17,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from autoremat import cli
-from autoremat.plan import frontier
-from autoremat.plan.portfolio import SOLVERS, classics_of, solve
+from autoremat.planner import frontier
+from autoremat.planner.solving import SOLVERS, classics_of, solve
 from autoremat.program import Plan, Program, Schedule, Value, simulate
 from autoremat.show.explanation import explanation_of
 from autoremat.show.report.data import bounds_of, line_of
 from autoremat.show.report.render import page_of
 from autoremat.show.residents import CATEGORIES, name_of, op_text
-from tests.plan.chains import gpt
+from tests.planner.chains import gpt
 from tests.program.hand import chain, chain_plan
 from tests.show.large import large_plan
 from tests.show.test_explanation import placed, schedules

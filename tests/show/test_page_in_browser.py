@@ -25,7 +25,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.plan import classics_of, frontier, solve
+from autoremat.planner import classics_of, frontier, solve
 from autoremat.program import END, Op, Plan, Program, Value, simulate
 from autoremat.show.explanation import explanation_of
 from autoremat.show.residents import name_of, residents_at

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.demo import data, models
-from autoremat.run.account import Account, account, resident
+from autoremat.engines.torch.world.memory_account import Account, account, resident
 
 BUDGETS = (0.7, 0.5, 0.35)
 """Fractions of the plain peak that the demo plans for."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import nn
 
+from autoremat.engines.torch.eager.stats import Stats
 from autoremat.integrations.training import Training
-from autoremat.plan.constraints import Patterns
-from autoremat.run import Stats
+from autoremat.planner.constraints import Patterns
 
 try:
     from lightning.pytorch import Callback

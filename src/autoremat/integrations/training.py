@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import autoremat
-from autoremat.plan.constraints import Patterns
-from autoremat.run import Stats
+from autoremat.engines.torch.eager.stats import Stats
+from autoremat.planner.constraints import Patterns
 
 
 class Training:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from autoremat.engines.torch.eager.stats import Stats
 from autoremat.integrations.training import Training
-from autoremat.plan.constraints import Patterns
-from autoremat.run import Stats
+from autoremat.planner.constraints import Patterns
 
 try:
     from transformers import TrainerCallback

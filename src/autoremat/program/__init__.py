@@ -8,8 +8,8 @@ from autoremat.program.errors import InfeasibleBudget, InvalidProgram, InvalidSc
 from autoremat.program.model import END, INSIDE, Op, Program, Value
 from autoremat.program.plan import Plan
 from autoremat.program.schedule import Schedule
-from autoremat.program.simulate import Timeline, simulate
-from autoremat.program.verify import Violation, verify
+from autoremat.program.simulator import Timeline, simulate
+from autoremat.program.verifier import Violation, verify
 
 __all__ = [
     "END",

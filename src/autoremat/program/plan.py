@@ -13,7 +13,7 @@ from autoremat.program.schedule import Schedule
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from autoremat.plan.frontier import Frontier
+    from autoremat.planner.frontiers import Frontier
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Plan:
             path: of the page.
             frontier: what other budgets cost, to be drawn around the plan.
             beside: ``(solver, peak_bytes, overhead)`` of schedules to mark beside ``candidates``, such as
-                ``autoremat.plan.classics_of`` returns.
+                ``autoremat.planner.classics_of`` returns.
 
         Raises:
             ModuleNotFoundError: jinja2 is not installed (``pip install 'autoremat[html]'``).

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import Final
 
-from autoremat.plan.budget import format_bytes
 from autoremat.program import Program
+from autoremat.program.units import format_bytes
 
 _NEXT_TO_NOTHING: Final = 20
 """Freeing less than a twentieth of what a module saves is not worth its further run."""

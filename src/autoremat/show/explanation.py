@@ -66,7 +66,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """Tables that fit the terminal."""
-        from autoremat.show.explanation_text import explanation_text
+        from autoremat.show.explanation_lines import explanation_text
 
         return explanation_text(self)
 

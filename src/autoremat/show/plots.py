@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, cycle
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
-from autoremat.plan.frontier import Frontier
-from autoremat.plan.frontier import beside as solve_beside
 from autoremat.program import Plan, Program, Schedule, Timeline, simulate
 from autoremat.show.text import format_bytes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from autoremat.planner.frontiers import Frontier
 
 _MEGA: Final = 1e6
 
@@ -38,10 +39,12 @@ def memory_plot(plan: Plan, path: str | Path | None = None) -> Figure:
     return figure
 
 
-def frontier_plot(front: Frontier, path: str | Path | None = None, *, beside: Sequence[str] = ()) -> Figure:
+def frontier_plot(
+    front: Frontier, path: str | Path | None = None, *, marks: Mapping[str, Sequence[Plan]] = MappingProxyType({})
+) -> Figure:  # fmt: skip
     """Draw overhead against peak, with what no plan can go below, the floor and the plain peak.
 
-    ``beside`` names solvers whose plans at the same budgets are marked. The picture is saved where a path is given; its
+    ``marks``: plans that are marked, by what they are called there. The picture is saved where a path is given; its
     suffix decides the format, and folders on the way are made.
 
     Raises:
@@ -50,22 +53,23 @@ def frontier_plot(front: Frontier, path: str | Path | None = None, *, beside: Se
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), layout="constrained")
-    draw_frontier(figure.subplots(), front, beside=beside)
+    draw_frontier(figure.subplots(), front, marks=marks)
     if path is not None:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=130)
     return figure
 
 
-def draw_frontier(axes: Axes, front: Frontier, *, beside: Sequence[str] = ()) -> None:
+def draw_frontier(
+    axes: Axes, front: Frontier, *, marks: Mapping[str, Sequence[Plan]] = MappingProxyType({})
+) -> None:  # fmt: skip
     """Draw what ``frontier_plot`` saves into axes of your own."""
     budgets, bounds = [p.budget_bytes / _MEGA for p in front.points], [100 * p.lower_bound for p in front.points]
     peaks, overheads = [p.peak_bytes / _MEGA for p in front.points], [100 * p.overhead for p in front.points]
     # A bound holds for all smaller budgets, a plan for all larger ones: steps, not slopes.
     axes.fill_between(budgets, bounds, step="pre", color="#c0392b", alpha=0.15, linewidth=0, label="no plan is here")
     axes.step(peaks, overheads, where="post", color="#08519c", marker="o", markersize=3, label="autoremat")
-    for name, marker in zip(beside, cycle("sxD^v+*P"), strict=False):
-        plans = solve_beside(front, name)
+    for (name, plans), marker in zip(marks.items(), cycle("sxD^v+*P"), strict=False):
         x, y = [p.peak_bytes / _MEGA for p in plans], [100 * p.overhead for p in plans]
         axes.plot(x, y, marker, markersize=5, alpha=0.8, label=name)
     for name, nbytes in (("floor", front.floor_bytes), ("plain peak", front.plain_peak_bytes)):

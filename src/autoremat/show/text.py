@@ -7,13 +7,13 @@ from collections.abc import Iterable
 from math import log1p
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from autoremat.plan.budget import format_bytes
 from autoremat.program import Plan, Program, Timeline, simulate
+from autoremat.program.units import format_bytes
 from autoremat.show.page import table_lines
 from autoremat.show.residents import op_text, short_source
 
 if TYPE_CHECKING:
-    from autoremat.plan.frontier import Frontier
+    from autoremat.planner.frontiers import Frontier
 
 __all__ = ["fold_indices", "format_bytes", "format_seconds", "frontier_text", "plan_text", "timing_text"]
 

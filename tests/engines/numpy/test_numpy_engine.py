@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 import autoremat
 from autoremat.engines.numpy import Call, carry_out, record
 from autoremat.engines.numpy.engine import Array
-from autoremat.plan import SOLVERS, solve
+from autoremat.planner import SOLVERS, solve
 from autoremat.program import InfeasibleBudget, Op, Plan, Program, simulate, verify
 from tests.fixed import examples
-from tests.plan.random_calls import call_steps
-from tests.plan.random_programs import steps
+from tests.planner.random_calls import call_steps
+from tests.planner.random_programs import steps
 
 SCALE = 64
 """numpy allocates at least a byte; the random programs have values of none."""

@@ -9,14 +9,16 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from autoremat.plan.frontier import Frontier
 from autoremat.program import Plan, Program, Schedule
 from autoremat.show.explanation import Explanation
 from autoremat.show.modules import Module
 from autoremat.show.residents import CATEGORIES, name_of, op_text, short_source, type_text
 from autoremat.show.spans import spans_of
+
+if TYPE_CHECKING:
+    from autoremat.planner.frontiers import Frontier
 
 FATES = ("always there", "kept", "computed again", "not saved")
 """What a plan does with a value; the page lists the index."""

@@ -8,15 +8,15 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from autoremat.plan.budget import format_bytes
 from autoremat.program import Program
 from autoremat.program.files import write_text
+from autoremat.program.units import format_bytes
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.report.data import Point, page_data
 from autoremat.show.text import format_seconds
 
 if TYPE_CHECKING:
-    from autoremat.plan.frontier import Frontier
+    from autoremat.planner.frontiers import Frontier
     from autoremat.program import Plan
 
 SCRIPTS: Final = ("page.js", "memory.js", "frontier.js", "modules.js", "values.js")

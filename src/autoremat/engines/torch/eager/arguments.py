@@ -8,9 +8,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from autoremat.record.history import is_leaf
-from autoremat.record.local import PLAIN, Description, Jagged, description_of, has_inside, local_of
-from autoremat.record.values import View, storage_of
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.local import PLAIN, Description, Jagged, description_of, has_inside, local_of
+from autoremat.engines.torch.operators.values import View, storage_of
 
 _new_tuple: Any = tuple.__new__
 """Makes a named tuple in a third of the time."""

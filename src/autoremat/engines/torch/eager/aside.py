@@ -10,8 +10,8 @@ import torch
 from torch.autograd import forward_ad
 
 from autoremat.engines.torch.eager.listener import is_compiling, is_listening
-from autoremat.record.recorder import Recorder
-from autoremat.record.world import reachable_modules
+from autoremat.engines.torch.recording.recorder import Recorder
+from autoremat.engines.torch.world.modules import reachable_modules
 
 _SWITCHES: Final = ("gradient_checkpointing", "grad_checkpointing")
 """What the libraries call their own switch: transformers and diffusers; timm."""

@@ -18,7 +18,7 @@ from autoremat.engines.torch.eager.passes import Passes, in_backward, in_python_
 from autoremat.engines.torch.eager.room import Nothing, Room
 from autoremat.engines.torch.eager.script import Act, Script
 from autoremat.engines.torch.eager.state import Replay
-from autoremat.run.memory import free_memory, is_out_of_memory
+from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory
 
 
 class Backward:

@@ -14,10 +14,10 @@ from weakref import WeakSet
 import torch
 from torch import Tensor
 
-from autoremat.record.history import is_leaf
-from autoremat.record.recorder import Recorder
-from autoremat.record.recording import RecordedOp
-from autoremat.record.values import View, is_parameter, storage_of
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.values import View, is_parameter, storage_of
+from autoremat.engines.torch.recording.recorder import Recorder
+from autoremat.engines.torch.recording.recording import RecordedOp
 
 _OF_TORCH: Final = "torch.utils.checkpoint"
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks

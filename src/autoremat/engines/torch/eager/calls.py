@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import torch
 
-from autoremat.record.collectives import NAMESPACES
+from autoremat.engines.torch.operators.collectives import NAMESPACES
 
 LOOKS: Final = frozenset(
     {"size", "dim", "stride", "numel", "nelement", "element_size", "is_contiguous", "storage_offset", "__len__",

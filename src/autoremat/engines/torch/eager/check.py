@@ -18,9 +18,9 @@ from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.ledger import copy_of
 from autoremat.engines.torch.eager.path import Pair
 from autoremat.engines.torch.eager.state import Replay
-from autoremat.record.local import local_of
-from autoremat.record.values import fingerprint, storage_of
-from autoremat.run.memory import is_out_of_memory
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.values import fingerprint, storage_of
+from autoremat.engines.torch.world.memory import is_out_of_memory
 
 DIFFERS: Final = "gives something else when it runs again"
 CHANGED: Final = "what it makes is changed by something that torch does not see"

@@ -6,8 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
-from autoremat.record.local import local_of
-from autoremat.record.values import fingerprint, storage_of
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.values import fingerprint, storage_of
 
 
 def content_of(tensor: Tensor) -> int:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.contents import content_of
-from autoremat.run.settings import state_of
+from autoremat.engines.torch.operators.settings import state_of
 
 
 class Disturbed(RuntimeError):

@@ -24,32 +24,44 @@ from autoremat.engines.torch.eager.check import NoCheck, SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
 from autoremat.engines.torch.eager.state import without_function_modes
 from autoremat.engines.torch.eager.tape import Reports
-from autoremat.program import Program
-from autoremat.record.apart import RecordingDied
-from autoremat.record.collectives import run_alone
-from autoremat.record.compiled import CompiledCode, eagerly
-from autoremat.record.devices import check_devices, check_target, is_unreal, refuse_shared_memory
-from autoremat.record.facts import facts_of, tensors_in
-from autoremat.record.fakes import fake_world
-from autoremat.record.gradients import gradients_left, gradients_there, with_gradients
-from autoremat.record.history import is_leaf
-from autoremat.record.living import Living, let_go_of_frames, let_go_of_lines
-from autoremat.record.local import is_taken_apart, local_of, prepare_jagged
-from autoremat.record.parallel import (
+from autoremat.engines.torch.operators.collectives import run_alone
+from autoremat.engines.torch.operators.compiled import CompiledCode, eagerly
+from autoremat.engines.torch.operators.facts import facts_of, tensors_in
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.local import is_taken_apart, local_of, prepare_jagged
+from autoremat.engines.torch.operators.timing import Progress
+from autoremat.engines.torch.operators.values import storage_of
+from autoremat.engines.torch.recording.fakes import fake_world
+from autoremat.engines.torch.recording.living import Living, let_go_of_frames, let_go_of_lines
+from autoremat.engines.torch.recording.recording import Recording
+from autoremat.engines.torch.recording.step import Step, apart_or, refuse_left
+from autoremat.engines.torch.recording.twins import Twins
+from autoremat.engines.torch.recording.whole import Whole
+from autoremat.engines.torch.world.apart import RecordingDied
+from autoremat.engines.torch.world.devices import check_devices, check_target, is_unreal, refuse_shared_memory
+from autoremat.engines.torch.world.gradients import gradients_left, gradients_there, with_gradients
+from autoremat.engines.torch.world.modules import (
+    map_tensors,
+    reachable_modules,
+    swap_tensors,
+    undisturbed,
+    without_caches,
+)
+from autoremat.engines.torch.world.parallel import (
     NotSupported,
     absent,
     check_supported,
     parallel_of,
     resident_bytes,
 )
-from autoremat.record.problems import FakesLeft, NothingDifferentiable, Scripted, TrainsInside, UnusableInput
-from autoremat.record.recording import Recording
-from autoremat.record.step import Step, apart_or, refuse_left
-from autoremat.record.timing import Progress
-from autoremat.record.twins import Twins
-from autoremat.record.values import storage_of
-from autoremat.record.whole import Whole
-from autoremat.record.world import map_tensors, reachable_modules, swap_tensors, undisturbed, without_caches
+from autoremat.engines.torch.world.problems import (
+    FakesLeft,
+    NothingDifferentiable,
+    Scripted,
+    TrainsInside,
+    UnusableInput,
+)
+from autoremat.program import Program
 
 _FINAL: Final = (NothingDifferentiable, CompiledCode, TrainsInside, Scripted, FakesLeft, RecordingDied)
 """Errors of a recording that the other way to record would not be spared."""

@@ -12,8 +12,8 @@ from torch import Tensor
 from autoremat.engines.torch.eager.arguments import Made, Outside, Seen, Statistics, resolved, template, tensors_in
 from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.state import Replay, State, generator_at, generator_of, heard_by_classes
-from autoremat.record.local import local_of
-from autoremat.run.settings import state_of
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.settings import state_of
 
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks

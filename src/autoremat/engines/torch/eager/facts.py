@@ -31,9 +31,9 @@ from torch.utils._python_dispatch import (
 
 from autoremat.engines.torch.eager.arguments import mapped, requiring_grad, tensors_given, tensors_in
 from autoremat.engines.torch.eager.state import State, heard_by_classes, without_function_modes
-from autoremat.record.facts import RUNNING_STATISTICS, TRAINING, facts_of
-from autoremat.record.history import is_leaf
-from autoremat.record.local import (
+from autoremat.engines.torch.operators.facts import RUNNING_STATISTICS, TRAINING, facts_of
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.local import (
     Jagged,
     has_inside,
     is_distributed,
@@ -42,10 +42,10 @@ from autoremat.record.local import (
     knows_ragged_sizes,
     local_of,
 )
-from autoremat.record.recorder import ASKS_FOR_DEVICE, _covers_storage
-from autoremat.record.signature import signature_of
-from autoremat.record.timing import estimate
-from autoremat.record.values import storage_of
+from autoremat.engines.torch.operators.signature import signature_of
+from autoremat.engines.torch.operators.timing import estimate
+from autoremat.engines.torch.operators.values import storage_of
+from autoremat.engines.torch.recording.recorder import ASKS_FOR_DEVICE, _covers_storage
 
 OPAQUE = "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
 UNKNOWN = "what it does is not known: it cannot be made on fake tensors"

@@ -25,17 +25,17 @@ from autoremat.engines.torch.eager.room import OfFirstStep
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.engines.torch.eager.units import Units
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.local import local_of, prepare_jagged
+from autoremat.engines.torch.operators.timing import Progress
+from autoremat.engines.torch.operators.values import storage_of
+from autoremat.engines.torch.recording.recording import Recording
+from autoremat.engines.torch.world.gradients import gradients_left, gradients_there
+from autoremat.engines.torch.world.module_paths import ModulePaths
+from autoremat.engines.torch.world.modules import named_tensors, reachable_modules
+from autoremat.engines.torch.world.parallel import Parallel, resident_bytes
+from autoremat.engines.torch.world.problems import NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
 from autoremat.program import Program
-from autoremat.record.gradients import gradients_left, gradients_there
-from autoremat.record.history import is_leaf
-from autoremat.record.local import local_of, prepare_jagged
-from autoremat.record.module_paths import ModulePaths
-from autoremat.record.parallel import Parallel, resident_bytes
-from autoremat.record.problems import NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
-from autoremat.record.recording import Recording
-from autoremat.record.timing import Progress
-from autoremat.record.values import storage_of
-from autoremat.record.world import named_tensors, reachable_modules
 
 
 class NotRecorded(Exception):

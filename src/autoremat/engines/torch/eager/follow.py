@@ -26,8 +26,8 @@ from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.script import Script, Work
 from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.eager.state import DRAWING, State
-from autoremat.record.local import local_of
-from autoremat.record.values import is_parameter, storage_of
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.values import is_parameter, storage_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape

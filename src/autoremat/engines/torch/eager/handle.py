@@ -9,8 +9,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 from autoremat.engines.torch.eager.arguments import Seen, modified, version_of
-from autoremat.record.history import is_leaf
-from autoremat.record.local import local_of
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.local import local_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.backward import Backward

@@ -19,12 +19,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from autoremat.record.compiled import is_compiled
-from autoremat.record.history import is_leaf
-from autoremat.record.local import Jagged, is_jagged, local_of
-from autoremat.record.parallel import parallel_of
-from autoremat.record.parallel import signature as parallel_signature
-from autoremat.record.world import named_tensors, reachable_modules
+from autoremat.engines.torch.operators.compiled import is_compiled
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.local import Jagged, is_jagged, local_of
+from autoremat.engines.torch.world.modules import named_tensors, reachable_modules
+from autoremat.engines.torch.world.parallel import parallel_of
+from autoremat.engines.torch.world.parallel import signature as parallel_signature
 
 
 @dataclass(frozen=True, slots=True)

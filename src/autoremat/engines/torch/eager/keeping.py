@@ -12,9 +12,9 @@ from autoremat.engines.torch.eager.check import CHANGED
 from autoremat.engines.torch.eager.ledger import Ledger, copy_of
 from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.witness import Witness
-from autoremat.record.history import is_leaf
-from autoremat.record.local import local_of
-from autoremat.record.values import is_parameter, storage_of
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.values import is_parameter, storage_of
 
 READS_OVERWRITTEN: Final = "reads what the step overwrites, or what something else than torch may change"
 _OURS: Final = 2

@@ -11,9 +11,9 @@ from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.sections import Sections, Taken
-from autoremat.plan.beside import Search
+from autoremat.engines.torch.world.parallel import Parallel
+from autoremat.planner.beside import Search
 from autoremat.program import Plan, Program
-from autoremat.record.parallel import Parallel
 
 MAX_DEVIATIONS: Final = 3
 """So often at most a kind of input is recorded anew; a step that has strayed more of late is noted from the start."""

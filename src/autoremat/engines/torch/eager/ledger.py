@@ -14,7 +14,7 @@ from torch import Tensor
 from autoremat.engines.torch.eager.arguments import ModifiedInPlace, is_freed, modified, version_of
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Replay
-from autoremat.record.values import View
+from autoremat.engines.torch.operators.values import View
 
 
 class Ledger:

@@ -21,10 +21,10 @@ from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.purity import gives_the_same
 from autoremat.engines.torch.eager.state import DRAWING, State
-from autoremat.record.compiled import in_compiled_code
-from autoremat.record.local import PLAIN, local_of
-from autoremat.record.values import is_parameter, storage_of
-from autoremat.run.settings import state_of
+from autoremat.engines.torch.operators.compiled import in_compiled_code
+from autoremat.engines.torch.operators.local import PLAIN, local_of
+from autoremat.engines.torch.operators.settings import state_of
+from autoremat.engines.torch.operators.values import is_parameter, storage_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.kinds import Kind
+from autoremat.engines.torch.eager.measure import Measurement, meter_for
 from autoremat.engines.torch.eager.reporter import Reporter
+from autoremat.engines.torch.recording.assembly import OPTIMIZER_STEP
+from autoremat.engines.torch.world.modules import named_tensors, reachable_modules
 from autoremat.program import Plan
-from autoremat.record.assemble import OPTIMIZER_STEP
-from autoremat.record.world import named_tensors, reachable_modules
-from autoremat.run.measure import Measurement, meter_for
 
 TOLERANCE: Final = 0.01
 """How far the measured peak may be above the plan's without a warning."""

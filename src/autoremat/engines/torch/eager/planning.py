@@ -16,13 +16,13 @@ from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
-from autoremat.plan import beside
-from autoremat.plan.beside import SearchFailed, Wanted
-from autoremat.plan.grown import grown, grown_number, is_same
-from autoremat.plan.infeasible import with_arrivals
+from autoremat.engines.torch.world.gradients import gradients_found, gradients_left, with_gradients
+from autoremat.engines.torch.world.memory import told
+from autoremat.planner import beside
+from autoremat.planner.beside import SearchFailed, Wanted
+from autoremat.planner.growth import grown, grown_number, is_same
+from autoremat.planner.refusals import with_arrivals
 from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
-from autoremat.record.gradients import gradients_found, gradients_left, with_gradients
-from autoremat.run.memory import told
 
 _LOG = logging.getLogger("autoremat")
 TIGHTER: Final = 0.9

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from autoremat.engines.torch.eager.contents import content_of, contents_of
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Replay
-from autoremat.record.local import local_of
+from autoremat.engines.torch.operators.local import local_of
 
 
 def gives_the_same(

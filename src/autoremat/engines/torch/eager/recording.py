@@ -15,15 +15,15 @@ from autoremat.engines.torch.eager.composite import Composite
 from autoremat.engines.torch.eager.facts import generators_kept, unseen
 from autoremat.engines.torch.eager.path import Call, Path
 from autoremat.engines.torch.eager.shadow import Shadow
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.timing import Progress
+from autoremat.engines.torch.recording.recording import Recording
+from autoremat.engines.torch.recording.whole import Whole
+from autoremat.engines.torch.world.modules import named_tensors
+from autoremat.engines.torch.world.outputs import differentiable_outputs
+from autoremat.engines.torch.world.parallel import Parallel, resident_bytes
+from autoremat.engines.torch.world.problems import NOTHING, NothingDifferentiable
 from autoremat.program import Program
-from autoremat.record.history import is_leaf
-from autoremat.record.outputs import differentiable_outputs
-from autoremat.record.parallel import Parallel, resident_bytes
-from autoremat.record.problems import NOTHING, NothingDifferentiable
-from autoremat.record.recording import Recording
-from autoremat.record.timing import Progress
-from autoremat.record.whole import Whole
-from autoremat.record.world import named_tensors
 
 
 def know_the_world(

@@ -6,8 +6,8 @@ import logging
 import warnings
 from dataclasses import dataclass, field
 
+from autoremat.engines.torch.eager.stats import Stats
 from autoremat.program import Plan, Program
-from autoremat.run.stats import Stats
 
 _LOG = logging.getLogger("autoremat")
 

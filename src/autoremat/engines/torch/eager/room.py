@@ -13,7 +13,7 @@ from autoremat.engines.torch.eager.online import Online
 from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.spare import Spare
-from autoremat.record.local import local_of
+from autoremat.engines.torch.operators.local import local_of
 
 _SLACK: Final = 0.05
 """How far apart the backward of the plan and one off its path may be, as a share of all requests ..."""

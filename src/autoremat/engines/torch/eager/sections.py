@@ -20,11 +20,11 @@ from autoremat.engines.torch.eager.arguments import tensors_given, tensors_in
 from autoremat.engines.torch.eager.calls import is_out_of_sight, is_pass, name_of, only_looks
 from autoremat.engines.torch.eager.listener import Listener
 from autoremat.engines.torch.eager.shadow import Shadow
+from autoremat.engines.torch.operators.history import node_made
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.values import storage_of
+from autoremat.engines.torch.recording.recording import RecordedOp, RecordedValue
 from autoremat.program import END, Program, Value
-from autoremat.record.history import node_made
-from autoremat.record.local import local_of
-from autoremat.record.recording import RecordedOp, RecordedValue
-from autoremat.record.values import storage_of
 
 
 @dataclass(frozen=True)

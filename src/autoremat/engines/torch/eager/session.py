@@ -21,15 +21,15 @@ from autoremat.engines.torch.eager.newcomers import Newcomers
 from autoremat.engines.torch.eager.peaks import Peaks
 from autoremat.engines.torch.eager.planning import Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
+from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.eager.steps import Steps
-from autoremat.plan import clock
-from autoremat.record.devices import check_devices
-from autoremat.record.gradients import gradients_left, gradients_there
-from autoremat.record.local import local_of
-from autoremat.record.parallel import check_supported, parallel_of
-from autoremat.record.values import storage_of
-from autoremat.record.world import reachable_modules
-from autoremat.run.stats import Stats
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.values import storage_of
+from autoremat.engines.torch.world.devices import check_devices
+from autoremat.engines.torch.world.gradients import gradients_left, gradients_there
+from autoremat.engines.torch.world.modules import reachable_modules
+from autoremat.engines.torch.world.parallel import check_supported, parallel_of
+from autoremat.planner import clock
 
 MAX_PLANS: Final = 64
 """Plans of the least recently used kinds of input are forgotten beyond this."""

@@ -33,10 +33,9 @@ from autoremat.engines.torch.eager.by_hand import Region, Regions, SetAside
 from autoremat.engines.torch.eager.calls import is_pass, name_of
 from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
 from autoremat.engines.torch.eager.state import heard_by_classes
-from autoremat.program.model import INSIDE
-from autoremat.record.facts import OpFacts, facts_of
-from autoremat.record.history import is_leaf, node_made, node_of
-from autoremat.record.local import (
+from autoremat.engines.torch.operators.facts import OpFacts, facts_of
+from autoremat.engines.torch.operators.history import is_leaf, node_made, node_of
+from autoremat.engines.torch.operators.local import (
     Description,
     Jagged,
     PackedLocal,
@@ -47,9 +46,10 @@ from autoremat.record.local import (
     knows_ragged_sizes,
     local_of,
 )
-from autoremat.record.recorder import Recorder, _Packed, _user_line
-from autoremat.record.recording import RecordedOp
-from autoremat.record.values import storage_of
+from autoremat.engines.torch.operators.values import storage_of
+from autoremat.engines.torch.recording.recorder import Recorder, _Packed, _user_line
+from autoremat.engines.torch.recording.recording import RecordedOp
+from autoremat.program.model import INSIDE
 
 _COMPILED = "CompiledFunctionBackward"
 """What the compiler calls the node of what it has compiled."""

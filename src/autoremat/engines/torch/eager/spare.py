@@ -15,7 +15,7 @@ from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.passes import Passes
 from autoremat.engines.torch.eager.values import Numbers
-from autoremat.record.local import local_of
+from autoremat.engines.torch.operators.local import local_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.backward import Backward

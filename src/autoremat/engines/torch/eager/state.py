@@ -16,8 +16,8 @@ from torch._C import _len_torch_function_stack as _n_modes
 from torch._C import _pop_torch_function_stack, _push_on_torch_function_stack
 from torch.overrides import _get_current_function_mode_stack
 
-from autoremat.record.facts import tensors_in
-from autoremat.run.settings import NumericSettings, set_state, state_of
+from autoremat.engines.torch.operators.facts import tensors_in
+from autoremat.engines.torch.operators.settings import NumericSettings, set_state, state_of
 
 DRAWING = threading.RLock()
 """Held while a generator's state is taken and used, or changed for a while: other threads may draw from it too."""

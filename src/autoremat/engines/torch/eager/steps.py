@@ -18,14 +18,14 @@ from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.room import OfScript
 from autoremat.engines.torch.eager.script import elsewhere
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
+from autoremat.engines.torch.operators.history import is_leaf
+from autoremat.engines.torch.operators.settings import RandomStates
+from autoremat.engines.torch.world.gradients import gradients_found
+from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory, told, without_frames
+from autoremat.engines.torch.world.modules import named_tensors, reachable_modules
+from autoremat.engines.torch.world.parallel import Parallel, hidden
+from autoremat.engines.torch.world.problems import NothingDifferentiable
 from autoremat.program import InfeasibleBudget, Program
-from autoremat.record.gradients import gradients_found
-from autoremat.record.history import is_leaf
-from autoremat.record.parallel import Parallel, hidden
-from autoremat.record.problems import NothingDifferentiable
-from autoremat.record.world import named_tensors, reachable_modules
-from autoremat.run.memory import free_memory, is_out_of_memory, told, without_frames
-from autoremat.run.settings import RandomStates
 
 MAX_RETRIES: Final = 3
 """How often a forward that ran out of memory is tried again, each time under a tighter plan."""

@@ -33,7 +33,7 @@ from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.eager.values import Numbers
 from autoremat.engines.torch.eager.witness import Witness
-from autoremat.record.recorder import _user_line
+from autoremat.engines.torch.recording.recorder import _user_line
 
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks

@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 from autoremat.engines.torch.eager.arguments import tensors_in
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.tape import Tape
-from autoremat.record.local import local_of
-from autoremat.record.parallel import Parallel, Unit, groups_of, replaced
-from autoremat.record.recording import RecordedOp
-from autoremat.record.values import storage_of
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.values import storage_of
+from autoremat.engines.torch.recording.recording import RecordedOp
+from autoremat.engines.torch.world.parallel import Parallel, Unit, groups_of, replaced
 
 FREED: Final = "needs parameters that fully_shard has freed by then"
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.witness import Witness
-from autoremat.record.local import local_of
-from autoremat.record.values import ValueMap, storage_of
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.values import ValueMap, storage_of
 
 OWN: int = 1 << 40
 """Numbers from here on are given where no recording gives them."""

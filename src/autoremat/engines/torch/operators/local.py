@@ -1,0 +1,175 @@
+"""DTensors and jagged nested tensors: in memory is a tensor inside, on which their operators run others.
+
+So recorder and tape let it take its operators apart, see those on the tensors inside and the collectives between them,
+and treat a saved one as the tensor inside with a description. The offsets of a nested tensor, a few numbers, stay with
+its description.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from autoremat.engines.torch.operators.history import is_leaf
+
+PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
+"""Types of tensors in which there is no other one: a look at the type is much the fastest."""
+
+
+def _class(module: str, name: str) -> Any:
+    """A class, if its module is loaded already: without it there are no objects of it."""
+    return getattr(sys.modules.get(module), name, None)
+
+
+def is_distributed(tensor: Any) -> bool:
+    """Whether this is a DTensor."""
+    kind = _class("torch.distributed.tensor", "DTensor")
+    return kind is not None and isinstance(tensor, kind)
+
+
+def is_jagged(tensor: Any) -> bool:
+    """Whether this is a nested tensor of the jagged layout."""
+    kind = _class("torch.nested._internal.nested_tensor", "NestedTensor")
+    return kind is not None and isinstance(tensor, kind)
+
+
+def has_inside(tensor: Any) -> bool:
+    """Whether in memory there is another tensor, inside this one."""
+    return type(tensor) not in PLAIN and (is_jagged(tensor) or is_distributed(tensor))
+
+
+def prepare_jagged() -> None:
+    """Have torch make what its first nested tensor of the jagged layout would make: that is no part of a step."""
+    module = sys.modules.get("torch.nested._internal.nested_tensor")
+    if module is not None and hasattr(module, "_nt_view_dummy"):
+        module._nt_view_dummy()
+
+
+def knows_ragged_sizes(mode: FakeTensorMode) -> None:
+    """Let fake nested tensors of the jagged layout be made in this mode: their sizes are symbols."""
+    if mode.shape_env is None:
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes half a second
+
+        mode.shape_env = ShapeEnv(allow_scalar_outputs=False, allow_dynamic_output_shape_ops=False)
+        mode.static_shapes = True
+
+
+def is_apart(tensor: Tensor) -> bool:
+    """Whether a tensor that autograd saves is to be kept as the tensor inside it."""
+    if is_jagged(tensor):
+        return not (is_leaf(tensor) and tensor.requires_grad)
+    return is_distributed(tensor) and not is_leaf(tensor)
+
+
+def is_taken_apart(types: Collection[type]) -> bool:
+    """Whether an operator on tensors of these classes runs others, on the tensors inside them."""
+    known = (
+        _class("torch.distributed.tensor", "DTensor"),
+        _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor"),
+        _class("torch.nested._internal.nested_tensor", "NestedTensor"),
+    )
+    return any(k is not None and issubclass(t, k) for t in types for k in known)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """What is in memory of a DTensor, complete, or of a nested one; any other tensor itself."""
+    if type(tensor) in PLAIN:
+        return tensor
+    if is_jagged(tensor):
+        values: Tensor = tensor._values  # type: ignore[assignment]
+        return values
+    local = tensor._local_tensor if is_distributed(tensor) else tensor  # type: ignore[attr-defined]
+    return _waited(local) if is_pending(local) else local
+
+
+def _waited(pending: Any) -> Tensor:
+    """What a collective has made; fake tensors that are at work would wait for nothing."""
+    with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+        waited: Tensor = pending.trigger_wait()
+    return waited
+
+
+def is_pending(tensor: Any) -> bool:
+    """Whether this stands for what a collective makes, until somebody needs it."""
+    kind = _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
+    return kind is not None and isinstance(tensor, kind)
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """All of a DTensor but its local tensor."""
+
+    mesh: Any
+    context: Any
+    size: torch.Size
+    stride: tuple[int, ...]
+    build: Callable[..., Tensor]
+
+    @staticmethod
+    def of(tensor: Any) -> Description:
+        """The description of a DTensor."""
+        _, (placements, meta, order, _) = tensor.__tensor_flatten__()
+        context = (placements, meta, order, False)
+        return Description(
+            tensor.device_mesh, context, tensor.size(), tensor.stride(), type(tensor).__tensor_unflatten__
+        )
+
+    def around(self, local: Tensor) -> Tensor:
+        """The DTensor around another local tensor; no gradient."""
+        inner = {"_local_tensor": local, "device_mesh": self.mesh}
+        return self.build(inner, self.context, self.size, self.stride)
+
+
+def distributed_like(tensor: Tensor, local: Tensor) -> Tensor:
+    """A DTensor like this one, around another local tensor; its gradient, if there is one, stays out."""
+    made = Description.of(tensor).around(local)
+    if isinstance(tensor, nn.Parameter):
+        made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+    return made.requires_grad_(tensor.requires_grad)
+
+
+@dataclass(frozen=True, slots=True)
+class Jagged:
+    """All of a jagged nested tensor but its values."""
+
+    offsets: Tensor
+    options: dict[str, Any]
+    build: Callable[..., Tensor]
+
+    @staticmethod
+    def of(tensor: Any) -> Jagged:
+        """The description of a nested tensor."""
+        options = {"lengths": tensor._lengths, "_ragged_idx": tensor._ragged_idx}
+        options["_metadata_cache"] = dict(tensor._metadata_cache)
+        return Jagged(tensor._offsets, options, type(tensor))
+
+    def around(self, values: Tensor) -> Tensor:
+        """The nested tensor around other values; no gradient."""
+        return self.build(values, self.offsets, **self.options)
+
+    def converted(self, convert: Callable[[Tensor], Tensor]) -> Jagged:
+        """The same with converted offsets, lengths, and numbers that were read off them."""
+        lengths = self.options["lengths"]
+        options: dict[str, Any] = {"lengths": lengths if lengths is None else convert(lengths)}
+        options["_ragged_idx"] = self.options["_ragged_idx"]
+        options["_metadata_cache"] = {k: convert(t) for k, t in self.options["_metadata_cache"].items()}
+        return Jagged(convert(self.offsets), options, self.build)
+
+
+def description_of(tensor: Tensor) -> Description | Jagged:
+    """All of a DTensor or a jagged nested tensor but what is in memory of it."""
+    return Jagged.of(tensor) if is_jagged(tensor) else Description.of(tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class PackedLocal:
+    """A saved tensor that is taken apart: what the tensor inside was packed as, and the rest."""
+
+    packed: Any
+    description: Description | Jagged

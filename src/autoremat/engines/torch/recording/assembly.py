@@ -1,0 +1,152 @@
+"""From what a recording saw to a ``Program``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import torch
+
+from autoremat.engines.torch.operators.costs import Cost
+from autoremat.engines.torch.operators.numbers import saved_number_bytes
+from autoremat.engines.torch.recording.recording import RecordedOp, RecordedValue, Recording
+from autoremat.program import END, Op, Program, Value
+
+OPTIMIZER_STEP: Final = "optimizer step"
+"""Name of the last op of a program in whose account the optimizer's step is."""
+
+
+def assemble(
+    recording: Recording, name: str, costs: Sequence[Cost], *, optimizer_state_bytes: int = 0,
+    optimizer_scratch_bytes: int = 0, beside: Mapping[str, int] | None = None, timing: str, recorded: str = "fake",
+) -> Program:  # fmt: skip
+    """The program of a finished recording.
+
+    Args:
+        recording: a finished one.
+        name: name of the program.
+        costs: seconds and scratch bytes of every recorded op.
+        optimizer_state_bytes: resident state of the optimizer.
+        optimizer_scratch_bytes: what its step takes beside; makes a last op of the program.
+        beside: bytes of what else is always there, by what it is.
+        timing: where the seconds come from.
+        recorded: on what: fake or real tensors.
+    """
+    device = main_device(recording.values)
+    outside = sorted((n for n in recording.values if n < 0), reverse=True)
+    made = range(recording.made)
+    index = {n: i for i, n in enumerate([*outside, *made])}
+    values = [_value(n, recording.values[n], recording, device) for n in [*outside, *made]]
+    number_bytes = saved_number_bytes(recording.calls_with_numbers) if device.type == "cpu" else 0
+    if number_bytes:
+        label = "numbers that autograd saves"
+        values.append(Value("numbers", number_bytes, fixed=True, label=label, kind="input"))
+    if optimizer_state_bytes:
+        values.append(Value("optimizer", optimizer_state_bytes, fixed=True, label="optimizer state", kind="optimizer"))
+    for label, nbytes in (beside or {}).items():
+        values.append(Value(f"beside{len(values)}", nbytes, fixed=True, label=label, kind="distributed"))
+    reasons = _reasons(recording)
+    ops = [
+        Op(
+            name=op.name,
+            reads=tuple(index[n] for n in op.reads),
+            writes=tuple(index[n] for n in op.writes),
+            seconds=cost.seconds,
+            scratch_bytes=cost.scratch_bytes,
+            phase="backward" if op.backward else "forward",
+            repeatable=reason,
+            in_place=tuple((index[a], index[b]) for a, b in op.in_place),
+            module=op.module,
+            source=op.source,
+            call=op.call,
+        )
+        for op, cost, reason in zip(recording.ops, costs, reasons, strict=True)
+    ]
+    if optimizer_scratch_bytes:
+        ops.append(Op(OPTIMIZER_STEP, (), (), 0.0, optimizer_scratch_bytes, phase="backward", repeatable="backward"))
+    total, timed = sum(cost.seconds for cost in costs), sum(cost.seconds for cost in costs if cost.runs)
+    share = timed / total if total else 0.0
+    return Program(name, tuple(values), tuple(ops), timing=timing, measured_share=share, recorded=recorded)
+
+
+def main_device(values: dict[int, RecordedValue]) -> torch.device:
+    """The device that the budget is for: the accelerator if one is in use."""
+    devices = {v.device for v in values.values()}
+    return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
+
+
+def _value(number: int, value: RecordedValue, recording: Recording, device: torch.device) -> Value:
+    nbytes = value.nbytes if value.device == device else 0
+    about: dict[str, Any] = {"label": value.label, "kind": value.kind, "dtype": value.dtype, "shape": value.shape}
+    about["module"] = value.module
+    if number < 0:
+        return Value(f"x{-number}", nbytes, fixed=True, **about)
+    held: int | None = END if value.forever else None
+    if held is None and value.died is not None:
+        held = max(value.died - 1, 0)
+    return Value(f"v{number}", nbytes, held=held, available=value.available, **about)
+
+
+def _reasons(recording: Recording) -> list[str]:
+    """For every op, "" or why it must not run again."""
+    taken_over_by = {old: i for i, op in enumerate(recording.ops) for _, old in op.in_place if not op.backward}
+    benign = _overwritten_at_once(recording.ops)
+    lost: set[int] = set()  # overwritten in place and not to be had again
+    reasons = []
+    for op in recording.ops:
+        reason = _reason(op, recording, lost, benign)
+        if reason:
+            lost.update(n for n in op.writes if n in taken_over_by)
+        reasons.append(reason)
+    return reasons
+
+
+def _reason(op: RecordedOp, recording: Recording, lost: set[int], benign: set[int]) -> str:
+    facts = op.facts
+    if op.backward or facts is None:
+        return "backward"
+    if facts.never_again:
+        return facts.never_again
+    if not recording.changed_unseen.isdisjoint(op.writes):
+        return "what it makes is changed by something that torch does not see"
+    if not recording.changed_unseen.isdisjoint(op.reads):
+        return "what it reads is changed by something that torch does not see"
+    if op.opaque:
+        return "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
+    if facts.batch_norm:
+        return "updates running statistics that are not buffers" if op.in_place else _stale(op, recording, skip=True)
+    if op.effects:
+        return f"overwrites {recording.values[op.effects[0]].label}"
+    if facts.uninitialised and not set(op.writes) <= benign:
+        return "returns uninitialised memory"
+    for n in op.reads:
+        if n in lost:
+            return f"reads {recording.values[n].label}, which is overwritten in place"
+    return _stale(op, recording, skip=False)
+
+
+def _stale(op: RecordedOp, recording: Recording, *, skip: bool) -> str:
+    """Reads something from outside that the step overwrites (running statistics in training are not read).
+
+    One overwritten before counts too: the next forward overwrites it again, perhaps before this one's backward.
+    """
+    if skip and op.effects:
+        return ""
+    for n in op.reads:
+        if n < 0 and n in recording.overwritten:
+            return f"reads {recording.values[n].label}, which every step overwrites"
+    return ""
+
+
+def _overwritten_at_once(ops: Sequence[RecordedOp]) -> set[int]:
+    """Values of uninitialised memory that nothing reads before an operator overwrites all of it."""
+    first_reader: dict[int, RecordedOp] = {}
+    for op in ops:
+        for n in op.reads:
+            first_reader.setdefault(n, op)
+    made = {n for op in ops if op.facts is not None and op.facts.uninitialised for n in op.writes}
+    return {
+        n
+        for n in made
+        if (reader := first_reader.get(n)) and reader.covers_all and any(old == n for _, old in reader.in_place)
+    }

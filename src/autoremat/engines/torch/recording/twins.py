@@ -1,0 +1,38 @@
+"""Real tensors under another identity."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from autoremat.engines.torch.operators.history import is_leaf
+
+
+class Twins:
+    """Real tensors under another identity, on the same memory.
+
+    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer), does
+    not run into the graph that an input comes from, and that an input or a buffer that is overwritten with something
+    differentiable does not become part of the recording's graph.
+    """
+
+    def __init__(self) -> None:
+        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self._own: set[int] = set()
+        """Those that are twins themselves, by identity."""
+
+    def __call__(self, tensor: Tensor) -> Tensor:
+        """The twin of a tensor, always the same one; a twin itself."""
+        if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or id(tensor) in self._own:
+            return tensor
+        if id(tensor) not in self._twins:
+            twin = tensor.detach()
+            if isinstance(tensor, nn.Parameter):
+                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+            else:
+                twin.requires_grad_(tensor.requires_grad)
+            vars(twin).update(vars(tensor))
+            if is_leaf(tensor):
+                twin.grad = tensor.grad
+            self._twins[id(tensor)] = tensor, twin
+            self._own.add(id(twin))
+        return self._twins[id(tensor)][1]

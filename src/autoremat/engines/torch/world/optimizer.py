@@ -1,0 +1,176 @@
+"""What an optimizer needs: bytes that it keeps between steps, and bytes for as long as it takes one."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from autoremat.engines.torch.operators.collectives import run_alone
+from autoremat.engines.torch.operators.facts import facts_of, tensors_in
+from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.world.apart import CannotRunApart, can_run_apart, run_apart
+from autoremat.engines.torch.world.problems import UnusableInput
+
+
+class OptimizerBytes(NamedTuple):
+    """The memory of an optimizer.
+
+    Attributes:
+        state: kept between steps.
+        scratch: taken beside parameters, gradients and state at some moment of a step, the first or a later one.
+    """
+
+    state: int = 0
+    scratch: int = 0
+
+
+def optimizer_bytes(optimizer: Any) -> OptimizerBytes:
+    """The memory of an optimizer: its state as it is, or as it will be after its first step, and its temporaries.
+
+    Two steps are taken by a copy of the optimizer on fake parameters: nothing is allocated or changed.
+
+    Args:
+        optimizer: an optimizer, several that take turns, the number of bytes of a state, or None for no state.
+
+    Raises:
+        TypeError: none of these.
+        UnusableInput: the optimizer cannot take a step on fake parameters.
+
+    Example:
+        >>> optimizer_bytes(torch.optim.Adam([torch.nn.Parameter(torch.zeros(100))], fused=True))
+        OptimizerBytes(state=804, scratch=0)
+    """
+    if optimizer is None:
+        return OptimizerBytes()
+    if isinstance(optimizer, OptimizerBytes):
+        return optimizer
+    if isinstance(optimizer, int) and not isinstance(optimizer, bool) and optimizer >= 0:
+        return OptimizerBytes(optimizer)
+    optimizer = _unwrapped(optimizer)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        return _of_one(optimizer)
+    if isinstance(optimizer, Sequence) and all(isinstance(o, torch.optim.Optimizer) for o in optimizer):
+        found = [_of_one(_unwrapped(o)) for o in optimizer]
+        return OptimizerBytes(sum(o.state for o in found), max((o.scratch for o in found), default=0))
+    raise TypeError(f"optimizer is a torch optimizer, a list of them or the bytes of their state, got {optimizer!r}")
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer behind those of Accelerate and Lightning, which are none themselves but pass everything on."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
+    if any(isinstance(v, torch.optim.Optimizer) for v in vars(optimizer).values()):
+        raise UnusableInput(
+            f"{type(optimizer).__name__} steps another optimizer, which a step on fake parameters would step, too; say "
+            "how many bytes its state takes instead: optimizer=<bytes>"
+        )
+    try:
+        state, scratch = _apart(optimizer)
+    except Exception as error:
+        raise UnusableInput(
+            f"{type(optimizer).__name__} cannot take a step on fake parameters ({type(error).__name__}: {error}); say "
+            "how many bytes its state takes instead: optimizer=<bytes>"
+        ) from error
+    return OptimizerBytes(_state_bytes(optimizer) or state, scratch)
+
+
+def _apart(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """What two steps say, taken where they leave nothing behind: in the optimizer's own attributes, for one."""
+    with contextlib.suppress(CannotRunApart):
+        if can_run_apart():
+            return run_apart(lambda report: _two_steps(optimizer))
+    return _two_steps(optimizer)
+
+
+def _two_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+    """State and temporaries; the first step makes the state as it goes, later ones have it."""
+    mode = FakeTensorMode()
+    twin = _twin(optimizer, mode)
+    step = type(optimizer).step
+    take = getattr(step, "__wrapped__", step)  # past the profiling wrapper, which knows the real optimizer only
+    peaks = []
+    for _ in range(2):
+        with mode, _Account() as account:
+            take(twin)
+        peaks.append(account.peak_bytes)
+    state = _state_bytes(twin)
+    return state, max(peaks[0] - state, peaks[1])
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    storages = {
+        t.untyped_storage()._cdata: t.untyped_storage().nbytes()
+        for state in optimizer.state.values()
+        for t in map(local_of, torch.utils._pytree.tree_leaves(dict(state)))
+        if isinstance(t, Tensor)
+    }
+    return sum(storages.values())
+
+
+def _twin(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> torch.optim.Optimizer:
+    """A copy without state, of parameters that have nothing but a size."""
+    groups = []
+    for group in optimizer.param_groups:
+        parameters = [_fake_parameter(local_of(p), mode) for p in group["params"] if p.requires_grad]
+        groups.append({k: v for k, v in group.items() if k != "params"} | {"params": parameters})
+    twin = copy.copy(optimizer)
+    twin.__dict__ = dict(optimizer.__dict__)
+    twin.param_groups = groups
+    twin.state = type(optimizer.state)(dict)
+    return twin
+
+
+def _fake_parameter(parameter: Tensor, mode: FakeTensorMode) -> Tensor:
+    with mode:
+        fake = torch.nn.Parameter(torch.empty_strided(parameter.size(), parameter.stride(), dtype=parameter.dtype,
+                                                      device=parameter.device))  # fmt: skip
+        fake.grad = torch.empty_like(fake)
+    return fake
+
+
+class _Account(TorchDispatchMode):
+    """Bytes of the storages that operators make while the mode is on: now, and at most."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak_bytes = 0
+        self._living: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator and count what it has made."""
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return 0.5  # no size depends on it
+        if facts_of(func).communicates:
+            return run_alone(func, args, kwargs or {})
+        before = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(out):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in before and storage._cdata not in self._living:
+                self._count(storage)
+        return out
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, nbytes = storage._cdata, storage.nbytes()
+
+        def release(_: object) -> None:
+            del self._living[address]
+            self.bytes -= nbytes
+
+        self._living[address] = weakref.ref(storage, release)
+        self.bytes += nbytes
+        self.peak_bytes = max(self.peak_bytes, self.bytes)

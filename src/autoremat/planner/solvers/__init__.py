@@ -1,0 +1,35 @@
+"""One file, one algorithm: the folder is the list of solvers.
+
+Every file has a function ``schedule``. The name of the solver is the file's, with hyphens.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from math import inf
+from pkgutil import iter_modules
+from typing import Final, Protocol
+
+from autoremat.program import Program, Schedule
+
+NAMES: Final = tuple(sorted(module.name.replace("_", "-") for module in iter_modules(__path__)))
+"""All solvers, by name."""
+
+
+class Solver(Protocol):
+    """What ``schedule`` is in every file of this folder."""
+
+    def __call__(self, program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
+        """A schedule within the budget if the algorithm has one, and else the one with the lowest peak it has.
+
+        Args:
+            program: the step, without calls that run again from their first op on (``planned_as`` has folded those).
+            budget_bytes: of the peak.
+            deadline: on ``clock.now``; what takes long looks at it now and then, and ends with what it has.
+        """
+
+
+def solver_of(name: str) -> Solver:
+    """The solver of a name; its file is imported at the first call, for importing autoremat is to be cheap."""
+    found: Solver = import_module(f"{__name__}.{name.replace('-', '_')}").schedule
+    return found

@@ -1,0 +1,315 @@
+"""``solve``: program and budget in, plan out. Runs what fits into the time allowed and takes the best.
+
+``auto`` works in three steps. (1) A *pool* of candidates that does not depend on the budget: minimum cuts for a grid of
+prices and segmentations, nested segments and walks of the evicting executor for small budgets; made once per program.
+(2) For the budget: the greedy; the best of the pool, filled up; the pool's candidates just above the budget, shaved
+down and filled up; walks that start from what those drop. (3) The best is squeezed below the budget and filled up
+again, or walked again, a few times. Since the pool is the same for all budgets and step 2 includes fixed smaller
+budgets, more budget hardly ever costs more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Final
+
+from autoremat.planner import clock
+from autoremat.planner.constraints import Patterns, constrain, explained, kept_anyway, passing_values
+from autoremat.planner.refusals import infeasible
+from autoremat.planner.search.calls import folded_of, planned_as, unfolded, until_in
+from autoremat.planner.search.memo import per_program
+from autoremat.planner.search.tables import tables_of
+from autoremat.planner.solvers import NAMES, solver_of
+from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
+from autoremat.program.units import parse_budget
+
+if TYPE_CHECKING:
+    from autoremat.planner.search.optimum import Outcome
+    from autoremat.planner.search.pool import Found, Pool
+
+
+SOLVERS: Final = ("auto", "exact", "greedy", *NAMES)
+"""Names that ``solve`` accepts as ``solver``."""
+
+_FIRST_SHARE: Final = 0.25
+"""Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
+
+_TINY: Final = 24
+"""Ops up to which ``auto`` asks the exact solver, too: it takes milliseconds."""
+
+_SMALL: Final = 160
+"""Ops up to which ``auto`` asks it where a gap of more than ``_GAP`` is left, for a part of the time."""
+
+_GAP: Final = 0.002
+
+_LOOK: Final = 0.1
+"""That part."""
+
+_WIDE_GAP: Final = 0.01
+"""The gap beyond which it may have ``_LONG_LOOK`` of the time."""
+
+_LONG_LOOK: Final = 0.6
+"""Enough for about a hundred ops."""
+
+
+def solve(
+    program: Program,
+    budget: int | float | str,
+    *,
+    solver: str = "auto",
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+    progress: Callable[[str, float], None] | None = None,
+    first: bool = False,
+) -> Plan:
+    """The plan with the least overhead known whose peak stays within the budget.
+
+    Args:
+        program: the step to plan.
+        budget: bytes, a size such as ``"10GiB"``, or a share of the plain peak such as ``0.5`` or ``"50%"``.
+        solver: one of ``SOLVERS``. ``auto`` compares many; ``exact`` goes on from there to the optimum of a small
+            program (up to about a hundred ops; see ``plan/exact.py`` for what it is the optimum of): the lower bound
+            is then equal to the overhead, or says how far it got; the others are the classics by name.
+        keep: patterns on module paths or names of ops; what these ops make is never computed again.
+        recompute: the same; what these ops make does not stay from the forward into the backward, and is computed again
+            where the backward asks for it. What must not run again stays all the same.
+        time_limit_seconds: when to stop looking for a better plan. Where the limit is not hit, the plan depends on
+            nothing but the program and the budget.
+        progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
+        first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
+            looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
+
+    Raises:
+        InfeasibleBudget: no schedule known to the solver fits.
+        ValueError: an unknown solver, a budget that cannot be read, a pattern that matches nothing, or a solver that
+            cannot do what ``recompute`` asks.
+
+    Example:
+        >>> from autoremat.program import Op, Program, Value
+        >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("y", 4)
+        >>> solve(Program("tiny", values, (Op("f", (0,), (1,), 1.0), Op("g", (1,), (2,), 2.0))), "16 B").overhead
+        0.0
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    if keep or recompute:
+        limited = constrain(program, keep, recompute)
+        try:
+            plan = solve(limited, budget, solver=solver, time_limit_seconds=time_limit_seconds, progress=progress,
+                         first=first)  # fmt: skip
+        except InfeasibleBudget as error:
+            raise explained(error, keep, recompute) from None
+        return replace(plan, program=program)
+    plain_peak = simulate(program).peak_bytes
+    budget_bytes = parse_budget(budget, plain_peak)
+    if solver in NAMES:
+        return _classic(program, budget_bytes, solver, plain_peak, clock.now() + time_limit_seconds)
+    optimum = _optimum(program, budget_bytes, plain_peak) if solver == "auto" else None
+    if optimum:
+        (progress or _silent)("done", 1.0)
+        return optimum
+    early = _first_plan(program, budget_bytes, plain_peak) if first and solver == "auto" else None
+    if early:
+        return early
+    begin, share = clock.now(), _FIRST_SHARE if solver == "exact" else 1.0
+    found = _pool_of(program).solve(
+        program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
+        progress or _silent,
+    )  # fmt: skip
+    deadline = begin + time_limit_seconds
+    if solver == "exact":
+        found = _made_exact(program, budget_bytes, found, deadline)
+    elif solver == "auto":
+        look = _exact_look(program, found) * time_limit_seconds
+        if look:
+            found = _made_exact(program, budget_bytes, found, min(deadline, clock.now() + look))
+    if found.schedule is None:
+        lowest = found.lowest or Schedule.plain(program)
+        raise infeasible(program, budget_bytes, lowest, solver=solver)
+    return _plan(
+        program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound,
+        solver if solver == "exact" else found.name, found.candidates,
+    )  # fmt: skip
+
+
+def classics_of(
+    program: Program, budget_bytes: int, *, time_limit_seconds: float = 10.0
+) -> tuple[tuple[str, int, float], ...]:
+    """``(solver, peak_bytes, overhead)`` of what each of the classics makes of a budget, also where it does not fit.
+
+    Keep everything is left out, and so is what finds nothing else. None is begun after the time limit.
+    """
+    end, found = clock.now() + time_limit_seconds, []
+    for name in NAMES:
+        if name != "keep-everything" and clock.now() < end:
+            timeline = simulate(program, _made_by(name, program, budget_bytes, end))
+            overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
+            if timeline.extra_seconds or timeline.peak_bytes <= budget_bytes:
+                found.append((name, timeline.peak_bytes, overhead))
+    return tuple(found)
+
+
+def _exact_look(program: Program, found: Found) -> float:
+    """The share of the time that the exact solver is worth: the wider the gap, the more."""
+    if found.schedule is None or passing_values(program):
+        return 0.0
+    gap = found.schedule.extra_seconds(program) - found.lower_bound * program.seconds
+    if len(program.ops) > (_SMALL if gap > _GAP * program.seconds else _TINY):
+        return 0.0
+    return _LONG_LOOK if gap > _WIDE_GAP * program.seconds else _LOOK
+
+
+def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: float) -> Found:
+    """What the exact solver makes of what is known."""
+    from autoremat.planner.search.optimum import exact
+
+    known = found.schedule
+    if known and known.extra_seconds(program) <= found.lower_bound * program.seconds:
+        return found
+    if program.has_calls:
+        return _made_exact_by_calls(program, budget_bytes, found, deadline)
+    outcome = _of_all(program, budget_bytes) or exact(program, budget_bytes, known, deadline=deadline)
+    beside = found.candidates
+    if known:
+        timeline = simulate(program, known)
+        beside = (("auto", timeline.peak_bytes, timeline.extra_seconds / (program.seconds or 1.0)), *beside)
+    bound = max(found.lower_bound, outcome.bound_seconds / (program.seconds or 1.0)) if outcome.schedule else 0.0
+    name = found.name if outcome.schedule is known else "exact"
+    return replace(found, name=name, schedule=outcome.schedule, lower_bound=bound, candidates=beside)
+
+
+def _made_exact_by_calls(program: Program, budget_bytes: int, found: Found, deadline: float) -> Found:
+    """The same for a program whose calls run again from their first op on.
+
+    The optimum of the folded program is a schedule of the program, but stages of one call may share a prefix there. The
+    optimum over single ops is a bound, because what runs again call by call is such a schedule.
+    """
+    from autoremat.planner.search.optimum import exact
+
+    now, known = clock.now(), found.schedule
+    by_stages = exact(folded_of(program), budget_bytes, deadline=now + (deadline - now) / 2).schedule
+    by_ops = exact(program, budget_bytes, deadline=deadline)
+    total = program.seconds or 1.0
+    bound = max(found.lower_bound, by_ops.bound_seconds / total) if by_ops.schedule else found.lower_bound
+    better = unfolded(program, by_stages) if by_stages else None
+    if better is None or (known and known.extra_seconds(program) <= better.extra_seconds(program)):
+        return replace(found, lower_bound=bound)
+    beside = found.candidates
+    if known:
+        timeline = simulate(program, known)
+        beside = (("auto", timeline.peak_bytes, timeline.extra_seconds / total), *beside)
+    return replace(found, name="exact", schedule=better, lower_bound=bound, candidates=beside)
+
+
+def _of_all(program: Program, budget_bytes: int) -> Outcome | None:
+    """The cheapest of all schedules of a tiny program; of a recorded one the tape could not run them all."""
+    from autoremat.planner.search.optimum import Outcome
+    from autoremat.planner.search.tiny import MOST_OPS, cheapest
+
+    if program.has_calls or len(program.ops) > MOST_OPS or any(op.name == "unpack" for op in program.ops):
+        return None
+    schedule = cheapest(program, budget_bytes)
+    return Outcome(schedule, schedule.extra_seconds(program), is_cheapest=True) if schedule else None
+
+
+def _silent(what: str, share: float) -> None:
+    """The progress of those who did not ask."""
+
+
+def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
+    """What the greedy finds, where it fits; it cannot be told what must not stay."""
+    from autoremat.planner.search.floor import floor_of
+    from autoremat.planner.search.pool import found_by_greedy
+
+    if passing_values(program) or not (floor := floor_of(program)).is_within(budget_bytes):
+        return None
+    found = found_by_greedy(program, budget_bytes)
+    if found is None or found.schedule is None:
+        return None
+    return _plan(
+        program, found.schedule, budget_bytes, plain_peak, floor.met_bytes, found.lower_bound, found.name,
+        found.candidates,
+    )  # fmt: skip
+
+
+@per_program
+def _pool_of(program: Program) -> Pool:
+    """The program's pool, made at the first call and kept while the program lives."""
+    from autoremat.planner.search.pool import Pool
+
+    return Pool(program)
+
+
+_POOLS: Final = _pool_of.kept
+
+
+def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
+    """The plan of a uniform chain, whose optimum is known; None for all other programs."""
+    from autoremat.planner.search.uniform import proven
+
+    found = None if passing_values(program) or program.has_calls else proven(program, budget_bytes)
+    if found is None:
+        return None
+    if not found.fits:
+        raise infeasible(program, budget_bytes, found.schedule, solver="auto")
+    return _plan(program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound, "revolve", ())
+
+
+def _made_by(solver: str, program: Program, budget_bytes: int, deadline: float) -> Schedule:
+    """The schedule of one of the solvers of the folder."""
+    return unfolded(program, solver_of(solver)(planned_as(program), budget_bytes, deadline=deadline))
+
+
+def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int, deadline: float) -> Plan:
+    from autoremat.planner.bounds.bounds import lower_bound
+
+    schedule = _made_by(solver, program, budget_bytes, deadline)
+    peak = simulate(program, schedule).peak_bytes
+    if peak > budget_bytes:
+        raise infeasible(program, budget_bytes, schedule, solver=solver)
+    bound = lower_bound(program, budget_bytes) if budget_bytes < plain_peak else 0.0
+    return _plan(program, schedule, budget_bytes, plain_peak, peak, bound, solver, ())
+
+
+def _plan(
+    program: Program,
+    schedule: Schedule,
+    budget_bytes: int,
+    plain_peak: int,
+    floor: int,
+    bound: float,
+    solver: str,
+    candidates: tuple[tuple[str, int, float], ...],
+) -> Plan:
+    """The plan with the figures of the one simulator, not of the planner's own account."""
+    from autoremat.planner.bounds.bounds import floor_bound
+
+    _refuse_kept(program, schedule, solver)
+    timeline = simulate(program, schedule)
+    overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
+    return Plan(
+        program=program,
+        schedule=schedule,
+        budget_bytes=budget_bytes,
+        peak_bytes=timeline.peak_bytes,
+        plain_peak_bytes=plain_peak,
+        floor_bytes=floor if floor <= budget_bytes else timeline.peak_bytes,
+        overhead=overhead,
+        lower_bound=bound,
+        solver=solver,
+        candidates=candidates,
+        floor_lower_bound_bytes=floor_bound(program),
+    )
+
+
+def _refuse_kept(program: Program, schedule: Schedule, solver: str) -> None:
+    """Not every solver can be told what not to keep."""
+    tables = tables_of(planned_as(program))
+    kept = kept_anyway(schedule, tables.passing, until_in(program, tables.until))
+    if kept:
+        raise ValueError(
+            f"solver {solver!r} keeps {program.label(min(kept))!r} (and {len(kept) - 1} more), which recompute= "
+            'forbids; solver="auto" can do without'
+        )
