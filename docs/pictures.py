@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from autoremat import Program, Schedule, simulate
-from autoremat.program import Op, Value
+from autoremat.program import Once, Op, Value
 
 IMAGES = Path(__file__).parent / "images"
-BACKWARD = {"phase": "backward", "repeatable": "backward"}
+BACKWARD = {"phase": "backward", "once": Once.BACKWARD}
 CELL, ROW, LEFT, TOP = 74, 28, 64, 66
 GREY, BLUE, ORANGE, RED, INK = "#e8eaed", "#3b75af", "#e58a2b", "#c0392b", "#24292f"
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from hypothesis import strategies as st
 
+from autoremat.program import Once
 from autoremat.program.model import END, Op, Program, Value
 
 SIZES = st.integers(0, 9)
@@ -66,29 +67,29 @@ def recorded_programs(draw: st.DrawFn, min_forward: int = 1, max_forward: int = 
     loss = b.values[have[-1]]
     b.values[have[-1]] = replace(loss, held=END)
     grad = b.value("g")
-    b.op("ones", (), (grad,), phase="backward", repeatable="backward")
+    b.op("ones", (), (grad,), phase="backward", once=Once.BACKWARD)
     for i, keep in reversed(list(enumerate(saved))):
         for v in keep:
-            b.op("unpack", (v,), (), seconds=0.0, scratch_bytes=0, phase="backward", repeatable="backward")
+            b.op("unpack", (v,), (), seconds=0.0, scratch_bytes=0, phase="backward", once=Once.BACKWARD, kind="ask")
         before, grad = grad, b.value("g")
         grads.append(b.value("dw", held=END, kind="gradient"))
-        b.op(f"f{i}.backward", (*keep, before), (grad, grads[-1]), phase="backward", repeatable="backward")
+        b.op(f"f{i}.backward", (*keep, before), (grad, grads[-1]), phase="backward", once=Once.BACKWARD)
     return b.program("recorded")
 
 
 def _forward_op(b: _Builder, i: int, have: list[int], weight: int, saved: list[tuple[int, ...]]) -> tuple[int, ...]:
     """Append one forward op; ``have`` loses what is overwritten. Returns the values saved for the backward."""
-    reason = b.draw(st.sampled_from(("", "", "", "random")))
+    once = b.draw(st.sampled_from((None, None, None, Once.GIVEN)))
     keepable = {v for keep in saved for v in keep}
     if have[-1] not in keepable and not b.values[have[-1]].fixed and b.draw(st.booleans()):
         old, new = have.pop(), b.value("a")
         b.values[new] = replace(b.values[new], nbytes=b.values[old].nbytes)
-        b.op(f"f{i}_", (old, *b.some([*have, weight], 1)), (new,), repeatable=reason, in_place=((new, old),))
+        b.op(f"f{i}_", (old, *b.some([*have, weight], 1)), (new,), once=once, in_place=((new, old),))
         have.append(new)
         return (new,) if b.draw(st.booleans()) else ()
     reads = b.some([*have[-3:], weight])
     writes = tuple(b.value("a") for _ in range(b.draw(st.sampled_from((1, 1, 1, 2)))))
-    b.op(f"f{i}", reads, writes, repeatable=reason)
+    b.op(f"f{i}", reads, writes, once=once)
     have.extend(writes)
     return b.some([*reads, *writes[:1]]) if b.draw(st.booleans()) else ()
 
@@ -121,7 +122,7 @@ def orders(draw: st.DrawFn, program: Program, max_extra: int = 3) -> tuple[int, 
     gaps = draw(st.lists(st.integers(0, len(program.ops)), max_size=max_extra).map(sorted))
     for i in range(len(program.ops) + 1):
         for _ in range(gaps.count(i)):
-            again = [k for k, op in enumerate(program.ops[:i]) if not op.repeatable and available.issuperset(op.reads)]
+            again = [k for k, op in enumerate(program.ops[:i]) if not op.once and available.issuperset(op.reads)]
             if again:
                 k = draw(st.sampled_from(again))
                 order.append(k)

@@ -46,7 +46,17 @@ _NEED_TORCH = {
 def __getattr__(name: str) -> Any:
     """Import torch only when something needs it: programs, solvers and the judge do without."""
     if name in _NEED_TORCH:
-        value = getattr(import_module(_NEED_TORCH[name]), name)
+        try:
+            value = getattr(import_module(_NEED_TORCH[name]), name)
+        except ModuleNotFoundError as error:
+            if error.name not in ("torch", "platformdirs"):
+                raise
+            raise ModuleNotFoundError(
+                f"autoremat.{name} needs an engine, and {error.name} is not installed; run: pip install "
+                "'autoremat[torch]'. Programs from files are planned without: autoremat.solve(autoremat.Program."
+                "from_json(...), budget)",
+                name=error.name,
+            ) from error
         globals()[name] = value
         return value
     raise AttributeError(f"module 'autoremat' has no attribute {name!r}")

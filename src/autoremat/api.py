@@ -17,7 +17,6 @@ from typing import Any, Final, TypeVar, overload
 import torch
 from torch import nn
 
-from autoremat.engines.torch.eager.check import CHANGED, DIFFERS
 from autoremat.engines.torch.eager.dry_run import record as record_calls
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
@@ -30,7 +29,7 @@ from autoremat.planner import frontier as frontier_of
 from autoremat.planner.beside import Wanted
 from autoremat.planner.constraints import Patterns, constrain, is_matched, still_possible
 from autoremat.planner.search.floor import floor_of
-from autoremat.program import InfeasibleBudget, Plan, Program, simulate
+from autoremat.program import InfeasibleBudget, Once, Plan, Program, simulate
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.progress import progress_bar
 
@@ -453,7 +452,7 @@ class Options:
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
         """The same plan, to be looked for elsewhere."""
-        found_out = any(op.repeatable in (CHANGED, DIFFERS) for op in program.ops)
+        found_out = any(op.once in (Once.MADE_IS_CHANGED, Once.DIFFERS) for op in program.ops)
         recompute = still_possible(program, self.recompute) if found_out else self.recompute
         return Wanted(program, budget, min(seconds, self.time_limit_seconds), self.keep, recompute)
 

@@ -295,6 +295,7 @@ def _recorded(
     """The program of the step that the command line names."""
     if target.endswith(".json"):
         raise NoSuchStep(f"{target} is a file, not a model; to plan the program in it: autoremat solve {target}")
+    _require("torch", "torch", "platformdirs")
     step = load_step(target)
     from autoremat.api import record_step
     from autoremat.show.progress import progress_bar
@@ -350,15 +351,7 @@ def _solve_and_show(
     time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan, print, write."""
-    from autoremat.planner import solve as make_plan
-    from autoremat.show.progress import progress_bar
-
-    keep, recompute = wishes
-    with progress_bar() as progress:
-        plan = make_plan(
-            program, budget, solver=solver, keep=keep, recompute=recompute, time_limit_seconds=time_limit,
-            progress=progress,
-        )  # fmt: skip
+    plan = _solved(program, budget, solver, wishes, time_limit)
     _show(plan, json_path)
     if plot_path is not None:
         plan.plot(plot_path)
@@ -366,6 +359,29 @@ def _solve_and_show(
     if html_path is not None:
         _write_page(plan, html_path, wishes, time_limit)
         click.echo(f"Page written to {html_path}", err=json_path == "-")
+
+
+def _solved(
+    program: Program, budget: int | float | str, solver: str, wishes: tuple[tuple[str, ...], tuple[str, ...]],
+    time_limit: float,
+) -> Plan:  # fmt: skip
+    """Plan, with a bar."""
+    from autoremat.planner import solve as make_plan
+    from autoremat.show.progress import progress_bar
+
+    keep, recompute = wishes
+    with progress_bar() as progress:
+        return make_plan(
+            program, budget, solver=solver, keep=keep, recompute=recompute, time_limit_seconds=time_limit,
+            progress=progress,
+        )  # fmt: skip
+
+
+def _asked_of_device(budget: int | float | str, program: Program) -> int | float | str:
+    """The budget, ``auto`` in bytes of the device that this machine has."""
+    from autoremat.api import in_bytes
+
+    return in_bytes(budget, program.fixed_bytes)
 
 
 def _write_page(plan: Plan, path: Path, wishes: tuple[tuple[str, ...], tuple[str, ...]], time_limit: float) -> None:
@@ -462,9 +478,7 @@ def plan(
     """
     _require_for(json_path, plot_path, html_path)
     program = _recorded(model, device, optimizer, timing, accumulate)
-    from autoremat.api import in_bytes
-
-    budget = in_bytes(budget, program.fixed_bytes)
+    budget = _asked_of_device(budget, program)
     _solve_and_show(program, budget, solver, (keep, recompute), time_limit, json_path, plot_path, html_path)
 
 
@@ -495,11 +509,17 @@ def explain(
     step = _read_or_recorded(model, device, optimizer, timing, accumulate)
     if budget is not None and isinstance(step, Plan):
         raise click.UsageError(f"{model} is a plan, which has its budget; leave --budget out.")
-    from autoremat.api import explain as make_explanation
+    from autoremat.show.explanation import explanation_of
 
-    _show(
-        make_explanation(step, budget=budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit), json_path
-    )
+    if isinstance(step, Plan):
+        _show(explanation_of(step.program, step), json_path)
+    elif budget is None:
+        _show(explanation_of(step), json_path)
+    else:
+        if not model.endswith(".json"):
+            budget = _asked_of_device(budget, step)
+        plan = _solved(step, budget, "auto", (keep, recompute), time_limit)
+        _show(explanation_of(step, plan), json_path)
 
 
 @main.command(
@@ -562,6 +582,7 @@ def check(
 
     MODEL is as for `autoremat plan`, with real tensors: both steps are run.
     """
+    _require("torch", "torch", "platformdirs")
     step = load_step(model)
     from autoremat.checking import check as run_check
 
@@ -605,7 +626,7 @@ def solve(
 @click.option("--quick", is_flag=True, help="Tiny models: only to see that everything works.")
 def demo(steps: int, out: Path, quick: bool) -> None:
     """Train two models plainly, checkpointed by hand and with autoremat, side by side; print what each cost."""
-    _require("demo", "matplotlib", "sklearn")
+    _require("demo", "torch", "matplotlib", "sklearn")
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not folder.is_dir() and folder != out:
         raise _WrongUse(f"cannot write into '{out}': {folder} is a file, not a folder. Name another folder.")

@@ -28,9 +28,7 @@ def trained(loss: Any, inputs: tuple[Tensor, ...]) -> Program:
 
 
 def ops_of(program: Program) -> list[tuple[Any, ...]]:
-    return [
-        (o.name, o.reads, o.writes, o.in_place, o.phase, o.repeatable, o.module, o.source, o.call) for o in program.ops
-    ]
+    return [(o.name, o.reads, o.writes, o.in_place, o.phase, o.once, o.module, o.source, o.call) for o in program.ops]
 
 
 def values_of(program: Program) -> list[Value]:
@@ -162,4 +160,4 @@ def test_an_operator_of_somebody_elses_is_not_known_to_be_pure() -> None:
         return torch.ops.dry_run.twice(x.detach().sin()).mul(x).sin().sum()
 
     program = record(loss, (torch.ones(4, requires_grad=True),))
-    assert next(op for op in program.ops if "twice" in op.name).repeatable.startswith("custom operator")
+    assert next(op for op in program.ops if "twice" in op.name).once.startswith("custom operator")

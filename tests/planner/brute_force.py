@@ -37,7 +37,7 @@ def _steps(program: Program, budget: int, state: State) -> Iterator[tuple[float,
             yield 0.0, (following, resident - {v})
     for i, op in enumerate(program.ops[: following + 1]):
         first = i == following
-        if not first and op.repeatable:
+        if not first and op.once:
             continue
         if all(program.values[v].fixed or v in resident for v in op.reads):
             after = following + 1 if first else following

@@ -49,7 +49,7 @@ def _prefixes(program: Program, budget: int, state: State, begin: int) -> Iterat
     """All prefixes of the call that begins there, with all that they could hand out and that could leave meanwhile."""
     following, resident = state
     end = begin
-    while end < following and program.call_begin[end] == begin and not program.ops[end].repeatable:
+    while end < following and program.call_begin[end] == begin and not program.ops[end].once:
         prefix = range(begin, end + 1)
         ready = [v for i in prefix for v in program.ops[i].writes if program.available[v] <= end]
         read = {v for i in prefix for v in program.ops[i].reads}

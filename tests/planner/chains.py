@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from autoremat.program import Op, Program, Value
+from autoremat.program import Once, Op, Program, Value
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Builder:
         saves_output: bool = False,
         back: float = 2.0,
         module: str = "",
-        repeatable: str = "",
+        once: Once | None = None,
         grad_bytes: int | None = None,
         in_place: int | None = None,
     ) -> int:
@@ -39,7 +39,7 @@ class Builder:
         self.values.append(Value(f"{module}/{name}:{len(self.ops)}", nbytes, kind="activation"))
         out = len(self.values) - 1
         pairs = () if in_place is None else ((out, in_place),)
-        self.ops.append(Op(name, reads, (out,), seconds, module=module, repeatable=repeatable, in_place=pairs))
+        self.ops.append(Op(name, reads, (out,), seconds, module=module, once=once, in_place=pairs))
         saved = saves + ((out,) if saves_output else ())
         source = next((v for v in reads if not self.values[v].fixed), -1)
         grad = grad_bytes if grad_bytes is not None else (self.values[source].nbytes if source >= 0 else 0)
@@ -50,13 +50,15 @@ class Builder:
         """The backward as a chain of gradients, in reverse order."""
         self.values.append(Value("grad:seed", 4))
         grad = len(self.values) - 1
-        self.ops.append(Op("ones_like", (), (grad,), 0.0, phase="backward", repeatable="backward"))
+        self.ops.append(Op("ones_like", (), (grad,), 0.0, phase="backward", once=Once.BACKWARD))
         for k, (_, saved, seconds, module, nbytes) in enumerate(reversed(self.nodes)):
-            self.ops += [Op("unpack", (v,), (), phase="backward", repeatable="backward", module=module) for v in saved]
+            self.ops += [
+                Op("unpack", (v,), (), phase="backward", once=Once.BACKWARD, module=module, kind="ask") for v in saved
+            ]
             self.values.append(Value(f"grad:{k}", nbytes, kind="gradient"))
             new = len(self.values) - 1
             reads = (*dict.fromkeys((grad, *saved)),)
-            self.ops.append(Op("back", reads, (new,), seconds, phase="backward", repeatable="backward", module=module))
+            self.ops.append(Op("back", reads, (new,), seconds, phase="backward", once=Once.BACKWARD, module=module))
             grad = new
         return Program(name, tuple(self.values), tuple(self.ops))
 

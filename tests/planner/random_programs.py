@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from hypothesis import strategies as st
 
-from autoremat.program import Op, Program, Value
+from autoremat.program import Once, Op, Program, Value
 from tests.planner.chains import Builder
 
 
@@ -22,7 +22,7 @@ def recorded_steps(draw: st.DrawFn, min_ops: int = 5, max_ops: int = 14) -> Prog
             have.pop()
             size = b.values[source].nbytes
         reads = tuple(dict.fromkeys((source, draw(st.sampled_from(have[-4:] or [x])))))
-        reason = draw(st.sampled_from(("", "", "", "", "", "random")))
+        once = draw(st.sampled_from((None, None, None, None, None, Once.GIVEN)))
         choices = [v for v in reads if v != x and not (in_place and v == source)]
         saves = tuple(draw(st.lists(st.sampled_from(choices), unique=True))) if choices else ()
         out = b.forward(
@@ -32,7 +32,7 @@ def recorded_steps(draw: st.DrawFn, min_ops: int = 5, max_ops: int = 14) -> Prog
             seconds,
             saves=saves,
             saves_output=draw(st.booleans()),
-            repeatable=reason,
+            once=once,
             grad_bytes=draw(st.integers(0, 20)),
             in_place=source if in_place else None,
         )

@@ -12,14 +12,14 @@ from autoremat.planner import SOLVERS, frontier, solve
 from autoremat.planner.bounds.bounds import lower_bound
 from autoremat.planner.search.calls import Stage, fold, planned_as
 from autoremat.planner.search.search import Candidate, Search
-from autoremat.program import END, INSIDE, InfeasibleBudget, Op, Program, Schedule, Value, simulate, verify
+from autoremat.program import END, INSIDE, InfeasibleBudget, Once, Op, Program, Schedule, Value, simulate, verify
 from autoremat.show.residents import residents_at
 from autoremat.show.spans import spans_of
 from tests.planner.brute_force_calls import optimum_by_calls
 from tests.planner.random_calls import call_steps
 from tests.planner.random_programs import steps
 
-BACKWARD = {"phase": "backward", "repeatable": "backward"}
+BACKWARD = {"phase": "backward", "once": Once.BACKWARD}
 SHARES = st.floats(0.0, 1.0)
 
 
@@ -49,10 +49,10 @@ def layers(n: int) -> Program:
         v = len(values)
         values += [Value(f"dy:{v}", 200), Value(f"dx:{v}", 400)]
         ops += [
-            Op("unpack", (y,), (), **BACKWARD),
+            Op("unpack", (y,), (), **BACKWARD, kind="ask"),
             Op("gelu_backward", (y, grad), (v,), 2.0, **BACKWARD),
-            Op("unpack", (xh,), (), **BACKWARD),
-            Op("unpack", (wh,), (), **BACKWARD),
+            Op("unpack", (xh,), (), **BACKWARD, kind="ask"),
+            Op("unpack", (wh,), (), **BACKWARD, kind="ask"),
             Op("mm_backward", (xh, wh, v), (v + 1,), 16.0, **BACKWARD),
         ]
         grad = v + 1
@@ -74,9 +74,9 @@ def dropout() -> Program:
         Op("less", (1,), (2,), 1.0, call=0),
         Op("mul", (0, 2), (3,), 1.0, call=0),
         Op("f", (3,), (4,), 1.0, call=1),
-        Op("unpack", (3,), (), **BACKWARD),
+        Op("unpack", (3,), (), **BACKWARD, kind="ask"),
         Op("f_backward", (3, 4), (5,), 1.0, **BACKWARD),
-        Op("unpack", (2,), (), **BACKWARD),
+        Op("unpack", (2,), (), **BACKWARD, kind="ask"),
         Op("mul_backward", (2, 5), (), 1.0, **BACKWARD),
     )
     return Program("dropout", values, ops)
@@ -96,8 +96,8 @@ def cross_entropy(*, total_ready: int = 2) -> Program:
         Op("cast", (0,), (1,), 1.0, call=5),
         Op("log_softmax", (1,), (2,), 3.0, call=5, scratch_bytes=7),
         Op("nll", (2,), (3, 4), 1.0, call=5),
-        Op("unpack", (4,), (), **BACKWARD),
-        Op("unpack", (2,), (), **BACKWARD),
+        Op("unpack", (4,), (), **BACKWARD, kind="ask"),
+        Op("unpack", (2,), (), **BACKWARD, kind="ask"),
         Op("nll_backward", (2, 4), (5,), 1.0, **BACKWARD),
     )
     return Program("cross_entropy", values, ops)
@@ -127,10 +127,10 @@ def test_what_stays_inside_of_a_call_is_scratch():
 
 def test_an_op_that_must_not_run_again_takes_the_rest_of_its_call_with_it():
     program = dropout()
-    ops = (replace(program.ops[0], repeatable="random"), *program.ops[1:])
-    assert [op.repeatable for op in fold(replace(program, ops=ops)).ops[:3]] == ["random", "random", ""]
-    ops = (*program.ops[:2], replace(program.ops[2], repeatable="why not"), *program.ops[3:])
-    assert [op.repeatable for op in fold(replace(program, ops=ops)).ops[:3]] == ["", "why not", ""]
+    ops = (replace(program.ops[0], once=Once.FOREIGN), *program.ops[1:])
+    assert [op.once for op in fold(replace(program, ops=ops)).ops[:3]] == [Once.FOREIGN, Once.FOREIGN, None]
+    ops = (*program.ops[:2], replace(program.ops[2], once=Once.KEPT), *program.ops[3:])
+    assert [op.once for op in fold(replace(program, ops=ops)).ops[:3]] == [None, Once.KEPT, None]
 
 
 def test_a_dropped_cast_runs_again_without_its_product():
@@ -144,7 +144,7 @@ def test_a_dropped_cast_runs_again_without_its_product():
 def test_two_stages_that_run_again_at_once_are_one_prefix():
     program = layers(1)
     folded = fold(program)
-    late = folded.ops.index(next(op for op in folded.ops if op.name == "unpack"))
+    late = folded.ops.index(next(op for op in folded.ops if op.kind == "ask"))
     order = [*range(late), 0, 1, *range(late, len(folded.ops))]
     assert folded.unfold(order)[5:8] == [0, 1, 2]
     assert folded.unfold([*range(late), 1, 0, *range(late, len(folded.ops))])[5:10] == [0, 1, 2, 0, 1]

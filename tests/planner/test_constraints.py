@@ -12,7 +12,7 @@ from autoremat.demo.models import GPT, GPTConfig
 from autoremat.planner import SOLVERS, solve
 from autoremat.planner.constraints import constrain, kept_anyway, passing_values
 from autoremat.planner.search.tables import tables_of
-from autoremat.program import InfeasibleBudget, Plan, Program, simulate, verify
+from autoremat.program import InfeasibleBudget, Once, Plan, Program, simulate, verify
 from tests.fixed import examples
 from tests.planner.brute_force import optimum
 from tests.planner.chains import Builder, chain, gpt
@@ -24,7 +24,7 @@ HUGE = 1 << 40
 
 def wishes(program: Program) -> st.SearchStrategy[tuple[tuple[str, ...], tuple[str, ...]]]:
     """Names of forward ops, parted into keep, recompute and neither."""
-    names = [op.name for op in program.ops if op.name.startswith("f") and not op.repeatable]
+    names = [op.name for op in program.ops if op.name.startswith("f") and not op.once]
     parts = st.lists(st.sampled_from("kr--"), min_size=len(names), max_size=len(names))
     return parts.map(
         lambda p: tuple(tuple(n for n, x in zip(names, p, strict=True) if x == kind) for kind in "kr")  # type: ignore[misc,return-value]
@@ -150,7 +150,7 @@ def test_the_backward_is_never_matched():
 
 def test_a_pattern_for_what_cannot_run_again_says_why():
     b = Builder()
-    b.forward("dropout", (b.fixed("x", 4),), 4, 1.0, saves_output=True, repeatable="random")
+    b.forward("dropout", (b.fixed("x", 4),), 4, 1.0, saves_output=True, once=Once.FOREIGN)
     with pytest.raises(ValueError, match=r"only ops that must not run again, such as dropout \(random\)"):
         solve(b.backward("one"), 1.0, recompute="drop*")
 

@@ -101,7 +101,7 @@ def only_before_unpacks(program: Program, order: tuple[int, ...]) -> bool:
     for i in order:
         if i == following:
             following += 1
-        elif program.ops[following].name != "unpack":
+        elif program.ops[following].kind != "ask":
             return False
     return True
 

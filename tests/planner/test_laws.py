@@ -12,7 +12,7 @@ from autoremat.planner.bounds.bounds import bound_at, floor_bound, lower_bound
 from autoremat.planner.search.account import Accountant
 from autoremat.planner.search.search import Search
 from autoremat.planner.search.unrolled import unroll
-from autoremat.program import InfeasibleBudget, Op, Plan, Program, Schedule, Value, simulate, verify
+from autoremat.program import InfeasibleBudget, Once, Op, Plan, Program, Schedule, Value, simulate, verify
 from examples.programs import uneven
 from tests.fixed import examples
 from tests.planner.brute_force import optimum
@@ -135,7 +135,7 @@ def test_no_schedule_has_a_peak_below_the_bound_of_the_floor(program: Program):
 def test_the_bound_of_the_floor_counts_what_no_op_can_make_again():
     values = (Value("x", 100, fixed=True), Value("mask", 30), Value("a", 20), Value("b", 20, held=3), Value("y", 1))
     ops = (
-        Op("dropout", (0,), (1,), repeatable="random"),
+        Op("dropout", (0,), (1,), once=Once.FOREIGN),
         Op("f", (0,), (2,), scratch_bytes=5),
         Op("g", (0,), (3,)),
         Op("h", (0, 1), (4,)),
@@ -191,7 +191,7 @@ def _runs_again_only_before_unpacks(program: Program, order: tuple[int, ...]) ->
     for i in order:
         if i in seen:
             waiting = True
-        elif waiting and program.ops[i].name != "unpack":
+        elif waiting and program.ops[i].kind != "ask":
             return False
         else:
             waiting = False

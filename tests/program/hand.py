@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from autoremat.program import END, INSIDE, Op, Plan, Program, Schedule, Value
+from autoremat.program import END, INSIDE, Once, Op, Plan, Program, Schedule, Value
 
-BACKWARD = {"phase": "backward", "repeatable": "backward"}
+BACKWARD = {"phase": "backward", "once": Once.BACKWARD}
 
 
 def chain() -> Program:
@@ -44,7 +44,7 @@ def linear() -> Program:
         Op("cast", (1,), (3, 4), 1.0, call=3),
         Op("mm", (2, 3), (5,), 4.0, call=3, scratch_bytes=1),
         Op("loss", (5,), (6,), 1.0, call=4),
-        Op("unpack", (2,), (), **BACKWARD),
+        Op("unpack", (2,), (), **BACKWARD, kind="ask"),
         Op("mm_backward", (2, 3, 6), (7,), 4.0, **BACKWARD),
     )
     return Program("linear", values, ops)
@@ -56,8 +56,8 @@ def handed() -> Program:
     ops = (
         Op("f", (0,), (1, 2)),
         Op("product", (1, 2), (3,)),
-        Op("unpack", (1,), (), **BACKWARD),
-        Op("unpack", (2,), (), **BACKWARD),
+        Op("unpack", (1,), (), **BACKWARD, kind="ask"),
+        Op("unpack", (2,), (), **BACKWARD, kind="ask"),
         Op("product_backward", (1, 2, 3), (), **BACKWARD),
     )
     return Program("handed", values, ops)
@@ -115,7 +115,7 @@ def split() -> Program:
     )
     ops = (
         Op("split", (0,), (1, 2), 1.0),
-        Op("look", (2,), (3,), 1.0, repeatable="random"),
+        Op("look", (2,), (3,), 1.0, once=Once.FOREIGN),
         Op("use", (2,), (4,), 1.0),
     )
     return Program("split", values, ops)

@@ -6,15 +6,18 @@ import copy
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoremat.program import InvalidProgram, Op, Plan, Program, Schedule, Value, verify
+from autoremat.program import InvalidProgram, Once, Op, Plan, Program, Schedule, Value, verify
 from autoremat.program.json_format import plan_to_data, program_to_data
+from autoremat.program.model import Kind
+from autoremat.program.once import Reason
 from tests.program.hand import chain, chain_plan, in_place, split
 from tests.strategies import orders, programs
 
@@ -31,7 +34,7 @@ DESIGN = """
 
 def test_the_example_of_the_design_is_read_as_it_stands() -> None:
     values = (Value("x", 154140672, fixed=True), Value("a1", 3288334336), Value("y", 4, held=-1))
-    ops = (Op("conv1", (0,), (1,), 0.012), Op("loss", (1,), (2,), 0.001, repeatable="random"))
+    ops = (Op("conv1", (0,), (1,), 0.012), Op("loss", (1,), (2,), 0.001, once=Once.GIVEN, note="random"))
     assert Program.from_json(DESIGN) == Program("vgg16-b256", values, ops)
 
 
@@ -45,9 +48,63 @@ def everything() -> Program:
     )
     ops = (
         Op("f", (0,), (1, 3), 0.5, 3, module="net.0", source="model.py:3"),
-        Op("relu_", (1,), (2,), 1e-7, 0, "backward", "it has an effect: prints", ((2, 1),)),
+        Op(
+            "relu_",
+            (1,),
+            (2,),
+            1e-7,
+            0,
+            "backward",
+            Once.GIVEN,
+            ((2, 1),),
+            note="it has an effect: prints",
+            kind="step",
+        ),
     )
     return Program("everything", values, ops, timing="measured")
+
+
+@pytest.mark.parametrize("name", ["chain", "in_place", "everything"])
+def test_programs_of_version_1_are_read(name: str) -> None:
+    program = {"chain": chain, "in_place": in_place, "everything": everything}[name]()
+    found = Program.from_json(GOLDEN / "version-1" / f"{name}.json")
+    as_then = tuple(replace(op, kind="op") for op in program.ops)  # there were no kinds
+    assert found == replace(program, ops=as_then)
+
+
+def test_plans_of_version_1_are_read() -> None:
+    assert Plan.from_json(GOLDEN / "version-1" / "chain-plan.json") == chain_plan()
+
+
+@pytest.mark.parametrize(
+    ("sentence", "once", "note"),
+    [
+        ("backward", Once.BACKWARD, ""),
+        ("overwrites fc.bias", Once.OVERWRITES, "fc.bias"),
+        ("it rains", Once.GIVEN, "it rains"),
+    ],
+)
+def test_sentences_of_version_1_are_reasons(sentence: str, once: Once, note: str) -> None:
+    data = json.loads(DESIGN)
+    data["ops"][1]["repeatable"] = f"no: {sentence}"
+    op = Program.from_json(data).ops[1]
+    assert (op.once, op.note) == (once, note)
+
+
+@pytest.mark.parametrize("once", Once)
+def test_every_reason_is_read_as_it_was_written(once: Once) -> None:
+    op = Op("f", (), (), once=once, note="x" if "{}" in once.value else "")
+    program = Program("one", (), (op,))
+    assert Program.from_json(program.to_json()) == program
+    assert Reason.read(op.why) == (once, op.note)
+
+
+@pytest.mark.parametrize("value", [False, "no", "no: "])
+def test_repeatable_of_version_1_is_checked(value: object) -> None:
+    data = json.loads(DESIGN)
+    data["ops"][1]["repeatable"] = value
+    with pytest.raises(InvalidProgram, match="field 'repeatable' must be"):
+        Program.from_json(data)
 
 
 @pytest.mark.parametrize("name", ["chain", "in_place", "everything"])
@@ -102,7 +159,18 @@ def labelled(draw: st.DrawFn) -> Program:
     words = st.fixed_dictionaries(dict.fromkeys(("label", "kind", "dtype", "module"), texts) | {"shape": shapes})
     values = tuple(Value(v.id, v.nbytes, v.fixed, v.held, **draw(words)) for v in program.values)
     ops = tuple(
-        Op(draw(texts), op.reads, op.writes, op.seconds, op.scratch_bytes, draw(texts), draw(texts), op.in_place)
+        Op(
+            draw(texts),
+            op.reads,
+            op.writes,
+            op.seconds,
+            op.scratch_bytes,
+            draw(texts),
+            once := draw(st.sampled_from([None, *Once])),
+            op.in_place,
+            note=draw(texts) if once else "",
+            kind=draw(st.sampled_from(get_args(Kind))),
+        )
         for op in program.ops
     )
     return Program(draw(texts), values, ops, timing=draw(texts))
@@ -171,9 +239,8 @@ def test_unknown_fields_are_ignored() -> None:
     assert Plan.from_json(data) == chain_plan()
 
 
-def test_repeatable_yes_and_repeated_reads() -> None:
+def test_repeated_reads() -> None:
     data = program_to_data(chain())
-    data["ops"][0]["repeatable"] = "yes"
     data["ops"][3]["reads"] = ["b", "c", "b"]
     assert Program.from_json(data) == chain()
 
@@ -227,7 +294,7 @@ REFUSED: dict[str, tuple[Change, str]] = {
         "; Plan.from_json and `autoremat explain` read plans",
     ),
     "no version": (drop("version"), "file: field 'version' is missing"),
-    "version": (put("version", value=2), "field 'version' is 2, but this autoremat reads version 1 of autoremat-progr"),
+    "version": (put("version", value=3), "field 'version' is 3, but this autoremat reads versions 1 and 2 of"),
     "version text": (put("version", value="1"), "file: field 'version' must be an integer, got '1'"),
     "no name": (drop("name"), "program: field 'name' is missing"),
     "timing": (put("timing", value=3), "program: field 'timing' must be a string, got 3"),
@@ -270,9 +337,9 @@ REFUSED: dict[str, tuple[Change, str]] = {
     "negative seconds": (put("ops", 1, "seconds", value=-2), "op 1 (f1): seconds must be finite and not negative"),
     "scratch": (put("ops", 1, "scratch_bytes", value=1.0), "op 1 (f1): field 'scratch_bytes' must be an integer, got"),
     "phase": (put("ops", 1, "phase", value=1), "op 1 (f1): field 'phase' must be a string, got 1"),
-    "repeatable": (put("ops", 1, "repeatable", value=False), "field 'repeatable' must be a string, got False"),
-    "repeatable no": (put("ops", 1, "repeatable", value="no"), "must be 'yes' or 'no: <reason>', got 'no'"),
-    "no reason": (put("ops", 1, "repeatable", value="no: "), "must be 'yes' or 'no: <reason>', got 'no: '"),
+    "once": (put("ops", 1, "once", value=False), "field 'once' must be a string, got False"),
+    "once unknown": (put("ops", 1, "once", value="no"), "must be 'given', with the reason in 'note', or one of"),
+    "kind": (put("ops", 1, "kind", value="unpack"), "field 'kind' must be one of op, ask, step, got 'unpack'"),
     "in_place": (put("ops", 1, "in_place", value=["b"]), "op 1 (f1): field 'in_place' must be an object, got ['b']"),
     "in_place new": (put("ops", 1, "in_place", value={"q": "a"}), "op 1 (f1): field 'in_place' names value 'q'"),
     "in_place old": (put("ops", 1, "in_place", value={"b": 1}), "op 1 (f1): field 'in_place' names value 1"),
@@ -292,7 +359,7 @@ REFUSED_PLANS: dict[str, tuple[Change, str]] = {
         put("format", value="autoremat-program"),
         "; Program.from_json and `autoremat solve` read programs",
     ),
-    "version": (put("version", value=0), "field 'version' is 0, but this autoremat reads version 1 of autoremat-plan"),
+    "version": (put("version", value=0), "field 'version' is 0, but this autoremat reads versions 1 and 2 of"),
     "no program": (drop("program"), "plan: field 'program' is missing"),
     "its program": (drop("program", "ops", 1, "reads"), "op 1 (f1): field 'reads' is missing"),
     "no budget": (drop("budget_bytes"), "plan: field 'budget_bytes' is missing"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from autoremat.program import END, InvalidSchedule, Op, Program, Schedule, Value, simulate
+from autoremat.program import END, InvalidSchedule, Once, Op, Program, Schedule, Value, simulate
 from tests.program.hand import CHAIN_AGAIN, chain, handed, in_place, split
 
 
@@ -52,9 +52,9 @@ def test_what_the_backward_was_handed_stays_while_it_is_made_again_beside_it() -
 
 
 def test_nodes_that_ask_for_the_same_value_are_handed_a_copy_each() -> None:
-    backward = {"phase": "backward", "repeatable": "backward"}
+    backward = {"phase": "backward", "once": Once.BACKWARD}
     values = (Value("x", 1, fixed=True), Value("a", 4))
-    use, ask = Op("use", (1,), (), **backward), Op("unpack", (1,), (), **backward)
+    use, ask = Op("use", (1,), (), **backward), Op("unpack", (1,), (), **backward, kind="ask")
     program = Program("asked", values, (Op("f", (0,), (1,)), ask, use, ask, ask, use))
     assert program.handed_until == (-1, 2, -1, 5, 5, -1)
     assert freed(program, 0, 1, 2, 0, 3, 0, 4, 5) == ["", "", "a", "", "", "", "", "a"]

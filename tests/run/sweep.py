@@ -266,10 +266,10 @@ def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:
     """What of the operator was computed again, what was kept and why."""
     program = plan.program
     own = {i: op for i, op in enumerate(program.ops) if op.phase == "forward" and op.module.startswith("operator")}
-    asked = {op.reads[0] for op in program.ops if op.name == "unpack" and program.values[op.reads[0]].nbytes}
+    asked = {op.reads[0] for op in program.ops if op.kind == "ask" and program.values[op.reads[0]].nbytes}
     makers = [program.producer[v] for v in asked if program.producer[v] in own]
     again = sum(plan.schedule.runs_of[i] > 1 for i in makers)
-    kept = [(op.name, op.repeatable) for op in own.values() if op.repeatable]
+    kept = [(op.name, op.once) for op in own.values() if op.once]
     return Outcome("", wrong, len(makers), again, tuple(kept), random)
 
 

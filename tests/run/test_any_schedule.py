@@ -89,7 +89,7 @@ def schedules(program: Program, seed: int, count: int) -> list[Schedule]:
     draw, found = random.Random(seed), list[Schedule]()
     folded = folded_of(program)
     tables, accountant = tables_of(folded), Accountant(folded)
-    asks = [i for i, op in enumerate(folded.ops) if op.name == "unpack"]
+    asks = [i for i, op in enumerate(folded.ops) if op.kind == "ask"]
     while len(found) < count:
         share = draw.choice((0.02, 0.1, 0.3))
         runs = [(t, i) for t in asks for i in sorted(tables.replayed) if draw.random() < share]

@@ -28,7 +28,7 @@ import autoremat
 from autoremat.engines.torch.eager.kinds import Prepared
 from autoremat.planner import beside
 from autoremat.planner.beside import Beside, Here, Search, SearchFailed, Wanted
-from autoremat.program import Op, Plan, Program, Value, verify
+from autoremat.program import Once, Op, Plan, Program, Value, verify
 
 
 def chain(n: int = 12) -> Program:
@@ -42,7 +42,7 @@ def chain(n: int = 12) -> Program:
     ops = [Op(f"f{i}", (i,), (i + 1,), 1.0 + 0.1 * (i * i % 7)) for i in range(n)]
     for i in reversed(range(n)):
         reads = (i, i + 1) if i == n - 1 else (i, i + 1, n + 2 + i)
-        ops.append(Op(f"b{i}", reads, (n + 1 + i,), 2.0, phase="backward", repeatable="backward"))
+        ops.append(Op(f"b{i}", reads, (n + 1 + i,), 2.0, phase="backward", once=Once.BACKWARD))
     return Program("chain", tuple(values), tuple(ops))
 
 

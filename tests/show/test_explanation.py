@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoremat.program import END, Op, Program, Schedule, Value, simulate
+from autoremat.program import END, Once, Op, Program, Schedule, Value, simulate
 from autoremat.show.blocks import blocks_of, useless_blocks
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.modules import Module
@@ -188,7 +188,7 @@ def step(**of_value: object) -> Program:
         Op("aten.mm.default", (0,), (1,), module="net.0", source="folder/net.py:3"),
         Op("aten.sum.default", (1,), (2,), module="net.1"),
         Op("aten.ones.default", (), (3,), **BACKWARD),
-        Op("unpack", (1,), (), module="net.1", **BACKWARD),
+        Op("unpack", (1,), (), module="net.1", **BACKWARD, kind="ask"),
         Op("aten.mul.Tensor", (1, 3), (), module="net.1", **BACKWARD),
     )
     return Program("step", values, ops)
@@ -237,7 +237,7 @@ def layers(input_bytes: int, inner_bytes: int, n: int = 3) -> Program:
         ops += [Op("up", (2 * i,), (2 * i + 1,), 1.0, module=f"layers.{i}.up")]
         ops += [Op("down", (2 * i + 1,), (2 * i + 2,), 2.0, module=f"layers.{i}.down")]
     for i in reversed(range(n)):
-        ops += [Op("unpack", (2 * i + 1,), (), module=f"layers.{i}.down", **BACKWARD)]
+        ops += [Op("unpack", (2 * i + 1,), (), module=f"layers.{i}.down", **BACKWARD, kind="ask")]
     return Program("layers", tuple(values), tuple(ops))
 
 
@@ -264,7 +264,7 @@ def test_next_to_nothing_is_named() -> None:
 
 def test_what_cannot_run_again_frees_nothing() -> None:
     program = layers(10, 100, n=1)
-    ops = (replace(program.ops[0], repeatable="random"), *program.ops[1:])
+    ops = (replace(program.ops[0], once=Once.FOREIGN), *program.ops[1:])
     block = blocks_of(replace(program, ops=ops))[1]
     assert (block.path, block.made_bytes, block.freed_bytes) == ("layers.0", 100, 0)
     assert "is its input, or stays for the backward of others" in block.why_not

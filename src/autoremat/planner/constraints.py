@@ -13,16 +13,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
-from typing import Final
 
 from autoremat.planner.refusals import with_message
-from autoremat.program import InfeasibleBudget, Op, Program, Schedule
+from autoremat.program import InfeasibleBudget, Once, Op, Program, Schedule
 
 Patterns = str | Sequence[str]
 """One pattern or several, such as ``"blocks.0.*"`` or ``"aten.bernoulli*"``."""
-
-KEPT: Final = "kept on request"
-"""Why an op under ``keep=`` must not run again."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +50,11 @@ def constrain(program: Program, keep: Patterns = (), recompute: Patterns = ()) -
     """
     kept, again = _matched(program, "keep", keep), _matched(program, "recompute", recompute)
     _refuse_both(program, kept & again)
-    ops = tuple(replace(op, repeatable=op.repeatable or KEPT) if i in kept else op for i, op in enumerate(program.ops))
-    passing = frozenset(v for i in again if not program.ops[i].repeatable for v in program.ops[i].writes)
-    return Constrained(program.name, program.values, ops, timing=program.timing, passing=passing)
+    ops = tuple(replace(op, once=op.once or Once.KEPT) if i in kept else op for i, op in enumerate(program.ops))
+    passing = frozenset(v for i in again if not program.ops[i].once for v in program.ops[i].writes)
+    return Constrained(
+        program.name, program.values, ops, timing=program.timing, passing=passing, abilities=program.abilities
+    )
 
 
 def passing_values(program: Program) -> frozenset[int]:
@@ -88,7 +86,7 @@ def explained(error: InfeasibleBudget, keep: Patterns, recompute: Patterns) -> I
 
 def still_possible(program: Program, recompute: Patterns) -> tuple[str, ...]:
     """The patterns that name some op which may run again; at run time, others have turned out not to be."""
-    may = [op for op in program.ops if not op.repeatable]
+    may = [op for op in program.ops if not op.once]
     return tuple(p for p in _several(recompute) if any(_matches(op, p) for op in may))
 
 
@@ -109,7 +107,7 @@ def _matched(program: Program, option: str, patterns: Patterns) -> frozenset[int
         hits = [i for i in early if _matches(program.ops[i], pattern)]
         if not hits:
             raise ValueError(_no_match(option, pattern, (program.ops[i] for i in early)))
-        if option == "recompute" and all(program.ops[i].repeatable for i in hits):
+        if option == "recompute" and all(program.ops[i].once for i in hits):
             raise ValueError(_never_again(pattern, program.ops[hits[0]]))
         found.update(hits)
     return frozenset(found)
@@ -136,7 +134,7 @@ def _no_match(option: str, pattern: str, ops: Iterable[Op]) -> str:
 def _never_again(pattern: str, op: Op) -> str:
     return (
         f"recompute={pattern!r} matches only ops that must not run again, such as {op.name}"
-        f"{f' in {op.module}' if op.module else ''} ({op.repeatable}); leave that pattern out"
+        f"{f' in {op.module}' if op.module else ''} ({op.why}); leave that pattern out"
     )
 
 

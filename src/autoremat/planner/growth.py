@@ -17,7 +17,7 @@ _HAIR = 0.02
 """Powers this close to a whole number are that."""
 
 
-_OF_OPS = attrgetter("name", "reads", "writes", "call", "in_place", "repeatable")
+_OF_OPS = attrgetter("name", "reads", "writes", "call", "in_place", "once")
 _OF_VALUES = attrgetter("fixed", "held", "available", "dtype")
 
 

@@ -171,6 +171,8 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
     if program.has_calls:
         return _made_exact_by_calls(program, budget_bytes, found, deadline)
     outcome = _of_all(program, budget_bytes) or exact(program, budget_bytes, known, deadline=deadline)
+    if outcome.schedule and not program.abilities.can_run(outcome.schedule.runs_of):
+        return replace(found, lower_bound=max(found.lower_bound, outcome.bound_seconds / (program.seconds or 1.0)))
     beside = found.candidates
     if known:
         timeline = simulate(program, known)
@@ -208,7 +210,7 @@ def _of_all(program: Program, budget_bytes: int) -> Outcome | None:
     from autoremat.planner.search.optimum import Outcome
     from autoremat.planner.search.tiny import MOST_OPS, cheapest
 
-    if program.has_calls or len(program.ops) > MOST_OPS or any(op.name == "unpack" for op in program.ops):
+    if program.has_calls or len(program.ops) > MOST_OPS or program.abilities.reruns == "at asks":
         return None
     schedule = cheapest(program, budget_bytes)
     return Outcome(schedule, schedule.extra_seconds(program), is_cheapest=True) if schedule else None
@@ -250,7 +252,7 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
     from autoremat.planner.search.uniform import proven
 
     found = None if passing_values(program) or program.has_calls else proven(program, budget_bytes)
-    if found is None:
+    if found is None or not program.abilities.can_run(found.schedule.runs_of):
         return None
     if not found.fits:
         raise infeasible(program, budget_bytes, found.schedule, solver="auto")
@@ -262,11 +264,20 @@ def _made_by(solver: str, program: Program, budget_bytes: int, deadline: float) 
     return unfolded(program, solver_of(solver)(planned_as(program), budget_bytes, deadline=deadline))
 
 
+def _refuse_runs(program: Program, schedule: Schedule, solver: str) -> None:
+    if not program.abilities.can_run(schedule.runs_of):
+        raise ValueError(
+            f"solver {solver!r} runs an op {max(schedule.runs_of.values())} times, and the engine that recorded "
+            f"{program.name!r} can run each {program.abilities.most_runs} times at most; solver='auto' obeys that"
+        )
+
+
 def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int, deadline: float) -> Plan:
     from autoremat.planner.bounds.bounds import lower_bound
 
     schedule = _made_by(solver, program, budget_bytes, deadline)
     peak = simulate(program, schedule).peak_bytes
+    _refuse_runs(program, schedule, solver)
     if peak > budget_bytes:
         raise infeasible(program, budget_bytes, schedule, solver=solver)
     bound = lower_bound(program, budget_bytes) if budget_bytes < plain_peak else 0.0

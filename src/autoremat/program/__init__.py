@@ -4,26 +4,36 @@
 for one budget. ``simulate`` accounts for a schedule byte by byte, ``verify`` is the independent judge. No torch here.
 """
 
+from autoremat.program.abilities import Abilities
+from autoremat.program.decisions import Decision, beyond_decisions, decisions_of
 from autoremat.program.errors import InfeasibleBudget, InvalidProgram, InvalidSchedule
 from autoremat.program.model import END, INSIDE, Op, Program, Value
+from autoremat.program.once import Once
 from autoremat.program.plan import Plan
-from autoremat.program.schedule import Schedule
+from autoremat.program.schedule import Free, Run, Schedule
 from autoremat.program.simulator import Timeline, simulate
 from autoremat.program.verifier import Violation, verify
 
 __all__ = [
     "END",
     "INSIDE",
+    "Abilities",
+    "Decision",
+    "Free",
     "InfeasibleBudget",
     "InvalidProgram",
     "InvalidSchedule",
+    "Once",
     "Op",
     "Plan",
     "Program",
+    "Run",
     "Schedule",
     "Timeline",
     "Value",
     "Violation",
+    "beyond_decisions",
+    "decisions_of",
     "simulate",
     "verify",
 ]

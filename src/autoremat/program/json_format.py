@@ -1,4 +1,4 @@
-"""Programs and plans as JSON: formats ``autoremat-program`` and ``autoremat-plan``, version 1.
+"""Programs and plans as JSON: formats ``autoremat-program`` and ``autoremat-plan``, version 2; version 1 is read, too.
 
 ``docs/program-file.md`` describes the files. Fields that have their default are left out; unknown fields are ignored,
 so that a file with later extensions can still be read. Everything that is known is checked, and what is wrong is
@@ -10,18 +10,22 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, TypeVar, get_args
 
+from autoremat.program.abilities import Abilities, Reruns
 from autoremat.program.errors import InvalidProgram, InvalidSchedule
 from autoremat.program.files import write_text
-from autoremat.program.model import END, INSIDE, Op, Program, Value
+from autoremat.program.model import END, INSIDE, Kind, Op, Program, Value, abilities_of
+from autoremat.program.once import Once, Reason
 from autoremat.program.plan import Plan
 from autoremat.program.schedule import Schedule
 
 PROGRAM_FORMAT: Final = "autoremat-program"
 PLAN_FORMAT: Final = "autoremat-plan"
-VERSION: Final = 1
+VERSION: Final = 2
+"""That is written. Version 1 had ``repeatable``, a sentence, in place of ``once``, ``note`` and ``kind``."""
 
 _LARGEST: Final = 2**63 - 1
 
@@ -40,7 +44,9 @@ _OP_DEFAULTS: Final[dict[str, object]] = {
     "seconds": 0.0,
     "scratch_bytes": 0,
     "phase": "forward",
-    "repeatable": "yes",
+    "once": "",
+    "note": "",
+    "kind": "op",
     "in_place": {},
     "module": "",
     "source": "",
@@ -71,7 +77,13 @@ def program_to_data(program: Program) -> dict[str, Any]:
         "version": VERSION,
         "name": program.name,
         **_unless(
-            {"timing": program.timing, "measured_share": program.measured_share, "recorded": program.recorded},
+            {
+                "timing": program.timing,
+                "measured_share": program.measured_share,
+                "recorded": program.recorded,
+                "abilities": asdict(program.abilities),
+            },
+            abilities=asdict(abilities_of(program.ops)),
             timing="given",
             measured_share=float(program.timing == "measured"),
             recorded="",
@@ -116,7 +128,9 @@ def _op_to_data(op: Op, ids: list[str]) -> dict[str, Any]:
         "seconds": float(op.seconds),
         "scratch_bytes": int(op.scratch_bytes),
         "phase": op.phase,
-        "repeatable": f"no: {op.repeatable}" if op.repeatable else "yes",
+        "once": "" if op.once is None else _name_of(op.once),
+        "note": op.note,
+        "kind": op.kind,
         "in_place": {ids[new]: ids[old] for new, old in op.in_place},
         "module": op.module,
         "source": op.source,
@@ -130,6 +144,10 @@ def _op_to_data(op: Op, ids: list[str]) -> dict[str, Any]:
         "writes": [ids[v] for v in op.writes],
         **_unless(optional, **_OP_DEFAULTS),
     }
+
+
+def _name_of(once: Once) -> str:
+    return once.name.lower().replace("_", "-")
 
 
 def _unless(fields: dict[str, Any], **defaults: object) -> dict[str, Any]:
@@ -212,10 +230,10 @@ def program_from_data(data: Mapping[str, Any]) -> Program:
         InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id, or whatever ``Program``
             itself refuses.
     """
-    _check_header(data, PROGRAM_FORMAT)
+    version = _check_header(data, PROGRAM_FORMAT)
     values = tuple(_value_from_data(i, item) for i, item in enumerate(_get(data, "program", "values", list)))
     index = {v.id: i for i, v in enumerate(values)}
-    ops = tuple(_op_from_data(i, item, index) for i, item in enumerate(_get(data, "program", "ops", list)))
+    ops = tuple(_op_from_data(i, item, index, version) for i, item in enumerate(_get(data, "program", "ops", list)))
     name = _get(data, "program", "name", str)
     return Program(
         name,
@@ -224,6 +242,7 @@ def program_from_data(data: Mapping[str, Any]) -> Program:
         timing=_get(data, "program", "timing", str, "given"),
         measured_share=_number(data, "program", "measured_share", -1.0),
         recorded=_get(data, "program", "recorded", str, ""),
+        **({"abilities": _abilities(data["abilities"])} if "abilities" in data else {}),
     )
 
 
@@ -252,8 +271,8 @@ def plan_from_data(data: Mapping[str, Any]) -> Plan:
     )
 
 
-def _check_header(data: Mapping[str, Any], expected: str) -> None:
-    """Refuse another format or a version that is not known."""
+def _check_header(data: Mapping[str, Any], expected: str) -> int:
+    """The version; refuse another format or a version that is not known."""
     found = _get(data, "file", "format", str)
     if found != expected:
         hint = {
@@ -262,11 +281,23 @@ def _check_header(data: Mapping[str, Any], expected: str) -> None:
         }
         raise InvalidProgram(f"file: field 'format' must be {expected!r}, got {found!r}{hint.get(found, '')}")
     version = _get(data, "file", "version", int)
-    if version != VERSION:
+    if version not in (1, VERSION):
         raise InvalidProgram(
-            f"file: field 'version' is {version}, but this autoremat reads version {VERSION} of {expected}; "
-            "update autoremat, or write the file as that version"
+            f"file: field 'version' is {version}, but this autoremat reads versions 1 and {VERSION} of {expected}; "
+            "update autoremat, or write the file as one of them"
         )
+    return version
+
+
+def _abilities(item: Any) -> Abilities:
+    if not isinstance(item, dict):
+        raise InvalidProgram(f"program: field 'abilities' must be an object, got {item!r}")
+    reruns, most_runs = _get(item, "abilities", "reruns", str, "anywhere"), item.get("most_runs")
+    if reruns not in get_args(Reruns):
+        raise InvalidProgram(f"abilities: field 'reruns' must be one of {', '.join(get_args(Reruns))}, got {reruns!r}")
+    if most_runs is not None and (type(most_runs) is not int or most_runs < 1):
+        raise InvalidProgram(f"abilities: field 'most_runs' must be a positive integer or null, got {most_runs!r}")
+    return Abilities(reruns, most_runs, _get(item, "abilities", "ordered", bool, True))  # type: ignore[arg-type]
 
 
 def _value_from_data(i: int, item: Any) -> Value:
@@ -306,16 +337,20 @@ def _op_index(item: Mapping[str, Any], where: str, name: str, word: str, meaning
     return found
 
 
-def _op_from_data(i: int, item: Any, index: Mapping[str, int]) -> Op:
+def _op_from_data(i: int, item: Any, index: Mapping[str, int], version: int) -> Op:
     where = _where("op", i, item, "name")
+    name = _get(item, where, "name", str)
+    reason, kind = _as_in_version_1(item, where, name) if version == 1 else _once(item, where)
     return Op(
-        name=_get(item, where, "name", str),
+        name=name,
         reads=_ids(item, where, "reads", index),
         writes=_ids(item, where, "writes", index),
         seconds=_number(item, where, "seconds", 0.0),
         scratch_bytes=_get(item, where, "scratch_bytes", int, 0),
         phase=_get(item, where, "phase", str, "forward"),
-        repeatable=_repeatable(item, where),
+        once=None if reason is None else reason.once,
+        note="" if reason is None else reason.note,
+        kind=kind,
         in_place=_in_place(item, where, index),
         module=_get(item, where, "module", str, ""),
         source=_get(item, where, "source", str, ""),
@@ -336,14 +371,30 @@ def _in_place(item: Mapping[str, Any], where: str, index: Mapping[str, int]) -> 
     )
 
 
-def _repeatable(item: Mapping[str, Any], where: str) -> str:
-    """The reason behind ``"no: "``, or "" where the op may run again."""
+def _once(item: Mapping[str, Any], where: str) -> tuple[Reason | None, Kind]:
+    """Why the op must not run again, None where it may; and what it is in the step."""
+    name, kind = _get(item, where, "once", str, ""), _get(item, where, "kind", str, "op")
+    if kind not in get_args(Kind):
+        raise InvalidProgram(f"{where}: field 'kind' must be one of {', '.join(get_args(Kind))}, got {kind!r}")
+    known = {_name_of(once): once for once in Once}
+    if name and name not in known:
+        raise InvalidProgram(
+            f"{where}: field 'once' must be 'given', with the reason in 'note', or one of the reasons that autoremat "
+            f"knows ({', '.join(known)}), got {name!r}"
+        )
+    return Reason(known[name], _get(item, where, "note", str, "")) if name else None, kind  # type: ignore[return-value]
+
+
+def _as_in_version_1(item: Mapping[str, Any], where: str, name: str) -> tuple[Reason | None, Kind]:
+    """The same of a file of version 1, where a sentence said why, and the name what the op is."""
     text = _get(item, where, "repeatable", str, "yes")
+    kind: Kind = "ask" if name == "unpack" else "step" if name == "optimizer step" else "op"
     if text == "yes":
-        return ""
+        return None, kind
     if not text.startswith("no: ") or text == "no: ":
         raise InvalidProgram(f"{where}: field 'repeatable' must be 'yes' or 'no: <reason>', got {text!r}")
-    return text.removeprefix("no: ")
+    text = text.removeprefix("no: ")
+    return Reason(Once.BACKWARD) if text == "backward" else Reason.read(text), kind
 
 
 def _schedule_from_data(data: Mapping[str, Any], program: Program) -> Schedule:

@@ -8,9 +8,14 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
+from autoremat.program.abilities import Abilities
 from autoremat.program.errors import InvalidProgram
+from autoremat.program.once import Once
+
+Kind = Literal["op", "ask", "step"]
+"""What an op is in the step."""
 
 END: Final = -1
 """``Value.held`` of a value that something outside our reach keeps to the end of the step."""
@@ -66,7 +71,10 @@ class Op:
         seconds: duration.
         scratch_bytes: temporary bytes inside the kernel, beyond reads and writes.
         phase: ``forward`` or ``backward``.
-        repeatable: "" when the op may run again, otherwise the reason why it must not.
+        once: why the op must not run again; None when it may.
+        note: what stands in the place of ``{}`` in that sentence, if there is one.
+        kind: ``ask`` where the backward asks for a saved value (it writes nothing and takes no time), ``step`` for the
+            account of the optimizer's step, ``op`` for everything else.
         in_place: pairs ``(written, read)``: the written value takes over the storage of the read one, which is gone
             after the first run; so no later op of the program may read it, and it is neither fixed nor held longer.
             Where the read value is needed after a further run, that run works on a copy and both are resident.
@@ -85,13 +93,20 @@ class Op:
     seconds: float = 0.0
     scratch_bytes: int = 0
     phase: str = "forward"
-    repeatable: str = ""
+    once: Once | None = None
     in_place: tuple[tuple[int, int], ...] = ()
     module: str = ""
     source: str = ""
     call: int = -1
     rerun_seconds: float | None = None
     rerun_scratch_bytes: int | None = None
+    note: str = ""
+    kind: Kind = "op"
+
+    @property
+    def why(self) -> str:
+        """Why the op must not run again, as a sentence; "" when it may."""
+        return "" if self.once is None else self.once.sentence(self.note)
 
     @property
     def again_seconds(self) -> float:
@@ -106,6 +121,14 @@ class Op:
     def __post_init__(self) -> None:
         object.__setattr__(self, "reads", tuple(dict.fromkeys(self.reads)))
         object.__setattr__(self, "writes", tuple(self.writes))
+
+
+_BY_ITS_OPS: Final = Abilities()
+
+
+def abilities_of(ops: Iterable[Op]) -> Abilities:
+    """What is taken for granted of the engine that recorded these ops."""
+    return Abilities("at asks" if any(op.kind == "ask" for op in ops) else "anywhere")
 
 
 @dataclass(frozen=True)
@@ -131,11 +154,16 @@ class Program:
     """On what the step was recorded: ``fake`` or ``real`` tensors; "" if it was not recorded."""
     timing: str = field(default="given", kw_only=True)
     """Where the seconds come from: ``measured``, ``estimated`` or ``given``."""
+    abilities: Abilities = field(default=_BY_ITS_OPS, kw_only=True)
+    """What the engine that recorded the step can carry out. Where it is not said: further runs on behalf of what the
+    backward asks for where there are such ops, and else anywhere."""
     measured_share: float = field(default=-1.0, kw_only=True)
     """The share of the seconds that was measured, here or by another process; the rest is estimated, or given. Where it
     is not said: all of what is ``measured``, nothing of the rest."""
 
     def __post_init__(self) -> None:
+        if self.abilities is _BY_ITS_OPS:
+            object.__setattr__(self, "abilities", abilities_of(self.ops))
         if self.measured_share < 0:
             object.__setattr__(self, "measured_share", float(self.timing == "measured"))
         object.__setattr__(self, "values", tuple(self.values))
@@ -189,11 +217,11 @@ class Program:
         run on behalf of a later ``unpack`` of the same node makes one of them once more. O(reads).
         """
         table = [-1] * len(self.ops)
-        asked_together = list(accumulate(int(op.name != "unpack") for op in self.ops))
+        asked_together = list(accumulate(int(op.kind != "ask") for op in self.ops))
         for readers in self.readers:
             following, until = -1, -1
             for i in reversed(readers):
-                if self.ops[i].name != "unpack":
+                if self.ops[i].kind != "ask":
                     until = max(until, i)
                     continue
                 if until < 0 and following >= 0 and asked_together[following] == asked_together[i]:

@@ -2,13 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 from autoremat.program.errors import InvalidSchedule
 from autoremat.program.lifetimes import Lifetimes
 from autoremat.program.model import Program
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Run op ``op``; what it writes is in memory from now on."""
+
+    op: int
+
+
+@dataclass(frozen=True, slots=True)
+class Free:
+    """Let value ``value`` leave memory."""
+
+    value: int
+
+
+Action = Run | Free
 
 
 @dataclass(frozen=True)
@@ -52,6 +69,37 @@ class Schedule:
         order = tuple(order)
         frees = Lifetimes(program, order, _first_runs(program, order)).frees
         return Schedule(order, tuple(tuple(sorted(f)) for f in frees))
+
+    @cached_property
+    def actions(self) -> tuple[Action, ...]:
+        """The same as one list: every run, and after it what is freed.
+
+        Example:
+            >>> Schedule((0, 1), ((), (2,))).actions
+            (Run(op=0), Run(op=1), Free(value=2))
+        """
+        found = list[Action]()
+        for i, frees in zip(self.order, self.frees, strict=True):
+            found += [Run(i), *map(Free, frees)]
+        return tuple(found)
+
+    @staticmethod
+    def of_actions(actions: Iterable[Action]) -> Schedule:
+        """The schedule of a list of actions.
+
+        Raises:
+            InvalidSchedule: something is freed before anything has run.
+        """
+        order, frees = list[int](), list[list[int]]()
+        for action in actions:
+            if isinstance(action, Run):
+                order.append(action.op)
+                frees.append([])
+            elif frees:
+                frees[-1].append(action.value)
+            else:
+                raise InvalidSchedule(f"value {action.value} is freed before anything has run")
+        return Schedule(tuple(order), tuple(map(tuple, frees)))
 
     @cached_property
     def runs_of(self) -> dict[int, int]:

@@ -184,7 +184,7 @@ class _Machine:
         else:
             self.first_run[run.op] = run.position
             self.latest = max(self.latest, run.op)
-            self.handed.update((v, run.op) for v in op.reads if op.name == "unpack")
+            self.handed.update((v, run.op) for v in op.reads if op.kind == "ask")
         for v in set(run.frees) - taken:
             if v in self.memory and not self.program.values[v].fixed:
                 self.in_use -= self.memory.pop(v)
@@ -223,10 +223,10 @@ class _Machine:
         if asked < 0:
             return -1
         until, together = asked, asked
-        while together + 1 < len(ops) and ops[together + 1].name == "unpack":
+        while together + 1 < len(ops) and ops[together + 1].kind == "ask":
             together += 1
         for i in self._readers[v][bisect_right(self._readers[v], asked) :]:
-            if ops[i].name != "unpack":
+            if ops[i].kind != "ask":
                 until = i
             elif i > together:
                 break
@@ -334,8 +334,31 @@ def _order_kept(machine: _Machine, run: _Run) -> Iterator[_Found]:
 @_of_each_run("repeatable", "only an op that may run again runs a second time")
 def _repeatable(machine: _Machine, run: _Run) -> Iterator[_Found]:
     op = machine.op(run.op)
-    if op and op.repeatable and run.op in machine.first_run:
-        yield _Found(f"the op must not run again ({op.repeatable}), but it ran in run {machine.first_run[run.op]}")
+    if op and op.once and run.op in machine.first_run:
+        yield _Found(f"the op must not run again ({op.why}), but it ran in run {machine.first_run[run.op]}")
+
+
+@_of_the_whole("runs allowed", "no op runs more often than the engine that recorded the program can run it")
+def _runs_allowed(machine: _Machine, _: _Promises) -> Iterator[_Found]:
+    most = machine.program.abilities.most_runs
+    for i in range(len(machine.program.ops)) if most is not None else ():
+        n = machine.op_at.count(i)
+        if most is not None and n > most:
+            yield _Found(f"the op runs {n} times; the engine can run it {most} times", op=i)
+
+
+@_of_the_whole("reruns at asks", "where the engine says so, further runs stand ahead of what the backward asks for")
+def _reruns_at_asks(machine: _Machine, _: _Promises) -> Iterator[_Found]:
+    ops, seen, waiting = machine.program.ops, set[int](), -1
+    for p, i in enumerate(machine.op_at if machine.program.abilities.reruns == "at asks" else ()):
+        if i in seen:
+            waiting = p
+        elif waiting >= 0:
+            if ops[i].kind != "ask":
+                what = f"op {i} ({ops[i].name}) runs next, which asks for nothing"
+                yield _Found(f"it is a further run, and {what}", op=machine.op_at[waiting], run=waiting)
+            waiting = -1
+        seen.add(i)
 
 
 @_of_each_run(
@@ -432,7 +455,7 @@ def _held_values_stay(machine: _Machine, run: _Run) -> Iterator[_Found]:
 )
 def _handed_values_stay(machine: _Machine, run: _Run) -> Iterator[_Found]:
     op = machine.op(run.op)
-    asks = op.reads if op and op.name == "unpack" else ()
+    asks = op.reads if op and op.kind == "ask" else ()
     for v in run.frees:
         until = machine.used_until(v, run.op if v in asks else machine.handed.get(v, -1))
         if until not in (-1, run.op) and until not in machine.first_run:

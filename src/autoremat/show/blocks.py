@@ -86,13 +86,13 @@ def _roles(program: Program, v: int) -> tuple[set[str], ...]:
         return nothing
     ops = [program.ops[i] for i in program.readers[v]]
     forward = {op.module for op in ops if op.phase == "forward"}
-    backward = {op.module for op in ops if op.name == "unpack"} or {op.module for op in ops if op.phase == "backward"}
+    backward = {op.module for op in ops if op.kind == "ask"} or {op.module for op in ops if op.phase == "backward"}
     if not backward:
         entered = set[str]().union(*map(_above, forward)).difference(_above(home.module))
         return nothing if _outlives_the_forward(program, v) else (set(), set(), set(), entered)
     saved = set[str]().union(*map(_above, backward))
     freed = set(_above(_common([home.module, *backward])))  # who reads it in the forward does not keep it
-    may_leave = not home.repeatable and not _outlives_the_forward(program, v)
+    may_leave = not home.once and not _outlives_the_forward(program, v)
     return saved, saved.intersection(_above(home.module)), freed if may_leave else set(), set()
 
 

@@ -130,7 +130,7 @@ def _cells(e: Explanation, r: Resident) -> tuple[str, str, str]:
     """Three columns: what it is and where it was made; why it is there; who reads it next."""
     where = _short(r.source)
     what = " ".join(part for part in (r.name, r.type, f"({where})" if where else "") if part)
-    readers = [i for i in r.readers if e.program.ops[i].name != "unpack"]
+    readers = [i for i in r.readers if e.program.ops[i].kind != "ask"]
     reader = op_text(e.program.ops[readers[0]]) if readers else ""
     return what, r.why, reader + (f" and {len(readers) - 1} more" if len(readers) > 1 else "")
 

@@ -256,7 +256,7 @@ def _why(moment: _Moment, copy: _Copy) -> str:
         return "being written"
     if v in moment.op.writes:
         return "about to be replaced by the copy that is being written"
-    asks = [program.ops[i] for i in copy.readers if program.ops[i].name == "unpack"]
+    asks = [program.ops[i] for i in copy.readers if program.ops[i].kind == "ask"]
     if asks:
         place = asks[0].module or asks[0].source.rpartition("/")[2]
         return f"saved for the backward of {place}" if place else "saved for the backward"

@@ -72,7 +72,7 @@ def _call(program: Program, i: int, op: Op, look: Callable[[], None]) -> Call:
         return made
 
     return Call(
-        op.name, fn, tuple(names[r] for r in op.reads), tuple(names[w] for w in op.writes), op.phase, op.repeatable,
+        op.name, fn, tuple(names[r] for r in op.reads), tuple(names[w] for w in op.writes), op.phase, op.once,
         tuple((names[new], names[old]) for new, old in op.in_place), op.seconds,
     )  # fmt: skip
 

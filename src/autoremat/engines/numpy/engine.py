@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autoremat.program import END, Op, Plan, Program, Schedule, Value
+from autoremat.program import END, Once, Op, Plan, Program, Schedule, Value
 
 Array = npt.NDArray[np.generic]
 
@@ -27,7 +27,7 @@ class Call:
         reads: names of arrays.
         writes: names of arrays, each written by one call only.
         phase: ``forward`` or ``backward``.
-        once: "" when the call may be made again, otherwise the reason why it must not.
+        once: why the call must not be made again; None when it may, and it is of the forward.
         in_place: pairs (written, read): the function returns the memory of what it reads, overwritten.
         seconds: that it takes.
     """
@@ -37,7 +37,7 @@ class Call:
     reads: tuple[str, ...]
     writes: tuple[str, ...]
     phase: str = "forward"
-    once: str = ""
+    once: Once | None = None
     in_place: tuple[tuple[str, str], ...] = ()
     seconds: float = 1.0
 
@@ -66,7 +66,7 @@ def record(name: str, calls: Sequence[Call], inputs: Mapping[str, Array]) -> Pro
     ops = tuple(
         Op(
             call.name, tuple(index[r] for r in call.reads), tuple(index[w] for w in call.writes), call.seconds,
-            phase=call.phase, repeatable=call.once or ("" if call.phase == "forward" else "backward"),
+            phase=call.phase, once=call.once or (None if call.phase == "forward" else Once.BACKWARD),
             in_place=tuple((index[new], index[old]) for new, old in call.in_place),
         )
         for call in calls

@@ -119,7 +119,7 @@ def floor_bound(program: Program) -> int:
 def _forced_until(program: Program, value: int) -> int:
     """The last op up to which every schedule has the value in memory."""
     producer, readers = program.producer[value], program.readers[value]
-    lost = producer >= 0 and bool(program.ops[producer].repeatable) and bool(readers)
+    lost = producer >= 0 and bool(program.ops[producer].once) and bool(readers)
     return max(program.hold[value], readers[-1] if lost else -1)
 
 
@@ -263,7 +263,7 @@ class _Moment:
         for v, producer in enumerate(program.producer):
             if 0 <= producer < t:
                 lasting = program.hold[v] >= t
-                if lasting or (self.demanded(v) and program.ops[producer].repeatable):
+                if lasting or (self.demanded(v) and program.ops[producer].once):
                     forced.add(v)
         return frozenset(forced)
 
@@ -285,7 +285,7 @@ class _Moment:
         """Keep or run again, for everything made before ``t``."""
         program, ops = self.program, self.program.ops
         return build(
-            (i for i in range(self.t) if not ops[i].repeatable),
+            (i for i in range(self.t) if not ops[i].once),
             self.demanded,
             lambda v: program.values[v].fixed or v in self.forced,
             lambda v: True,

@@ -203,7 +203,7 @@ class Stages:
         need = [-1] * len(program.values)
         for i in range(len(program.ops) - 1, -1, -1):
             op = program.ops[i]
-            until = i if op.repeatable else max([i, *(need[v] for v in op.writes)])
+            until = i if op.once else max([i, *(need[v] for v in op.writes)])
             for v in self._reads[i]:
                 need[v] = max(need[v], until)
         return tuple(need)
@@ -216,7 +216,7 @@ class Stages:
     def _must(self, v: int, t: int) -> bool:
         """Whether every schedule has the value in memory between its first run and that of op ``t``, and then."""
         program, readers = self.program, self.program.readers[v]
-        lost = program.ops[program.producer[v]].repeatable and bool(readers) and readers[-1] >= t
+        lost = program.ops[program.producer[v]].once and bool(readers) and readers[-1] >= t
         return program.hold[v] >= t or bool(lost)
 
     def _is_handed(self, v: int, t: int) -> bool:
@@ -235,7 +235,7 @@ class Stages:
         return [
             i
             for i in range(moment)
-            if not ops[i].repeatable
+            if not ops[i].once
             and max((self._last_need[v] for v in ops[i].writes), default=-1) >= begin
             and base + self._own_bytes(i, set(there)) <= self.budget_bytes
         ]

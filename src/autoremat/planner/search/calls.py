@@ -19,7 +19,7 @@ from itertools import accumulate, groupby, pairwise
 
 from autoremat.planner.constraints import Constrained, passing_values
 from autoremat.planner.search.memo import per_program
-from autoremat.program import END, Op, Program, Schedule, Value
+from autoremat.program import END, Once, Op, Program, Schedule, Value
 
 
 @dataclass(frozen=True)
@@ -115,6 +115,7 @@ def fold(program: Program) -> Folded:
         tuple(part.op for part in found),
         recorded=program.recorded,
         timing=program.timing,
+        abilities=program.abilities,
         passing=frozenset(v for v in passing_values(program) if v in home),
         stages=tuple(part.stage for part in found),
     )
@@ -238,9 +239,9 @@ class _Call:
         return found
 
     @cached_property
-    def _reasons(self) -> list[str]:
-        """For every prefix, by its last op, why it must not run again; "" where it may."""
-        return list(accumulate((self._program.ops[i].repeatable for i in self._ops), lambda a, b: a or b))
+    def _reasons(self) -> list[Once | None]:
+        """For every prefix, by its last op, why it must not run again; None where it may."""
+        return list(accumulate((self._program.ops[i].once for i in self._ops), lambda a, b: a or b))
 
     @cached_property
     def _again_seconds(self) -> list[float]:

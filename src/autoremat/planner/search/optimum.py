@@ -151,8 +151,7 @@ class _Solver:
 
 def _where(program: Program) -> list[bool] | None:
     """The stages in which the tape can run ops again; everywhere in a program that does not say."""
-    unpacks = [op.name == "unpack" for op in program.ops]
-    return unpacks if any(unpacks) else None
+    return None if program.abilities.reruns == "anywhere" else [op.kind == "ask" for op in program.ops]
 
 
 def _looks(program: Program) -> list[int]:

@@ -9,7 +9,8 @@ knowledge of the future, and both simulate after every batch of choices, because
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,6 +27,9 @@ from autoremat.program import Program
 
 _MAX_COPIES = 6
 """How many copies of a value a plan may drop one after the other."""
+
+_TOO_MUCH = 1 << 62
+"""The peak of what the engine cannot run."""
 
 _MOST_KNOWN = 100_000
 """How many candidates to keep, times ops: small programs meet the same candidates again and again."""
@@ -60,6 +64,7 @@ class Candidate:
         runs: the further runs as ``(late op, op)``.
         account: bytes run by run.
         walked: the runs come from a walk (``evict``), and no levels describe them.
+        can_run: the engine can run every op as often as this does; otherwise no budget is large enough for it.
     """
 
     name: str
@@ -67,11 +72,12 @@ class Candidate:
     runs: list[tuple[int, int]]
     account: Account
     walked: bool = False
+    can_run: bool = True
 
     @property
     def peak_bytes(self) -> int:
         """The most bytes at any run."""
-        return self.account.peak_bytes
+        return self.account.peak_bytes if self.can_run else _TOO_MUCH
 
     @property
     def extra_seconds(self) -> float:
@@ -103,7 +109,7 @@ class Search:
     """
 
     def __init__(self, program: Program) -> None:
-        planned = planned_as(program)
+        planned, self._abilities = planned_as(program), program.abilities
         self.tables: Tables = tables_of(planned)
         self.accountant = accountant_of(planned)
         self.frontier: list[Entry] = []
@@ -132,9 +138,19 @@ class Search:
         self.note(candidate)
         return candidate
 
+    def _candidate(
+        self, name: str, dropped: Levels, runs: list[tuple[int, int]], *, walked: bool = False
+    ) -> Candidate:  # fmt: skip
+        account = self.accountant(self.accountant.order(runs))
+        return Candidate(name, dropped, runs, account, walked, self._can_run(runs))
+
+    def _can_run(self, runs: Sequence[tuple[int, int]]) -> bool:
+        most = self._abilities.most_runs
+        return most is None or most >= 1 + max(Counter(i for _, i in runs).values(), default=0)
+
     def _look_at(self, name: str, dropped: Levels) -> Candidate:
         runs = reruns(self.tables, dropped)
-        candidate = Candidate(name, dropped, runs, self.accountant(self.accountant.order(runs)))
+        candidate = self._candidate(name, dropped, runs)
         self.evaluations += 1
         if len(self._known) * len(self.tables.ops) < _MOST_KNOWN:
             self._known[dropped] = candidate
@@ -143,7 +159,7 @@ class Search:
     def look(self, name: str, runs: list[tuple[int, int]]) -> Candidate:
         """The candidate with the given further runs as they are."""
         self.evaluations += 1
-        candidate = Candidate(name, (), runs, self.accountant(self.accountant.order(runs)), walked=True)
+        candidate = self._candidate(name, (), runs, walked=True)
         self.note(candidate)
         return candidate
 
@@ -153,7 +169,7 @@ class Search:
         """The candidate with the given further runs, less those that the room below the budget makes superfluous."""
         left, account = reuse(tables or self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
         self.evaluations += 1
-        candidate = Candidate(name, (), left, account, walked=True)
+        candidate = Candidate(name, (), left, account, walked=True, can_run=self._can_run(left))
         self.note(candidate)
         return candidate
 
@@ -173,7 +189,7 @@ class Search:
         """The candidate of an entry."""
         if entry.runs is not None:
             runs = list(entry.runs)
-            return Candidate(entry.name, (), runs, self.accountant(self.accountant.order(runs)), walked=True)
+            return self._candidate(entry.name, (), runs, walked=True)
         return self.evaluate(entry.name, entry.dropped)
 
     def best_within(self, budget_bytes: int) -> Entry | None:

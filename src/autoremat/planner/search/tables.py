@@ -174,7 +174,7 @@ def _demands(
     program: Program, late: Sequence[bool], made_early: Sequence[bool], until: list[int]
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """Starts and ends of ``Tables``; moves ``until`` over late readers that cannot wait for a value."""
-    unpacks = any(op.name == "unpack" for op in program.ops)
+    unpacks = program.abilities.reruns == "at asks"
     starts: list[tuple[int, ...]] = []
     ends: list[tuple[int, ...]] = []
     for v, readers in enumerate(program.readers):
@@ -183,7 +183,7 @@ def _demands(
         for i in readers if made_early[v] else ():
             if i <= until[v]:
                 continue
-            if not unpacks or program.ops[i].name == "unpack":
+            if not unpacks or program.ops[i].kind == "ask":
                 first.append(i)
                 last.append(i)
             elif first:
@@ -219,7 +219,7 @@ def _rerunnable(
     table: list[bool] = []
     for i, op in enumerate(program.ops):
         inputs = all(keepable[v] or table[program.producer[v]] for v in reads[i])
-        table.append(early[i] and not op.repeatable and inputs and lost_late.isdisjoint(reads[i]))
+        table.append(early[i] and not op.once and inputs and lost_late.isdisjoint(reads[i]))
     return tuple(table)
 
 

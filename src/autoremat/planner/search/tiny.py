@@ -75,7 +75,7 @@ class _Search:
         for i in range(following + 1):
             op = self.program.ops[i]
             again = i < following
-            if (again and op.repeatable) or not self._reads_are_there(i, resident):
+            if (again and op.once) or not self._reads_are_there(i, resident):
                 continue
             after, taken = max(following, i + 1), self._taken(i, max(following, i + 1))
             for gone in {0, taken}:

@@ -147,7 +147,7 @@ def _longest(program: Program) -> list[int]:
     length = [0] * len(program.values)
     for op in program.ops:
         sources = [v for v in op.reads if not program.values[v].fixed]
-        if op.repeatable or len(op.writes) != 1 or len(sources) > 1 or op.again_seconds <= 0 or op.in_place:
+        if op.once or len(op.writes) != 1 or len(sources) > 1 or op.again_seconds <= 0 or op.in_place:
             continue
         (made,) = op.writes
         length[made] = 1
@@ -171,7 +171,7 @@ def _present(program: Program) -> Sequence[int]:
     steps = [0] * (len(program.ops) + 1)
     until = list(program.hold)
     for v, made in enumerate(program.producer):
-        if made >= 0 and program.ops[made].repeatable and program.readers[v]:
+        if made >= 0 and program.ops[made].once and program.readers[v]:
             until[v] = max(until[v], program.readers[v][-1])
         if until[v] > made >= 0:
             steps[made + 1] += program.values[v].nbytes

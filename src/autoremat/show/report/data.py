@@ -106,9 +106,7 @@ def _ops(program: Program, texts: _Texts) -> dict[str, Any]:
         "scratchAgain": {
             i: op.rerun_scratch_bytes for i, op in enumerate(program.ops) if op.rerun_scratch_bytes is not None
         },
-        "stays": {
-            i: texts(op.repeatable) for i, op in enumerate(program.ops) if op.phase != "backward" and op.repeatable
-        },
+        "stays": {i: texts(op.why) for i, op in enumerate(program.ops) if op.phase != "backward" and op.once},
     }
 
 

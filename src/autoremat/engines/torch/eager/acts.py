@@ -36,7 +36,7 @@ class Acts:
                 if not (after in again and self._ops[self._order[after]].call == op.call and self._order[after] > i):
                     pending.append(self._rerun(block))
                     block = []
-            elif op.name == "unpack":
+            elif op.kind == "ask":
                 v, j = op.reads[0], self._stays.pack_at[p]
                 is_handle = j >= 0 and packs[j] is not None
                 if pending or is_handle:

@@ -21,9 +21,10 @@ from autoremat.engines.torch.eager.state import Replay
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.values import fingerprint, storage_of
 from autoremat.engines.torch.world.memory import is_out_of_memory
+from autoremat.program.once import Once, Reason
 
-DIFFERS: Final = "gives something else when it runs again"
-CHANGED: Final = "what it makes is changed by something that torch does not see"
+DIFFERS: Final = Reason(Once.DIFFERS)
+CHANGED: Final = Reason(Once.MADE_IS_CHANGED)
 
 
 class Differs(RuntimeError):
@@ -68,7 +69,7 @@ class SelfCheck(NoCheck):
 
     is_looking = True
 
-    def __init__(self, twice: Collection[int] | None, on_difference: Callable[[int, str], None]) -> None:
+    def __init__(self, twice: Collection[int] | None, on_difference: Callable[[int, Reason], None]) -> None:
         self._twice, self._report = twice, on_difference
         self._sums: dict[int, int] = {}
         self._parts: dict[int, slice] = {}

@@ -46,13 +46,10 @@ from autoremat.engines.torch.operators.signature import signature_of
 from autoremat.engines.torch.operators.timing import estimate
 from autoremat.engines.torch.operators.values import storage_of
 from autoremat.engines.torch.recording.recorder import ASKS_FOR_DEVICE, _covers_storage
+from autoremat.program.once import Once, Reason
 
-OPAQUE = "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
-UNKNOWN = "what it does is not known: it cannot be made on fake tensors"
-FOREIGN = "custom operator, not known to be free of side effects"
-OVERRIDDEN = "goes through a __torch_function__ that is not torch's"
-DUAL = "computed in forward mode, with tangents"
-CALLBACK = "calls a function of the user's"
+OPAQUE, UNKNOWN, FOREIGN = Reason(Once.OPAQUE), Reason(Once.UNKNOWN), Reason(Once.FOREIGN)
+OVERRIDDEN, DUAL, CALLBACK = Reason(Once.OVERRIDDEN), Reason(Once.DUAL), Reason(Once.CALLBACK)
 _OF_C = (types.MethodDescriptorType, types.WrapperDescriptorType, types.MethodWrapperType, types.BuiltinFunctionType)
 _OWN_NAMESPACES = ("aten", "prims", "prim")
 
@@ -67,7 +64,7 @@ class CallFacts:
         covered: of what is written, what is written as a whole, without a look at what was there.
         uninitialised: the result is whatever the memory held before.
         random: it draws from a generator, or may.
-        once: "" or why it must not be made again.
+        once: why it must not be made again; None where it may.
         foreign: not torch's own: it may run again once it has been seen to give the same.
         seconds: an estimate.
         nbytes: what it makes and takes beside, an estimate.
@@ -78,7 +75,7 @@ class CallFacts:
     covered: tuple[int, ...] = ()
     uninitialised: bool = False
     random: bool = False
-    once: str = ""
+    once: Reason | None = None
     foreign: bool = False
     leaves: bool = False
     """It may have left something behind that nobody sees, or told others: its step must not be tried again."""
@@ -274,7 +271,7 @@ def _of_functorch() -> bool:
 def _distributed(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
     """Of DTensors nothing is made on fakes: what is written is told by the name, and a collective by the recording."""
     written = _written_by_name(func, kwargs, given)
-    return CallFacts(written=written, seconds=1e-5, once="runs on distributed tensors", leaves=True)
+    return CallFacts(written=written, seconds=1e-5, once=Reason(Once.DISTRIBUTED), leaves=True)
 
 
 def _written_by_name(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> tuple[int, ...]:
@@ -304,7 +301,7 @@ def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: 
     written = facts.written(args, kwargs)
     positions = tuple(i for i, t in enumerate(given) if any(t is w for w in written))
     nbytes = sum(t.nbytes for t in given)
-    once = facts.never_again if facts.communicates else ""
+    once = facts.once if facts.communicates else None
     return CallFacts(
         written=positions,
         random=True,
@@ -365,7 +362,7 @@ class _Probe(TorchDispatchMode):
         self.covered: set[int] = set()
         self.uninitialised = False
         self.random = False
-        self.once = ""
+        self.once: Reason | None = None
         self.communicates = False
         self.seconds = 0.0
         self.nbytes = 0
@@ -381,7 +378,7 @@ class _Probe(TorchDispatchMode):
             return func(*args, **kwargs)
         facts = facts_of(func)
         self.random |= facts.random
-        self.once = self.once or facts.never_again
+        self.once = self.once or facts.once
         self.communicates |= facts.communicates
         self.uninitialised = facts.uninitialised
         if facts.batch_norm and args[TRAINING]:

@@ -15,8 +15,9 @@ from autoremat.engines.torch.eager.witness import Witness
 from autoremat.engines.torch.operators.history import is_leaf
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.values import is_parameter, storage_of
+from autoremat.program.once import Once, Reason
 
-READS_OVERWRITTEN: Final = "reads what the step overwrites, or what something else than torch may change"
+READS_OVERWRITTEN: Final = Reason(Once.READS_CHANGING)
 _OURS: Final = 2
 """References to a storage that nobody but the ledger holds: the ledger's tensor, and the object that asks."""
 
@@ -124,7 +125,7 @@ class Keeping:
         self.freeze(makers.union(*(self._readers.get(v, ()) for v in values)))
         self._witness.changed_unseen(values)
 
-    def freeze(self, calls: Iterable[int], why: str = READS_OVERWRITTEN) -> None:
+    def freeze(self, calls: Iterable[int], why: Reason = READS_OVERWRITTEN) -> None:
         """These calls cannot be made again any more: what they have made stays, and is made now if it is gone."""
         frozen = self._beyond(calls)
         for k in sorted(frozen):
@@ -162,7 +163,7 @@ class Keeping:
                 pending += made
         return False
 
-    def _withdraw(self, call: int, why: str) -> None:
+    def _withdraw(self, call: int, why: Reason) -> None:
         entry = self._ledger.withdraw(call)
         for value in entry.reads:
             if value in self._readers:

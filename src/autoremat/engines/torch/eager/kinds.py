@@ -14,6 +14,7 @@ from autoremat.engines.torch.eager.sections import Sections, Taken
 from autoremat.engines.torch.world.parallel import Parallel
 from autoremat.planner.beside import Search
 from autoremat.program import Plan, Program
+from autoremat.program.once import Reason
 
 MAX_DEVIATIONS: Final = 3
 """So often at most a kind of input is recorded anew; a step that has strayed more of late is noted from the start."""
@@ -108,7 +109,7 @@ class Prepared:
     script: Script | None = None
     path: Path | None = None
     parallel: Parallel = field(default_factory=Parallel)
-    differing: dict[int, str] = field(default_factory=dict)
+    differing: dict[int, Reason] = field(default_factory=dict)
     sections: Sections | None = None
     taken: tuple[Taken, ...] = ()
     tried_seconds: float = 0.0

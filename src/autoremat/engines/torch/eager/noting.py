@@ -25,14 +25,15 @@ from autoremat.engines.torch.operators.compiled import in_compiled_code
 from autoremat.engines.torch.operators.local import PLAIN, local_of
 from autoremat.engines.torch.operators.settings import state_of
 from autoremat.engines.torch.operators.values import is_parameter, storage_of
+from autoremat.program.once import Once, Reason
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape
 
-_UNREPEATABLE: Final = "reads what is not there any more, or makes nothing that can be told apart"
-_OVERWRITES: Final = "overwrites what the step did not make"
+_NOT_THERE: Final = Reason(Once.NOT_THERE)
+_OVERWRITES: Final = Reason(Once.OVERWRITES_OUTSIDE)
 _REGISTER_HOOK: Final = Tensor.register_hook
-_PASS: Final = CallFacts(once="a pass of its own", leaves=True)
+_PASS: Final = CallFacts(once=Reason(Once.PASS), leaves=True)
 _NOTHING: Final = contextlib.nullcontext()
 Written = list[tuple[int, int, int]]
 
@@ -241,7 +242,7 @@ class Noting:
     def _enter(self, call: int, entry: Entry | None, facts: CallFacts, effects: Sequence[int]) -> None:
         tape = self._tape
         if entry is None:
-            otherwise = _OVERWRITES if effects else FOREIGN if facts.foreign else _UNREPEATABLE
+            otherwise = _OVERWRITES if effects else FOREIGN if facts.foreign else _NOT_THERE
             tape.witness.once(call, facts.once or otherwise)
             return
         tape.ledger.enter(call, entry)

@@ -85,12 +85,12 @@ class Planning:
         """Of the first step that was planned: what a later one finds beside that, an error names."""
 
     def solve(self, step: Prepared, program: Program, living: Living, seconds: float | None = None) -> None:
-        """Plan a program, less what has turned out not to be repeatable, in so many seconds; None: at once."""
+        """Plan a program, less what has turned out to run only once, in so many seconds; None: at once."""
         if step.differing:
             ops = list(program.ops)
             for i, op in enumerate(ops):
-                if op.call in step.differing and not op.repeatable:
-                    ops[i] = replace(op, repeatable=step.differing[op.call])
+                if op.call in step.differing and not op.once:
+                    ops[i] = replace(op, **step.differing[op.call]._asdict())
             program = replace(program, ops=tuple(ops))
         recorded = with_taken(program, step.taken)
         program = with_gradients(recorded, step.gradients)

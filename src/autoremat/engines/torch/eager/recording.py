@@ -119,7 +119,7 @@ def finished(shadow: Shadow, calls: Sequence[Call]) -> Recording:
         if op.facts.uninitialised and not calls[op.call].uninitialised:
             op.facts = replace(op.facts, uninitialised=False)  # the call itself fills it
         if op.call in shadow.once:
-            op.facts = replace(op.facts, never_again=op.facts.never_again or shadow.once[op.call])
+            op.facts = replace(op.facts, once=op.facts.once or shadow.once[op.call])
     return recorder.recording()
 
 
@@ -132,7 +132,7 @@ def largest_op_bytes(shadow: Shadow) -> int:
 def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int, composites: Sequence[Composite]) -> Path:
     """The path of the forward, with what autograd saved and what the passes asked for."""
     recorder = shadow.recorder
-    asks = tuple(shadow.pack_of.get(op.packed, -1) for op in recorder.ops if op.name == "unpack")
+    asks = tuple(shadow.pack_of.get(op.packed, -1) for op in recorder.ops if op.is_ask)
     last = {shadow.pack_of[op.packed]: op.reads[0] for op in recorder.ops if op.packed in shadow.pack_of}
     packed = tuple(
         v if (v := shadow.saved.get(j)) is not None and last.get(j, v) == v else None for j in range(n_packs)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.program import Plan, Program
+from autoremat.program.once import Reason
 
 _LOG = logging.getLogger("autoremat")
 
@@ -86,7 +87,7 @@ class Reporter:
             "what does not change which operators run inside an object, or have fewer kinds"
         )
 
-    def keeps(self, program: Program, call: int, reason: str) -> None:
+    def keeps(self, program: Program, call: int, reason: Reason) -> None:
         """Say that what a call makes is kept from now on, and why."""
         op = [op for op in program.ops if op.call == call][-1]
         what = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}"

@@ -50,6 +50,7 @@ from autoremat.engines.torch.operators.values import storage_of
 from autoremat.engines.torch.recording.recorder import Recorder, _Packed, _user_line
 from autoremat.engines.torch.recording.recording import RecordedOp
 from autoremat.program.model import INSIDE
+from autoremat.program.once import Once, Reason
 
 _COMPILED = "CompiledFunctionBackward"
 """What the compiler calls the node of what it has compiled."""
@@ -79,7 +80,7 @@ class Shadow:
         self.recorder = _Told(_blank, self._as_fake, module_path)
         self.compiled = ""
         """Where something was met that compiled code has made."""
-        self.once: dict[int, str] = {}
+        self.once: dict[int, Reason] = {}
         """For calls that must not be made again, why."""
         self.seconds: dict[int, float] = {}
         """For recorded ops that no kernel of torch's stands for, how long they took."""
@@ -474,7 +475,7 @@ class Shadow:
                     return made
                 except Exception as error:  # noqa: BLE001 - whatever a fake kernel does not know
                     del self.recorder.ops[begin:]
-                    self.once[self.recorder.call] = f"cannot be recorded ({type(error).__name__}: {error})"
+                    self.once[self.recorder.call] = Reason(Once.UNRECORDED, f"{type(error).__name__}: {error}")
         return self._foreign(func, mapped(args, self._as_given), mapped(kwargs, self._as_given), real, packs)
 
     def _on_fakes(
@@ -535,7 +536,7 @@ class Shadow:
         for op in self.recorder.ops[begin:]:
             op.call = -1
             if op.facts is not None:
-                op.facts = replace(op.facts, never_again="computed by a backward pass in the forward")
+                op.facts = replace(op.facts, once=Reason(Once.INNER_PASS))
 
     def _match_packs(self, func: Any, packs: Sequence[int]) -> None:
         """Find out which of what was saved on fake tensors is what on real ones.

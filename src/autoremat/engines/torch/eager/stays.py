@@ -41,7 +41,7 @@ class Stays:
         self.again = {p for p, i in enumerate(self.order) if first.setdefault(i, p) != p}
         self._passing = Lifetimes(program, self.order, first).passing
         asks = iter(path.asks)
-        self.pack_at = {p: next(asks) for p, i in enumerate(self.order) if program.ops[i].name == "unpack"}
+        self.pack_at = {p: next(asks) for p, i in enumerate(self.order) if program.ops[i].kind == "ask"}
         self.by_value = self._found()
 
     def _found(self) -> dict[int, list[Stay]]:
@@ -49,7 +49,7 @@ class Stays:
         stays: dict[int, list[Stay]] = {}
         for p, i in enumerate(self.order):
             op = self.program.ops[i]
-            if op.name == "unpack" and op.reads[0] in stays:
+            if op.kind == "ask" and op.reads[0] in stays:
                 stays[op.reads[0]][-1].asks.append(p)
             for v in op.writes:
                 if (p, v) not in self._passing:
@@ -74,7 +74,7 @@ class Stays:
                 for v in op.reads:
                     if v in current and written[v] < block:
                         self.by_value[v][current[v]].last_read = p
-            elif op.name == "unpack":
+            elif op.kind == "ask":
                 v, j = op.reads[0], self.pack_at[p]
                 if v in current and j >= 0 and packs[j] is not None:
                     self.by_value[v][current[v]].last_read = p

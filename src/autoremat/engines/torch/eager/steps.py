@@ -26,6 +26,7 @@ from autoremat.engines.torch.world.modules import named_tensors, reachable_modul
 from autoremat.engines.torch.world.parallel import Parallel, hidden
 from autoremat.engines.torch.world.problems import NothingDifferentiable
 from autoremat.program import InfeasibleBudget, Program
+from autoremat.program.once import Reason
 
 MAX_RETRIES: Final = 3
 """How often a forward that ran out of memory is tried again, each time under a tighter plan."""
@@ -241,7 +242,7 @@ class Steps:
                 kind.is_new = True  # this error is why it could not be recorded; the next call may be a good one
             raise
 
-    def _differs(self, kind: Kind, k: int, reason: str) -> None:
+    def _differs(self, kind: Kind, k: int, reason: Reason) -> None:
         """A call has turned out to give something else when it is made again."""
         kind.prepared.differing[k] = reason
         if kind.plan is not None:  # else it is told once the step has been recorded

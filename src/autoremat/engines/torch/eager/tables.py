@@ -56,7 +56,7 @@ def beside_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
     """
     found, seen = [0], set[int]()
     for i, resident, held in zip(stays.order, timeline.resident_bytes, _held_bytes(stays), strict=False):
-        if stays.program.ops[i].name == "unpack":
+        if stays.program.ops[i].kind == "ask":
             found.append(0)
         if i not in seen:
             found[-1] = max(found[-1], resident - held)
@@ -70,7 +70,7 @@ def asked_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
     scratch = max((program.ops[i].scratch_bytes for i in program.forward), default=0)
     found = [program.fixed_bytes + scratch]
     for i, resident, there in zip(stays.order, timeline.resident_bytes, _held_bytes(stays), strict=False):
-        if program.ops[i].name == "unpack":
+        if program.ops[i].kind == "ask":
             found.append(max(program.fixed_bytes, resident - there))
     return tuple(found)
 
@@ -92,7 +92,7 @@ def gradient_bytes(program: Program, order: Sequence[int]) -> tuple[int, ...]:
     found, last = [0], 0
     for i in order:
         op = program.ops[i]
-        if op.name == "unpack":
+        if op.kind == "ask":
             found.append(last)
         taken_over = {new for new, _ in op.in_place}
         made = (program.values[v] for v in op.writes if v not in taken_over)

@@ -24,8 +24,9 @@ from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.values import storage_of
 from autoremat.engines.torch.recording.recording import RecordedOp
 from autoremat.engines.torch.world.parallel import Parallel, Unit, groups_of, replaced
+from autoremat.program.once import Once, Reason
 
-FREED: Final = "needs parameters that fully_shard has freed by then"
+FREED: Final = Reason(Once.FREED)
 
 
 class Units:
@@ -187,7 +188,7 @@ class Units:
             while at <= i:
                 there = there | units if gathers else there - units
                 at, units, gathers = next(marks)
-            if op.name == "unpack":
+            if op.is_ask:
                 found.setdefault(op.reads[0], []).append(there)
         return found
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from autoremat.engines.torch.eager.shadow import Shadow
+from autoremat.program.once import Reason
 
 
 class Witness:
@@ -75,7 +76,7 @@ class Witness:
         except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot do
             self.give_up(error)
 
-    def once(self, call: int, reason: str) -> None:
+    def once(self, call: int, reason: Reason) -> None:
         """A call must not be made again."""
         if self.shadow is not None:
             self.shadow.once[call] = reason

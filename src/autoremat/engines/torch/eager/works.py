@@ -54,7 +54,7 @@ class Works:
     def _may_run_again(self) -> frozenset[int]:
         """Calls of which nothing is known that speaks against another run."""
         ops = self._program.ops
-        able = {op.call for op in ops} - {op.call for op in ops if op.call >= 0 and op.repeatable}
+        able = {op.call for op in ops} - {op.call for op in ops if op.call >= 0 and op.once}
         calls = enumerate(self._path.calls)
         return frozenset(k for k, c in calls if k in able and not c.leaves and set(c.effects) <= set(c.statistics))
 

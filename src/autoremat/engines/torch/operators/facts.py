@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.operators.collectives import communicates, written_by_collective
+from autoremat.program.once import Once, Reason
 
 UNINITIALISED: Final = frozenset(
     {"aten.empty", "aten.empty_like", "aten.empty_strided", "aten.empty_permuted", "aten.new_empty",
@@ -37,12 +38,12 @@ FRESH_CONSTANT: Final = frozenset({"aten.lift_fresh", "aten.lift_fresh_copy", "a
 """How ``torch.tensor(...)`` enters: its result existed before any operator ran."""
 
 NEVER_AGAIN: Final = {
-    "aten._cudnn_rnn": "keeps state of its own for dropout",
-    "aten.miopen_rnn": "keeps state of its own for dropout",
-    "aten.set_": "changes the storage of a tensor",
-    "aten.resize_": "changes the storage of a tensor",
-    "aten.record_stream": "has an effect outside its outputs",
-    "aten.linalg_lstsq": "gives other last bits from run to run",
+    "aten._cudnn_rnn": Once.OWN_STATE,
+    "aten.miopen_rnn": Once.OWN_STATE,
+    "aten.set_": Once.CHANGES_STORAGE,
+    "aten.resize_": Once.CHANGES_STORAGE,
+    "aten.record_stream": Once.EFFECT,
+    "aten.linalg_lstsq": Once.OTHER_BITS,
 }
 """ATen operators that must not run again, and why."""
 
@@ -61,7 +62,7 @@ class OpFacts:
         batch_norm: writes running statistics although the schema does not say so.
         uninitialised: the result is uninitialised memory.
         overwriting: writes every element of its first argument without reading it.
-        never_again: "" or why it must not run a second time.
+        once: why it must not run a second time; None where it may.
         communicates: talks to other processes.
     """
 
@@ -74,7 +75,7 @@ class OpFacts:
     batch_norm: bool
     uninitialised: bool
     overwriting: bool
-    never_again: str
+    once: Reason | None
     communicates: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -108,7 +109,7 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
     positions = tuple(i for i, a in enumerate(arguments) if written[i] and not a.kwarg_only)
     aliases = [r.alias_info is not None for r in schema.returns]
     random, batch_norm = torch.Tag.nondeterministic_seeded in func.tags, packet in BATCH_NORM
-    never_again, talks = _never_again(func, packet, any(written)), communicates(func)
+    once, talks = _once(func, packet, any(written)), communicates(func)
     return OpFacts(
         name=str(func),
         is_view=bool(aliases) and all(aliases) and not any(written) and packet not in FRESH_CONSTANT,
@@ -119,21 +120,21 @@ def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
         batch_norm=batch_norm,
         uninitialised=packet in UNINITIALISED,
         overwriting=packet in OVERWRITING,
-        never_again=never_again,
+        once=None if once is None else Reason(once),
         communicates=talks,
     )
 
 
-def _never_again(func: torch._ops.OpOverload, packet: str, writes: bool) -> str:
+def _once(func: torch._ops.OpOverload, packet: str, writes: bool) -> Once | None:
     if communicates(func):
-        return "communicates with other processes"
+        return Once.COMMUNICATES
     if func.namespace not in ("aten", "prims", "autoremat"):
-        return "custom operator, not known to be free of side effects"
+        return Once.FOREIGN
     if packet in NEVER_AGAIN:
         return NEVER_AGAIN[packet]
     if "batch_norm" in packet and writes and packet not in BATCH_NORM:
-        return "updates running statistics"
-    return ""
+        return Once.STATISTICS
+    return None
 
 
 def tensors_in(tree: Any) -> list[Tensor]:

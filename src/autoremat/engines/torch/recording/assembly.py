@@ -10,7 +10,8 @@ import torch
 from autoremat.engines.torch.operators.costs import Cost
 from autoremat.engines.torch.operators.numbers import saved_number_bytes
 from autoremat.engines.torch.recording.recording import RecordedOp, RecordedValue, Recording
-from autoremat.program import END, Op, Program, Value
+from autoremat.program import END, Once, Op, Program, Value
+from autoremat.program.once import Reason
 
 OPTIMIZER_STEP: Final = "optimizer step"
 """Name of the last op of a program in whose account the optimizer's step is."""
@@ -54,7 +55,9 @@ def assemble(
             seconds=cost.seconds,
             scratch_bytes=cost.scratch_bytes,
             phase="backward" if op.backward else "forward",
-            repeatable=reason,
+            once=None if reason is None else reason.once,
+            note="" if reason is None else reason.note,
+            kind="ask" if op.is_ask else "op",
             in_place=tuple((index[a], index[b]) for a, b in op.in_place),
             module=op.module,
             source=op.source,
@@ -63,7 +66,10 @@ def assemble(
         for op, cost, reason in zip(recording.ops, costs, reasons, strict=True)
     ]
     if optimizer_scratch_bytes:
-        ops.append(Op(OPTIMIZER_STEP, (), (), 0.0, optimizer_scratch_bytes, phase="backward", repeatable="backward"))
+        step = Op(
+            OPTIMIZER_STEP, (), (), 0.0, optimizer_scratch_bytes, phase="backward", once=Once.BACKWARD, kind="step"
+        )  # fmt: skip
+        ops.append(step)
     total, timed = sum(cost.seconds for cost in costs), sum(cost.seconds for cost in costs if cost.runs)
     share = timed / total if total else 0.0
     return Program(name, tuple(values), tuple(ops), timing=timing, measured_share=share, recorded=recorded)
@@ -87,12 +93,12 @@ def _value(number: int, value: RecordedValue, recording: Recording, device: torc
     return Value(f"v{number}", nbytes, held=held, available=value.available, **about)
 
 
-def _reasons(recording: Recording) -> list[str]:
-    """For every op, "" or why it must not run again."""
+def _reasons(recording: Recording) -> list[Reason | None]:
+    """For every op why it must not run again; None where it may."""
     taken_over_by = {old: i for i, op in enumerate(recording.ops) for _, old in op.in_place if not op.backward}
     benign = _overwritten_at_once(recording.ops)
     lost: set[int] = set()  # overwritten in place and not to be had again
-    reasons = []
+    reasons: list[Reason | None] = []
     for op in recording.ops:
         reason = _reason(op, recording, lost, benign)
         if reason:
@@ -101,41 +107,41 @@ def _reasons(recording: Recording) -> list[str]:
     return reasons
 
 
-def _reason(op: RecordedOp, recording: Recording, lost: set[int], benign: set[int]) -> str:
+def _reason(op: RecordedOp, recording: Recording, lost: set[int], benign: set[int]) -> Reason | None:
     facts = op.facts
     if op.backward or facts is None:
-        return "backward"
-    if facts.never_again:
-        return facts.never_again
+        return Reason(Once.BACKWARD)
+    if facts.once:
+        return facts.once
     if not recording.changed_unseen.isdisjoint(op.writes):
-        return "what it makes is changed by something that torch does not see"
+        return Reason(Once.MADE_IS_CHANGED)
     if not recording.changed_unseen.isdisjoint(op.reads):
-        return "what it reads is changed by something that torch does not see"
+        return Reason(Once.READ_IS_CHANGED)
     if op.opaque:
-        return "uses a tensor whose storage cannot be seen (sparse, quantized, nested or a subclass)"
+        return Reason(Once.OPAQUE)
     if facts.batch_norm:
-        return "updates running statistics that are not buffers" if op.in_place else _stale(op, recording, skip=True)
+        return Reason(Once.STATISTICS_NOT_BUFFERS) if op.in_place else _stale(op, recording, skip=True)
     if op.effects:
-        return f"overwrites {recording.values[op.effects[0]].label}"
+        return Reason(Once.OVERWRITES, recording.values[op.effects[0]].label)
     if facts.uninitialised and not set(op.writes) <= benign:
-        return "returns uninitialised memory"
+        return Reason(Once.UNINITIALISED)
     for n in op.reads:
         if n in lost:
-            return f"reads {recording.values[n].label}, which is overwritten in place"
+            return Reason(Once.READS_TAKEN_OVER, recording.values[n].label)
     return _stale(op, recording, skip=False)
 
 
-def _stale(op: RecordedOp, recording: Recording, *, skip: bool) -> str:
+def _stale(op: RecordedOp, recording: Recording, *, skip: bool) -> Reason | None:
     """Reads something from outside that the step overwrites (running statistics in training are not read).
 
     One overwritten before counts too: the next forward overwrites it again, perhaps before this one's backward.
     """
     if skip and op.effects:
-        return ""
+        return None
     for n in op.reads:
         if n < 0 and n in recording.overwritten:
-            return f"reads {recording.values[n].label}, which every step overwrites"
-    return ""
+            return Reason(Once.READS_OVERWRITTEN, recording.values[n].label)
+    return None
 
 
 def _overwritten_at_once(ops: Sequence[RecordedOp]) -> set[int]:

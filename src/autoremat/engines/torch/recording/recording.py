@@ -34,7 +34,12 @@ class RecordedOp:
     source: str = ""
     call: int = -1
     packed: int = -1
-    """Of an ``unpack``: which of the tensors that were saved is asked for."""
+    """Where the backward asks for one of the tensors that were saved, which one."""
+
+    @property
+    def is_ask(self) -> bool:
+        """Whether the backward asks for a saved tensor here, and nothing is done."""
+        return self.packed >= 0
 
 
 @dataclass(slots=True)

@@ -12,7 +12,7 @@ from autoremat.engines.torch.operators.history import is_leaf
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.values import storage_of
 from autoremat.engines.torch.world.modules import named_tensors
-from autoremat.program import END, Op, Program, Value
+from autoremat.program import END, Once, Op, Program, Value
 
 ACCUMULATE: Final = "accumulate"
 """Name of the op that stands where the backward hands a leaf its gradient, which it reads."""
@@ -83,7 +83,7 @@ def with_gradients(program: Program, there: Mapping[str, int]) -> Program:
         taking = _taking(program, v)
         add = Op(
             _ADD, (taking.source, len(values) - 1), (), rate * _PASSES * nbytes, phase="backward",
-            repeatable="backward", module=ops[taking.begin].module, source=ops[taking.begin].source,
+            once=Once.BACKWARD, module=ops[taking.begin].module, source=ops[taking.begin].source,
         )  # fmt: skip
         ops[taking.begin] = add
         if taking.source == v:

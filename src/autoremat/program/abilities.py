@@ -1,0 +1,34 @@
+"""``Abilities``: which schedules the engine that recorded a program can carry out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+Reruns = Literal["anywhere", "at asks"]
+
+
+@dataclass(frozen=True, slots=True)
+class Abilities:
+    """What an engine can do with a plan. Planners obey it, and ``verify`` checks it.
+
+    Attributes:
+        reruns: where further runs may stand: ``anywhere``, or, ``at asks``, only ahead of what the backward asks for.
+        most_runs: how often an op may run in all; None: any number of times. A compiler that keeps or recomputes: 2.
+        ordered: the engine runs everything in the order of the schedule. False: it orders runs itself, so that the
+            simulated peak is an estimate.
+    """
+
+    reruns: Reruns = "anywhere"
+    most_runs: int | None = None
+    ordered: bool = True
+
+    def can_run(self, runs_of: Mapping[int, int]) -> bool:
+        """Whether every op may run as often as said there.
+
+        Example:
+            >>> Abilities(most_runs=2).can_run({0: 1, 1: 3}), Abilities().can_run({0: 1, 1: 3})
+            (False, True)
+        """
+        return self.most_runs is None or max(runs_of.values(), default=0) <= self.most_runs

@@ -1,0 +1,90 @@
+"""What of a schedule can be said by a decision for each value: keep it for the backward, or compute it again there."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from enum import Enum
+
+from autoremat.program.model import Program
+from autoremat.program.schedule import Schedule
+
+
+class Decision(Enum):
+    """What happens to a value of the forward that the backward reads."""
+
+    KEEP = "stays in memory until its last reader of the backward has run"
+    RECOMPUTE = "leaves after its last reader of the forward, and is computed again when the backward reads it"
+
+
+def decisions_of(program: Program, schedule: Schedule) -> Mapping[str, Decision]:
+    """For every value that the forward makes and the backward reads, by id: whether it is kept or computed again.
+
+    An engine that knows nothing else carries out what these say; ``beyond_decisions`` tells what they leave out.
+    O(runs + reads).
+
+    Example:
+        >>> from autoremat.program import Op, Value
+        >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("b", 8), Value("da", 8)
+        >>> ops = (
+        ...     Op("f", (0,), (1,)), Op("g", (1,), (2,)), Op("dg", (1, 2), (3,), phase="backward"),
+        ... )
+        >>> program = Program("tiny", values, ops)
+        >>> {v: d.name for v, d in decisions_of(program, Schedule.from_order(program, [0, 1, 0, 2])).items()}
+        {'a': 'RECOMPUTE', 'b': 'KEEP'}
+    """
+    left = _first_leaves(schedule)
+    begin = _backward_begins(program, schedule)
+    decisions = {}
+    for v, value in enumerate(program.values):
+        maker = program.producer[v]
+        is_asked = any(program.ops[i].phase == "backward" for i in program.readers[v])
+        if maker < 0 or program.ops[maker].phase == "backward" or not is_asked:
+            continue
+        is_kept = left.get(v, len(schedule.order)) >= begin
+        decisions[value.id] = Decision.KEEP if is_kept else Decision.RECOMPUTE
+    return decisions
+
+
+def beyond_decisions(program: Program, schedule: Schedule) -> tuple[str, ...]:
+    """What a schedule does that no decisions say, in sentences; an engine that knows only those must refuse it.
+
+    Example:
+        >>> from autoremat.program import Op, Value
+        >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("da", 8)
+        >>> program = Program("tiny", values, (Op("f", (0,), (1,)), Op("df", (1,), (2,), phase="backward")))
+        >>> beyond_decisions(program, Schedule.from_order(program, [0, 0, 0, 1]))
+        ('op 0 (f) runs 3 times; decisions have it run twice at most',)
+    """
+    return tuple(_beyond(program, schedule))
+
+
+def _beyond(program: Program, schedule: Schedule) -> Iterator[str]:
+    begin = _backward_begins(program, schedule)
+    for i, n in sorted(schedule.runs_of.items()):
+        if n > 2:
+            yield f"op {i} ({program.ops[i].name}) runs {n} times; decisions have it run twice at most"
+    seen: set[int] = set()
+    for p, i in enumerate(schedule.order[:begin]):
+        if i in seen:
+            yield f"op {i} ({program.ops[i].name}) runs again in the forward (run {p}), of which decisions say nothing"
+        seen.add(i)
+    decided = decisions_of(program, schedule)
+    again = {v for p, i in enumerate(schedule.order) if p >= begin and i in seen for v in program.ops[i].writes}
+    for v in sorted(again):
+        value = program.values[v]
+        if decided.get(value.id) is Decision.KEEP and program.ops[program.producer[v]].phase == "forward":
+            yield f"value {value.id} stays into the backward and is computed again there; decisions say one of both"
+
+
+def _first_leaves(schedule: Schedule) -> dict[int, int]:
+    """For every value that leaves, the run after which it does so first."""
+    found: dict[int, int] = {}
+    for p, frees in enumerate(schedule.frees):
+        for v in frees:
+            found.setdefault(v, p)
+    return found
+
+
+def _backward_begins(program: Program, schedule: Schedule) -> int:
+    """The first run of an op of the backward."""
+    return next((p for p, i in enumerate(schedule.order) if program.ops[i].phase == "backward"), len(schedule.order))
