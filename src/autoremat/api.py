@@ -3,12 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
-import math
-import os
-import sys
-import types
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -17,44 +11,40 @@ from typing import Any, Final, TypeVar, overload
 import torch
 from torch import nn
 
+from autoremat.checkpointed import Forward, checkpoint_callable, checkpoint_module, session_of
 from autoremat.engines.torch.eager.dry_run import record as record_calls
-from autoremat.engines.torch.eager.first import FirstStep
-from autoremat.engines.torch.eager.session import Session
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.operators.timing import Progress
+from autoremat.engines.torch.world.memory import free_bytes
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.engines.torch.world.versions import warn_if_untested
-from autoremat.planner import Frontier, parse_budget, solve
+from autoremat.options import Given, Options
+from autoremat.planner import Frontier, solve
 from autoremat.planner import frontier as frontier_of
-from autoremat.planner.beside import Wanted
-from autoremat.planner.constraints import Patterns, constrain, is_matched, still_possible
-from autoremat.planner.search.floor import floor_of
-from autoremat.program import InfeasibleBudget, Once, Plan, Program, simulate
+from autoremat.planner.constraints import Patterns
+from autoremat.program import InfeasibleBudget, Plan, Program
+from autoremat.program.units import Budget
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.progress import progress_bar
 
 F = TypeVar("F", bound=Callable[..., Any])
-Budget = int | float | str
-_MARK = "__autoremat__"
 warn_if_untested(torch.__version__)  # here, so that it is said once, at the first use
 TIMINGS: Final = ("auto", "measure", "estimate")
 """Where seconds and kernel scratch come from."""
-TIGHT: Final = 0.1
-"""The part of the time for a plan that is wanted at once, where the budget is too tight for the greedy."""
 
 
 @overload
 def checkpoint(
-    target: F, *, budget: Budget | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
+    target: F, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
     keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
-    target: None = None, *, budget: Budget | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
+    target: None = None, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
     keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> Callable[[F], F]: ...  # fmt: skip
 def checkpoint(
-    target: Any = None, *, budget: Budget | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
+    target: Any = None, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
     keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
 ) -> Any:  # fmt: skip
     """Make a module or a callable train within a memory budget.
@@ -106,8 +96,8 @@ def checkpoint(
             "give either a budget or a plan made with one (autoremat.plan(model, *largest_input, budget=...))"
         )
     known = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan))
-    wanted: Budget = known.budget_bytes if known is not None else budget  # type: ignore[assignment]
-    _check_budget(wanted)
+    wanted: Given = known.budget_bytes if known is not None else budget  # type: ignore[assignment]
+    Budget.read(wanted)
     options = Options(wanted, optimizer, keep, recompute, time_limit_seconds, measure, known)
     if target is None:
         return functools.partial(checkpoint, **options.wishes)
@@ -116,8 +106,8 @@ def checkpoint(
     if session_of(target) is not None:
         raise ValueError("this is checkpointed by autoremat already; undo that first with autoremat.restore(...)")
     if isinstance(target, nn.Module):
-        return _checkpoint_module(target, options)
-    return _checkpoint_callable(target, options)
+        return checkpoint_module(target, options)
+    return checkpoint_callable(target, options)
 
 
 def restore(target: F) -> F:
@@ -132,7 +122,7 @@ def restore(target: F) -> F:
     if not isinstance(target, nn.Module):
         return session.fn  # type: ignore[return-value]
     forward = vars(target)["forward"]
-    if not isinstance(forward, _Forward):
+    if not isinstance(forward, Forward):
         raise ValueError(
             f"the forward of this {type(target).__name__} has been wrapped once more since it was checkpointed (by "
             "Accelerate, say); undo that first"
@@ -170,7 +160,7 @@ def stats(target: Any) -> Stats:
 def plan(
     fn: Callable[..., Any],
     *args: Any,
-    budget: Budget,
+    budget: Given,
     optimizer: Any = None,
     solver: str = "auto",
     keep: Patterns = (),
@@ -215,11 +205,11 @@ def plan(
         >>> plan.peak_bytes <= 0.9 * plan.plain_peak_bytes
         True
     """
-    _check_budget(budget)
+    Budget.read(budget)
     with progress_bar() as progress:
         program = record_step(fn, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
         return solve(
-            program, in_bytes(budget, program.fixed_bytes), solver=solver, keep=keep, recompute=recompute,
+            program, in_bytes(budget, program), solver=solver, keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
 
@@ -227,7 +217,7 @@ def plan(
 def explain(
     step: Plan | Program | Callable[..., Any],
     *args: Any,
-    budget: Budget | None = None,
+    budget: Given | None = None,
     optimizer: Any = None,
     keep: Patterns = (),
     recompute: Patterns = (),
@@ -276,13 +266,13 @@ def explain(
             raise TypeError("a plan stands for itself: its program and its budget are in it")
         return explanation_of(step.program, step)
     if budget is not None:
-        _check_budget(budget)
+        Budget.read(budget)
     with progress_bar() as progress:
         program = _program_of(step, args, kwargs, optimizer, timing, progress, accumulate)
         if budget is None:
             return explanation_of(program)
         plan = solve(
-            program, in_bytes(budget, program.fixed_bytes), keep=keep, recompute=recompute,
+            program, in_bytes(budget, program), keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
         return explanation_of(program, plan)
@@ -368,220 +358,9 @@ def record_step(
     )  # fmt: skip
 
 
-class Options:
-    """What a user asked of ``checkpoint``; makes the plans."""
-
-    def __init__(
-        self, budget: Budget, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float,
-        measure: bool = False, given: Plan | None = None,
-    ) -> None:  # fmt: skip
-        self.given = given
-        self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
-        self.keep, self.recompute, self.measure = keep, recompute, measure
-        self._settled_bytes: int | None = None
-        """What a share of the plain peak has come to, at the first plan: later kinds of input have as much."""
-        self._floor: tuple[weakref.ref[Program], int] | None = None
-        """The floor that was looked for last."""
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy of a model needs the bytes of the optimizer, not the optimizer."""
-        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None, "_floor": None}
-
-    @property
-    def wishes(self) -> dict[str, Any]:
-        """The arguments of ``checkpoint``."""
-        wishes = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        given = wishes.pop("given")
-        return wishes if given is None else wishes | {"budget": None, "plan": given}
-
-    def first(self, fixed_bytes: int) -> Callable[[int], float]:
-        """What a first step may take beside what is there for good, given what plain training would take by then.
-
-        A share of the plain peak is not known before the step has been recorded; by then what is held is at most that
-        share of what plain training would hold.
-        """
-        fixed_bytes += optimizer_bytes(self.optimizer)[0]
-        budget = self._budget(fixed_bytes)
-        whole = parse_budget(budget, 1 << 60)
-        if not _is_share(budget):
-            return lambda plain_bytes: whole - fixed_bytes
-        if whole >= 1 << 60:
-            return lambda plain_bytes: math.inf
-        return lambda plain_bytes: parse_budget(budget, fixed_bytes + plain_bytes) - fixed_bytes
-
-    def is_kept(self, module: str, name: str) -> bool:
-        """Whether the user wants what an operator of this module and name makes kept."""
-        return bool(self.keep) and is_matched(self.keep, module, name)
-
-    def assembled(self, first: FirstStep) -> Program:
-        """The program of a first step, operators measured within the budget."""
-        with progress_bar() as progress:
-            state, scratch = optimizer_bytes(self.optimizer)
-            return first.program(
-                optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, progress=progress, limit=self._in_bytes
-            )
-
-    def budget_bytes(self, program: Program, plain_peak_bytes: int, *, anew: bool = False) -> int:
-        """The budget, where plain training has this peak.
-
-        A share of a peak is settled by the first plan; ``anew``: by more than that one knew of.
-        """
-        nbytes = self.share_bytes(program, plain_peak_bytes)
-        if not _is_share(in_bytes(self.budget, program.fixed_bytes)):
-            return nbytes
-        if self._settled_bytes is None or (anew and nbytes > self._settled_bytes):
-            self._settled_bytes = nbytes
-        return self._settled_bytes
-
-    def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
-        """What the budget would be if this was the first plan."""
-        return parse_budget(in_bytes(self.budget, program.fixed_bytes), plain_peak_bytes)
-
-    def _budget(self, fixed_bytes: int) -> Budget:
-        return in_bytes(self.budget, fixed_bytes) if self._settled_bytes is None else self._settled_bytes
-
-    def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
-        """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
-        is_first = seconds is None
-        wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
-        with progress_bar() as progress:
-            return solve(
-                program, budget, keep=wanted.keep, recompute=wanted.recompute, time_limit_seconds=wanted.seconds,
-                progress=progress, first=is_first,
-            )  # fmt: skip
-
-    def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
-        """The same plan, to be looked for elsewhere."""
-        found_out = any(op.once in (Once.MADE_IS_CHANGED, Once.DIFFERS) for op in program.ops)
-        recompute = still_possible(program, self.recompute) if found_out else self.recompute
-        return Wanted(program, budget, min(seconds, self.time_limit_seconds), self.keep, recompute)
-
-    def with_floor(self, plan: Plan) -> Plan:
-        """The plan with the smallest budget that is accepted; a first plan was made without looking for that."""
-        known = None if self._floor is None or self._floor[0]() is not plan.program else self._floor[1]
-        if known is None:
-            wanted = self.wanted(plan.program, plan.budget_bytes, 0.0)
-            limited = wanted.keep or wanted.recompute
-            program = constrain(plan.program, wanted.keep, wanted.recompute) if limited else plan.program
-            known = min(plan.floor_bytes, floor_of(program).nbytes)
-            self._floor = weakref.ref(plan.program), known
-        return plan if plan.floor_bytes == known else replace(plan, floor_bytes=known)
-
-    def _in_bytes(self, program: Program) -> int:
-        return parse_budget(self._budget(program.fixed_bytes), simulate(program).peak_bytes)
-
-
-_OF_A_METHOD: Final = frozenset(
-    {"__closure__", "__code__", "__defaults__", "__func__", "__globals__", "__kwdefaults__", "__self__"}
-)
-
-
-class _Forward:
-    """Stands in for ``forward`` on one module; goes along when the module is copied or pickled."""
-
-    def __init__(self, module: nn.Module, options: Options) -> None:
-        self.module, self.options = module, options
-        self.replaced = vars(module).get("forward")
-        self._wrap()
-
-    def _wrap(self) -> None:
-        plain = self.replaced or types.MethodType(type(self.module).forward, self.module)
-        functools.update_wrapper(self, type(self.module).forward, updated=())
-        self.__wrapped__ = plain  # already bound: the signature is that of a call
-        self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.session.call(args, kwargs)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        """To ``inspect.ismethod``, and to nobody else, a method: so TorchScript finds the code that it compiles."""
-        asks = sys._getframe(1).f_code
-        return types.MethodType if asks is inspect.ismethod.__code__ else _Forward
-
-    def __getattr__(self, name: str) -> Any:
-        """What a bound method has and this has not: for ``torch.jit.script`` and ``torch.export``, which read code."""
-        if name not in _OF_A_METHOD or "module" not in self.__dict__:
-            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(types.MethodType(type(self.module).forward, self.module), name)
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Plans stay behind: they are made anew where they are needed."""
-        return {"module": self.module, "options": self.options, "replaced": self.replaced}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._wrap()
-
-
-class _PlainForward:
-    """A module's own forward, with the module in sight of the recorder."""
-
-    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        self.module, self._forward = module, forward
-        self.__name__ = type(module).__name__
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """That of the forward, for messages that name an argument."""
-        return inspect.signature(self._forward)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._forward(*args, **kwargs)
-
-
-def _checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
-    if not any(p.requires_grad for p in module.parameters()):
-        raise ValueError(
-            f"{type(module).__name__} has no parameters that require grad, so there is no backward pass to save memory "
-            "for; to checkpoint a computation on inputs that require grad, wrap a function instead of the module"
-        )
-    module.forward = _Forward(module, options)
-    return module
-
-
-def _checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    session = Session(fn, options, measure=options.measure)
-
-    @functools.wraps(fn)
-    def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        return session.call(args, kwargs)
-
-    setattr(checkpointed, _MARK, session)
-    return checkpointed
-
-
-def session_of(target: Any) -> Session | None:
-    """What a checkpointed module or callable runs under; None for all others."""
-    if isinstance(target, nn.Module):
-        forward = vars(target).get("forward")
-        while forward is not None and not isinstance(forward, _Forward):
-            forward = getattr(forward, "__wrapped__", None)  # a library may have wrapped it once more
-        return forward.session if isinstance(forward, _Forward) and forward.module is target else None
-    session = getattr(target, _MARK, None)
-    return session if isinstance(session, Session) else None
-
-
-def _check_budget(budget: Budget) -> None:
-    """Refuse a malformed budget at the door."""
-    if budget != "auto":
-        parse_budget(budget, 1 << 62)
-
-
-def _is_share(budget: Budget) -> bool:
-    """Whether a budget is a share of the plain peak."""
-    return parse_budget(budget, 1 << 60) != parse_budget(budget, 1 << 59)
-
-
-def in_bytes(budget: Budget, fixed_bytes: int) -> Budget:
+def in_bytes(budget: Given, program: Program) -> Given:
     """``"auto"`` as bytes: what is free on the device now, plus what the step's fixed values take already."""
-    if budget != "auto":
-        return budget
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        reserved = torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-        return int(0.95 * (free + reserved)) + fixed_bytes
-    return int(0.95 * os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")) + fixed_bytes
+    return free_bytes() + program.fixed_bytes if Budget.read(budget).is_auto else budget
 
 
 __all__ = ["InfeasibleBudget", "checkpoint", "explain", "frontier", "plan", "restore", "stats"]

@@ -12,7 +12,7 @@ from typing import Any, Final
 import torch
 from torch import Tensor, nn
 
-from autoremat.api import Options, session_of
+from autoremat.checkpointed import session_of
 from autoremat.engines.torch.eager.check import Differs
 from autoremat.engines.torch.eager.session import Session
 from autoremat.engines.torch.operators.history import is_leaf
@@ -31,6 +31,7 @@ from autoremat.engines.torch.world.modules import (
 )
 from autoremat.engines.torch.world.outputs import differentiable_outputs
 from autoremat.engines.torch.world.problems import NOTHING, NothingDifferentiable, UnusableInput
+from autoremat.options import Options
 from autoremat.planner.constraints import Patterns
 from autoremat.program import Plan
 

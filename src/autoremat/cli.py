@@ -381,7 +381,7 @@ def _asked_of_device(budget: int | float | str, program: Program) -> int | float
     """The budget, ``auto`` in bytes of the device that this machine has."""
     from autoremat.api import in_bytes
 
-    return in_bytes(budget, program.fixed_bytes)
+    return in_bytes(budget, program)
 
 
 def _write_page(plan: Plan, path: Path, wishes: tuple[tuple[str, ...], tuple[str, ...]], time_limit: float) -> None:

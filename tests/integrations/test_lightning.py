@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import autoremat
+from autoremat.checkpointed import session_of
 from autoremat.integrations.lightning import AutorematCallback
 from tests.integrations.meter import SCALARS, Meter
 
@@ -131,8 +131,8 @@ def test_trainer_is_exact_and_within_the_budget(module: dict[str, Any], options:
     budget = stats.plan.budget_bytes
     if module["by"] == "loss":  # then nothing else is outside
         assert max(peaks[3:]) <= budget + SCALARS
-    assert autoremat.api.session_of(net) is None
-    assert autoremat.api.session_of(net.body) is None
+    assert session_of(net) is None
+    assert session_of(net.body) is None
     assert "loss" not in vars(net)
 
 
@@ -156,7 +156,7 @@ def test_everything_is_as_it_was_after_an_error() -> None:
         def on_train_start(self, trainer: Any, pl_module: Any) -> None:
             nonlocal net
             net = pl_module
-            assert autoremat.api.session_of(pl_module.loss) is not None
+            assert session_of(pl_module.loss) is not None
 
     with pytest.raises(ZeroDivisionError):
         fit([callback, Remembers(), Breaks()], {"by": "loss"})

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 import autoremat
+from autoremat.checkpointed import session_of
 from autoremat.integrations.transformers import AutorematCallback
 from tests.integrations.meter import Meter
 
@@ -132,7 +133,7 @@ def test_trainer_is_exact_and_within_the_budget(build: Any, options: dict[str, A
     assert stats.plan is not None
     # The first step is planned under way. The budget is of the last kind of step's plain peak, each kind has its own.
     assert 0 < max(mine.peaks[1:]) <= stats.plan.budget_bytes < max(plain.peaks[1:])
-    assert autoremat.api.session_of(mine.trainer.model) is None  # as it was
+    assert session_of(mine.trainer.model) is None  # as it was
 
 
 def test_saved_and_resumed(tmp_path: Path) -> None:
@@ -173,7 +174,7 @@ def test_a_training_that_ended_in_an_error_can_be_begun_again(tmp_path: Path) ->
     again = Trainer(model, TrainingArguments(str(tmp_path), **arguments), train_dataset=data, callbacks=[callback])
     again.train()
     assert [e.get("loss") for e in again.state.log_history] == [e.get("loss") for e in plain.trainer.state.log_history]
-    assert autoremat.api.session_of(model) is None
+    assert session_of(model) is None
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
+from autoremat.checkpointed import session_of
 from autoremat.engines.torch.eager.kinds import Prepared
 from autoremat.planner import beside
 from autoremat.planner.beside import Beside, Here, Search, SearchFailed, Wanted
@@ -271,7 +272,7 @@ def test_the_search_for_an_old_recording_is_dropped() -> None:
         mine = autoremat.checkpoint(model(), budget=0.6)
         x = inputs()
         losses(mine, 2, x)
-        session = autoremat.api.session_of(mine)
+        session = session_of(mine)
         assert session is not None
         (kind,) = next(iter(session._families.values())).kinds()
         search = kind.prepared.search
@@ -322,7 +323,7 @@ def test_two_models_are_trained_beside_a_search() -> None:
 
 def is_quick(mine: Any) -> bool:
     """Whether no search for a model has come to its end."""
-    session = autoremat.api.session_of(mine)
+    session = session_of(mine)
     assert session is not None
     kinds = [kind for family in session._families.values() for kind in family.kinds()]
     return not kinds or kinds[0].prepared.tried_seconds < 0.1

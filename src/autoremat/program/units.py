@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Final, NoReturn
 
 _UNITS: Final = {
@@ -19,51 +21,97 @@ _ACCEPTED: Final = (
 )
 
 
-def parse_budget(budget: int | float | str, plain_peak_bytes: int) -> int:
-    """Bytes of a budget.
+@dataclass(frozen=True)
+class Budget:
+    """What a person has called a budget, read once. Neither bytes nor share: as much as the device has (``"auto"``).
 
-    KB, MB, GB, TB are decimal, KiB, MiB, GiB, TiB binary; upper and lower case do not matter. A float and a percentage
-    are shares of ``plain_peak_bytes``; fractions of a byte are cut off.
+    Attributes:
+        nbytes: of the peak.
+        share: of the plain peak, above 0 and at most 1.
+    """
+
+    nbytes: int | None = None
+    share: float | None = None
+
+    @staticmethod
+    def read(given: int | float | str) -> Budget:
+        """The budget that a person means.
+
+        KB, MB, GB, TB are decimal, KiB, MiB, GiB, TiB binary; upper and lower case do not matter. A float and a
+        percentage are shares of the plain peak.
+
+        Raises:
+            ValueError: anything else, such as a float above 1 (a number of bytes must be an int).
+
+        Example:
+            >>> Budget.read("1.5 KiB"), Budget.read("25%")
+            (Budget(nbytes=1536, share=None), Budget(nbytes=None, share=0.25))
+        """
+        if isinstance(given, bool):
+            _refuse(given)
+        if isinstance(given, int):
+            return Budget(given) if given > 0 else _refuse(given)
+        if isinstance(given, float):
+            return _share(given, given)
+        if isinstance(given, str):
+            return _parse_text(given)
+        return _refuse(given)
+
+    @property
+    def is_auto(self) -> bool:
+        """Whether the device is to be asked what there is."""
+        return self.nbytes is None and self.share is None
+
+    def resolved(self, device_bytes: Callable[[], int]) -> Budget:
+        """The same, in bytes where the device has to be asked."""
+        return Budget(device_bytes()) if self.is_auto else self
+
+    def in_bytes(self, plain_peak_bytes: int) -> int:
+        """Bytes, where plain training has this peak; fractions of a byte are cut off.
+
+        Raises:
+            ValueError: nobody has asked the device.
+        """
+        if self.nbytes is not None:
+            return self.nbytes
+        if self.share is not None:
+            return int(self.share * plain_peak_bytes)
+        raise ValueError('budget "auto" needs a device whose free memory can be asked: pass a number of bytes here')
+
+
+def parse_budget(budget: int | float | str, plain_peak_bytes: int) -> int:
+    """Bytes of a budget, as ``Budget.read`` takes it.
 
     Raises:
-        ValueError: anything else, such as a float above 1 (a number of bytes must be an int) or "auto", which only
-            makes sense where there is a device to ask.
+        ValueError: as there; or ``"auto"``, which only makes sense where there is a device to ask.
 
     Example:
         >>> parse_budget("1.5 KiB", 0), parse_budget(0.5, 10), parse_budget("25%", 8), parse_budget(7, 0)
         (1536, 5, 2, 7)
     """
-    if isinstance(budget, bool):
-        _refuse(budget)
-    if isinstance(budget, int):
-        return budget if budget > 0 else _refuse(budget)
-    if isinstance(budget, float):
-        return _share(budget, budget, plain_peak_bytes)
-    if isinstance(budget, str):
-        return _parse_text(budget, plain_peak_bytes)
-    return _refuse(budget)
+    return Budget.read(budget).in_bytes(plain_peak_bytes)
 
 
-def _parse_text(text: str, plain_peak_bytes: int) -> int:
+def _parse_text(text: str) -> Budget:
     if text.strip().lower() == "auto":
-        raise ValueError('budget "auto" needs a device whose free memory can be asked: pass a number of bytes here')
+        return Budget()
     match = _SIZE.fullmatch(text.strip())
     if match is None:
         return _refuse(text)
     number, unit = match.groups()
     if unit == "%":
-        return _share(text, float(number) / 100, plain_peak_bytes)
+        return _share(text, float(number) / 100)
     factor = _UNITS.get(unit.lower())
     if factor is None:
         return _refuse(text)
     nbytes = int(number) * factor if number.isdigit() else int(float(number) * factor)
-    return nbytes if nbytes > 0 else _refuse(text)
+    return Budget(nbytes) if nbytes > 0 else _refuse(text)
 
 
-def _share(given: float | str, share: float, plain_peak_bytes: int) -> int:
+def _share(given: float | str, share: float) -> Budget:
     if math.isnan(share) or not 0 < share <= 1:
         _refuse(given)
-    return int(share * plain_peak_bytes)
+    return Budget(share=share)
 
 
 def _refuse(budget: object) -> NoReturn:

@@ -1,0 +1,129 @@
+"""What a user asks of ``checkpoint``, and the plans that come of it."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+from autoremat.engines.torch.eager.first import FirstStep
+from autoremat.engines.torch.world.memory import free_bytes
+from autoremat.engines.torch.world.optimizer import optimizer_bytes
+from autoremat.planner import solve
+from autoremat.planner.beside import Wanted
+from autoremat.planner.constraints import Patterns, constrain, is_matched, still_possible
+from autoremat.planner.search.floor import floor_of
+from autoremat.program import Once, Plan, Program, simulate
+from autoremat.program.units import Budget
+from autoremat.show.progress import progress_bar
+
+Given = int | float | str
+"""What a budget may be given as."""
+TIGHT: Final = 0.1
+"""The part of the time for a plan that is wanted at once, where the budget is too tight for the greedy."""
+
+
+class Options:
+    """What a user asked of ``checkpoint``; makes the plans."""
+
+    def __init__(
+        self, budget: Given, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float,
+        measure: bool = False, given: Plan | None = None,
+    ) -> None:  # fmt: skip
+        self.given = given
+        self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
+        self._asked = Budget.read(budget)
+        self.keep, self.recompute, self.measure = keep, recompute, measure
+        self._settled_bytes: int | None = None
+        """What a share of the plain peak has come to, at the first plan: later kinds of input have as much."""
+        self._floor: tuple[weakref.ref[Program], int] | None = None
+        """The floor that was looked for last."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy of a model needs the bytes of the optimizer, not the optimizer."""
+        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None, "_floor": None}
+
+    @property
+    def wishes(self) -> dict[str, Any]:
+        """The arguments of ``checkpoint``."""
+        wishes = {name: value for name, value in vars(self).items() if not name.startswith("_")}
+        given = wishes.pop("given")
+        return wishes if given is None else wishes | {"budget": None, "plan": given}
+
+    def first(self, fixed_bytes: int) -> Callable[[int], float]:
+        """What a first step may take beside what is there for good, given what plain training would take by then.
+
+        A share of the plain peak is not known before the step has been recorded; by then what is held is at most that
+        share of what plain training would hold.
+        """
+        fixed_bytes += optimizer_bytes(self.optimizer)[0]
+        budget = self._budget(fixed_bytes)
+        if budget.share == 1:
+            return lambda plain_bytes: math.inf
+        return lambda plain_bytes: budget.in_bytes(fixed_bytes + plain_bytes) - fixed_bytes
+
+    def is_kept(self, module: str, name: str) -> bool:
+        """Whether the user wants what an operator of this module and name makes kept."""
+        return bool(self.keep) and is_matched(self.keep, module, name)
+
+    def assembled(self, first: FirstStep) -> Program:
+        """The program of a first step, operators measured within the budget."""
+        with progress_bar() as progress:
+            state, scratch = optimizer_bytes(self.optimizer)
+            return first.program(
+                optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, progress=progress, limit=self._in_bytes
+            )
+
+    def budget_bytes(self, program: Program, plain_peak_bytes: int, *, anew: bool = False) -> int:
+        """The budget, where plain training has this peak.
+
+        A share of a peak is settled by the first plan; ``anew``: by more than that one knew of.
+        """
+        nbytes = self.share_bytes(program, plain_peak_bytes)
+        if self._asked.share is None:
+            return nbytes
+        if self._settled_bytes is None or (anew and nbytes > self._settled_bytes):
+            self._settled_bytes = nbytes
+        return self._settled_bytes
+
+    def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+        """What the budget would be if this was the first plan."""
+        return self._of_device(program.fixed_bytes).in_bytes(plain_peak_bytes)
+
+    def _budget(self, fixed_bytes: int) -> Budget:
+        return self._of_device(fixed_bytes) if self._settled_bytes is None else Budget(self._settled_bytes)
+
+    def _of_device(self, fixed_bytes: int) -> Budget:
+        return self._asked.resolved(lambda: free_bytes() + fixed_bytes)
+
+    def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
+        """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
+        is_first = seconds is None
+        wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
+        with progress_bar() as progress:
+            return solve(
+                program, budget, keep=wanted.keep, recompute=wanted.recompute, time_limit_seconds=wanted.seconds,
+                progress=progress, first=is_first,
+            )  # fmt: skip
+
+    def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
+        """The same plan, to be looked for elsewhere."""
+        found_out = any(op.once in (Once.MADE_IS_CHANGED, Once.DIFFERS) for op in program.ops)
+        recompute = still_possible(program, self.recompute) if found_out else self.recompute
+        return Wanted(program, budget, min(seconds, self.time_limit_seconds), self.keep, recompute)
+
+    def with_floor(self, plan: Plan) -> Plan:
+        """The plan with the smallest budget that is accepted; a first plan was made without looking for that."""
+        known = None if self._floor is None or self._floor[0]() is not plan.program else self._floor[1]
+        if known is None:
+            wanted = self.wanted(plan.program, plan.budget_bytes, 0.0)
+            limited = wanted.keep or wanted.recompute
+            program = constrain(plan.program, wanted.keep, wanted.recompute) if limited else plan.program
+            known = min(plan.floor_bytes, floor_of(program).nbytes)
+            self._floor = weakref.ref(plan.program), known
+        return plan if plan.floor_bytes == known else replace(plan, floor_bytes=known)
+
+    def _in_bytes(self, program: Program) -> int:
+        return self._budget(program.fixed_bytes).in_bytes(simulate(program).peak_bytes)
