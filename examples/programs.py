@@ -7,7 +7,7 @@ autoremat.solve(chain(64), "30%")
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from autoremat.program import END, Op, Program, Value
+from autoremat.program import END, Once, Op, Program, Value
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def step(name: str, layers: Sequence[Layer]) -> Program:
         values.append(Value(f"g{k}", 100, held=None if k else END))
         reads, gradient = (*inputs[k], gradient), len(values) - 1
         ops.append(
-            Op(f"b{k}", reads, (gradient,), 2 * layer.seconds, phase="backward", repeatable="backward",
+            Op(f"b{k}", reads, (gradient,), 2 * layer.seconds, phase="backward", once=Once.BACKWARD,
                module=f"layers.{k}")
         )  # fmt: skip
     return Program(name, tuple(values), tuple(ops))

@@ -19,6 +19,7 @@ import autoremat
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.engines.torch.world.parallel import NotSupported
 from autoremat.engines.torch.world.problems import UnusableInput
+from autoremat.program import Once
 
 
 @pytest.fixture
@@ -89,7 +90,7 @@ def test_what_needs_freed_parameters_stays_in_its_unit() -> None:
     model = sharded(network())
     program = autoremat.plan(lambda x: model(x).sum(), torch.randn(8, 16), budget=1.0).program
     forward = [program.ops[i] for i in program.forward]
-    again = {(op.module, op.name): op.once for op in forward}
+    again = {(op.module, op.name): op.why for op in forward}
     assert "freed" in again["0", "aten.add.Tensor"]
     assert "freed" in again["1", "aten.add.Tensor"]
     assert again["0.up", "aten.addmm.default"] == again["1", "aten.sigmoid.default"] == ""
@@ -176,7 +177,7 @@ def test_a_recording_runs_no_collective() -> None:
     program = autoremat.plan(step, x, budget=1.0).program
     assert program.recorded == "real"
     talks = [op for op in program.ops if op.name.startswith("c10d.")]
-    assert [op.once for op in talks] == ["communicates with other processes"] * 2
+    assert [op.once for op in talks] == [Once.COMMUNICATES] * 2
     assert [len(op.in_place) for op in talks] == [2, 1], "what is received is written into what was there"
 
 

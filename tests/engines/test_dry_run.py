@@ -12,7 +12,7 @@ import autoremat
 from autoremat.engines.torch.eager.dry_run import record
 from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.engines.torch.world.problems import UnusableInput
-from autoremat.program import Program, Value, simulate
+from autoremat.program import Once, Program, Value, simulate
 from tests.zoo import CASES, Case
 
 SMALL = [c for c in CASES if c.name in ("pre-activation ResNet", "U-Net", "encoder-decoder", "XOR MLP")]
@@ -28,7 +28,7 @@ def trained(loss: Any, inputs: tuple[Tensor, ...]) -> Program:
 
 
 def ops_of(program: Program) -> list[tuple[Any, ...]]:
-    return [(o.name, o.reads, o.writes, o.in_place, o.phase, o.once, o.module, o.source, o.call) for o in program.ops]
+    return [(o.name, o.reads, o.writes, o.in_place, o.phase, o.why, o.module, o.source, o.call) for o in program.ops]
 
 
 def values_of(program: Program) -> list[Value]:
@@ -160,4 +160,4 @@ def test_an_operator_of_somebody_elses_is_not_known_to_be_pure() -> None:
         return torch.ops.dry_run.twice(x.detach().sin()).mul(x).sin().sum()
 
     program = record(loss, (torch.ones(4, requires_grad=True),))
-    assert next(op for op in program.ops if "twice" in op.name).once.startswith("custom operator")
+    assert next(op for op in program.ops if "twice" in op.name).once is Once.FOREIGN

@@ -40,9 +40,10 @@ def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: fl
     assert plan.lower_bound <= plan.overhead + 1e-12
 
 
-@examples(30)
-@given(program=programs(max_ops=6), solver=st.sampled_from(SOLVERS))
-def test_every_solver_plans_the_plain_peak(program: Program, solver: str):
+@pytest.mark.parametrize("solver", SOLVERS)
+@examples(8)
+@given(program=programs(max_ops=6))
+def test_every_solver_plans_the_plain_peak(solver: str, program: Program):
     plain = simulate(program).peak_bytes
     if not plain:
         return
@@ -53,9 +54,10 @@ def test_every_solver_plans_the_plain_peak(program: Program, solver: str):
     assert solver != "auto" or plan.overhead == 0
 
 
-@examples(30)
-@given(program=steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
-def test_every_solver_is_lawful_at_every_budget_it_reaches(program: Program, share: float, solver: str):
+@pytest.mark.parametrize("solver", SOLVERS)
+@examples(8)
+@given(program=steps(), share=SHARES)
+def test_every_solver_is_lawful_at_every_budget_it_reaches(solver: str, program: Program, share: float):
     budget = budget_at(program, share)
     try:
         plan = solve(program, budget, solver=solver)

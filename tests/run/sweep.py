@@ -269,7 +269,7 @@ def account_of(plan: Plan, wrong: tuple[str, ...], random: bool) -> Outcome:
     asked = {op.reads[0] for op in program.ops if op.kind == "ask" and program.values[op.reads[0]].nbytes}
     makers = [program.producer[v] for v in asked if program.producer[v] in own]
     again = sum(plan.schedule.runs_of[i] > 1 for i in makers)
-    kept = [(op.name, op.once) for op in own.values() if op.once]
+    kept = [(op.name, op.why) for op in own.values() if op.once]
     return Outcome("", wrong, len(makers), again, tuple(kept), random)
 
 

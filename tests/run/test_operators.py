@@ -9,6 +9,7 @@ from torch.testing._internal.opinfo.core import OpInfo
 
 from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.dry_run import record
+from autoremat.program import Once
 from tests.run.compare import off_by_a_bit
 from tests.run.sweep import DTYPES, EVERY, OPERATORS, PLACES, Outcome, Place, is_steady, name_of, sweep, wrong_at
 
@@ -150,5 +151,5 @@ def test_sparse_matrix_products_can_be_recorded_without_a_device_to_measure_on()
 def test_what_differs_from_run_to_run_is_kept() -> None:
     a, b = torch.randn(4, 3, requires_grad=True), torch.randn(4, 2)
     program = record(lambda a, b: torch.linalg.lstsq(a.sin(), b).solution.exp().sum(), (a, b), timing="estimate")
-    (reason,) = {op.once for op in program.ops if op.name.startswith("aten.linalg_lstsq")} - {"backward"}
+    (reason,) = {op.why for op in program.ops if op.name.startswith("aten.linalg_lstsq")} - {Once.BACKWARD.value}
     assert reason == "gives other last bits from run to run"

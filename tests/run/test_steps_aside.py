@@ -290,4 +290,4 @@ def test_nested_tensors_of_the_old_layout_are_named_as_what_they_are() -> None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*nested tensors is in prototype.*")
         program = record(step, (torch.randn(3, 8), torch.randn(5, 8)), timing="estimate")
-    assert any("nested" in op.once for op in program.ops)
+    assert any("nested" in op.why for op in program.ops)

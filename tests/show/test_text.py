@@ -4,8 +4,10 @@ from dataclasses import replace
 
 import pytest
 
+from autoremat.planner import solve
 from autoremat.program import Op, Program, Schedule, Value
 from autoremat.show.text import fold_indices, format_seconds, plan_text
+from tests.planner.chains import gpt
 from tests.program.hand import chain_plan
 
 GOLDEN = """\
@@ -94,3 +96,10 @@ def test_fold_indices(indices: list[int], text: str) -> None:
 )
 def test_format_seconds(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_a_peak_that_is_an_estimate_says_so() -> None:
+    program = gpt(1)
+    free = replace(program, abilities=replace(program.abilities, ordered=False))
+    assert "(estimate: the engine orders runs)" in str(solve(free, 1.0))
+    assert "estimate: the engine" not in str(solve(program, 1.0))

@@ -21,7 +21,7 @@ from autoremat.planner.search.calls import folded_of, planned_as, unfolded, unti
 from autoremat.planner.search.memo import per_program
 from autoremat.planner.search.tables import tables_of
 from autoremat.planner.solvers import NAMES, solver_of
-from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
+from autoremat.program import InfeasibleBudget, InvalidSchedule, Plan, Program, Schedule, simulate
 from autoremat.program.units import parse_budget
 
 if TYPE_CHECKING:
@@ -70,7 +70,7 @@ def solve(
         program: the step to plan.
         budget: bytes, a size such as ``"10GiB"``, or a share of the plain peak such as ``0.5`` or ``"50%"``.
         solver: one of ``SOLVERS``. ``auto`` compares many; ``exact`` goes on from there to the optimum of a small
-            program (up to about a hundred ops; see ``plan/exact.py`` for what it is the optimum of): the lower bound
+            program (up to about a hundred ops; ``search/optimum.py`` says what it is the optimum of): the lower bound
             is then equal to the overhead, or says how far it got; the others are the classics by name.
         keep: patterns on module paths or names of ops; what these ops make is never computed again.
         recompute: the same; what these ops make does not stay from the forward into the backward, and is computed again
@@ -276,7 +276,10 @@ def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int, 
     from autoremat.planner.bounds.bounds import lower_bound
 
     schedule = _made_by(solver, program, budget_bytes, deadline)
-    peak = simulate(program, schedule).peak_bytes
+    try:
+        peak = simulate(program, schedule).peak_bytes
+    except InvalidSchedule as error:
+        raise InvalidSchedule(f"solver {solver!r} made a schedule that cannot be carried out: {error}") from error
     _refuse_runs(program, schedule, solver)
     if peak > budget_bytes:
         raise infeasible(program, budget_bytes, schedule, solver=solver)

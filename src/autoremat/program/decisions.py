@@ -10,39 +10,37 @@ from autoremat.program.schedule import Schedule
 
 
 class Decision(Enum):
-    """What happens to a value of the forward that the backward reads."""
+    """What happens to a value of the forward that is read in the backward."""
 
     KEEP = "stays in memory until its last reader of the backward has run"
-    RECOMPUTE = "leaves after its last reader of the forward, and is computed again when the backward reads it"
+    RECOMPUTE = "leaves in the forward, and is computed again when the backward needs it, once"
 
 
 def decisions_of(program: Program, schedule: Schedule) -> Mapping[str, Decision]:
     """For every value that the forward makes and the backward reads, by id: whether it is kept or computed again.
 
-    An engine that knows nothing else carries out what these say; ``beyond_decisions`` tells what they leave out.
-    O(runs + reads).
+    The backward reads what its ops read, and what is read by ops that run again in it. An engine that knows nothing
+    else carries out what these say; ``beyond_decisions`` tells what they leave out. O(runs + reads).
 
     Example:
         >>> from autoremat.program import Op, Value
         >>> values = Value("x", 4, fixed=True), Value("a", 8), Value("b", 8), Value("da", 8)
-        >>> ops = (
-        ...     Op("f", (0,), (1,)), Op("g", (1,), (2,)), Op("dg", (1, 2), (3,), phase="backward"),
-        ... )
+        >>> ops = Op("f", (0,), (1,)), Op("g", (1,), (2,)), Op("dg", (1, 2), (3,), phase="backward")
         >>> program = Program("tiny", values, ops)
-        >>> {v: d.name for v, d in decisions_of(program, Schedule.from_order(program, [0, 1, 0, 2])).items()}
+        >>> schedule = Schedule.from_order(program, [0, 1, 0, 2])
+        >>> {v: decision.name for v, decision in decisions_of(program, schedule).items()}
         {'a': 'RECOMPUTE', 'b': 'KEEP'}
+        >>> beyond_decisions(program, schedule)
+        ()
     """
-    left = _first_leaves(schedule)
     begin = _backward_begins(program, schedule)
-    decisions = {}
-    for v, value in enumerate(program.values):
-        maker = program.producer[v]
-        is_asked = any(program.ops[i].phase == "backward" for i in program.readers[v])
-        if maker < 0 or program.ops[maker].phase == "backward" or not is_asked:
-            continue
-        is_kept = left.get(v, len(schedule.order)) >= begin
-        decisions[value.id] = Decision.KEEP if is_kept else Decision.RECOMPUTE
-    return decisions
+    again = {v for i in _again(program, schedule, begin) for v in program.ops[i].writes}
+    read = dict.fromkeys(v for i in schedule.order[begin:] for v in program.ops[i].reads)
+    return {
+        program.values[v].id: Decision.RECOMPUTE if v in again else Decision.KEEP
+        for v in sorted(read)
+        if program.producer[v] >= 0 and program.ops[program.producer[v]].phase == "forward"
+    }
 
 
 def beyond_decisions(program: Program, schedule: Schedule) -> tuple[str, ...]:
@@ -68,12 +66,15 @@ def _beyond(program: Program, schedule: Schedule) -> Iterator[str]:
         if i in seen:
             yield f"op {i} ({program.ops[i].name}) runs again in the forward (run {p}), of which decisions say nothing"
         seen.add(i)
-    decided = decisions_of(program, schedule)
-    again = {v for p, i in enumerate(schedule.order) if p >= begin and i in seen for v in program.ops[i].writes}
-    for v in sorted(again):
-        value = program.values[v]
-        if decided.get(value.id) is Decision.KEEP and program.ops[program.producer[v]].phase == "forward":
-            yield f"value {value.id} stays into the backward and is computed again there; decisions say one of both"
+    left = _first_leaves(schedule)
+    for v in sorted(v for i in _again(program, schedule, begin) for v in program.ops[i].writes):
+        if left.get(v, len(schedule.order)) >= begin:
+            yield f"value {program.values[v].id} stays into the backward and is made again; decisions say one of both"
+
+
+def _again(program: Program, schedule: Schedule, begin: int) -> list[int]:
+    """The ops of the forward that run in the backward."""
+    return sorted({i for i in schedule.order[begin:] if program.ops[i].phase == "forward"})
 
 
 def _first_leaves(schedule: Schedule) -> dict[int, int]:
@@ -86,5 +87,10 @@ def _first_leaves(schedule: Schedule) -> dict[int, int]:
 
 
 def _backward_begins(program: Program, schedule: Schedule) -> int:
-    """The first run of an op of the backward."""
-    return next((p for p, i in enumerate(schedule.order) if program.ops[i].phase == "backward"), len(schedule.order))
+    """The first run of an op of the backward, or of what runs again right ahead of it."""
+    order = schedule.order
+    first = {i: p for p, i in reversed(list(enumerate(order)))}
+    begin = next((p for p, i in enumerate(order) if program.ops[i].phase == "backward"), len(order))
+    while begin and first[order[begin - 1]] < begin - 1:
+        begin -= 1
+    return begin

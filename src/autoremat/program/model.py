@@ -261,7 +261,7 @@ class Program:
         return self.values[value].module or (self.ops[made_by].module if made_by >= 0 else "")
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The program as JSON text (format ``autoremat-program``, version 1), also written to ``path`` if given."""
+        """The program as JSON text (format ``autoremat-program``, version 2), also written to ``path`` if given."""
         from autoremat.program.json_format import program_to_data, write_json
 
         return write_json(program_to_data(self), path)

@@ -93,7 +93,7 @@ class Plan:
         return memory_plot(self, path)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The plan with its program as JSON text (format ``autoremat-plan``, version 1), also to ``path`` if given."""
+        """The plan with its program as JSON text (format ``autoremat-plan``, version 2), also to ``path`` if given."""
         from autoremat.program.json_format import plan_to_data, write_json
 
         return write_json(plan_to_data(self), path)

@@ -72,12 +72,7 @@ class Schedule:
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
-        """The same as one list: every run, and after it what is freed.
-
-        Example:
-            >>> Schedule((0, 1), ((), (2,))).actions
-            (Run(op=0), Run(op=1), Free(value=2))
-        """
+        """The same as one list: every run, and after it what is freed."""
         found = list[Action]()
         for i, frees in zip(self.order, self.frees, strict=True):
             found += [Run(i), *map(Free, frees)]
@@ -89,6 +84,11 @@ class Schedule:
 
         Raises:
             InvalidSchedule: something is freed before anything has run.
+
+        Example:
+            >>> schedule = Schedule.of_actions([Run(0), Run(1), Free(2)])
+            >>> schedule.order, schedule.frees, len(schedule.actions)
+            ((0, 1), ((), (2,)), 3)
         """
         order, frees = list[int](), list[list[int]]()
         for action in actions:

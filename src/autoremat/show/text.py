@@ -43,6 +43,7 @@ def plan_text(plan: Plan) -> str:
 
 
 def _costs(plan: Plan) -> list[str]:
+    estimate = "" if plan.program.abilities.ordered else " (estimate: the engine orders runs)"
     plain = plan.plain_peak_bytes
     least = plan.floor_lower_bound_bytes
     below = f"; no plan can be below {format_bytes(least)}" if least else ""
@@ -52,7 +53,8 @@ def _costs(plan: Plan) -> list[str]:
     return [
         f"Plan{name} by solver {plan.solver}",
         f"  budget      {format_bytes(plan.budget_bytes):>9}  {_share(plan.budget_bytes, plain)} of the plain peak",
-        f"  peak        {format_bytes(plan.peak_bytes):>9}  {_share(plan.peak_bytes, plain)} of the plain peak",
+        f"  peak        {format_bytes(plan.peak_bytes):>9}  {_share(plan.peak_bytes, plain)} of the plain peak"
+        + estimate,
         f"  plain peak  {format_bytes(plain):>9}  with nothing computed again",
         f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest known peak{below}",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
