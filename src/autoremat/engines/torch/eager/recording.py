@@ -81,8 +81,8 @@ def record_backward(
         if not with_gradients:
             for _, tensor in named:
                 shadow.twin(tensor).grad = None
-        for leaf in leaves:
-            leaf.register_hook(recorder.accumulates)
+        for leaf in leaves:  # a hook that stayed would hold the recorder, in a circle that runs through torch's graph
+            stack.callback(leaf.register_hook(recorder.accumulates).remove)
         with recorder.seeded(twins) as start:
             recorder.backward = True
             start()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -37,15 +38,18 @@ def assemble(
     outside = sorted((n for n in recording.values if n < 0), reverse=True)
     made = range(recording.made)
     index = {n: i for i, n in enumerate([*outside, *made])}
-    values = [_value(n, recording.values[n], recording, device) for n in [*outside, *made]]
+    names = _names(recording, [*outside, *made])
+    values = [_value(n, names[n], recording.values[n], device) for n in [*outside, *made]]
     number_bytes = saved_number_bytes(recording.calls_with_numbers) if device.type == "cpu" else 0
     if number_bytes:
         label = "numbers that autograd saves"
-        values.append(Value("numbers", number_bytes, fixed=True, label=label, kind="input"))
+        values.append(Value("autograd.numbers", number_bytes, fixed=True, label=label, kind="input"))
     if optimizer_state_bytes:
-        values.append(Value("optimizer", optimizer_state_bytes, fixed=True, label="optimizer state", kind="optimizer"))
+        values.append(
+            Value("optimizer.state", optimizer_state_bytes, fixed=True, label="optimizer state", kind="optimizer")
+        )
     for label, nbytes in (beside or {}).items():
-        values.append(Value(f"beside{len(values)}", nbytes, fixed=True, label=label, kind="distributed"))
+        values.append(Value(f"distributed.{len(values)}", nbytes, fixed=True, label=label, kind="distributed"))
     reasons = _reasons(recording)
     ops = [
         Op(
@@ -81,16 +85,37 @@ def main_device(values: dict[int, RecordedValue]) -> torch.device:
     return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
-def _value(number: int, value: RecordedValue, recording: Recording, device: torch.device) -> Value:
+def _names(recording: Recording, numbers: Sequence[int]) -> dict[int, str]:
+    """Names that a user knows: of a parameter its own, of what an op makes those of module and operator; each once."""
+    maker = {n: op for op in recording.ops for n in op.writes}
+    names: dict[int, str] = {}
+    used: Counter[str] = Counter()
+    for n in numbers:
+        value = recording.values[n]
+        op = maker.get(n)
+        if op is not None and value.kind != "gradient":
+            name = ".".join(filter(None, (op.module, op.name.removeprefix("aten.").partition(".")[0])))
+        else:
+            name = value.label.partition(" " + value.dtype)[0].replace(" ", ".")
+        name = name or ("memory" if n >= 0 else "outside")
+        used[name] += 1
+        while used[name] > 1 and used[f"{name}.{used[name]}"]:
+            used[name] += 1
+        names[n] = name if used[name] == 1 else f"{name}.{used[name]}"
+        used[names[n]] = max(used[names[n]], 1)
+    return names
+
+
+def _value(number: int, name: str, value: RecordedValue, device: torch.device) -> Value:
     nbytes = value.nbytes if value.device == device else 0
     about: dict[str, Any] = {"label": value.label, "kind": value.kind, "dtype": value.dtype, "shape": value.shape}
     about["module"] = value.module
     if number < 0:
-        return Value(f"x{-number}", nbytes, fixed=True, **about)
+        return Value(name, nbytes, fixed=True, **about)
     held: int | None = END if value.forever else None
     if held is None and value.died is not None:
         held = max(value.died - 1, 0)
-    return Value(f"v{number}", nbytes, held=held, available=value.available, **about)
+    return Value(name, nbytes, held=held, available=value.available, **about)
 
 
 def _reasons(recording: Recording) -> list[Reason | None]:
