@@ -103,7 +103,7 @@ class Session:
             return result
         if kind is None or kind.script is None:
             return self._steps.plain(kind, args, kwargs)
-        return self._steps.planned(kind, args, kwargs)
+        return self._steps.under_plan.run(kind, args, kwargs)
 
     def _kind(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Kind:
         with self._lock:
