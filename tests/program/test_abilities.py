@@ -70,8 +70,48 @@ def test_the_judge_counts_runs() -> None:
 
 
 def test_a_solver_that_runs_ops_too_often_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"solver 'revolve' runs an op \d+ times, and the engine that recorded 'chain"):
+    with pytest.raises(
+        ValueError,
+        match=r"solver 'revolve' makes a schedule that the engine of 'chain24' cannot carry out: it can run each op 2",
+    ):
         solve(able(chain(24), 2), 0.3, solver="revolve")
+
+
+def by_decisions(program: Program) -> Program:
+    """The same, recorded by an engine that keeps a value or computes it again."""
+    return replace(program, abilities=Abilities("by decisions"))
+
+
+@pytest.mark.parametrize("share", [0.8, 0.3, 0.0])
+@pytest.mark.parametrize("program", [chain(24), chain(7)], ids=["24", "7"])
+def test_auto_keeps_to_decisions(program: Program, share: float) -> None:
+    program = by_decisions(program)
+    plain = solve(program, 1.0)
+    budget = plain.floor_bytes + int(share * (plain.peak_bytes - plain.floor_bytes))
+    plan = solve(program, budget, time_limit_seconds=2.0)
+    assert plan.overhead > 0
+    assert beyond_decisions(plan.program, plan.schedule) == ()
+    assert verify(plan.program, plan) == ()
+
+
+@examples(40)
+@given(program=programs(), share=st.floats(0.3, 1.0), solver=st.sampled_from(SOLVERS))
+def test_no_solver_goes_beyond_decisions(program: Program, share: float, solver: str) -> None:
+    program = by_decisions(program)
+    try:
+        plan = solve(program, share, solver=solver, time_limit_seconds=1.0)
+    except (InfeasibleBudget, ValueError):
+        return
+    assert verify(program, plan) == ()
+    assert beyond_decisions(program, plan.schedule) == ()
+
+
+@given(st.data())
+def test_the_judge_and_the_reader_of_decisions_agree(data: st.DataObject) -> None:
+    program = by_decisions(data.draw(programs()))
+    schedule = Schedule.from_order(program, data.draw(orders(program)))
+    found = [v for v in verify(program, schedule) if v.rule == "reruns by decisions"]
+    assert bool(found) == bool(beyond_decisions(program, schedule))
 
 
 def test_further_runs_stand_ahead_of_asks() -> None:

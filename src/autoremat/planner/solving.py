@@ -21,7 +21,7 @@ from autoremat.planner.search.calls import folded_of, planned_as, unfolded, unti
 from autoremat.planner.search.memo import per_program
 from autoremat.planner.search.tables import tables_of
 from autoremat.planner.solvers import NAMES, solver_of
-from autoremat.program import InfeasibleBudget, InvalidSchedule, Plan, Program, Schedule, simulate
+from autoremat.program import InfeasibleBudget, InvalidSchedule, Plan, Program, Schedule, beyond_decisions, simulate
 from autoremat.program.units import parse_budget
 
 if TYPE_CHECKING:
@@ -171,7 +171,7 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
     if program.has_calls:
         return _made_exact_by_calls(program, budget_bytes, found, deadline)
     outcome = _of_all(program, budget_bytes) or exact(program, budget_bytes, known, deadline=deadline)
-    if outcome.schedule and not program.abilities.can_run(outcome.schedule.runs_of):
+    if outcome.schedule and not _can_run(program, outcome.schedule):
         return replace(found, lower_bound=max(found.lower_bound, outcome.bound_seconds / (program.seconds or 1.0)))
     beside = found.candidates
     if known:
@@ -252,7 +252,7 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
     from autoremat.planner.search.uniform import proven
 
     found = None if passing_values(program) or program.has_calls else proven(program, budget_bytes)
-    if found is None or not program.abilities.can_run(found.schedule.runs_of):
+    if found is None or not _can_run(program, found.schedule):
         return None
     if not found.fits:
         raise infeasible(program, budget_bytes, found.schedule, solver="auto")
@@ -264,12 +264,23 @@ def _made_by(solver: str, program: Program, budget_bytes: int, deadline: float) 
     return unfolded(program, solver_of(solver)(planned_as(program), budget_bytes, deadline=deadline))
 
 
-def _refuse_runs(program: Program, schedule: Schedule, solver: str) -> None:
+def _can_run(program: Program, schedule: Schedule) -> bool:
+    """Whether the engine that recorded a program can carry a schedule out."""
     if not program.abilities.can_run(schedule.runs_of):
-        raise ValueError(
-            f"solver {solver!r} runs an op {max(schedule.runs_of.values())} times, and the engine that recorded "
-            f"{program.name!r} can run each {program.abilities.most_runs} times at most; solver='auto' obeys that"
-        )
+        return False
+    return program.abilities.reruns != "by decisions" or not beyond_decisions(program, schedule)
+
+
+def _refuse_runs(program: Program, schedule: Schedule, solver: str) -> None:
+    """Say what the engine that recorded a program cannot do of what a solver wants."""
+    if _can_run(program, schedule):
+        return
+    most, beyond = program.abilities.most_runs, beyond_decisions(program, schedule)
+    how = f"can run each op {most} times at most" if most is not None else "keeps a value or computes it again"
+    raise ValueError(
+        f"solver {solver!r} makes a schedule that the engine of {program.name!r} cannot carry out: it {how}, and "
+        f"{beyond[0] if beyond else f'one runs {max(schedule.runs_of.values())} times'}; solver='auto' obeys that"
+    )
 
 
 def _classic(program: Program, budget_bytes: int, solver: str, plain_peak: int, deadline: float) -> Plan:

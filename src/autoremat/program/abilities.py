@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Reruns = Literal["anywhere", "at asks"]
+Reruns = Literal["anywhere", "at asks", "by decisions"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,7 +14,8 @@ class Abilities:
     """What an engine can do with a plan. Planners obey it, and ``verify`` checks it.
 
     Attributes:
-        reruns: where further runs may stand: ``anywhere``, or, ``at asks``, only ahead of what the backward asks for.
+        reruns: where further runs may stand: ``anywhere``; ``at asks``, only ahead of what the backward asks for; ``by
+            decisions``, so that every value is either kept or computed again once (``beyond_decisions``).
         most_runs: how often an op may run in all; None: any number of times. A compiler that keeps or recomputes: 2.
         ordered: the engine runs everything in the order of the schedule. False: it orders runs itself, so that the
             simulated peak is an estimate.
@@ -23,6 +24,11 @@ class Abilities:
     reruns: Reruns = "anywhere"
     most_runs: int | None = None
     ordered: bool = True
+
+    @property
+    def are_limited(self) -> bool:
+        """Whether there are schedules of ops that may run again which the engine cannot carry out."""
+        return self.most_runs is not None or self.reruns == "by decisions"
 
     def can_run(self, runs_of: Mapping[int, int]) -> bool:
         """Whether every op may run as often as said there.

@@ -162,6 +162,7 @@ class _Machine:
     stuck: set[int] = field(default_factory=set)
     handed: dict[int, int] = field(default_factory=dict)
     hasty: list[tuple[int, int]] = field(default_factory=list)
+    left: dict[int, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for v, value in enumerate(self.program.values):
@@ -185,6 +186,7 @@ class _Machine:
             self.first_run[run.op] = run.position
             self.latest = max(self.latest, run.op)
             self.handed.update((v, run.op) for v in op.reads if op.kind == "ask")
+        self.left |= {v: run.position for v in run.frees if v not in self.left}
         for v in set(run.frees) - taken:
             if v in self.memory and not self.program.values[v].fixed:
                 self.in_use -= self.memory.pop(v)
@@ -359,6 +361,27 @@ def _reruns_at_asks(machine: _Machine, _: _Promises) -> Iterator[_Found]:
                 yield _Found(f"it is a further run, and {what}", op=machine.op_at[waiting], run=waiting)
             waiting = -1
         seen.add(i)
+
+
+@_of_the_whole("reruns by decisions", "where the engine says so, a value is kept for the backward or made again in it")
+def _reruns_by_decisions(machine: _Machine, _: _Promises) -> Iterator[_Found]:
+    ops, ran = machine.program.ops, machine.op_at
+    if machine.program.abilities.reruns != "by decisions":
+        return
+    begin = next((p for p, i in enumerate(ran) if ops[i].phase == "backward"), len(ran))
+    while begin and machine.first_run[ran[begin - 1]] < begin - 1:
+        begin -= 1  # what runs again right ahead of the backward
+    times = dict.fromkeys(ran, 0)
+    for p, i in enumerate(ran):
+        times[i] += 1
+        if times[i] > 1 and p < begin:
+            yield _Found("it runs again in the forward", op=i, run=p)
+        elif times[i] > 2:
+            yield _Found("it runs more than twice", op=i, run=p)
+        elif times[i] == 2:
+            for v in ops[i].writes:
+                if machine.left.get(v, len(ran)) >= begin:
+                    yield _Found("it has been kept into the backward, and is made again", v, op=i, run=p)
 
 
 @_of_each_run(

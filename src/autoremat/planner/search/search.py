@@ -9,7 +9,6 @@ knowledge of the future, and both simulate after every batch of choices, because
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -23,7 +22,7 @@ from autoremat.planner.search.calls import planned_as
 from autoremat.planner.search.reusing import reuse
 from autoremat.planner.search.tables import Tables, tables_of
 from autoremat.planner.search.unrolled import Levels, reruns
-from autoremat.program import Program
+from autoremat.program import Program, Schedule, beyond_decisions
 
 _MAX_COPIES = 6
 """How many copies of a value a plan may drop one after the other."""
@@ -38,6 +37,14 @@ _MOST_KNOWN = 100_000
 def no_noise() -> float:
     """Scores as they are."""
     return 1.0
+
+
+def can_run(program: Program, order: Sequence[int]) -> bool:
+    """Whether the engine that recorded a program can run its ops in this order. O(runs)."""
+    schedule = Schedule.from_order(program, order)
+    if not program.abilities.can_run(schedule.runs_of):
+        return False
+    return program.abilities.reruns != "by decisions" or not beyond_decisions(program, schedule)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,7 +116,8 @@ class Search:
     """
 
     def __init__(self, program: Program) -> None:
-        planned, self._abilities = planned_as(program), program.abilities
+        planned = planned_as(program)
+        self._limited = planned if planned.abilities.are_limited else None
         self.tables: Tables = tables_of(planned)
         self.accountant = accountant_of(planned)
         self.frontier: list[Entry] = []
@@ -142,11 +150,10 @@ class Search:
         self, name: str, dropped: Levels, runs: list[tuple[int, int]], *, walked: bool = False
     ) -> Candidate:  # fmt: skip
         account = self.accountant(self.accountant.order(runs))
-        return Candidate(name, dropped, runs, account, walked, self._can_run(runs))
+        return Candidate(name, dropped, runs, account, walked, self._can_run(account))
 
-    def _can_run(self, runs: Sequence[tuple[int, int]]) -> bool:
-        most = self._abilities.most_runs
-        return most is None or most >= 1 + max(Counter(i for _, i in runs).values(), default=0)
+    def _can_run(self, account: Account) -> bool:
+        return self._limited is None or can_run(self._limited, account.order.tolist())
 
     def _look_at(self, name: str, dropped: Levels) -> Candidate:
         runs = reruns(self.tables, dropped)
@@ -169,7 +176,7 @@ class Search:
         """The candidate with the given further runs, less those that the room below the budget makes superfluous."""
         left, account = reuse(tables or self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
         self.evaluations += 1
-        candidate = Candidate(name, (), left, account, walked=True, can_run=self._can_run(left))
+        candidate = Candidate(name, (), left, account, walked=True, can_run=self._can_run(account))
         self.note(candidate)
         return candidate
 
