@@ -251,8 +251,10 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
     """The plan of a uniform chain, whose optimum is known; None for all other programs."""
     from autoremat.planner.search.uniform import proven
 
-    found = None if passing_values(program) or program.has_calls else proven(program, budget_bytes)
-    if found is None or not _can_run(program, found.schedule):
+    if passing_values(program) or program.has_calls or program.abilities.are_limited:
+        return None
+    found = proven(program, budget_bytes)
+    if found is None:
         return None
     if not found.fits:
         raise infeasible(program, budget_bytes, found.schedule, solver="auto")
