@@ -30,6 +30,7 @@ from autoremat.engines.torch.eager.kinds import Prepared
 from autoremat.planner import beside
 from autoremat.planner.beside import Beside, Here, Search, SearchFailed, Wanted
 from autoremat.program import Once, Op, Plan, Program, Value, verify
+from autoremat.program.once import Once, Reason
 
 
 def chain(n: int = 12) -> Program:
@@ -276,7 +277,7 @@ def test_the_search_for_an_old_recording_is_dropped() -> None:
         assert session is not None
         (kind,) = next(iter(session._families.values())).kinds()
         search = kind.prepared.search
-        kind.prepared.differing[1] = "because this test says so"
+        kind.prepared.differing[1] = Reason(Once.GIVEN, "because this test says so")
         Late.ends = True
         losses(mine, 1, x)
         assert kind.plan is not None

@@ -21,7 +21,8 @@ class Stats:
         calls: calls with gradients.
         hits: calls that found their plan in the cache.
         planned: how often a plan was made.
-        deviations: calls that left the recorded path and went on under the online policy.
+        deviations: calls that left the recorded path and went on under the online policy, or whose kind of input is not
+            recorded, so that they ran under it from the start.
         unplanned: calls that ran without checkpointing.
         reruns: operators run again in all backward passes so far.
         rerun_seconds: how long that took; on CUDA only what the host did, because kernels run on their own.
