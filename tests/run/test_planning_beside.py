@@ -30,7 +30,7 @@ from autoremat.engines.torch.eager.kinds import Prepared
 from autoremat.planner import beside
 from autoremat.planner.beside import Beside, Here, Search, SearchFailed, Wanted
 from autoremat.program import Once, Op, Plan, Program, Value, verify
-from autoremat.program.once import Once, Reason
+from autoremat.program.once import Reason
 
 
 def chain(n: int = 12) -> Program:
