@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def is_leaf(tensor: Tensor) -> bool:
@@ -40,5 +40,5 @@ def node_made(tensor: Tensor) -> Any:
 
 
 def _may_be_anew(tensor: Tensor) -> bool:
-    """Whether torch may have to make the node of a tensor anew."""
-    return tensor._is_view() and tensor._version > 0
+    """Whether torch may have to make the node of a tensor anew: never of a parameter, which may not be there yet."""
+    return not isinstance(tensor, nn.Parameter) and tensor._is_view() and tensor._version > 0
