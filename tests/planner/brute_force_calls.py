@@ -71,7 +71,8 @@ def _fits(
 ) -> bool:
     """Carry out the prefix: its values beside what is there, as long as the call holds them."""
     last = {v: max([program.producer[v], *(i for i in program.readers[v] if i in prefix)]) for v in gone}
-    last |= {v: max(program.producer[v], *program.readers[v], -1) for i in prefix for v in program.ops[i].writes}
+    made = [v for i in prefix for v in program.ops[i].writes]
+    last |= {v: max([program.producer[v], *(i for i in program.readers[v] if i in prefix)]) for v in made}
     last = {v: min(max(i, program.hold[v]), prefix[-1]) for v, i in last.items()}
     inside: list[int] = []
     outside = set(resident)
