@@ -41,4 +41,7 @@ def node_made(tensor: Tensor) -> Any:
 
 def _may_be_anew(tensor: Tensor) -> bool:
     """Whether torch may have to make the node of a tensor anew: never of a parameter, which may not be there yet."""
-    return not isinstance(tensor, nn.Parameter) and tensor._is_view() and tensor._version > 0
+    kind = type(tensor)
+    if kind is not Tensor and (kind is nn.Parameter or isinstance(tensor, nn.Parameter)):  # the last is slow
+        return False
+    return tensor._is_view() and tensor._version > 0
