@@ -104,3 +104,20 @@ def test_same_bits_tells_zeros_of_different_sign_apart() -> None:
 
 def test_an_account_without_events_has_the_peak_of_before() -> None:
     assert Account(5, (), ()).peak_bytes == 5
+
+
+def test_a_budget_below_the_floor_changes_nothing_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused at the end of a forward: which has drawn, and updated the statistics of batch norms."""
+    monkeypatch.setattr(train, "BUDGETS", (0.05,))
+    config = models.ResNetConfig(widths=(4, 8), blocks_per_stage=1, dropout=0.5)
+    images, labels = data.digits(size=8)
+    task = train.Task(
+        "tiny",
+        "a tiny ResNet",
+        partial(models.ResNet, config),
+        lambda model, x, y: F.cross_entropy(model(x), y),
+        partial(data.image_batches, images, labels, 16),
+    )
+    row = train.run_task(task, 4).rows[-1]
+    assert row.at_floor
+    assert row.kept_promises

@@ -8,6 +8,7 @@ after every step. The last step runs under the profiler and gives the memory.
 
 from __future__ import annotations
 
+import copy
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -211,7 +212,7 @@ def _take_step(variant: Variant, x: Tensor, y: Tensor, *, seed: int, first: bool
         before = resident(variant.model, variant.optimizer, x, y)
         variant.account = account(step, before)
     elif first:
-        _first_step(variant, x, y)
+        _first_step(variant, x, y, seed)
     else:
         step()
     variant.seconds.append(time.perf_counter() - start)
@@ -225,12 +226,18 @@ def _step(variant: Variant, x: Tensor, y: Tensor) -> None:
     variant.last_loss = loss.item()
 
 
-def _first_step(variant: Variant, x: Tensor, y: Tensor) -> None:
-    """The step that records and plans; a budget below the floor is replaced by the floor."""
+def _first_step(variant: Variant, x: Tensor, y: Tensor, seed: int) -> None:
+    """The step that records and plans; a budget below the floor is replaced by the floor.
+
+    That is known at the end of the forward: what it has drawn, and its batch norms have noted, is taken back.
+    """
+    before = copy.deepcopy(variant.model.state_dict())
     try:
         _step(variant, x, y)
     except autoremat.InfeasibleBudget as error:
         variant.at_floor = True
+        variant.model.load_state_dict(before)
+        torch.manual_seed(seed)
         _set_budget(variant, error.floor_bytes)
         _step(variant, x, y)
 
