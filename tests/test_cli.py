@@ -520,3 +520,9 @@ def test_the_shell_completes_solvers(monkeypatch: pytest.MonkeyPatch) -> None:
         cli.main, [], prog_name="autoremat", env=words | {"_AUTOREMAT_COMPLETE": "bash_complete"}
     )
     assert result.output.split() == ["plain,chen", "plain,chen-recursive"]
+
+
+def test_a_file_is_explained_for_what_the_device_has(tmp_path: Path) -> None:
+    path = tmp_path / "chain.json"
+    chain().to_json(path)
+    assert call("explain", str(path), "--budget", "auto").exit_code == 0

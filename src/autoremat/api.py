@@ -97,7 +97,6 @@ def checkpoint(
         )
     known = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan))
     wanted: Given = known.budget_bytes if known is not None else budget  # type: ignore[assignment]
-    Budget.read(wanted)
     options = Options(wanted, optimizer, keep, recompute, time_limit_seconds, measure, known)
     if target is None:
         return functools.partial(checkpoint, **options.wishes)

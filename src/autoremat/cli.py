@@ -17,7 +17,7 @@ from click.shell_completion import CompletionItem
 from autoremat.loading import NoSuchStep, load_step
 from autoremat.planner import SOLVERS
 from autoremat.program import InfeasibleBudget, Plan, Program
-from autoremat.program.units import parse_budget
+from autoremat.program.units import Budget, parse_budget
 
 if TYPE_CHECKING:
     from autoremat.planner.frontiers import Frontier
@@ -379,6 +379,9 @@ def _solved(
 
 def _asked_of_device(budget: int | float | str, program: Program) -> int | float | str:
     """The budget, ``auto`` in bytes of the device that this machine has."""
+    if not Budget.read(budget).is_auto:
+        return budget
+    _require("torch", "torch", "platformdirs")
     from autoremat.api import in_bytes
 
     return in_bytes(budget, program)
@@ -516,9 +519,7 @@ def explain(
     elif budget is None:
         _show(explanation_of(step), json_path)
     else:
-        if not model.endswith(".json"):
-            budget = _asked_of_device(budget, step)
-        plan = _solved(step, budget, "auto", (keep, recompute), time_limit)
+        plan = _solved(step, _asked_of_device(budget, step), "auto", (keep, recompute), time_limit)
         _show(explanation_of(step, plan), json_path)
 
 

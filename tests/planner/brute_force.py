@@ -3,15 +3,22 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from autoremat.program import Op, Program
 
 State = tuple[int, frozenset[int]]
+"""How many ops have run for the first time, and what is in memory."""
+Steps = Callable[[Program, int, State], Iterator[tuple[float, State]]]
 
 
 def optimum(program: Program, budget_bytes: int) -> float | None:
     """Least extra seconds of any schedule within the budget, None when there is none. Exponential."""
+    return cheapest(program, budget_bytes, _steps)
+
+
+def cheapest(program: Program, budget_bytes: int, steps: Steps) -> float | None:
+    """The same where these steps are possible, each with the extra seconds that it takes."""
     queue: list[tuple[float, int, State]] = [(0.0, 0, (0, frozenset()))]
     done: set[State] = set()
     count = 0
@@ -22,7 +29,7 @@ def optimum(program: Program, budget_bytes: int) -> float | None:
         done.add(state)
         if state[0] == len(program.ops):
             return seconds
-        for cost, following in _steps(program, budget_bytes, state):
+        for cost, following in steps(program, budget_bytes, state):
             if following not in done:
                 count += 1
                 heapq.heappush(queue, (seconds + cost, count, following))

@@ -2,32 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Iterator
 from itertools import product
 
 from autoremat.program import Op, Program
-
-State = tuple[int, frozenset[int]]
+from tests.planner.brute_force import State, cheapest
 
 
 def optimum_by_calls(program: Program, budget_bytes: int) -> float | None:
     """Least extra seconds of any schedule within the budget, None when there is none. Exponential."""
-    queue: list[tuple[float, int, State]] = [(0.0, 0, (0, frozenset()))]
-    done: set[State] = set()
-    count = 0
-    while queue:
-        seconds, _, state = heapq.heappop(queue)
-        if state in done:
-            continue
-        done.add(state)
-        if state[0] == len(program.ops):
-            return seconds
-        for cost, following in _steps(program, budget_bytes, state):
-            if following not in done:
-                count += 1
-                heapq.heappush(queue, (seconds + cost, count, following))
-    return None
+    return cheapest(program, budget_bytes, _steps)
 
 
 def _steps(program: Program, budget: int, state: State) -> Iterator[tuple[float, State]]:

@@ -22,6 +22,7 @@ from autoremat.planner.search.memo import per_program
 from autoremat.planner.search.tables import tables_of
 from autoremat.planner.solvers import NAMES, solver_of
 from autoremat.program import InfeasibleBudget, InvalidSchedule, Plan, Program, Schedule, beyond_decisions, simulate
+from autoremat.program.decisions import can_carry_out
 from autoremat.program.units import parse_budget
 
 if TYPE_CHECKING:
@@ -171,7 +172,7 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
     if program.has_calls:
         return _made_exact_by_calls(program, budget_bytes, found, deadline)
     outcome = _of_all(program, budget_bytes) or exact(program, budget_bytes, known, deadline=deadline)
-    if outcome.schedule and not _can_run(program, outcome.schedule):
+    if outcome.schedule and not can_carry_out(program, outcome.schedule):
         return replace(found, lower_bound=max(found.lower_bound, outcome.bound_seconds / (program.seconds or 1.0)))
     beside = found.candidates
     if known:
@@ -266,16 +267,9 @@ def _made_by(solver: str, program: Program, budget_bytes: int, deadline: float) 
     return unfolded(program, solver_of(solver)(planned_as(program), budget_bytes, deadline=deadline))
 
 
-def _can_run(program: Program, schedule: Schedule) -> bool:
-    """Whether the engine that recorded a program can carry a schedule out."""
-    if not program.abilities.can_run(schedule.runs_of):
-        return False
-    return program.abilities.reruns != "by decisions" or not beyond_decisions(program, schedule)
-
-
 def _refuse_runs(program: Program, schedule: Schedule, solver: str) -> None:
     """Say what the engine that recorded a program cannot do of what a solver wants."""
-    if _can_run(program, schedule):
+    if can_carry_out(program, schedule):
         return
     most, beyond = program.abilities.most_runs, beyond_decisions(program, schedule)
     how = f"can run each op {most} times at most" if most is not None else "keeps a value or computes it again"

@@ -43,6 +43,13 @@ def decisions_of(program: Program, schedule: Schedule) -> Mapping[str, Decision]
     }
 
 
+def can_carry_out(program: Program, schedule: Schedule) -> bool:
+    """Whether the engine that recorded a program can run its ops as a schedule does. O(runs + reads)."""
+    if not program.abilities.can_run(schedule.runs_of):
+        return False
+    return program.abilities.reruns != "by decisions" or not beyond_decisions(program, schedule)
+
+
 def beyond_decisions(program: Program, schedule: Schedule) -> tuple[str, ...]:
     """What a schedule does that no decisions say, in sentences; an engine that knows only those must refuse it.
 

@@ -9,7 +9,7 @@ knowledge of the future, and both simulate after every batch of choices, because
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -22,7 +22,8 @@ from autoremat.planner.search.calls import planned_as
 from autoremat.planner.search.reusing import reuse
 from autoremat.planner.search.tables import Tables, tables_of
 from autoremat.planner.search.unrolled import Levels, reruns
-from autoremat.program import Program, Schedule, beyond_decisions
+from autoremat.program import Program, Schedule
+from autoremat.program.decisions import can_carry_out
 
 _MAX_COPIES = 6
 """How many copies of a value a plan may drop one after the other."""
@@ -37,14 +38,6 @@ _MOST_KNOWN = 100_000
 def no_noise() -> float:
     """Scores as they are."""
     return 1.0
-
-
-def can_run(program: Program, order: Sequence[int]) -> bool:
-    """Whether the engine that recorded a program can run its ops in this order. O(runs)."""
-    schedule = Schedule.from_order(program, order)
-    if not program.abilities.can_run(schedule.runs_of):
-        return False
-    return program.abilities.reruns != "by decisions" or not beyond_decisions(program, schedule)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +110,7 @@ class Search:
 
     def __init__(self, program: Program) -> None:
         planned = planned_as(program)
-        self._limited = planned if planned.abilities.are_limited else None
+        self._of_few = planned if planned.abilities.are_limited else None
         self.tables: Tables = tables_of(planned)
         self.accountant = accountant_of(planned)
         self.frontier: list[Entry] = []
@@ -153,7 +146,7 @@ class Search:
         return Candidate(name, dropped, runs, account, walked, self._can_run(account))
 
     def _can_run(self, account: Account) -> bool:
-        return self._limited is None or can_run(self._limited, account.order.tolist())
+        return not self._of_few or can_carry_out(self._of_few, Schedule.from_order(self._of_few, account.order.tolist()))
 
     def _look_at(self, name: str, dropped: Levels) -> Candidate:
         runs = reruns(self.tables, dropped)

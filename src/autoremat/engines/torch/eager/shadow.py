@@ -162,9 +162,7 @@ class Shadow:
 
         ``node_of``: gives the node that has made the tensor.
         """
-        known = self._twins.get(id(tensor))
-        if known is not None and known[0]() is tensor:
-            twin = known[1]
+        if (twin := self._known(tensor)) is not None:
             if _is_like(twin, tensor) and twin.requires_grad == tensor.requires_grad:
                 return twin
             return self._put_right(tensor, twin)
@@ -173,13 +171,13 @@ class Shadow:
 
     def _as_given(self, tensor: Tensor) -> Tensor:
         """The twin of what a call was given, as it was then: the tensor itself may have been overwritten since."""
-        known = self._twins.get(id(tensor))
-        return known[1] if known is not None and known[0]() is tensor else self.twin(tensor)
+        twin = self._known(tensor)
+        return self.twin(tensor) if twin is None else twin
 
-    def _is_twin(self, twin: Tensor, tensor: Tensor) -> bool:
-        """Whether this is known as the twin of a tensor."""
+    def _known(self, tensor: Tensor) -> Tensor | None:
+        """The twin that a tensor has already."""
         known = self._twins.get(id(tensor))
-        return known is not None and known[0]() is tensor and known[1] is twin
+        return known[1] if known is not None and known[0]() is tensor else None
 
     def number(self, tensor: Tensor) -> int:
         """The number of the value that a tensor looks at."""
@@ -267,9 +265,9 @@ class Shadow:
 
     def _memory_of(self, tensor: Tensor) -> Tensor:
         """The twin of what is being saved, or one without a history: the node that saves it is the history's end."""
-        known = self._twins.get(id(tensor))
-        if known is not None and known[0]() is tensor and _is_like(known[1], tensor):
-            return known[1]
+        known = self._known(tensor)
+        if known is not None and _is_like(known, tensor):
+            return known
         storage = storage_of(tensor)
         if node_made(tensor) is None or storage is None or has_inside(tensor) or is_distributed(tensor):
             return self.twin(tensor)
@@ -451,7 +449,7 @@ class Shadow:
         versions = {id(twin): _version(twin) for twin, _ in recorder.given}
         made = self._made(func, args, kwargs, real, packs)
         for tensor, twin in zip(real, made, strict=True):
-            if versions.get(id(twin)) != _version(twin) or not self._is_twin(twin, tensor):
+            if versions.get(id(twin)) != _version(twin) or self._known(tensor) is not twin:
                 self._bind(tensor, twin, node_made(tensor))
             self._take_size(tensor, twin)
         recorder.real, recorder.given, recorder.masks = [], [], []

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
@@ -89,7 +88,8 @@ def _names(recording: Recording, numbers: Sequence[int]) -> dict[int, str]:
     """Names that a user knows: of a parameter its own, of what an op makes those of module and operator; each once."""
     maker = {n: op for op in recording.ops for n in op.writes}
     names: dict[int, str] = {}
-    used: Counter[str] = Counter()
+    taken: set[str] = set()
+    copies: dict[str, int] = {}
     for n in numbers:
         value = recording.values[n]
         op = maker.get(n)
@@ -98,11 +98,12 @@ def _names(recording: Recording, numbers: Sequence[int]) -> dict[int, str]:
         else:
             name = value.label.partition(" " + value.dtype)[0].replace(" ", ".")
         name = name or ("memory" if n >= 0 else "outside")
-        used[name] += 1
-        while used[name] > 1 and used[f"{name}.{used[name]}"]:
-            used[name] += 1
-        names[n] = name if used[name] == 1 else f"{name}.{used[name]}"
-        used[names[n]] = max(used[names[n]], 1)
+        base = name
+        while name in taken:
+            copies[base] = copies.get(base, 1) + 1
+            name = f"{base}.{copies[base]}"
+        names[n] = name
+        taken.add(name)
     return names
 
 
