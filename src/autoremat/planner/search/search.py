@@ -110,7 +110,7 @@ class Search:
 
     def __init__(self, program: Program) -> None:
         planned = planned_as(program)
-        self._of_few = planned if planned.abilities.are_limited else None
+        self._limited = planned if planned.abilities.are_limited else None
         self.tables: Tables = tables_of(planned)
         self.accountant = accountant_of(planned)
         self.frontier: list[Entry] = []
@@ -139,14 +139,13 @@ class Search:
         self.note(candidate)
         return candidate
 
-    def _candidate(
-        self, name: str, dropped: Levels, runs: list[tuple[int, int]], *, walked: bool = False
-    ) -> Candidate:  # fmt: skip
+    def _candidate(self, name: str, dropped: Levels, runs: list[tuple[int, int]], walked: bool = False) -> Candidate:
         account = self.accountant(self.accountant.order(runs))
         return Candidate(name, dropped, runs, account, walked, self._can_run(account))
 
     def _can_run(self, account: Account) -> bool:
-        return not self._of_few or can_carry_out(self._of_few, Schedule.from_order(self._of_few, account.order.tolist()))
+        limited = self._limited
+        return limited is None or can_carry_out(limited, Schedule.from_order(limited, account.order.tolist()))
 
     def _look_at(self, name: str, dropped: Levels) -> Candidate:
         runs = reruns(self.tables, dropped)
