@@ -18,6 +18,7 @@ ALLOWED = {
     "program": set(),
     "planner": {"program"},
     "show": {"program"},
+    "engines.engine": {"program"},
     "engines.numpy": {"program"},
     "engines.torch.operators": {"program"},
     "engines.torch.world": {"program", "engines.torch.operators"},

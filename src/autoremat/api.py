@@ -13,12 +13,12 @@ from torch import nn
 
 from autoremat.checkpointed import Forward, checkpoint_callable, checkpoint_module, session_of
 from autoremat.engines.torch.eager.dry_run import record as record_calls
+from autoremat.engines.torch.eager.options import Given, Options
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.operators.timing import Progress
 from autoremat.engines.torch.world.memory import free_bytes
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.engines.torch.world.versions import warn_if_untested
-from autoremat.options import Given, Options
 from autoremat.planner import Frontier, solve
 from autoremat.planner import frontier as frontier_of
 from autoremat.planner.constraints import Patterns
@@ -97,7 +97,7 @@ def checkpoint(
         )
     known = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan))
     wanted: Given = known.budget_bytes if known is not None else budget  # type: ignore[assignment]
-    options = Options(wanted, optimizer, keep, recompute, time_limit_seconds, measure, known)
+    options = Options(wanted, optimizer, keep, recompute, time_limit_seconds, measure, known, shown=progress_bar)
     if target is None:
         return functools.partial(checkpoint, **options.wishes)
     if not callable(target):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from autoremat.checkpointed import session_of
 from autoremat.engines.torch.eager.check import Differs
+from autoremat.engines.torch.eager.options import Options
 from autoremat.engines.torch.eager.session import Session
 from autoremat.engines.torch.operators.history import is_leaf
 from autoremat.engines.torch.operators.settings import RandomStates
@@ -31,9 +32,9 @@ from autoremat.engines.torch.world.modules import (
 )
 from autoremat.engines.torch.world.outputs import differentiable_outputs
 from autoremat.engines.torch.world.problems import NOTHING, NothingDifferentiable, UnusableInput
-from autoremat.options import Options
 from autoremat.planner.constraints import Patterns
 from autoremat.program import Plan
+from autoremat.show.progress import progress_bar
 
 
 @dataclass(frozen=True)
@@ -141,7 +142,7 @@ def check(
     plain = target if known is None else known.fn
     modules = reachable_modules(plain, args, kwargs)
     _refuse_unreal(modules, args, kwargs)
-    options = Options(budget or 1.0, optimizer, keep, recompute, time_limit_seconds)
+    options = Options(budget or 1.0, optimizer, keep, recompute, time_limit_seconds, shown=progress_bar)
     session = Session(plain, options if known is None else known.planner)
     args, kwargs = map_tensors((args, kwargs), _without_history)
     with torch.enable_grad(), _all_as_before(_named(modules, args, kwargs).values()) as start_anew:

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from torch import nn
 
+from autoremat.engines.torch.eager.options import Options
 from autoremat.engines.torch.eager.session import Session
-from autoremat.options import Options
 
 _MARK = "__autoremat__"
 _OF_A_METHOD: Final = frozenset(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
-import autoremat.options
+import autoremat.engines.torch.eager.options
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.stats import Stats
@@ -45,7 +45,7 @@ def quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> It
         return [Cost(0.0 if s is None else 1e-6) for s in signatures]
 
     monkeypatch.setattr(sys.modules[__name__], "FRACTIONS", (0.9, 0.7, 0.5) if request.param else (0.6,))
-    monkeypatch.setattr(autoremat.options, "solve", solve)
+    monkeypatch.setattr(autoremat.engines.torch.eager.options, "solve", solve)
     monkeypatch.setattr(sys.modules["autoremat.engines.torch.recording.whole"], "measure_all", costs)
     before = torch.get_num_threads()
     torch.set_num_threads(1)

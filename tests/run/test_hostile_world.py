@@ -670,7 +670,7 @@ def test_ctrl_c(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def body(i: int, h: Tensor) -> Tensor:
         return curly(i, Interrupts.apply(h) if i == 2 else h)
 
-    solve = autoremat.options.solve
+    solve = autoremat.engines.torch.eager.options.solve
 
     def interrupted_solve(*args: Any, **kwargs: Any) -> Any:
         if due and due[0] == "planning":
@@ -678,7 +678,7 @@ def test_ctrl_c(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
             interrupt()
         return solve(*args, **kwargs)
 
-    monkeypatch.setattr(autoremat.options, "solve", interrupted_solve)
+    monkeypatch.setattr(autoremat.engines.torch.eager.options, "solve", interrupted_solve)
 
     def build() -> World:
         model, x = Net(body), data()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import tracemalloc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -18,29 +17,13 @@ from autoremat.engines.numpy import Call, carry_out, record
 from autoremat.engines.numpy.engine import Array
 from autoremat.planner import SOLVERS, solve
 from autoremat.program import InfeasibleBudget, Op, Plan, Program, simulate, verify
+from tests.engines.numpy.meter import Meter
 from tests.fixed import examples
 from tests.planner.random_calls import call_steps
 from tests.planner.random_programs import steps
 
 SCALE = 64
 """numpy allocates at least a byte; the random programs have values of none."""
-
-
-class Meter:
-    """The bytes of arrays that are there, by Python's own account of allocations."""
-
-    def __enter__(self) -> Meter:
-        self.peak_bytes = 0
-        tracemalloc.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        tracemalloc.stop()
-
-    def look(self) -> None:
-        snapshot = tracemalloc.take_snapshot()
-        arrays = snapshot.filter_traces([tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)])
-        self.peak_bytes = max(self.peak_bytes, sum(trace.size for trace in arrays.traces))
 
 
 def scaled(program: Program) -> Program:

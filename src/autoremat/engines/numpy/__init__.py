@@ -1,5 +1,5 @@
 """The reference engine: steps written as lists of numpy functions. What an engine has to do, and nothing else."""
 
-from autoremat.engines.numpy.engine import Call, carry_out, record
+from autoremat.engines.numpy.engine import Call, Step, carry_out, record
 
-__all__ = ["Call", "carry_out", "record"]
+__all__ = ["Call", "Step", "carry_out", "record"]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autoremat.program import END, Once, Op, Plan, Program, Schedule, Value
+from autoremat.program import END, Abilities, Once, Op, Plan, Program, Schedule, Value
 
 Array = npt.NDArray[np.generic]
 
@@ -40,6 +40,37 @@ class Call:
     once: Once | None = None
     in_place: tuple[tuple[str, str], ...] = ()
     seconds: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step: its name, its calls in order, and the arrays that it is given, by name."""
+
+    name: str
+    calls: tuple[Call, ...]
+    inputs: Mapping[str, Array]
+
+
+class Numpy:
+    """The engine of this folder: every schedule can be carried out, and is, in its order."""
+
+    name = "numpy"
+    abilities = Abilities()
+
+    def record(self, step: Step) -> Program:
+        """The program of a step."""
+        return record(step.name, step.calls, step.inputs)
+
+    def carry_out(self, step: Step, plan: Plan) -> Callable[[], dict[str, Array]]:
+        """A callable that runs the step by the plan, and returns the arrays that are left, by name."""
+        values, ops = [v.id for v in plan.program.values], plan.program.ops
+        planned = [(o.name, tuple(values[r] for r in o.reads), tuple(values[w] for w in o.writes)) for o in ops]
+        if planned != [(c.name, c.reads, c.writes) for c in step.calls]:
+            raise ValueError(f"the plan is of {plan.program.name!r}, which has other calls than {step.name!r}")
+        return lambda: carry_out(plan, step.calls, step.inputs)
+
+
+ENGINE = Numpy()
 
 
 def record(name: str, calls: Sequence[Call], inputs: Mapping[str, Array]) -> Program:

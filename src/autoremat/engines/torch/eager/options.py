@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import weakref
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from autoremat.engines.torch.eager.first import FirstStep
+from autoremat.engines.torch.operators.timing import Progress
 from autoremat.engines.torch.world.memory import free_bytes
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.planner import solve
@@ -17,10 +19,11 @@ from autoremat.planner.constraints import Patterns, constrain, is_matched, still
 from autoremat.planner.search.floor import floor_of
 from autoremat.program import Once, Plan, Program, simulate
 from autoremat.program.units import Budget
-from autoremat.show.progress import progress_bar
 
 Given = int | float | str
 """What a budget may be given as."""
+Shown = Callable[[], contextlib.AbstractContextManager[Progress | None]]
+"""A block in which progress is shown."""
 TIGHT: Final = 0.1
 """The part of the time for a plan that is wanted at once, where the budget is too tight for the greedy."""
 
@@ -30,9 +33,9 @@ class Options:
 
     def __init__(
         self, budget: Given, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float,
-        measure: bool = False, given: Plan | None = None,
+        measure: bool = False, given: Plan | None = None, *, shown: Shown = contextlib.nullcontext,
     ) -> None:  # fmt: skip
-        self.given = given
+        self.given, self._shown = given, shown
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
         self._asked = Budget.read(budget)
         self.keep, self.recompute, self.measure = keep, recompute, measure
@@ -70,7 +73,7 @@ class Options:
 
     def assembled(self, first: FirstStep) -> Program:
         """The program of a first step, operators measured within the budget."""
-        with progress_bar() as progress:
+        with self._shown() as progress:
             state, scratch = optimizer_bytes(self.optimizer)
             return first.program(
                 optimizer_state_bytes=state, optimizer_scratch_bytes=scratch, progress=progress, limit=self._in_bytes
@@ -102,7 +105,7 @@ class Options:
         """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
         is_first = seconds is None
         wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
-        with progress_bar() as progress:
+        with self._shown() as progress:
             return solve(
                 program, budget, keep=wanted.keep, recompute=wanted.recompute, time_limit_seconds=wanted.seconds,
                 progress=progress, first=is_first,

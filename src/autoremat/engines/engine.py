@@ -1,0 +1,61 @@
+"""``Engine``: what every engine can do, and the engines by name. The folder is the list."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Final, Protocol, TypeVar
+
+from autoremat.program import Abilities, Plan, Program
+
+S = TypeVar("S", contravariant=True)
+_HERE: Final = Path(__file__).parent
+
+
+class Engine(Protocol[S]):
+    """Records a step as a program, and carries out a plan for that program.
+
+    ``S`` is what the engine takes for a step: a callable and its arguments, or a list of calls.
+    """
+
+    @property
+    def name(self) -> str:
+        """That of the folder."""
+
+    @property
+    def abilities(self) -> Abilities:
+        """What it can do with a plan; those of the programs that it records."""
+
+    def record(self, step: S) -> Program:
+        """The program of a step, forward and backward. Value ids are names that a user knows."""
+
+    def carry_out(self, step: S, plan: Plan) -> Callable[..., Any]:
+        """A callable that runs the step within the plan's budget; its results are those of the step itself.
+
+        A plan of another step is refused in words: with an error, or, where the step can go on without the plan, with
+        a warning.
+        """
+
+
+NAMES: Final = tuple(
+    sorted(".".join(file.parent.relative_to(_HERE).parts) for file in _HERE.rglob("engine.py") if file.parent != _HERE)
+)
+"""All engines, by name: the folders that have a file ``engine.py``."""
+
+
+def engine_of(name: str) -> Engine[Any]:
+    """Import the engine of a name, and with it its framework, which no other engine needs.
+
+    Raises:
+        ValueError: there is no such engine.
+        ModuleNotFoundError: its framework is not installed.
+
+    Example:
+        >>> engine_of("numpy").abilities.reruns
+        'anywhere'
+    """
+    if name not in NAMES:
+        raise ValueError(f"unknown engine {name!r}; choose one of {', '.join(NAMES)}")
+    found: Engine[Any] = import_module(f"{__package__}.{name}.engine").ENGINE
+    return found

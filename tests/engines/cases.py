@@ -1,0 +1,108 @@
+"""A step for every engine, as its contract is tried on: how to run it plainly, what it leaves, what it took."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+Numbers = dict[str, bytes]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A step of one engine.
+
+    Attributes:
+        step: of which a part can be computed again.
+        other: another step, for which plans of the first one are none.
+        plain: runs the step without the engine; returns all numbers that it leaves, by name.
+        under: the same with what the engine has made of a plan.
+        measured: the peak of such a run in bytes, by an account that is not ours.
+    """
+
+    step: Any
+    other: Any
+    plain: Callable[[], Numbers]
+    under: Callable[[Callable[..., Any]], Numbers]
+    measured: Callable[[Callable[..., Any]], int]
+
+
+def of_numpy() -> Case:
+    """A chain of sines and its backward, as lists of calls."""
+    import numpy as np
+
+    from autoremat.engines.numpy import Call, Step
+    from tests.engines.numpy.meter import Meter
+
+    meter = Meter()
+
+    def seen(*made: Any) -> tuple[Any, ...]:
+        meter.look()
+        return made
+
+    n = 6
+    forward = [Call(f"sin{i}", lambda a: seen(np.sin(a)), (f"h{i}",), (f"h{i + 1}",)) for i in range(n)]
+    first = Call("ones", lambda a: seen(np.ones_like(a)), (f"h{n}",), (f"g{n}",), "backward")
+    backward = [
+        Call(f"cos{i}", lambda g, a: seen(g * np.cos(a)), (f"g{i + 1}", f"h{i}"), (f"g{i}",), "backward")
+        for i in reversed(range(n))
+    ]
+    inputs = {"h0": np.linspace(0.0, 1.0, 64)}
+    step = Step("sines", (*forward, first, *backward), inputs)
+
+    def numbers(memory: dict[str, Any]) -> Numbers:
+        return {name: array.tobytes() for name, array in memory.items() if name == "g0"}
+
+    def plain() -> Numbers:
+        memory = dict(inputs)
+        for call in step.calls:
+            memory.update(zip(call.writes, call.fn(*[memory[r] for r in call.reads]), strict=True))
+        return numbers(memory)
+
+    def measured(run: Callable[..., Any]) -> int:
+        # What is in memory during a call: one array of the inputs was there before Python's account began.
+        with meter:
+            run()
+        return meter.peak_bytes + inputs["h0"].nbytes
+
+    return Case(step, Step("fewer", step.calls[:3], inputs), plain, lambda run: numbers(run()), measured)
+
+
+def of_torch_eager() -> Case:
+    """A stack of layers with dropout."""
+    import torch
+    from torch import nn
+
+    from autoremat.engines.torch.eager.engine import Step
+    from autoremat.engines.torch.world.memory_account import account, resident
+
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.1)) for _ in range(6)]
+    model, x = nn.Sequential(*layers), torch.randn(256, 32)
+    other = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+
+    def loss() -> torch.Tensor:
+        return model(x).square().mean()
+
+    def trained(run: Callable[..., Any]) -> Numbers:
+        torch.manual_seed(1)
+        model.zero_grad()
+        result = run()
+        result.backward()
+        left = {"loss": result, "generator": torch.get_rng_state()}
+        left |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {name: tensor.detach().numpy().tobytes() for name, tensor in left.items()}
+
+    def measured(run: Callable[..., Any]) -> int:
+        trained(run)  # the first step is recorded
+        model.zero_grad()
+        return account(lambda: run().backward(), resident(model, x)).peak_bytes
+
+    return Case(Step(loss), Step(lambda: other(x).sum()), lambda: trained(loss), trained, measured)
+
+
+CASES: dict[str, Callable[[], Case]] = {"numpy": of_numpy, "torch.eager": of_torch_eager}
+"""By the name of the engine."""
+FRAMEWORKS = {"torch.eager": "torch"}
+"""What an engine needs that may not be installed."""
