@@ -52,9 +52,8 @@ class Cost(NamedTuple):
         scratch_bytes: what the kernel allocates besides its results.
         made_bytes: size of every storage that the call makes, in the order of the results; empty where nothing has been
             run. Some kernels return a small result in the memory of a large temporary: in torch 2.13 the one number
-            that
-            ``mse_loss``, ``smooth_l1_loss``, ``binary_cross_entropy`` or ``soft_margin_loss`` returns occupies as many
-            bytes as the prediction. Fake tensors do not show this.
+            that ``mse_loss``, ``smooth_l1_loss``, ``binary_cross_entropy`` or ``soft_margin_loss`` returns occupies as
+            many bytes as the prediction. Fake tensors do not show this.
         runs: how often the call was timed; 0 if the seconds are an estimate.
         has_run: whether the bytes come from a real run.
     """

@@ -34,8 +34,7 @@ def node_made(tensor: Tensor) -> Any:
     """Return the node of a tensor that a call has just used.
 
     Right after a call made, overwrote or read a tensor with gradients enabled, its node exists. None where torch
-    refuses to
-    say.
+    refuses to say.
     """
     if not torch.is_grad_enabled():
         return node_of(tensor)

@@ -51,8 +51,7 @@ def prepare_jagged() -> None:
     """Let torch make its global dummy for jagged tensors now.
 
     The first nested tensor would make it (``_nt_view_dummy`` in ``torch/nested/_internal/nested_tensor.py``, 2.13), and
-    it
-    is no part of a step.
+    it is no part of a step.
     """
     module = sys.modules.get("torch.nested._internal.nested_tensor")
     if module is not None and hasattr(module, "_nt_view_dummy"):

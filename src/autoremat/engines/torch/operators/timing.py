@@ -99,11 +99,9 @@ def measure_all(
     Each distinct unknown call is run alone, on random numbers. All are run once, for what they allocate. Timing takes
     about as long as a few steps: the calls that seem to take longest are timed first, several times each, then others
     once. When the time is over, the seconds of the rest are estimates, scaled by what was timed. A call that cannot run
-    on
-    random numbers is estimated, too. Random generators are left as they were. In memory at a time are the arguments
+    on random numbers is estimated, too. Random generators are left as they were. In memory at a time are the arguments
     (copies, of weights too), results and scratch of one call, and the memory written to flush the caches. What is found
-    out
-    is kept for other processes (``costs``).
+    out is kept for other processes (``costs``).
 
     Args:
         signatures: the calls; None costs nothing.
@@ -426,8 +424,7 @@ def _random(spec: TensorSpec) -> Tensor:
     """Make a tensor of this spec, filled for timing.
 
     Floating-point numbers are random, because numbers may matter for speed, and between 0 and 1, as some operators ask
-    of
-    probabilities. Integers are zero, because they may index something.
+    of probabilities. Integers are zero, because they may index something.
     """
     if spec.dtype in _DRAWN:
         base = torch.rand(_extent(spec), device=spec.device, dtype=spec.dtype)

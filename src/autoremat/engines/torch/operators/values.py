@@ -73,8 +73,7 @@ def is_parameter(tensor: Tensor) -> bool:
     """Tell whether a tensor is a leaf parameter.
 
     That includes one whose data an operator has made (``parameter.data = ...``). Autograd saves such a leaf itself, so
-    its
-    backward sees the data that the parameter has by then.
+    its backward sees the data that the parameter has by then.
     """
     kind = type(tensor)
     return kind is not Tensor and isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf
@@ -101,8 +100,7 @@ def _checksum(address: int, n: int) -> int:
     """Compute the checksum of ``n`` bytes at an address.
 
     For large memory it is the checksum of the sums of rows and columns, which takes a fifth of the time. The bytes are
-    read
-    by address, because ``Tensor.numpy()`` makes the storage non-resizable for its owner
+    read by address, because ``Tensor.numpy()`` makes the storage non-resizable for its owner
     (``torch/csrc/utils/tensor_numpy.cpp``, torch 2.13).
     """
     rest = n % (8 * _ROW) if n >= _MANY and address % 8 == 0 else n
