@@ -1,4 +1,4 @@
-"""Acts: what the backward's requests set off, by a plan."""
+"""Acts: what requests of the backward set off under a plan."""
 
 from __future__ import annotations
 
@@ -23,7 +23,11 @@ class Acts:
         self._installed = {(s.made_at, v) for v, ss in stays.by_value.items() for s in ss if s.last_read is not None}
 
     def of(self, packs: tuple[int | None, ...]) -> tuple[Act, ...]:
-        """The acts, where these packs stand for values whose memory may go."""
+        """Make the acts.
+
+        Args:
+            packs: for every pack the value, if its memory may go; else None.
+        """
         again = self._stays.again
         acts: list[Act] = []
         pending: list[Rerun] = []

@@ -1,4 +1,4 @@
-"""Stays: from when to when a value of a plan is in memory, and until when the tape itself needs it there."""
+"""Stays: when a planned value is in memory, and needed there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ class Stay:
 
     made_at: int
     last_read: int | None = None
-    """The last position at which the tape itself reads the value: to make a call again, or to answer a handle."""
+    """The last position at which the tape itself reads the value.
+
+    It reads values to rerun a call, or to answer a handle.
+    """
     asks: list[int] = field(default_factory=list)
 
 
@@ -29,9 +32,9 @@ class Stays:
 
     Attributes:
         by_value: for every value its stays, in order.
-        number: for every value that is made the number that the path has for it.
-        again: positions of further runs.
-        pack_at: for every position at which the backward asks the number of the pack.
+        number: for every value that is made, its number in the path.
+        again: positions of reruns.
+        pack_at: for every position at which the backward asks, the number of the pack.
     """
 
     def __init__(self, program: Program, schedule: Schedule, path: Path) -> None:
@@ -45,7 +48,10 @@ class Stays:
         self.by_value = self._found()
 
     def _found(self) -> dict[int, list[Stay]]:
-        """The stays of every value. What is still there when a call makes it again stays, and the new copy goes."""
+        """Find the stays of every value.
+
+        A value that is still there when a rerun makes it again stays, and the new copy goes.
+        """
         stays: dict[int, list[Stay]] = {}
         for p, i in enumerate(self.order):
             op = self.program.ops[i]
@@ -57,14 +63,14 @@ class Stays:
         return stays
 
     def kept_packs(self) -> set[int]:
-        """Packs that are asked for, if at all, while what the forward made is still there."""
+        """Find packs that are asked for only while the forward's value remains."""
         later = set()
         for ss in self.by_value.values():
             later |= {self.pack_at[p] for s in ss[1:] for p in s.asks}
         return set(range(len(self._path.packed))) - later
 
     def find_last_reads(self, packs: tuple[int | None, ...]) -> None:
-        """Note, for every stay, where the tape itself needs the value last."""
+        """Note, for every stay, where the tape itself needs it last."""
         current: dict[int, int] = {}
         written: dict[int, int] = {}
         for p, i in enumerate(self.order):
@@ -84,7 +90,10 @@ class Stays:
                     current[v] = current.get(v, -1) + 1
 
     def _block_begin(self, p: int) -> int:
-        """The position of the first run of the call's block that the further run at p belongs to."""
+        """Return the position where the block of a rerun begins.
+
+        A block is the rerun of one call, from its first op on.
+        """
         call = self.program.ops[self.order[p]].call
         while (
             p - 1 in self.again
