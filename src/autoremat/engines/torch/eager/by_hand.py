@@ -106,7 +106,7 @@ class SetAside:
     """Its memory, between the rerun of the part and the request."""
 
     def unpack(self) -> Tensor:
-        """Hand out its memory."""
+        """Hand out the tensor's memory, after a rerun of its part."""
         if self.tensor is None:
             self.region.run_again()
         assert self.tensor is not None

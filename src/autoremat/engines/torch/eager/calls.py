@@ -35,7 +35,7 @@ _GETTERS: Final = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad
 
 
 def name_of(func: Any) -> str:
-    """The name of what is called."""
+    """Return the name of what is called."""
     return str(getattr(func, "__name__", func))
 
 

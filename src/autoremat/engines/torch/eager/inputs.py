@@ -170,7 +170,7 @@ def gradients_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any], names: Co
 
 
 def _own_tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers."""
+    """List parameters and buffers."""
     tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
     return [t for table in tables for t in table.values() if t is not None]
 

@@ -78,7 +78,7 @@ class Sections:
     def __init__(self, shadow: Shadow) -> None:
         self._recording: Shadow | None = shadow
         self._shadow: Shadow | None = None
-        """While there are sections to come."""
+        """The shadow, while there are sections to come."""
         self._listener = Listener(self._heard)
         self._section: _Section | None = None
         self._taken: dict[int, Taken] = {}

@@ -61,7 +61,7 @@ class Stats:
         return {name: n for name, n in numbers.items() if n is not None}
 
     def __str__(self) -> str:
-        """A line for each number."""
+        """Write one line for each number."""
         numbers = self.as_dict()
         width = max(map(len, numbers))
         return "\n".join(

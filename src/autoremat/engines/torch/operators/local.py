@@ -31,7 +31,7 @@ def _class(module: str, name: str) -> Any:
 
 
 def is_distributed(tensor: Any) -> bool:
-    """Whether this is a DTensor."""
+    """Tell whether this is a DTensor."""
     kind = _class("torch.distributed.tensor", "DTensor")
     return kind is not None and isinstance(tensor, kind)
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 _TINY = 5e-324
-"""A denormal number."""
+"""A denormal number, which tells whether torch flushes such numbers to zero."""
 
 _Pair = tuple[Callable[[], Any], Callable[[Any], object]]
 
@@ -143,7 +143,7 @@ class RandomStates(NamedTuple):
         )
 
     def restore(self) -> None:
-        """Put all of them back."""
+        """Restore the states of all generators."""
         for generator, state in self.torch:
             set_state(generator, state)
         random.setstate(self.python)

@@ -36,7 +36,7 @@ class CallSignature(NamedTuple):
 
 
 def signature_of(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallSignature:
-    """The signature of a call."""
+    """Return the signature of a call."""
     return CallSignature(func, freeze(tuple(args)), freeze(kwargs))
 
 
