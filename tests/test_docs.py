@@ -213,6 +213,35 @@ def test_the_api_has_every_public_name() -> None:
     assert set(autoremat.__all__) <= set(documented)
 
 
+def files_in_the_design() -> list[str]:
+    """The files named in the tables of the design, with their folder, which a heading names."""
+    found = []
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for folder, section in re.findall(r"^### `([^`]+)/`\n(.*?)(?=^#|\Z)", text, re.M | re.S):
+        cells = re.findall(r"^\| (`[^|]+) \|", section, re.M)
+        inside = "" if folder == "src/autoremat" else f"{folder}/"
+        found += [inside + name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    return found
+
+
+def test_the_design_names_every_file_once() -> None:
+    source = ROOT / "src" / "autoremat"
+    kinds = (".py", ".js", ".css", ".html")
+    files = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix in kinds]
+    named = files_in_the_design()
+    assert len(named) > 150
+    assert sorted(named) == sorted(f for f in files if not f.endswith("/__init__.py"))
+
+
+def test_the_life_of_one_step_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text.partition("## The life of one step")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+\.py)`", section))
+    known = files_in_the_design()
+    assert len(named) > 30
+    assert {name for name in named if not any(f == name or f.endswith(f"/{name}") for f in known)} == set()
+
+
 def test_the_pictures_of_the_three_layers_are_what_the_script_draws() -> None:
     for name, text in pictures().items():
         assert (IMAGES / name).read_text(encoding="utf-8") == text, "run python -m docs.pictures"
