@@ -28,16 +28,16 @@ class Acts:
         Args:
             packs: for every pack the value, if its memory may go; else None.
         """
-        again = self._stays.again
+        reruns = self._stays.reruns
         acts: list[Act] = []
         pending: list[Rerun] = []
         block: list[int] = []
         for p, i in enumerate(self._order):
             op = self._ops[i]
-            if p in again:
+            if p in reruns:
                 block.append(p)
                 after = p + 1
-                if not (after in again and self._ops[self._order[after]].call == op.call and self._order[after] > i):
+                if not (after in reruns and self._ops[self._order[after]].call == op.call and self._order[after] > i):
                     pending.append(self._rerun(block))
                     block = []
             elif op.kind == "ask":

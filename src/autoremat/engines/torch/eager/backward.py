@@ -17,7 +17,7 @@ from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.passes import Passes, in_backward, in_python_node
 from autoremat.engines.torch.eager.room import Nothing, Room
 from autoremat.engines.torch.eager.script import Act, Script
-from autoremat.engines.torch.eager.state import Replay
+from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory
 
 
@@ -25,7 +25,7 @@ class Backward:
     """Serves the passes over one graph.
 
     Args:
-        ledger: what is in memory, and how to remake the rest.
+        ledger: what is in memory, and how to recompute the rest.
         passes: the handles and who waits for them.
         rebind: called with a tensor handed out within the forward, and its value.
         out_of_memory: makes the error that tells of memory refused for good.
@@ -68,7 +68,7 @@ class Backward:
             self._passes.needs.count()
 
     def take_plan(self, script: Script, can_go: Callable[[int], bool]) -> None:
-        """Go on by a plan made of this forward: hold, drop, remake."""
+        """Go on by a plan made of this forward: hold, drop, recompute."""
         ledger = self._ledger
         self._script, self._cursor = script, 0
         for entry in ledger.entries.values():  # also of calls that the plan never reruns: they may be needed
@@ -80,11 +80,11 @@ class Backward:
         gone = [v for v in kept if v not in ledger.held and v in ledger.maker and self._passes.needs.is_needed(v)]
         missing = ledger.missing(gone)
         if (self.room is None or self.room.fits(missing)) and ledger.can_make(missing):  # else when it is asked for
-            ledger.make_again(gone, kept.__contains__, lambda locked: None)
-            ledger.remade -= kept  # these replace the forward's own values
+            ledger.recompute(gone, kept.__contains__, lambda locked: None)
+            ledger.recomputed -= kept  # these replace the forward's own values
 
     def improvise(self) -> None:
-        """From here on remake values on demand, within the budget's room."""
+        """From here on recompute values on demand, within the budget's room."""
         self._script = None
         if not self.is_forward:
             self._passes.needs.count()
@@ -92,7 +92,7 @@ class Backward:
     # ---- what a pass asks for ------------------------------------------------------------------------------------
 
     def unpack(self, packed: Any) -> Tensor:
-        """Return the tensor that was saved, remade if it is gone."""
+        """Return the tensor that was saved, recomputed if it is gone."""
         if isinstance(packed, Tensor):
             return packed
         with torch._C.DisableTorchFunction():
@@ -147,7 +147,7 @@ class Backward:
         if self._passes.was_differentiated and self.is_planned:
             self.improvise()
         self._cursor = self._begin
-        for value in list(self._ledger.remade):
+        for value in list(self._ledger.recomputed):
             self._ledger.let_go(value)
 
     def _served(self, handle: Handle, value: int) -> Tensor:
@@ -177,7 +177,7 @@ class Backward:
             packs = self._script.packs
             if handle.pack < len(packs) and packs[handle.pack] is None:
                 return handle.seen.on(self._fetched(value))  # a handle of a noted forward, which the plan keeps
-            self.improvise()  # the order is not the plan's: remake on demand from here on
+            self.improvise()  # the order is not the plan's: recompute on demand from here on
         tensor = handle.seen.on(self._fetched(value))
         if self.room is not None:
             self.room.online.used([value])
@@ -198,7 +198,7 @@ class Backward:
         self._cursor += 1
         if act.reruns:
             waiting, held, entries = self._passes.waiting, self._ledger.held, self._ledger.entries
-            with Replay() as replay:
+            with Rerunning() as rerunning:
                 for rerun in act.reruns:
                     entry = entries.get(rerun.call)
                     if entry is None:
@@ -209,14 +209,14 @@ class Backward:
                     install = [v for v in rerun.install if v not in held]
                     if install:
                         ends = [v for v in rerun.drops if not waiting.get(v)]
-                        self._ledger.run(rerun.call, install, replay, ends)
+                        self._ledger.run(rerun.call, install, rerunning, ends)
                     for value in rerun.drops:
                         self._drop(value)
         return act
 
     def _drop(self, value: int) -> None:
         """Drop a value, unless a retained graph needs it irreplaceably."""
-        ledger, is_own = self._ledger, value not in self._ledger.remade
+        ledger, is_own = self._ledger, value not in self._ledger.recomputed
         if value in self.pinned:
             return
         if self._is_noted:
@@ -243,8 +243,8 @@ class Backward:
         if value in self._ledger.held:
             return self._ledger.memory(value)
         tensor = self._ledger.fetch(value, lambda v: v in script.kept or v in script.hold, lambda locked: None)
-        self._ledger.remade.difference_update(script.kept | script.hold)  # these replace the forward's own values
-        self._ledger.remade.discard(value)
+        self._ledger.recomputed.difference_update(script.kept | script.hold)  # these replace the forward's own values
+        self._ledger.recomputed.discard(value)
         return tensor
 
     def _looked_up(self, value: int) -> Tensor:
@@ -274,7 +274,7 @@ class Backward:
                 continue
             if self._script is not None:
                 is_due = value in self._late or value not in self._script.hold
-                if is_due and value not in self._ledger.remade:
+                if is_due and value not in self._ledger.recomputed:
                     self._drop(value)
             elif not self._passes.needs.is_needed(value):
                 self._ledger.let_go(value)

@@ -72,7 +72,7 @@ class Region:
         self._waiting.add(packed)
         return packed
 
-    def run_again(self) -> None:
+    def rerun(self) -> None:
         """Make all saved tensors that are still waited for."""
         recorder = self.recorder
         waiting = [p for p in self._waiting if p.tensor is None]
@@ -108,7 +108,7 @@ class SetAside:
     def unpack(self) -> Tensor:
         """Hand out the tensor's memory, after a rerun of its part."""
         if self.tensor is None:
-            self.region.run_again()
+            self.region.rerun()
         assert self.tensor is not None
         memory, self.tensor, view = self.tensor, None, self.view
         with self.region.recorder.paused():

@@ -2,8 +2,8 @@
 
 Right after a call that the plan reruns, it is rerun where the budget has room for that, and both results are compared.
 What differs is kept, in this step and from then on. Checksums of the results tell at every later look whether they were
-changed behind torch's back; then they are kept as they are now. In the backward, what was remade is compared with the
-checksum; by then nothing can be mended, so a difference is an error there.
+changed behind torch's back; then they are kept as they are now. In the backward, what was recomputed is compared with
+the checksum; by then nothing can be mended, so a difference is an error there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autoremat.engines.torch.eager.draws import Disturbed
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.ledger import copy_of
 from autoremat.engines.torch.eager.path import Pair
-from autoremat.engines.torch.eager.state import Replay
+from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.values import fingerprint, storage_of
 from autoremat.engines.torch.world.memory import is_out_of_memory
@@ -103,19 +103,19 @@ class SelfCheck(NoCheck):
         if memory is None:
             return False
         wanted = {v for v in entry.makes if v in self._sums}
-        if self._is_made_again(entry, memory, wanted):
+        if self._rerun_agrees(entry, memory, wanted):
             return False
         self._report(k, DIFFERS)
         return True
 
-    def _is_made_again(self, entry: Entry, memory: dict[int, Tensor], wanted: Collection[int]) -> bool:
+    def _rerun_agrees(self, entry: Entry, memory: dict[int, Tensor], wanted: Collection[int]) -> bool:
         """Tell whether a rerun gives what the first run gave.
 
         True also where the device has no room for the rerun.
         """
         try:
-            with Replay() as replay:
-                again = entry.run(memory, replay, wanted)
+            with Rerunning() as rerunning:
+                again = entry.run(memory, rerunning, wanted)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error) or isinstance(error, Disturbed):
                 return True

@@ -2,7 +2,7 @@
 
 The step's calls are made on fake tensors, so nothing of its size is allocated. The step goes as a first step does
 (``first``), so that a plan made beforehand is that of the training. A callable that needs the numbers in its tensors is
-run on the real ones instead, and drops all that can be remade.
+run on the real ones instead, and drops all that can be recomputed.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import Made, Outside, Seen, Statistics, resolved, template, tensors_in
 from autoremat.engines.torch.eager.draws import Draws
-from autoremat.engines.torch.eager.state import Replay, State, generator_at, generator_of, heard_by_classes
+from autoremat.engines.torch.eager.state import Rerunning, State, generator_at, generator_of, heard_by_classes
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.settings import state_of
 
@@ -78,12 +78,12 @@ class Entry:
             self.in_place = tuple([(new, old) for _, old, new in written])
             self.makes += (*(v for _, v in saved), *(new for new, _ in self.in_place))
 
-    def run(self, memory: dict[int, Tensor], replay: Replay, wanted: Collection[int]) -> dict[int, Tensor]:
+    def run(self, memory: dict[int, Tensor], rerunning: Rerunning, wanted: Collection[int]) -> dict[int, Tensor]:
         """Rerun the call, or as much of it as is wanted.
 
         Args:
             memory: of the values that it reads; what it overwrites is its own copy.
-            replay: the block in which this happens.
+            rerunning: the block in which this happens.
             wanted: values that it makes.
 
         Returns:
@@ -93,10 +93,10 @@ class Entry:
         inner = {i: v for i, v in self.saved if v in wanted}
         enough = len(inner) if self.stops.issuperset(wanted) else None
         if self.generator is None or self.generator_state is None:
-            with replay.use(self.state):
+            with rerunning.use(self.state):
                 self._make(memory, inner, enough, found)
         else:
-            with generator_at(self.generator, self.generator_state), replay.use(self.state):
+            with generator_at(self.generator, self.generator_state), rerunning.use(self.state):
                 stopped_at = self._make(memory, inner, enough, found)
                 if self.draws is not None:
                     self.draws.check(found, stopped_at, self.func)

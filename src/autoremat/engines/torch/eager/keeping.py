@@ -138,13 +138,13 @@ class Keeping:
         self._witness.changed_unseen(values)
 
     def freeze(self, calls: Iterable[int], why: Reason = READS_OVERWRITTEN) -> None:
-        """Forbid reruns of calls; keep what they made, remaking it if gone."""
+        """Forbid reruns of calls; keep what they made, recomputing it if gone."""
         frozen = self._beyond(calls)
         for k in sorted(frozen):
             for value in self._ledger.entries[k].makes:
                 if value not in self._ledger.held and self.is_waited_for(value):
                     self._ledger.fetch(value, lambda v: False, lambda locked: None)
-                    self._ledger.remade.discard(value)
+                    self._ledger.recomputed.discard(value)
         for k in sorted(frozen):
             self._withdraw(k, why)
 
@@ -192,7 +192,7 @@ class Keeping:
     def has_changed(self, value: int, tensor: Tensor) -> None:
         """Keep a value as it is after a change behind torch's back.
 
-        What was made from its former content is remade now if it is gone: later that would be impossible.
+        What was made from its former content is recomputed now if it is gone: later that would be impossible.
         """
         readers = list(self._readers.get(value, ()))
         if value in self._ledger.maker:

@@ -1,4 +1,4 @@
-"""The ledger: what is in memory, and how to remake the rest.
+"""The ledger: what is in memory, and how to recompute the rest.
 
 It decides nothing.
 """
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import ModifiedInPlace, is_freed, modified, version_of
 from autoremat.engines.torch.eager.entry import Entry
-from autoremat.engines.torch.eager.state import Replay
+from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.operators.values import View
 
 
@@ -36,9 +36,9 @@ class Ledger:
         self.held: dict[int, Tensor] = {}
         self.entries: dict[int, Entry] = {}
         self.maker: dict[int, int] = {}
-        """For every value that can be remade, the call that makes it."""
-        self.remade: set[int] = set()
-        """Values in memory that were remade after the forward dropped them."""
+        """For every value that can be recomputed, the call that makes it."""
+        self.recomputed: set[int] = set()
+        """Values in memory that were recomputed after the forward dropped them."""
         self.reruns = 0
         self.meter: Meter | None = None
         """Counts the bytes, where somebody wants to know them."""
@@ -70,7 +70,7 @@ class Ledger:
     def let_go(self, value: int) -> None:
         """Drop a value."""
         self.held.pop(value, None)
-        self.remade.discard(value)
+        self.recomputed.discard(value)
         self._versions.pop(value, None)
 
     def close(self) -> None:
@@ -82,7 +82,7 @@ class Ledger:
 
     def finish_forward(self) -> None:
         """From now on, notice when somebody overwrites a value of the forward."""
-        self._versions = {v: version_of(t) for v, t in self.held.items() if v not in self.remade}
+        self._versions = {v: version_of(t) for v, t in self.held.items() if v not in self.recomputed}
 
     def memory(self, value: int) -> Tensor:
         """Return the memory of a held value.
@@ -127,7 +127,7 @@ class Ledger:
         return not any(is_freed(outside.tensor) for k in calls for outside in self.entries[k].outside)
 
     def fetch(self, value: int, stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]) -> Tensor:
-        """Return the memory of a value, remade if it is gone.
+        """Return the memory of a value, recomputed if it is gone.
 
         Args:
             value: which.
@@ -135,13 +135,13 @@ class Ledger:
             after_each: called after every call with the values that are still needed on the way.
         """
         if value not in self.held:
-            self.make_again((value,), stays, after_each)
+            self.recompute((value,), stays, after_each)
         return self.memory(value)
 
-    def make_again(
+    def recompute(
         self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]
     ) -> None:
-        """Remake values that are gone, with one rerun per call: O(calls).
+        """Recompute values that are gone, with one rerun per call: O(calls).
 
         Args:
             values: which.
@@ -154,9 +154,9 @@ class Ledger:
             raise _lost(lost.args[0]) from None
         uses = Counter(v for k in missing for v in self.entries[k].reads)
         asked, made = set(values), set[int]()
-        with Replay() as replay:
+        with Rerunning() as rerunning:
             for k, wanted in missing.items():
-                self.run(k, wanted, replay)
+                self.run(k, wanted, rerunning)
                 made |= wanted
                 reads = self.entries[k].reads
                 uses.subtract(reads)
@@ -165,25 +165,25 @@ class Ledger:
                         self.let_go(v)
                 after_each(asked | {v for v, n in uses.items() if n > 0})
 
-    def run(self, call: int, wanted: Collection[int], replay: Replay, ends: Collection[int] = ()) -> None:
+    def run(self, call: int, wanted: Collection[int], rerunning: Rerunning, ends: Collection[int] = ()) -> None:
         """Rerun a call, and hold what is wanted of it.
 
         Args:
             call: which; what it reads is held.
             wanted: values that it makes.
-            replay: the block in which this happens.
+            rerunning: the block in which this happens.
             ends: values that nobody needs afterwards, so that the call may overwrite them.
         """
         entry = self.entries[call]
         begin = perf_counter()
         memory = {v: self.memory(v) for v in entry.reads}
         for _, old in entry.in_place:
-            if old in ends and old in self.remade:
+            if old in ends and old in self.recomputed:
                 self.let_go(old)
             else:
                 memory[old] = copy_of(memory[old])
         try:
-            made = entry.run(memory, replay, wanted)
+            made = entry.run(memory, rerunning, wanted)
         except ModifiedInPlace as error:
             where = self.where[call] if call < len(self.where) else ""
             raise ModifiedInPlace(f"{error} {_needed_for(entry, where)}") from None
@@ -191,7 +191,7 @@ class Ledger:
         for value, tensor in made.items():
             if value in wanted and value not in self.held:
                 self.hold(value, tensor)
-                self.remade.add(value)
+                self.recomputed.add(value)
         self.reruns += 1
         self._on_rerun(perf_counter() - begin)
 

@@ -54,7 +54,7 @@ class Needs:
     def is_needed(self, value: int) -> bool:
         """Tell whether a handle needs this value.
 
-        It does if it stands for the value, or for one that cannot be remade without it.
+        It does if it stands for the value, or for one that cannot be recomputed without it.
         """
         if value in self.handles:
             return True

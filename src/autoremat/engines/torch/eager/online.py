@@ -2,7 +2,7 @@
 
 That is the case in a first step, and off the path. The policy follows DTR (Kirisame et al. 2021, "Dynamic Tensor
 Rematerialization", ICLR, section 4.1): the value with the least cost per byte and staleness goes first; its cost is
-that of its call, and of what would have to be remade before it.
+that of its call, and of what would have to be recomputed before it.
 
 Searches are rare: where room is needed, a little more than that is dropped at once, and where nothing could be dropped,
 the next search waits until more is held. So all searches together take time about linear in the number of calls.
@@ -22,7 +22,7 @@ from autoremat.engines.torch.eager.ledger import Ledger, Meter
 MOST_RERUNS: Final = 3
 """Reruns, per call of the forward, after which everything is held.
 
-What is gone by then is remade at most once more, so that all in all it is less than two more.
+What is gone by then is recomputed at most once more, so that all in all it is less than two more.
 """
 SPARE: Final = 0.1
 """Share of what is allowed that is dropped beyond the need."""
@@ -61,7 +61,7 @@ class Online:
         self._used.update(dict.fromkeys(values, self._clock))
 
     def shrink(self, allowed: float, locked: Collection[int] = ()) -> None:
-        """Drop values that can be remade until the rest is within bounds."""
+        """Drop values that can be recomputed until the rest is within bounds."""
         ledger, meter = self._ledger, self.meter
         if meter.nbytes <= max(allowed, self._in_vain_bytes) or self.impatience == 1:
             return

@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autoremat.engines.torch.eager.contents import content_of, contents_of
 from autoremat.engines.torch.eager.entry import Entry
-from autoremat.engines.torch.eager.state import Replay
+from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.operators.local import local_of
 
 
@@ -39,8 +39,8 @@ def gives_the_same(
         return False
     memory = {n: local_of(t).detach() for n, t in zip(numbers, given, strict=True) if n is not None and n >= 0}
     try:
-        with Replay() as replay:
-            again = entry.run(memory, replay, [v for _, v in entry.results])
+        with Rerunning() as rerunning:
+            again = entry.run(memory, rerunning, [v for _, v in entry.results])
     except Exception:  # noqa: BLE001 - whatever somebody else's kernel does not like
         return False
     if contents_of(given) != before:

@@ -115,7 +115,7 @@ class OfScript:
         self._saved_bytes = growth * script.saved_bytes[min(n_calls, len(script.saved_bytes) - 1)]
         self._beside, self._asked = (self._grown(made, growth) for made in (script.beside_bytes, script.asked_bytes))
         """What the recorded step took besides the tape's values, scaled by growth."""
-        self._again_bytes = 0
+        self._rerun_bytes = 0
 
     def _grown(self, beside: Sequence[int], growth: float) -> list[float]:
         fixed, gradients = self._script.fixed_bytes, self._script.gradient_bytes
@@ -123,7 +123,7 @@ class OfScript:
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
         """Leave room for kernels, and note the largest call for reruns."""
-        self._again_bytes = 2 * largest_bytes
+        self._rerun_bytes = 2 * largest_bytes
         return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * (self._script.budget_bytes or 0)))
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
@@ -137,7 +137,7 @@ class OfScript:
             last = len(beside) - 1
             begin, end = int((progress - _SLACK) * last) - _MORE, 1 + ceil((progress + _SLACK) * last) + _MORE
             begin = max(1 if last else 0, begin)
-            made = max(max(beside[begin:end]), max(self._asked[begin:end], default=0.0) + self._again_bytes)
+            made = max(max(beside[begin:end]), max(self._asked[begin:end], default=0.0) + self._rerun_bytes)
         return script.budget_bytes - script.fixed_bytes - made - self._saved_bytes - self._others_bytes
 
     def all_bytes(self) -> float:
@@ -150,7 +150,7 @@ class OfScript:
 
 
 class Nothing:
-    """Where the device has no room: hold nothing that can be remade."""
+    """Where the device has no room: hold nothing that can be recomputed."""
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
         """Leave nothing free."""
@@ -207,7 +207,7 @@ class Room:
         return allowed is None or self.online.meter.nbytes <= allowed
 
     def shrink(self, locked: Collection[int] = (), *, needed: int = 0, in_backward: bool = False) -> None:
-        """Drop what can be remade until the rest is within bounds."""
+        """Drop what can be recomputed until the rest is within bounds."""
         progress = self._passes.n_served / max(1, self._passes.n_made) if in_backward else None
         taken = self._allowance.taken_bytes(needed, self._largest_bytes)
         allowed = self._allowance.allowed_bytes(taken, progress)
@@ -221,7 +221,7 @@ class Room:
         self.online.shrink(allowed, locked)
 
     def empty(self) -> None:
-        """Drop everything that can be remade."""
+        """Drop everything that can be recomputed."""
         if self._spare is not None:
             self._turn(self._spare)
         self.online.shrink(0.0)

@@ -76,7 +76,7 @@ class Spare:
         self._withdraw_unable(self._living())
 
     def turn(self) -> int:
-        """Let handles stand for all values that can be remade.
+        """Let handles stand for all values that can be recomputed.
 
         Returns:
             How many bytes the ledger holds more.
@@ -120,7 +120,7 @@ class Spare:
         return {value: kept for value, kept in found.items() if value not in changed}
 
     def _withdraw_unable(self, living: Container[int]) -> None:
-        """Withdraw calls that read what is neither there nor can be remade."""
+        """Withdraw calls that read what is neither there nor can be recomputed."""
         ledger = self._ledger
         for call in sorted(ledger.entries):
             if not all(v in living or v in ledger.held or v in ledger.maker for v in ledger.entries[call].reads):

@@ -68,7 +68,7 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
-class Replay:
+class Rerunning:
     """The block in which calls are rerun, each in its own state.
 
     No function mode sees them. Everything is restored at the end.
@@ -76,7 +76,7 @@ class Replay:
 
     __slots__ = ("_before", "_cache", "_now", "_unseen")
 
-    def __enter__(self) -> Replay:
+    def __enter__(self) -> Rerunning:
         self._unseen = without_function_modes()
         self._unseen.__enter__()
         self._before = self._now = State.now()

@@ -33,7 +33,7 @@ class Stays:
     Attributes:
         by_value: for every value its stays, in order.
         number: for every value that is made, its number in the path.
-        again: positions of reruns.
+        reruns: positions of reruns.
         pack_at: for every position at which the backward asks, the number of the pack.
     """
 
@@ -41,7 +41,7 @@ class Stays:
         self.program, self.order, self._path = program, schedule.order, path
         self.number = {v: n for n, v in enumerate(v for v, value in enumerate(program.values) if not value.fixed)}
         first: dict[int, int] = {}
-        self.again = {p for p, i in enumerate(self.order) if first.setdefault(i, p) != p}
+        self.reruns = {p for p, i in enumerate(self.order) if first.setdefault(i, p) != p}
         self._passing = Lifetimes(program, self.order, first).passing
         asks = iter(path.asks)
         self.pack_at = {p: next(asks) for p, i in enumerate(self.order) if program.ops[i].kind == "ask"}
@@ -75,7 +75,7 @@ class Stays:
         written: dict[int, int] = {}
         for p, i in enumerate(self.order):
             op = self.program.ops[i]
-            if p in self.again:
+            if p in self.reruns:
                 block = self._block_begin(p)
                 for v in op.reads:
                     if v in current and written[v] < block:
@@ -96,7 +96,7 @@ class Stays:
         """
         call = self.program.ops[self.order[p]].call
         while (
-            p - 1 in self.again
+            p - 1 in self.reruns
             and self.program.ops[self.order[p - 1]].call == call
             and self.order[p - 1] < self.order[p]
         ):

@@ -180,7 +180,7 @@ class Tape:
         self.reports.deviated(reason, growth)
 
     def note_all(self, growth: float = 1.0) -> None:
-        """Note every call from here on; remake on demand."""
+        """Note every call from here on; recompute on demand."""
         assert self.script is not None
         spare = self.policy.spare if isinstance(self.policy, Follow) else None
         if spare is not None and not spare.is_worth(self.script.budget_bytes or 0):

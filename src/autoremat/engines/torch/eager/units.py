@@ -214,8 +214,8 @@ def _settle(tape: Tape, calls: range, output: Any, *, is_gathered: bool) -> None
     returned = {s._cdata for t in tensors_in(output) if (s := storage_of(local_of(t))) is not None}
     if not is_gathered or any(s._cdata not in returned for s in held.values()):
         gone = [v for v in made if v not in ledger.held and v in ledger.maker and keeping.is_waited_for(v)]
-        ledger.make_again(gone, lambda v: False, lambda locked: None)
-        ledger.remade.difference_update(gone)
+        ledger.recompute(gone, lambda v: False, lambda locked: None)
+        ledger.recomputed.difference_update(gone)
         for value in made.intersection(ledger.held):
             ledger.maker.pop(value, None)
     for value in held:

@@ -43,7 +43,7 @@ class Works:
 
         Every call that may be rerun is prepared, and every saved tensor looked at.
         """
-        spare = self._may_run_again()
+        spare = self._may_rerun()
         saved = {j: v for j, v in enumerate(self._path.packed) if v is not None}
         matter = frozenset({v for k in spare for _, v in self._path.calls[k].reads}.union(saved.values()))
         found: list[Work | None] = []
@@ -59,7 +59,7 @@ class Works:
             found.append(_drawing(call) if other is None else replace(other, spare=k in spare))
         return tuple(found)
 
-    def _may_run_again(self) -> frozenset[int]:
+    def _may_rerun(self) -> frozenset[int]:
         """Find calls of which nothing known forbids a rerun."""
         ops = self._program.ops
         able = {op.call for op in ops} - {op.call for op in ops if op.call >= 0 and op.once}
