@@ -7,6 +7,7 @@ elsewhere. Any other block only shows something.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import io
@@ -201,6 +202,19 @@ def test_examples_of_docstrings_run(source: Path) -> None:
     ran = doctest.testmod(import_module(module))
     assert ran.attempted > 0
     assert ran.failed == 0
+
+
+@pytest.mark.parametrize("room", ["operators", "world", "recording", "eager"])
+def test_first_lines_of_docstrings_are_short(room: str) -> None:
+    """At most twelve words; what else there is to say stands below."""
+    found = []
+    for path in sorted((ROOT / "src" / "autoremat" / "engines" / "torch" / room).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first, *_ = (ast.get_docstring(node) or "").splitlines() or [""]
+                if len(first.split()) > 12 or (first and not first.endswith(".")):
+                    found.append(f"{path.name} {getattr(node, 'name', '')}: {first}")
+    assert found == []
 
 
 def test_every_page_is_in_the_navigation() -> None:

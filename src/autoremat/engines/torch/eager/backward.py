@@ -61,7 +61,7 @@ class Backward:
         return self._script is not None
 
     def finish_forward(self) -> None:
-        """The forward is over."""
+        """Note that the forward is over."""
         self._ledger.finish_forward()
         self.is_forward, self._begin = False, self._cursor
         if not self.is_planned:

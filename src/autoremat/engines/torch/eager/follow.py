@@ -293,7 +293,7 @@ class Follow:
         self._tape.ledger.hold(value, local_of(tensor).detach())
 
     def end(self) -> None:
-        """The forward is over, well or not: no more calls will come."""
+        """Let go of the tape: no more calls will come."""
         del self._tape
 
     def finish(self) -> None:

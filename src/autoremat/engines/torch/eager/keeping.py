@@ -131,7 +131,7 @@ class Keeping:
     # ---- escaping ------------------------------------------------------------------------------------------------
 
     def escape(self, values: Sequence[int]) -> None:
-        """Fix values whose memory gets known outside of torch."""
+        """Keep values as they are once code outside torch knows their memory."""
         self.escaped.update(values)
         makers = {self._ledger.maker[v] for v in values if v in self._ledger.maker}
         self.freeze(makers.union(*(self._readers.get(v, ()) for v in values)))

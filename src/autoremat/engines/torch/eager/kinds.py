@@ -58,7 +58,7 @@ class Straying:
 
     @property
     def is_habit(self) -> bool:
-        """Whether the next step goes without the plan, for steps stray often."""
+        """Whether steps stray so often that the next one is noted."""
         return self.of_late > MAX_DEVIATIONS
 
     def recorded_anew(self) -> Straying:
@@ -250,7 +250,7 @@ class Kind:
         return self.serves_but_for_gradients(sizes) and sizes.finds_within(self.prepared.found)
 
     def serves_but_for_gradients(self, sizes: Sizes) -> bool:
-        """Tell the same of an input whose gradients all were known."""
+        """Tell the same, as if its plan knew all gradients."""
         return self.is_host and (self.prepared.is_of_the_largest or sizes.fits_into(self.sizes))
 
     def has_come(self) -> None:

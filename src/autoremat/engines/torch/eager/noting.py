@@ -316,8 +316,8 @@ class Noting:
         self._tape.keeping.has_changed(value, tensor)
 
     def finish(self) -> None:
-        """The forward has come to its end."""
+        """Do nothing: a noted forward may end anywhere."""
 
     def end(self) -> None:
-        """The forward is over, well or not: no more calls will come."""
+        """Let go of the tape: no more calls will come."""
         del self._tape

@@ -97,7 +97,7 @@ class Planning:
         """The first planned program; errors name what has come since."""
 
     def solve(self, step: Prepared, program: Program, living: Living, seconds: float | None = None) -> None:
-        """Plan a program, with reasons found since; no seconds: at once."""
+        """Plan a program with what was found since; no ``seconds``: at once."""
         if step.differing:
             ops = list(program.ops)
             for i, op in enumerate(ops):
@@ -235,7 +235,7 @@ class Planning:
         return True
 
     def _plan_for_one(self, program: Program, budget_bytes: int, seconds: float | None, *, goes_on: bool) -> Plan:
-        """Plan a call with its backward next; ``goes_on``: take the smallest."""
+        """Plan one call; ``goes_on``: take the smallest plan if none fits."""
         most = budget_bytes if self._at_most_bytes is None else min(budget_bytes, self._at_most_bytes)
         try:
             return self._planner.solve(program, most, seconds)

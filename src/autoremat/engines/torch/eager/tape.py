@@ -256,7 +256,7 @@ class Tape:
 
     @property
     def way(self) -> tuple[int, int] | None:
-        """First call off the path, and number of calls; None without any."""
+        """First call off the path and number of calls, or None."""
         if isinstance(self.policy, Noting) and self.script is not None:
             at = self.policy.differs_at
             at = self.n_calls if at is None and self.n_calls != len(self.script.funcs) else at

@@ -43,7 +43,7 @@ class UnderPlan:
         self._fn, self._planning, self._reporter, self._here = fn, planning, reporter, here
 
     def run(self, kind: Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run the forward under the plan, or tighter ones without memory."""
+        """Run the forward under its plan, tighter where memory runs out."""
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(kind), kind.plan, RandomStates.now()
             try:
