@@ -109,7 +109,9 @@ def _two_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     mode = FakeTensorMode()
     twin = _twin(optimizer, mode)
     step = type(optimizer).step
-    take = getattr(step, "__wrapped__", step)  # past the profiling wrapper, which knows the real optimizer only
+    # torch wraps ``step`` in a function that runs the user's hooks (``profile_hook_step`` in torch/optim/optimizer.py,
+    # 2.13): go past it.
+    take = getattr(step, "__wrapped__", step)
     peaks = []
     for _ in range(2):
         with mode, _Account() as account:
