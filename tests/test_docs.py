@@ -7,6 +7,7 @@ elsewhere. Any other block only shows something.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import doctest
 import io
@@ -203,6 +204,19 @@ def test_examples_of_docstrings_run(source: Path) -> None:
     assert ran.failed == 0
 
 
+@pytest.mark.parametrize("room", ["operators", "world", "recording", "eager"])
+def test_first_lines_of_docstrings_are_short(room: str) -> None:
+    """At most twelve words; what else there is to say stands below."""
+    found = []
+    for path in sorted((ROOT / "src" / "autoremat" / "engines" / "torch" / room).glob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef):
+                first, *_ = (ast.get_docstring(node) or "").splitlines() or [""]
+                if len(first.split()) > 12 or (first and not first.endswith(".")):
+                    found.append(f"{path.name} {getattr(node, 'name', '')}: {first}")
+    assert found == []
+
+
 def test_every_page_is_in_the_navigation() -> None:
     listed = set(re.findall(r"(\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M))
     assert listed == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES if page.name != "README.md"}
@@ -211,6 +225,35 @@ def test_every_page_is_in_the_navigation() -> None:
 def test_the_api_has_every_public_name() -> None:
     documented = re.findall(r"^::: autoremat\.\S*?(\w+)$", (ROOT / "docs" / "api.md").read_text(), re.M)
     assert set(autoremat.__all__) <= set(documented)
+
+
+def files_in_the_design() -> list[str]:
+    """The files named in the tables of the design, with their folder, which a heading names."""
+    found = []
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    for folder, section in re.findall(r"^### `([^`]+)/`\n(.*?)(?=^#|\Z)", text, re.M | re.S):
+        cells = re.findall(r"^\| (`[^|]+) \|", section, re.M)
+        inside = "" if folder == "src/autoremat" else f"{folder}/"
+        found += [inside + name for cell in cells for name in re.findall(r"`([^`]+)`", cell)]
+    return found
+
+
+def test_the_design_names_every_file_once() -> None:
+    source = ROOT / "src" / "autoremat"
+    kinds = (".py", ".js", ".css", ".html")
+    files = [p.relative_to(source).as_posix() for p in source.rglob("*") if p.suffix in kinds]
+    named = files_in_the_design()
+    assert len(named) > 150
+    assert sorted(named) == sorted(f for f in files if not f.endswith("/__init__.py"))
+
+
+def test_the_life_of_one_step_names_files_that_exist() -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    section = text.partition("## The life of one step")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`([\w/]+\.py)`", section))
+    known = files_in_the_design()
+    assert len(named) > 30
+    assert {name for name in named if not any(f == name or f.endswith(f"/{name}") for f in known)} == set()
 
 
 def test_the_pictures_of_the_three_layers_are_what_the_script_draws() -> None:

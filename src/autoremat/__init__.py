@@ -44,7 +44,10 @@ _NEED_TORCH = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import torch only when something needs it: programs, solvers and the judge do without."""
+    """Import torch only when something needs it.
+
+    Programs, solvers and the verifier do without.
+    """
     if name in _NEED_TORCH:
         try:
             value = getattr(import_module(_NEED_TORCH[name]), name)

@@ -1,4 +1,7 @@
-"""What users call: ``checkpoint``, ``restore``, ``plan``, ``explain``, ``frontier``, ``stats``."""
+"""The functions that users call, from ``checkpoint`` to ``stats``.
+
+They are ``checkpoint``, ``restore``, ``plan``, ``explain``, ``frontier`` and ``stats``.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,7 @@ from autoremat.show.progress import progress_bar
 F = TypeVar("F", bound=Callable[..., Any])
 warn_if_untested(torch.__version__)  # here, so that it is said once, at the first use
 TIMINGS: Final = ("auto", "measure", "estimate")
-"""Where seconds and kernel scratch come from."""
+"""Names of the ways to find seconds and kernel scratch."""
 
 
 @overload
@@ -110,10 +113,16 @@ def checkpoint(
 
 
 def restore(target: F) -> F:
-    """Undo ``checkpoint``: the module as it was, or the callable that was wrapped.
+    """Undo ``checkpoint``: return the module as it was, or the callable.
 
     Raises:
         ValueError: the target is not checkpointed by autoremat, or its forward has been wrapped since.
+
+    Example:
+        >>> import torch, autoremat
+        >>> model = torch.nn.Linear(4, 4)
+        >>> autoremat.restore(autoremat.checkpoint(model, budget="100%")) is model
+        True
     """
     session = session_of(target)
     if session is None:
@@ -133,9 +142,10 @@ def restore(target: F) -> F:
 
 
 def stats(target: Any) -> Stats:
-    """What a checkpointed module or callable has done so far: plan, calls, fallbacks, reruns, the measured peak.
+    """Return what a checkpointed module or callable has done so far.
 
-    ``as_dict()`` of it has numbers only, for a logger.
+    That is its plan, calls, fallbacks, reruns, and the measured peak. ``as_dict()`` of the result has numbers only, for
+    a logger.
 
     Raises:
         ValueError: the target is not checkpointed by autoremat.
@@ -169,10 +179,11 @@ def plan(
     accumulate: bool = False,
     **kwargs: Any,
 ) -> Plan:
-    """Plan a training step without running it, in the account of ``checkpoint``: what one accepts, the other does.
+    """Plan a training step without running it.
 
-    The step is recorded on fake tensors: nothing of the model's or the activations' size is allocated. Operators that
-    no process has measured on this device so far are run alone, one at a time, on random numbers.
+    The account is that of ``checkpoint``: a budget that one accepts, the other accepts. The step is recorded on fake
+    tensors: nothing of the model's or the activations' size is allocated. Operators that no process has measured on
+    this device so far are run alone, one at a time, on random numbers.
 
     Args:
         fn: a module or callable, as for ``checkpoint``; its tensors may be real, fake, or on the ``meta`` device.
@@ -183,11 +194,10 @@ def plan(
         keep: as for ``checkpoint``.
         recompute: as for ``checkpoint``.
         timing: where seconds and kernel scratch come from. ``"auto"``: from what was measured before, on this device,
-            by any process; where the tensors are real, other operators are measured, each distinct one alone, unless
-            it takes more than half of what the device has left; for the rest, and for meta and fake tensors, the
-            seconds are estimates. ``"measure"``: the same, however much that takes. ``"estimate"``: from FLOPs and
-            bytes alone, the same on every machine; kernel scratch is not counted then, and ``checkpoint`` may need
-            more.
+            by any process; where the tensors are real, other operators are measured, each distinct one alone, unless it
+            takes more than half of what the device has left; for the rest, and for meta and fake tensors, the seconds
+            are estimates. ``"measure"``: the same, however much that takes. ``"estimate"``: from FLOPs and bytes alone,
+            the same on every machine; kernel scratch is not counted then, and ``checkpoint`` may need more.
         time_limit_seconds: the longest that planning may take, recording excluded.
         accumulate: the step finds gradients of all parameters that its backward reaches, and adds to them: what
             gradient accumulation takes from the second micro-step on. A plan of it serves the first one, too.
@@ -225,10 +235,11 @@ def explain(
     accumulate: bool = False,
     **kwargs: Any,
 ) -> Explanation:
-    """Where the peak of a training step stands and what fills it, before anything is run.
+    """Explain where the peak of a training step stands, and why.
 
-    Without a budget, that of plain training, with what it saves for the backward and which modules would not be worth
-    checkpointing by hand; with one, that of the plan, with what it keeps, what it computes again, how often, from what.
+    Nothing is run for it. Without a budget, this is about plain training: what it saves for the backward, and which
+    modules would not be worth checkpointing by hand. With a budget it is about the plan: what the plan keeps, what it
+    recomputes, how often, and from what.
 
     Args:
         step: a module or callable, as for ``plan``; a program; or a plan.
@@ -289,7 +300,9 @@ def frontier(
     accumulate: bool = False,
     **kwargs: Any,
 ) -> Frontier:
-    """Overhead against peak over the whole range of budgets: what memory costs in time, before anything is run.
+    """Plan a whole range of budgets: overhead against peak.
+
+    It shows what memory costs in time, before anything is run.
 
     Args:
         program_or_fn: a program, or a module or callable, as for ``plan``.
@@ -331,7 +344,7 @@ def _program_of(
     step: Program | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
     progress: Progress | None, accumulate: bool,
 ) -> Program:  # fmt: skip
-    """The program itself, or that of the callable."""
+    """Return the program itself, or record that of the callable."""
     if not isinstance(step, Program):
         return record_step(step, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
     if args or kwargs or optimizer is not None or accumulate:
@@ -345,7 +358,7 @@ def record_step(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], optimizer: Any, timing: str,
     progress: Progress | None = None, device: str | None = None, name: str = "", *, accumulate: bool = False,
 ) -> Program:  # fmt: skip
-    """The program of a step that is not going to be run."""
+    """Record the program of a step that will not be run."""
     if timing not in TIMINGS:
         raise ValueError(f"timing is one of {', '.join(map(repr, TIMINGS))}, not {timing!r}")
     session = session_of(fn)
@@ -358,7 +371,10 @@ def record_step(
 
 
 def in_bytes(budget: Given, program: Program) -> Given:
-    """``"auto"`` as bytes: what is free on the device now, plus what the step's fixed values take already."""
+    """Turn ``"auto"`` into bytes; leave other budgets as they are.
+
+    The bytes are what is free on the device now, plus what the step's fixed values take already.
+    """
     return free_bytes() + program.fixed_bytes if Budget.read(budget).is_auto else budget
 
 

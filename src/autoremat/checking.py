@@ -1,4 +1,7 @@
-"""``check``: one plain step and one checkpointed step, side by side, and everything that they leave behind compared."""
+"""``check``: compares a plain step with a checkpointed one.
+
+Everything that the two leave behind is compared.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ from autoremat.show.progress import progress_bar
 
 @dataclass(frozen=True)
 class Difference:
-    """A tensor or generator that is not the same to the last bit.
+    """A tensor or generator that is not bit-identical.
 
     Attributes:
         name: such as ``gradient of blocks.0.weight``.
@@ -60,7 +63,7 @@ class Check:
         differences: what was not bit-identical.
         plain_peak_bytes: of the plain step, by the allocator's own account.
         peak_bytes: of the checkpointed step, by the same account.
-        kept: operators found to give something else when they run again, with module, line and reason.
+        kept: operators found to give something else when they are rerun, with module, line and reason.
         deviations: how often the step left its recorded path.
     """
 
@@ -83,7 +86,7 @@ class Check:
         return self.plan is not None and self.peak_bytes <= self.plan.budget_bytes
 
     def __str__(self) -> str:
-        """A table that a person can read."""
+        """Write a table that a person can read."""
         from autoremat.show.check_lines import check_text
 
         return check_text(self)
@@ -99,14 +102,15 @@ def check(
     time_limit_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Check:
-    """Run two steps plainly and two checkpointed, and compare what they leave behind, bit by bit.
+    """Compare checkpointed steps with plain ones, bit by bit.
 
-    All start from the same parameters, buffers and generator states and from no gradients. Of the checkpointed ones the
-    first is recorded and planned, the second follows the plan, both with the self-check. Afterwards everything is as
-    before; hooks on leaves, which may step an optimizer, do not run. The backward starts from the loss, or from the sum
-    of everything returned that requires grad, and ends at the arguments. Takes the memory of a plain step, and that of
-    the parameters and buffers once more. Where a process may be forked, each runs in a child with one thread, and
-    leaves nothing behind.
+    Two steps are run plainly and two checkpointed, and what they leave behind is compared. All start from the same
+    parameters, buffers and generator states and from no gradients. Of the checkpointed steps the first is recorded and
+    planned, the second follows the plan, both with the self-check. Afterwards everything is as before; hooks on leaves,
+    which may step an optimizer, do not run. The backward starts from the loss, or from the sum of everything returned
+    that requires grad, and ends at the arguments. This takes the memory of a plain step, and that of the parameters and
+    buffers once more. Where a process may be forked, each pair of steps runs in a child with one thread, and leaves
+    nothing behind.
 
     Args:
         target: a module or callable, checkpointed by autoremat already or not.
@@ -152,13 +156,20 @@ def check(
 
 
 _STEPS: Final = 2
-"""One that is recorded, and one that follows the plan: whatever the callable counts, both kinds of steps count on."""
+"""How many steps of each sort are run.
+
+The first checkpointed one is recorded, the second follows the plan. The plain ones are as many, so that whatever the
+callable counts is the same in both.
+"""
 _Seen = tuple[dict[str, Tensor], int]
-"""What a step leaves behind, by name, and its peak by the allocator's account."""
+"""What a step leaves behind, by name, and its measured peak."""
 
 
 def _apart(work: Callable[[], Any]) -> Any:
-    """Let a child do the work, where that can be: then the next one finds everything as this one has."""
+    """Do the work in a child, where possible, else here.
+
+    After a child, the next one finds everything as this one has.
+    """
     with contextlib.suppress(CannotRunApart, pickle.PicklingError):
         if can_run_apart():
             return run_apart(lambda report: work())
@@ -169,13 +180,13 @@ def _run(
     call: Callable[..., Any], session: Session, modules: Sequence[nn.Module], args: Sequence[Any],
     kwargs: dict[str, Any], start_anew: Callable[[], None],
 ) -> _Seen:  # fmt: skip
-    """Run one step from the start."""
+    """Run one step from the initial state."""
     while True:
         start_anew()
         with (
             contextlib.suppress(Differs),
             undisturbed(modules, session.fn, args, kwargs),
-        ):  # one is found at a time, and kept
+        ):  # the self-check finds one operator at a time, which is kept in the next attempt
             return _observed(lambda: call(*args, **kwargs), modules, _named(modules, args, kwargs))
 
 
@@ -183,7 +194,7 @@ def _compared(
     reference: Sequence[_Seen], session: Session, modules: Sequence[nn.Module], args: Sequence[Any],
     kwargs: dict[str, Any], start_anew: Callable[[], None],
 ) -> Check:  # fmt: skip
-    """What comes of a step under the session's plan, beside what came of a plain one."""
+    """Compare planned steps with the plain ones that came before."""
     expected, plain_peak = reference[0]
     steps = [_run(lambda *a, **k: session.call(a, k), session, modules, args, kwargs, start_anew) for _ in reference]
     stats = session.stats()
@@ -217,12 +228,15 @@ _KINDS = ("output", "gradient", "buffer", "generator")
 
 
 def _without_history(tensor: Tensor) -> Tensor:
-    """An argument for a backward that ends there: the graph behind it is for the user's own backward."""
+    """Detach an argument, so that the backward ends there.
+
+    The graph behind it is for the user's own backward.
+    """
     return tensor.detach().requires_grad_() if tensor.requires_grad and not is_leaf(tensor) else tensor
 
 
 def _named(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> dict[str, Tensor]:
-    """The parameters, the buffers, and the tensors among the arguments; each under a name of its own."""
+    """Give parameters, buffers and tensor arguments names of their own."""
     found: dict[str, Tensor] = {}
     inputs = [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     pairs = [(name, t) for name, _, t in named_tensors(modules)]
@@ -232,14 +246,20 @@ def _named(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> dict[str, Te
 
 
 def _add(found: dict[str, Tensor], name: str, tensor: Tensor) -> None:
-    """Two modules that a function uses may have tensors of the same name."""
+    """Add a tensor under its name, with a number where taken.
+
+    Two modules that a function uses may have tensors of the same name.
+    """
     names = [name, *(f"{name} ({i})" for i in range(2, len(found) + 2))]
     found[next(n for n in names if n not in found)] = tensor
 
 
 @contextmanager
 def _all_as_before(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
-    """Yields a function that puts numbers and generators back to the start, without gradients."""
+    """Yield a function that restores numbers and generators, and drops gradients.
+
+    At the end of the block everything is restored, gradients too.
+    """
     saved = [(t, t.detach().clone()) for t in {id(t): t for t in tensors}.values()]
     gradients = [(t, t.grad) for t, _ in saved if is_leaf(t)]
     states = RandomStates.now()
@@ -262,7 +282,7 @@ def _all_as_before(tensors: Iterable[Tensor]) -> Iterator[Callable[[], None]]:
 
 
 def _observed(forward: Callable[[], Any], modules: Sequence[nn.Module], tensors: Mapping[str, Tensor]) -> _Seen:
-    """What a step leaves behind."""
+    """Run a step and return what it leaves behind."""
     seen: dict[str, Tensor] = {}
     names = {id(t): name for name, t in tensors.items()}
     first_node = torch.ones(1, requires_grad=True).clone().grad_fn

@@ -1,4 +1,4 @@
-"""A module or a callable under ``checkpoint``: what stands in its place, and goes along when it is copied."""
+"""What stands in place of a checkpointed module's forward or callable."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ _OF_A_METHOD: Final = frozenset(
 
 
 class Forward:
-    """Stands in for ``forward`` on one module; goes along when the module is copied or pickled."""
+    """Stands in for ``forward`` on one module.
+
+    It is copied and pickled along with the module.
+    """
 
     def __init__(self, module: nn.Module, options: Options) -> None:
         self.module, self.options = module, options
@@ -35,23 +38,29 @@ class Forward:
         self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The forward under its plan."""
+        """Run the forward under its plan."""
         return self.session.call(args, kwargs)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        """To ``inspect.ismethod``, and to nobody else, a method: so TorchScript finds the code that it compiles."""
+        """Pretend to be a method to ``inspect.ismethod``, and to nobody else.
+
+        So TorchScript (``torch/jit/_recursive.py``, 2.13) finds the code that it compiles.
+        """
         asks = sys._getframe(1).f_code
         return types.MethodType if asks is inspect.ismethod.__code__ else Forward
 
     def __getattr__(self, name: str) -> Any:
-        """What a bound method has and this has not: for ``torch.jit.script`` and ``torch.export``, which read code."""
+        """Return attributes that a bound method has and this object lacks.
+
+        ``torch.jit.script`` and ``torch.export``, which read code, ask for them.
+        """
         if name not in _OF_A_METHOD or "module" not in self.__dict__:
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         return getattr(types.MethodType(type(self.module).forward, self.module), name)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Plans stay behind: they are made anew where they are needed."""
+        """Leave plans behind: they are made anew where they are needed."""
         return {"module": self.module, "options": self.options, "replaced": self.replaced}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -60,7 +69,7 @@ class Forward:
 
 
 class _PlainForward:
-    """A module's own forward, with the module in sight of the recorder."""
+    """A module's own forward, with the module visible to the recorder."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
         self.module, self._forward = module, forward
@@ -68,7 +77,7 @@ class _PlainForward:
 
     @property
     def __signature__(self) -> inspect.Signature:
-        """That of the forward, for messages that name an argument."""
+        """The signature of the forward, for messages that name an argument."""
         return inspect.signature(self._forward)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -76,7 +85,7 @@ class _PlainForward:
 
 
 def checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
-    """The same module, with a forward that goes by plans."""
+    """Give the module a forward that follows plans; return the module."""
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} has no parameters that require grad, so there is no backward pass to save memory "
@@ -87,7 +96,7 @@ def checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
 
 
 def checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """A callable that does as ``fn``, by plans."""
+    """Wrap a callable so that it follows plans."""
     session = Session(fn, options, measure=options.measure)
 
     @functools.wraps(fn)
@@ -99,7 +108,7 @@ def checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..
 
 
 def session_of(target: Any) -> Session | None:
-    """What a checkpointed module or callable runs under; None for all others."""
+    """Return the session of a checkpointed module or callable, else None."""
     if isinstance(target, nn.Module):
         forward = vars(target).get("forward")
         while forward is not None and not isinstance(forward, Forward):

@@ -33,7 +33,7 @@ INFEASIBLE: Final = 3
 NOT_THE_SAME: Final = 4
 
 _PAGE_POINTS: Final = 9
-"""Budgets of the frontier on an HTML page."""
+"""Number of budgets of the frontier on an HTML page."""
 
 C = TypeVar("C", bound=Callable[..., Any])
 
@@ -53,7 +53,10 @@ class _Infeasible(click.ClickException):
 
 
 class _OneLineErrors(click.Group):
-    """A group whose commands fail with one line that says what to do next; ``--debug`` shows the traceback."""
+    """A group whose commands fail with one helpful line.
+
+    The line says what to do next; ``--debug`` shows the traceback.
+    """
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """Put what is wrong before the command's name into one line."""
@@ -100,7 +103,10 @@ def _one_line(error: Exception) -> str:
 
 
 def _is_ours(error: Exception) -> bool:
-    """Whether our own code has raised it: then the text says what to do."""
+    """Tell whether our own code raised an error.
+
+    Then its text says what to do.
+    """
     if (file := getattr(error, "raised_in_child", None)) is not None:
         return Path(file).is_relative_to(Path(__file__).parent)
     frame = error.__traceback__
@@ -120,12 +126,15 @@ def _version() -> str:
 
 
 class _Budget(click.ParamType):
-    """A budget as a person types it; read here, so that a malformed one is noticed before any work."""
+    """A budget as a person types it.
+
+    It is read here, so that a malformed one is noticed before any work.
+    """
 
     name = "budget"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int | float | str:
-        """Numbers as numbers, everything else as it was typed."""
+        """Return numbers as numbers, everything else as it was typed."""
         budget = _number(value)
         if budget != "auto":
             try:
@@ -141,7 +150,7 @@ class _Size(click.ParamType):
     name = "size"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """As bytes; there is nothing that a share could be of."""
+        """Return bytes; a share would be a share of nothing."""
         size = _number(value)
         try:
             if isinstance(size, float) or str(size).strip().endswith("%"):
@@ -152,10 +161,10 @@ class _Size(click.ParamType):
 
 
 class _Seconds(click.FloatRange):
-    """A number of seconds in a range, and a number indeed."""
+    """A number of seconds in a range, and not NaN."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
-        """NaN is within every range, by click's comparison."""
+        """Refuse NaN, which is within every range by click's comparison."""
         seconds = float(super().convert(value, param, ctx))
         if isnan(seconds):
             self.fail(f"{value!r} is no number of seconds.", param, ctx)
@@ -163,7 +172,10 @@ class _Seconds(click.FloatRange):
 
 
 class _Target(click.ParamType):
-    """A file to write, ``-`` for stdout where that is said; one that cannot be written is noticed before any work."""
+    """A file to write, or ``-`` for stdout where allowed.
+
+    One that cannot be written is noticed before any work.
+    """
 
     name = "file"
 
@@ -171,7 +183,7 @@ class _Target(click.ParamType):
         self._dash = dash
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Path | str:
-        """The path, whose folders can be made; or the dash."""
+        """Return the dash, or a path whose folders can be made."""
         if value == "-":
             if self._dash:
                 return "-"
@@ -189,12 +201,15 @@ class _Target(click.ParamType):
         return path
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Files."""
+        """Complete files."""
         return [CompletionItem(incomplete, type="file")]
 
 
 def _can_be_written(path: Path, folder: Path) -> bool:
-    """Whether a file can be written there; tried where only its last part is missing."""
+    """Tell whether a file can be written there.
+
+    Where only the last part of its path is missing, it is tried.
+    """
     there = path.exists()
     if not os.access(path if there else folder, os.W_OK):
         return False
@@ -218,7 +233,7 @@ def _number(text: Any) -> int | float | str:
 
 
 def _together(*options: Callable[[C], C]) -> Callable[[C], C]:
-    """Several options as one decorator, in the order in which the help lists them."""
+    """Join several options into one decorator, in the help's order."""
 
     def decorate(command: C) -> C:
         for option in reversed(options):
@@ -237,7 +252,7 @@ class _Model(click.ParamType):
     name = "model"
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
-        """Files."""
+        """Complete files."""
         return [CompletionItem(incomplete, type="file")]
 
 
@@ -292,7 +307,7 @@ _planning = _together(_solver, _wishes, _time_limit(10.0), _json, _plot, _html)
 def _recorded(
     target: str, device: str | None, optimizer: int | None, timing: str | None, accumulate: bool
 ) -> Program:  # fmt: skip
-    """The program of the step that the command line names."""
+    """Record the program of the step that the command line names."""
     if target.endswith(".json"):
         raise NoSuchStep(f"{target} is a file, not a model; to plan the program in it: autoremat solve {target}")
     _require("torch", "torch", "platformdirs")
@@ -311,7 +326,7 @@ def _recorded(
 def _read_or_recorded(
     target: str, device: str | None, optimizer: int | None, timing: str | None, accumulate: bool
 ) -> Program | Plan:  # fmt: skip
-    """The program or plan in a file, or the program of a step."""
+    """Read a program or plan from a file, or record a step."""
     if not target.endswith(".json"):
         return _recorded(target, device, optimizer, timing, accumulate)
     if device or optimizer or timing or accumulate:
@@ -365,7 +380,7 @@ def _solved(
     program: Program, budget: int | float | str, solver: str, wishes: tuple[tuple[str, ...], tuple[str, ...]],
     time_limit: float,
 ) -> Plan:  # fmt: skip
-    """Plan, with a bar."""
+    """Plan, with a progress bar."""
     from autoremat.planner import solve as make_plan
     from autoremat.show.progress import progress_bar
 
@@ -378,7 +393,7 @@ def _solved(
 
 
 def _asked_of_device(budget: int | float | str, program: Program) -> int | float | str:
-    """The budget, ``auto`` in bytes of the device that this machine has."""
+    """Turn a budget of ``auto`` into bytes of this machine's device."""
     if not Budget.read(budget).is_auto:
         return budget
     _require("torch", "torch", "platformdirs")
@@ -388,7 +403,7 @@ def _asked_of_device(budget: int | float | str, program: Program) -> int | float
 
 
 def _write_page(plan: Plan, path: Path, wishes: tuple[tuple[str, ...], tuple[str, ...]], time_limit: float) -> None:
-    """The page of a plan, with the frontier around it and the classics beside it."""
+    """Write a plan's page, with the frontier and the classic schedules."""
     from autoremat.planner import classics_of
     from autoremat.planner import frontier as make_frontier
     from autoremat.show.progress import progress_bar
@@ -404,14 +419,17 @@ def _write_page(plan: Plan, path: Path, wishes: tuple[tuple[str, ...], tuple[str
 
 
 def _refuse_one_file_twice(*paths: Path | str | None) -> None:
-    """Two results in one file would be the last one alone."""
+    """Refuse to write two results to one file.
+
+    Only the last one would be left.
+    """
     named = [Path(path).absolute() for path in paths if path not in (None, "-")]
     if len(set(named)) < len(named):
         raise click.UsageError("--json, --plot and --html name one file twice; give each its own.")
 
 
 def _require(extra: str, *modules: str) -> None:
-    """Fail before the work starts if a module of an extra is missing."""
+    """Fail before the work starts if an extra's module is missing."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise click.ClickException(f"this needs {' and '.join(missing)}; run: pip install 'autoremat[{extra}]'")
@@ -427,7 +445,7 @@ def _require_picture(path: Path) -> None:
 
 
 def _require_for(json_path: Path | str | None, plot_path: Path | None, html_path: Path | None) -> None:
-    """Fail before the work starts if what was asked for could not be written."""
+    """Fail before the work starts if an output could not be written."""
     _refuse_one_file_twice(json_path, plot_path, html_path)
     if plot_path is not None:
         _require_picture(plot_path)
@@ -436,7 +454,10 @@ def _require_for(json_path: Path | str | None, plot_path: Path | None, html_path
 
 
 def _examples(*lines: str) -> str:
-    """The end of a command's help, as it stands (which is what the backspace tells click)."""
+    """Write the end of a command's help, without rewrapping.
+
+    That is what the backspace tells click.
+    """
     return "\b\nExamples:\n" + "\n".join(f"  {line}" for line in lines)
 
 

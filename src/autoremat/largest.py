@@ -1,4 +1,7 @@
-"""``max_batch``: the largest batch, or sequence, whose training step has a plan within a budget."""
+"""``max_batch``: finds the largest batch that has a plan.
+
+It may as well be the largest sequence length, or image size.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ from autoremat.show.progress import progress_bar
 
 @dataclass(frozen=True)
 class Try:
-    """One size that was looked at.
+    """One size that was tried.
 
     Attributes:
         n: the size.
@@ -73,11 +76,11 @@ def max_batch(
     time_limit_seconds: float = 5.0,
     accumulate: bool = False,
 ) -> MaxBatch:
-    """The largest ``n`` for which the step ``fn(*make_inputs(n))`` has a plan within the budget.
+    """Find the largest ``n`` whose step has a plan within the budget.
 
-    Every size is planned on fake tensors, from estimated seconds: nothing of the size of the inputs or activations is
-    allocated. ``start`` is doubled until it does not fit, then the gap is halved. What ``n`` means is up to
-    ``make_inputs``: the batch, the length of the sequences, the height of the images.
+    The step is ``fn(*make_inputs(n))``. Every size is planned on fake tensors, from estimated seconds: nothing of the
+    size of the inputs or activations is allocated. ``start`` is doubled until it does not fit, then the gap is halved.
+    What ``n`` means is up to ``make_inputs``: the batch, the length of the sequences, the height of the images.
 
     Args:
         fn: a module or callable, as for ``autoremat.plan``.
@@ -130,7 +133,10 @@ def max_batch(
 
 
 def _search(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest ``n`` up to ``most`` that fits, 0 when not even 1 does; O(log n) tries by doubling, then halving."""
+    """Find the largest ``n`` up to ``most`` that fits.
+
+    It is 0 when not even 1 fits. Takes O(log n) tries, by doubling, then halving.
+    """
     low, high = 0, start
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -148,7 +154,7 @@ def _tried(n: int, result: Plan | InfeasibleBudget, overhead: float) -> Try:
 
 
 def _nothing_fits(result: Plan | InfeasibleBudget, overhead: float) -> InfeasibleBudget:
-    """The error, from what came of ``n = 1``."""
+    """Make the error from what came of ``n = 1``."""
     if isinstance(result, InfeasibleBudget):
         return with_message(result, f"not even n = 1 fits: {result}")
     return InfeasibleBudget(
@@ -182,7 +188,7 @@ def _check(budget: int | str, overhead: float, start: int, most: int) -> None:
 def _recorded(
     fn: Callable[..., Any], make_inputs: Callable[[int], Any], n: int, optimizer: Any, accumulate: bool
 ) -> Program:  # fmt: skip
-    """The step of size ``n``."""
+    """Record the step of size ``n``."""
     args, kwargs = _fake_inputs(make_inputs, n)
     try:
         return record_step(fn, args, kwargs, optimizer, "estimate", accumulate=accumulate)
@@ -196,7 +202,7 @@ def _recorded(
 
 
 def _fake_inputs(make_inputs: Callable[[int], Any], n: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of size ``n``."""
+    """Make positional and keyword arguments of size ``n``."""
     try:
         inputs = _made(make_inputs, n)
     except RecordingDied:
@@ -218,7 +224,10 @@ def _fake_inputs(make_inputs: Callable[[int], Any], n: int) -> tuple[tuple[Any, 
 
 
 def _made(make_inputs: Callable[[int], Any], n: int) -> Any:
-    """What ``make_inputs`` makes on fake tensors; in a child, where it leaves nothing behind, if all can be sent."""
+    """Call ``make_inputs`` on fake tensors, in a child where possible.
+
+    A child is possible if all that it makes can be sent. There the call leaves nothing behind.
+    """
     with suppress(CannotRunApart):
         if can_run_apart() and (sent := run_apart(lambda report: _described(_inputs(make_inputs, n)))) is not None:
             memory: dict[int, Tensor] = {}
@@ -244,7 +253,7 @@ class _Described:
     requires_grad: bool
 
     def built(self, memory: dict[int, Tensor]) -> Tensor:
-        """A fake tensor like it; those that shared memory do so again."""
+        """Make a fake tensor like it; shared memory stays shared."""
         view = self.view
         if self.memory not in memory:
             memory[self.memory] = torch.empty(self.nbytes // view.dtype.itemsize, dtype=view.dtype, device=self.device)
@@ -255,7 +264,7 @@ class _Described:
 
 
 def _described(inputs: Any) -> Any:
-    """The same with descriptions of the tensors; None if there is anything that cannot be sent."""
+    """Replace tensors by descriptions; None if something cannot be sent."""
 
     def described(tensor: Tensor) -> Any:
         storage = storage_of(tensor)
@@ -271,7 +280,10 @@ def _described(inputs: Any) -> Any:
 
 
 def _on_meta(leaf: Any) -> Any:
-    """What was made on the meta device as a tensor of that device, which goes where the model goes."""
+    """Turn a fake tensor on meta into an ordinary meta tensor.
+
+    A recording puts such a tensor where the model goes.
+    """
     if not isinstance(leaf, FakeTensor) or leaf.device.type != "meta":
         return leaf
     blank = torch.empty_strided(leaf.size(), leaf.stride(), dtype=leaf.dtype, device="meta")

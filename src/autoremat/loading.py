@@ -1,6 +1,6 @@
-"""The training step that a command line names: ``package.module:function`` or ``path/to/file.py:function``.
+"""Loads the training step that a command line names.
 
-A file alone stands for its function ``step``.
+It is ``package.module:function`` or ``path/to/file.py:function``; a file alone stands for its function ``step``.
 """
 
 from __future__ import annotations
@@ -16,11 +16,17 @@ from typing import Any
 
 
 class NoSuchStep(ValueError):
-    """What the command line names is not there; the message says what would be accepted."""
+    """What the command line names is not there.
+
+    The message says what would be accepted.
+    """
 
 
 class BrokenStep(ValueError):
-    """What the command line names is there and cannot be used; the message says why."""
+    """What the command line names cannot be used.
+
+    It is there; the message says why it cannot.
+    """
 
 
 @dataclass(frozen=True)
@@ -33,10 +39,10 @@ class Step:
 
 
 def load_step(target: str) -> Step:
-    """Import the file or module, call the function without arguments, and take what it returns.
+    """Import the file or module, and call the function without arguments.
 
-    That is ``(fn, args)`` or ``(fn, args, kwargs)``. The folder of a file, or the current one, is importable from then
-    on, as it is for a script.
+    The function returns ``(fn, args)`` or ``(fn, args, kwargs)``. The folder of a file, or the current one, is
+    importable from then on, as it is for a script.
 
     Raises:
         NoSuchStep: not of that form, no such file, module or function.
@@ -65,7 +71,7 @@ def _module(place: str) -> ModuleType:
 
 
 def _imported(name: str, place: str, folder: Path, path: Path | None = None) -> ModuleType:
-    """The module of that name, or of the file at the path, imported once."""
+    """Import a module by name or from a file, once."""
     known = sys.modules.get(name)
     if known is not None and (path is None or Path(known.__file__ or "") == path.resolve()):
         return known

@@ -1,4 +1,7 @@
-"""``Engine``: what every engine can do, and the engines by name. The folder is the list."""
+"""Names what every engine can do, and finds engines by name.
+
+The folder is the list of engines.
+"""
 
 from __future__ import annotations
 
@@ -21,18 +24,19 @@ class Engine(Protocol[S]):
 
     @property
     def name(self) -> str:
-        """That of the folder."""
+        """Name the engine by its folder."""
 
     @property
     def abilities(self) -> Abilities:
-        """What it can do with a plan; those of the programs that it records."""
+        """Say what the engine can do with a plan; its programs say the same."""
 
     def record(self, step: S) -> Program:
-        """The program of a step, forward and backward. Value ids are names that a user knows."""
+        """Record a step, forward and backward; value ids are names that users know."""
 
     def carry_out(self, step: S, plan: Plan) -> Callable[..., Any]:
-        """A callable that runs the step within the plan's budget; its results are those of the step itself.
+        """Make a callable that runs the step within the plan's budget.
 
+        Its results are those of the step itself.
         A plan of another step is refused in words: with an error, or, where the step can go on without the plan, with
         a warning.
         """

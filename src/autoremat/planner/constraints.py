@@ -33,7 +33,7 @@ class Constrained(Program):
 
     @property
     def before(self) -> dict[int, int]:
-        """For an op whose further runs include those of another, that other one; only folded programs have some."""
+        """For an op whose reruns include those of another, that other one; only folded programs have some."""
         return {}
 
 

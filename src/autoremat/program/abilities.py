@@ -14,7 +14,7 @@ class Abilities:
     """What an engine can do with a plan. Planners obey it, and ``verify`` checks it.
 
     Attributes:
-        reruns: where further runs may stand: ``anywhere``; ``at asks``, only ahead of what the backward asks for; ``by
+        reruns: where reruns may stand: ``anywhere``; ``at asks``, only ahead of what the backward asks for; ``by
             decisions``, so that every value is either kept or computed again once (``beyond_decisions``).
         most_runs: how often an op may run in all; None: any number of times. A compiler that keeps or recomputes: 2.
         ordered: the engine runs everything in the order of the schedule. False: it orders runs itself, so that the

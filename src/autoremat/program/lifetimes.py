@@ -14,7 +14,7 @@ from autoremat.program.model import Program
 
 
 def block_ends(program: Program, order: Sequence[int]) -> list[int]:
-    """For every run the last run of the block of further runs that it is in; the run itself in no block. O(runs)."""
+    """For every run the last run of the block of reruns that it is in; the run itself in no block. O(runs)."""
     ends = list(range(len(order)))
     if program.has_calls:
         begin, seen, goes_on = program.call_begin, set[int](), [False] * len(order)

@@ -40,7 +40,7 @@ class Value:
         shape: of the same tensor; None where that is not known.
         module: path of the module that owns the value (a parameter, a buffer, their gradients); where it is "", the
             value belongs to the module of the op that writes it.
-        available: index of the op of the same call after which a further run of the call can hand the value out: one
+        available: index of the op of the same call after which a rerun of the call can hand the value out: one
             before autograd saves it, or the last of the call for its outputs; ``INSIDE`` when that never happens,
             ``None`` as soon as the op that writes it has run.
     """
@@ -62,7 +62,7 @@ class Op:
     """One executed operator. Values are given by their index in ``Program.values``.
 
     While the op runs, what it reads, what it writes and its scratch are all resident. An op writes a value only once
-    in a program; a further run of the op (in a schedule) writes the same values again.
+    in a program; a rerun of the op (in a schedule) writes the same values again.
 
     Attributes:
         name: operator name, such as ``aten.mm.default``.
@@ -77,13 +77,13 @@ class Op:
             account of the optimizer's step, ``op`` for everything else.
         in_place: pairs ``(written, read)``: the written value takes over the storage of the read one, which is gone
             after the first run; so no later op of the program may read it, and it is neither fixed nor held longer.
-            Where the read value is needed after a further run, that run works on a copy and both are resident.
+            Where the read value is needed after a rerun, that run works on a copy and both are resident.
         module: path of the module that ran the op.
         source: ``file:line`` of the user's code that ran the op; of an op of the backward, where the value that it
             asked for last was saved.
         call: number of the call that the op belongs to: one call of torch's Python API may run several ops, and runs
             again from its first one only, op by op up to where it is stopped. -1 when the op may run again by itself.
-        rerun_seconds: duration of a further run, where that is another than of the first.
+        rerun_seconds: duration of a rerun, where that is another than of the first.
         rerun_scratch_bytes: the same of the temporary bytes.
     """
 
@@ -110,12 +110,12 @@ class Op:
 
     @property
     def again_seconds(self) -> float:
-        """Duration of a further run."""
+        """Duration of a rerun."""
         return self.seconds if self.rerun_seconds is None else self.rerun_seconds
 
     @property
     def again_scratch_bytes(self) -> int:
-        """Temporary bytes of a further run."""
+        """Temporary bytes of a rerun."""
         return self.scratch_bytes if self.rerun_scratch_bytes is None else self.rerun_scratch_bytes
 
     def __post_init__(self) -> None:
@@ -155,7 +155,7 @@ class Program:
     timing: str = field(default="given", kw_only=True)
     """Where the seconds come from: ``measured``, ``estimated`` or ``given``."""
     abilities: Abilities = field(default=_BY_ITS_OPS, kw_only=True)
-    """What the engine that recorded the step can carry out. Where it is not said: further runs on behalf of what the
+    """What the engine that recorded the step can carry out. Where it is not said: reruns on behalf of what the
     backward asks for where there are such ops, and else anywhere."""
     measured_share: float = field(default=-1.0, kw_only=True)
     """The share of the seconds that was measured, here or by another process; the rest is estimated, or given. Where it
@@ -213,8 +213,8 @@ class Program:
     def handed_until(self) -> tuple[int, ...]:
         """For every ``unpack`` the last op for which the backward keeps what it was handed there; -1 for other ops.
 
-        A node of the backward keeps the very copies that it was handed until its own ops have run, even where a further
-        run on behalf of a later ``unpack`` of the same node makes one of them once more. O(reads).
+        A node of the backward keeps the very copies that it was handed until its own ops have run, even where a
+        rerun on behalf of a later ``unpack`` of the same node makes one of them once more. O(reads).
         """
         table = [-1] * len(self.ops)
         asked_together = list(accumulate(int(op.kind != "ask") for op in self.ops))
@@ -246,7 +246,7 @@ class Program:
 
     @cached_property
     def available(self) -> tuple[int, ...]:
-        """For every value the op after which a further run of its call can hand it out; no op at all: ``len(ops)``."""
+        """For every value the op after which a rerun of its call can hand it out; no op at all: ``len(ops)``."""
         never = len(self.ops)
         own = (p if v.available is None else v.available for p, v in zip(self.producer, self.values, strict=True))
         return tuple(never if a == INSIDE else a for a in own)

@@ -110,7 +110,7 @@ class Schedule:
         return counts
 
     def extra_seconds(self, program: Program) -> float:
-        """Seconds of the further runs alone."""
+        """Seconds of the reruns alone."""
         return sum((n - 1) * program.ops[i].again_seconds for i, n in self.runs_of.items())
 
 

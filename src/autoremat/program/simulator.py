@@ -22,8 +22,8 @@ class Timeline:
         resident_at_peak: indices of the values in memory at the peak, largest first; of a storage that is being taken
             over only the value that is written.
         seconds: duration of all runs.
-        extra_seconds: duration of the further runs alone.
-        repeats: ``(op, further runs)`` of every op that runs more than once.
+        extra_seconds: duration of the reruns alone.
+        repeats: ``(op, reruns)`` of every op that runs more than once.
     """
 
     resident_bytes: tuple[int, ...]

@@ -138,7 +138,7 @@ class _Machine:
         op_at: for every run the op that ran.
         first_run: for every op that has run the position of its first run.
         latest: the largest index of an op that has run, -1 before the first.
-        extra: seconds of every further run.
+        extra: seconds of every rerun.
         block: the ops that have run again one after the other, all of one call, up to now; empty after a first run.
         block_made: of the values that the block has written, whether another copy was in memory before.
         twice: bytes of those other copies, which leave when the block ends.
@@ -545,7 +545,7 @@ _FRACTION_SLACK: Final = 1e-6
 
 
 def _overhead(machine: _Machine) -> float:
-    """Seconds of the further runs over the seconds of the plain program; 0 where nothing takes any time."""
+    """Seconds of the reruns over the seconds of the plain program; 0 where nothing takes any time."""
     plain = math.fsum(op.seconds for op in machine.program.ops)
     return math.fsum(machine.extra) / plain if plain else 0.0
 

@@ -12,7 +12,7 @@ from autoremat.program import Program
 from autoremat.program.units import format_bytes
 
 _NEXT_TO_NOTHING: Final = 20
-"""Freeing less than a twentieth of what a module saves is not worth its further run."""
+"""Freeing less than a twentieth of what a module saves is not worth its rerun."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class Block:
         made_bytes: of those, what it makes itself.
         freed_bytes: of those, what no other backward reads and nothing else holds, so that it would leave.
         input_bytes: what enters it and would have to stay, although plain training does not save it.
-        seconds: of one further run of its forward.
+        seconds: of one rerun of its forward.
     """
 
     path: str

@@ -58,7 +58,7 @@ class Explanation:
 
     @property
     def kept_bytes(self) -> int:
-        """What the schedule keeps from the forward, for the backward and for further runs."""
+        """What the schedule keeps from the forward, for the backward and for reruns."""
         return self._bytes_of(self.savings.kept)
 
     def _bytes_of(self, values: Sequence[int]) -> int:

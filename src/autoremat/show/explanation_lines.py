@@ -105,7 +105,7 @@ def _matters(m: Module, root: Module) -> bool:
 
 
 def _sources(e: Explanation, m: Module) -> str:
-    """Where its further runs start: the largest kept values that they read."""
+    """Where its reruns start: the largest kept values that they read."""
     values = sorted(m.sources, key=lambda v: -e.program.values[v].nbytes)
     rows = [(0, (name_of(e.program, v),)) for v in values]
     names = list(dict.fromkeys(cells[0] for _, _, cells in _folded(rows)))

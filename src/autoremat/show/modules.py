@@ -21,9 +21,9 @@ class Module:
         peak_bytes: in memory at the peak.
         saved_bytes: what plain training saves from its forward for the backward.
         kept_bytes: what the schedule keeps of its forward.
-        runs_again: further runs of its ops.
+        runs_again: reruns of its ops.
         seconds_again: of those.
-        sources: what its further runs start from: values kept or there from the start, parameters apart.
+        sources: what its reruns start from: values kept or there from the start, parameters apart.
         modules: those below, in the order in which they first occur.
     """
 

@@ -125,7 +125,7 @@ class _Moment:
     @property
     def scratch_bytes(self) -> int:
         """Temporary bytes of what runs."""
-        return self.op.again_scratch_bytes if self.run in self.further_runs else self.op.scratch_bytes
+        return self.op.again_scratch_bytes if self.run in self.reruns else self.op.scratch_bytes
 
     @cached_property
     def frees(self) -> tuple[int, ...]:
@@ -138,7 +138,7 @@ class _Moment:
         return max(self.schedule.order[: self.run + 1], default=-1)
 
     @cached_property
-    def further_runs(self) -> frozenset[int]:
+    def reruns(self) -> frozenset[int]:
         """The runs so far, this one included, of ops that had run before."""
         seen: set[int] = set()
         found = set()
@@ -232,16 +232,16 @@ def _category(moment: _Moment, copy: _Copy) -> str:
     program, value = moment.program, moment.program.values[copy.value]
     if value.kind in KIND_CATEGORIES or value.fixed:
         return KIND_CATEGORIES.get(value.kind, "inputs")
-    if copy.run in moment.further_runs:
+    if copy.run in moment.reruns:
         return "recomputed activations"
     return "saved activations" if _is_saved(program, copy, moment) else "temporaries"
 
 
 def _is_saved(program: Program, copy: _Copy, moment: _Moment) -> bool:
-    """Whether the copy was made in the forward, and the backward or a further run reads it now or later."""
+    """Whether the copy was made in the forward, and the backward or a rerun reads it now or later."""
     if program.ops[program.producer[copy.value]].phase != "forward":
         return False
-    if copy.value in moment.op.reads and (moment.op.phase == "backward" or moment.run in moment.further_runs):
+    if copy.value in moment.op.reads and (moment.op.phase == "backward" or moment.run in moment.reruns):
         return True
     # An op up to the one reached runs again if it is still to come.
     return any(program.ops[i].phase == "backward" or i <= moment.reached for i in copy.readers)

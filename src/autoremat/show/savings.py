@@ -13,8 +13,8 @@ class Again:
 
     Attributes:
         op: index in ``Program.ops``.
-        runs: further runs, the first one not counted.
-        seconds: of the further runs together.
+        runs: reruns, the first one not counted.
+        seconds: of the reruns together.
         sources: the values kept or there from the start, parameters and buffers apart, that they read.
     """
 
@@ -29,7 +29,7 @@ class Savings:
     """What happens to the values of the forward.
 
     Attributes:
-        kept: the values made by a first run in the forward that the backward, or a further run, reads as they are; of
+        kept: the values made by a first run in the forward that the backward, or a rerun, reads as they are; of
             the plain schedule, what plain training saves.
         again: the ops that run more than once, in program order.
     """

@@ -26,7 +26,7 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class _Copy:
-    """A value since run ``begin``, and the spans of runs, so far, in which a backward or a further run waits for it.
+    """A value since run ``begin``, and the spans of runs, so far, in which a backward or a rerun waits for it.
 
     At its first run the storage has ``shrinks_by`` more bytes than the value.
     """
@@ -96,7 +96,7 @@ def _ended(program: Program, v: int, copy: _Copy, end: int) -> Iterator[Span]:
 
 
 def _parts(program: Program, v: int, copy: _Copy, end: int) -> Iterator[tuple[int, int, str]]:
-    """``(begin, end, category)``: saved while a backward or a further run waits for it, temporary besides."""
+    """``(begin, end, category)``: saved while a backward or a rerun waits for it, temporary besides."""
     kind = KIND_CATEGORIES.get(program.values[v].kind)
     home = program.ops[program.producer[v]]
     if kind or copy.again or home.phase != "forward":

@@ -44,7 +44,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """A step: its name, its calls in order, and the arrays that it is given, by name."""
+    """Lists the calls of a step, and the arrays it is given by name."""
 
     name: str
     calls: tuple[Call, ...]
@@ -52,17 +52,20 @@ class Step:
 
 
 class Numpy:
-    """The engine of this folder: every schedule can be carried out, and is, in its order."""
+    """Carries out every schedule in its order."""
 
     name = "numpy"
     abilities = Abilities()
 
     def record(self, step: Step) -> Program:
-        """The program of a step."""
+        """Record a step by running it once."""
         return record(step.name, step.calls, step.inputs)
 
     def carry_out(self, step: Step, plan: Plan) -> Callable[[], dict[str, Array]]:
-        """A callable that runs the step by the plan, and returns the arrays that are left, by name."""
+        """Make a callable that runs the step by the plan.
+
+        It returns the arrays that are left, by name.
+        """
         values, ops = [v.id for v in plan.program.values], plan.program.ops
         planned = [(o.name, tuple(values[r] for r in o.reads), tuple(values[w] for w in o.writes)) for o in ops]
         if planned != [(c.name, c.reads, c.writes) for c in step.calls]:

@@ -66,7 +66,7 @@ _MOST_SECONDS: Final = 0.6
 def lower_bound(program: Program, budget_bytes: int, *, deadline: float = inf) -> float:
     """A fraction of the program's seconds below which the overhead of no schedule within the budget can be.
 
-    The schedules meant are all that run every op in program order plus further runs of repeatable ops anywhere. Never
+    The schedules meant are all that run every op in program order plus reruns of repeatable ops anywhere. Never
     negative; 0.0 for a program without seconds. About a hundred minimum cuts and a linear program; stops at
     ``deadline`` (on ``clock.now``) with what it has.
     """
@@ -159,7 +159,7 @@ def _ranked(program: Program, budget_bytes: int, deadline: float) -> list[tuple[
 
 
 def bound_at(program: Program, t: int, budget_bytes: int, *, deadline: float = inf) -> float:
-    """Seconds of further runs that any schedule within the budget needs because of what fits when op ``t`` runs."""
+    """Seconds of reruns that any schedule within the budget needs because of what fits when op ``t`` runs."""
     return _best_price(_Moment(program, t), _Weights(program), budget_bytes, deadline)[0]
 
 

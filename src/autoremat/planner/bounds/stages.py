@@ -4,13 +4,13 @@ The formulation of Checkmate (Jain et al. 2020, "Checkmate: Breaking the Memory 
 Rematerialization", equations 1-9), on values with bytes instead of nodes with one output, and with two differences.
 A *stage* ends with the first run of a *moment*, an op of the program: of every op (then a point is a schedule), or of
 some (then the linear program is a relaxation of every schedule, several moments of the bound in ``bounds`` at once).
-And instead of Checkmate's sums and products that say when a value is freed (equations 5-8), a value counts at a further
-run when it is carried into the next stage or read by a run from there on, which takes no products and gives a tighter
+And instead of Checkmate's sums and products that say when a value is freed (equations 5-8), a value counts at a
+rerun when it is carried into the next stage or read by a run from there on, which takes no products and gives a tighter
 relaxation.
 
 Columns: ``again[w, i]``, op i runs again in stage w; ``carried[w, v]``, value v is in memory when stage w begins. Rows:
 what a run reads is carried in or made in the same stage; what is carried on, likewise; the bytes at every moment fit
-into the budget. ``Stages.inside`` adds the rows for the bytes at the further runs of one stage, in which ops run in
+into the budget. ``Stages.inside`` adds the rows for the bytes at the reruns of one stage, in which ops run in
 program order. Without them the linear program relaxes *every* schedule, whatever the order and the number of runs
 within a stage.
 """
@@ -198,7 +198,7 @@ class Stages:
 
     @cached_property
     def _last_need(self) -> tuple[int, ...]:
-        """For every value the last op for whose sake it can be in memory, through further runs of its readers, too."""
+        """For every value the last op for whose sake it can be in memory, through reruns of its readers, too."""
         program = self.program
         need = [-1] * len(program.values)
         for i in range(len(program.ops) - 1, -1, -1):
@@ -344,12 +344,12 @@ class Stages:
     # -- within a stage ------------------------------------------------------------------------------------------------
 
     def inside(self, w: int) -> None:
-        """Add the rows for the bytes at the further runs of a stage of one op."""
+        """Add the rows for the bytes at the reruns of a stage of one op."""
         for k in self.candidates[w]:
             self._run_bytes(w, k)
 
     def _run_bytes(self, w: int, k: int) -> None:
-        """Bytes at the further run of op ``k``; where it does not run, no more than at the next one that does."""
+        """Bytes at the rerun of op ``k``; where it does not run, no more than at the next one that does."""
         program, op, values = self.program, self.program.ops[k], self.program.values
         t = self.moments[w]
         held = {v for v in self._made if program.producer[v] < self.first(w) and program.hold[v] >= t}
@@ -389,7 +389,7 @@ class Stages:
         return self._needed[w, v, i]
 
     def _takes_over(self, w: int, k: int, old: int) -> int:
-        """A column that is 1 when the further run of ``k`` takes over a storage that is needed no more."""
+        """A column that is 1 when the rerun of ``k`` takes over a storage that is needed no more."""
         later = self._needed_from(w, old, k + 1)
         if later == ONE:
             return ZERO

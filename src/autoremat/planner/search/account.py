@@ -31,7 +31,7 @@ class Account:
             inclusive, sorted by value, then by start.
         first_access: for every residency the index of its first entry in ``access``.
         access: runs that read or write the value, of all residencies one after the other.
-        extra_seconds: duration of the further runs alone.
+        extra_seconds: duration of the reruns alone.
     """
 
     order: Ints
@@ -102,7 +102,7 @@ class Accountant:
         self._is_in_place[list(self._in_place)] = True
 
     def order(self, reruns: Sequence[tuple[int, int]]) -> Ints:
-        """The order with the further runs ``(late op, op)`` placed in it, like ``unroll.merge``."""
+        """The order with the reruns ``(late op, op)`` placed in it, like ``unroll.merge``."""
         n = self.n_ordered
         base = np.arange(n, dtype=np.int64)
         if not reruns:
@@ -130,7 +130,7 @@ class Accountant:
         return self(order)
 
     def extra_seconds_of(self, order: Ints) -> float:
-        """Seconds of the further runs of an order."""
+        """Seconds of the reruns of an order."""
         return self._extra_seconds(order)
 
     def _extra_seconds(self, order: Ints) -> float:

@@ -69,7 +69,7 @@ class CallAccountant(Accountant):
         return self._account(order, byproducts=True)
 
     def extra_seconds_of(self, order: Ints) -> float:
-        """Seconds of the further runs of an order of the folded program."""
+        """Seconds of the reruns of an order of the folded program."""
         return self._extra_seconds(self._lay_out(order).order)
 
     def _account(self, order: Ints, *, byproducts: bool) -> Account:

@@ -2,7 +2,7 @@
 
 A call of torch's Python API may run several ops, and runs again from its first one on, up to some op after which it can
 hand out a value. ``fold`` turns every such call into *stages*, one op each. A stage ends where values that later ops
-read become available. Its first run is its own ops; a further run is the whole prefix of the call up to there, and
+read become available. Its first run is its own ops; a rerun is the whole prefix of the call up to there, and
 costs that much. What never leaves the call is scratch. Any planner can plan that; ``unfold`` turns the order of its
 runs into one of the program's ops. Two stages of one call that run again one after the other are one prefix.
 
@@ -27,7 +27,7 @@ class Stage:
     """The ops of a program that one op of its folded program stands for.
 
     Attributes:
-        call_begin: the first op of the call; a further run begins there.
+        call_begin: the first op of the call; a rerun begins there.
         begin: the first op of the stage; the first run begins there.
         end: the last op of the stage.
     """
@@ -210,7 +210,7 @@ class _Call:
     # -- one stage -----------------------------------------------------------------------------------------------------
 
     def _part(self, begin: int, end: int, writes: tuple[int, ...]) -> _Part:
-        """The stage from ``begin`` to ``end``, with the costs of its first and of a further run."""
+        """The stage from ``begin`` to ``end``, with the costs of its first run and of a rerun."""
         ops, count = self._program.ops, end - self._begin + 1
         op = Op(
             ops[end].name,
@@ -245,7 +245,7 @@ class _Call:
 
     @cached_property
     def _again_seconds(self) -> list[float]:
-        """For every prefix what a further run of it takes."""
+        """For every prefix what a rerun of it takes."""
         return list(accumulate(self._program.ops[i].again_seconds for i in self._ops))
 
     def _scratch(self, begin: int, end: int, writes: tuple[int, ...]) -> int:
@@ -254,7 +254,7 @@ class _Call:
         return max(0, need - self._bytes(writes))
 
     def _scratch_again(self, end: int, writes: tuple[int, ...]) -> int:
-        """Temporary bytes of a further run: all that the prefix makes and the stage does not write, which stays."""
+        """Temporary bytes of a rerun: all that the prefix makes and the stage does not write, which stays."""
         need, nbytes = self._most_again[end - self._begin], self._program.values
         begin = min((self._last_use[v] for v in writes), default=end) + 1
         for i in range(begin, end + 1):
@@ -273,7 +273,7 @@ class _Call:
 
     @cached_property
     def _again_need(self) -> list[int]:
-        """The same of a further run of which nothing stays."""
+        """The same of a rerun of which nothing stays."""
         return self._needs(self._last_use, [self._program.ops[i].again_scratch_bytes for i in self._ops])
 
     @cached_property

@@ -19,7 +19,7 @@ from autoremat.planner.solvers.segments import boundaries, narrow_cuts
 from autoremat.program import Program, Schedule
 
 Runs = list[tuple[int, int]]
-"""Further runs as ``(late op before which it happens, op)``."""
+"""Reruns as ``(late op before which it happens, op)``."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Chain:
         return len(self.states)
 
     def runs(self, sweeps: Iterable[Sweep]) -> Runs:
-        """The further runs of a chain schedule. O(runs)."""
+        """The reruns of a chain schedule. O(runs)."""
         found: Runs = []
         for sweep in sweeps:
             moment = self.moments[sweep.target]

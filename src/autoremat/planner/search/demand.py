@@ -23,11 +23,11 @@ class Demand:
     Attributes:
         state: bytes of the state that enters the block.
         whole: bytes of its products.
-        advance_seconds: of a further run up to the next state.
-        tape_seconds: of a further run for the products.
-        whole_seconds: of a further run for both.
+        advance_seconds: of a rerun up to the next state.
+        tape_seconds: of a rerun for the products.
+        whole_seconds: of a rerun for both.
         advance_bytes, whole_run_bytes: at most in memory during such a run, beyond the state that enters.
-        beside_bytes: what is there when the backward of the block begins, before its further runs.
+        beside_bytes: what is there when the backward of the block begins, before its reruns.
         target_bytes: needed for the last part of a sweep to the block and for its backward.
         backward_bytes: needed for its backward.
         forward_bytes_passing: needed in the first forward pass when nothing is kept of the block,

@@ -28,7 +28,7 @@ _FARTHEST = 100
 """How many missing ops a score looks at."""
 
 _MOST_RUNS = 6000
-"""How many further runs make a walk hopeless; on programs of other sizes twice to ten times their ops."""
+"""How many reruns make a walk hopeless; on programs of other sizes twice to ten times their ops."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _taken_over(tables: Tables, op: Op) -> int:
 
 
 def evicting(course: Course, rules: Rules) -> list[tuple[int, int]] | None:
-    """The further runs ``(late op before which it happens, op)`` of one walk; None when it is given up.
+    """The reruns ``(late op before which it happens, op)`` of one walk; None when it is given up.
 
     O(evictions * values).
     """
@@ -186,7 +186,7 @@ class Executor:
         self.protected = outside
 
     def _grown(self, i: int, last_reader: dict[int, int], passing: dict[int, int]) -> int:
-        """Bytes that a further run of op ``i`` adds while it runs."""
+        """Bytes that a rerun of op ``i`` adds while it runs."""
         op = self.tables.ops[i]
         grown = op.again_scratch_bytes + sum(self.size[v] for v in op.writes if v not in self.resident)
         for new, old in op.in_place:
@@ -195,7 +195,7 @@ class Executor:
         return grown
 
     def _take_in(self, i: int, last_reader: dict[int, int], passing: dict[int, int]) -> None:
-        """What becomes of the results of a further run: some stay, some are in use, some only pass."""
+        """What becomes of the results of a rerun: some stay, some are in use, some only pass."""
         for v in self.tables.ops[i].writes:
             if v not in self.droppable:
                 if v in last_reader:

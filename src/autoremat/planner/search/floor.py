@@ -67,7 +67,7 @@ class Floor:
         """All that were looked at, the lowest peak first.
 
         Args:
-            extra_seconds_of: what the further runs of an order take on the program itself.
+            extra_seconds_of: what the reruns of an order take on the program itself.
         """
         for _ in self._work:
             pass

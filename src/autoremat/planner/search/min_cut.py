@@ -3,7 +3,7 @@
 For a price of ``price`` seconds per byte, every demanded value is either kept, for ``price * bytes``, or its op runs
 again, for its seconds, and then all inputs of the op must be available in the same sense. That is a closure problem,
 solved exactly by one minimum cut (Picard 1976; for checkpointing: the partitioner of AOTAutograd). With segments, what
-a further run reads from an earlier segment must be kept, which bounds what has to be in memory when a segment runs
+a rerun reads from an earlier segment must be kept, which bounds what has to be in memory when a segment runs
 again; segments are then solved on their own, last one first, and equal segments only once.
 
 The graph: source -> op (price * bytes) for an op whose result is demanded; for a result that is not, a node of its
@@ -37,7 +37,7 @@ class Cut:
 
     Attributes:
         kept: values to keep, ``reruns``: ops to run again.
-        cost: seconds of the further runs plus price times kept bytes; never above the true minimum.
+        cost: seconds of the reruns plus price times kept bytes; never above the true minimum.
     """
 
     kept: tuple[int, ...]
@@ -53,7 +53,7 @@ class Network:
         ops: that may run again, in program order.
         wanted: demanded values made by ``ops``.
         inner: values made by ``ops`` that are not demanded themselves.
-        outer: values that further runs read and that can only be kept.
+        outer: values that reruns read and that can only be kept.
         edges: ``(tail, head, kind, index)``; kind 0: price * bytes of value ``index``, 1: seconds of op ``index``,
             2: infinite; nodes are numbered source, sink, ops, inner, outer.
     """

@@ -1,7 +1,7 @@
 """The cheapest schedule of a small program, by integer linear programming (HiGHS through scipy).
 
 The linear program of ``stages`` with a stage for every op is solved over whole numbers: first without the rows for the
-bytes at further runs, then with those of the stages that the solution has overfilled, until a solution can be carried
+bytes at reruns, then with those of the stages that the solution has overfilled, until a solution can be carried
 out (constraint generation, as in Benders 1962). The best schedule known so far decides which columns can still be part
 of a better one: a column whose reduced cost in the relaxation would lift the cost above it is fixed (Crowder, Johnson
 and Padberg 1983).
@@ -43,7 +43,7 @@ class Outcome:
 
     Attributes:
         schedule: the best schedule within the budget, None when none was found.
-        bound_seconds: further runs cost at least this much in every schedule whatever.
+        bound_seconds: reruns cost at least this much in every schedule whatever.
         is_cheapest: no schedule of the kind that is looked at is cheaper; ``schedule`` is None when none fits.
     """
 
@@ -77,7 +77,7 @@ class _Solver:
         self.best_cost = known.extra_seconds(program) if known else inf
         self.bound = 0.0
         self.bound_of_all = 0.0
-        """The part of the bound that assumes nothing of the order of further runs, nor of where they are."""
+        """The part of the bound that assumes nothing of the order of reruns, nor of where they are."""
         self.unit = _unit(program)
         where = _where(program)
         self.anywhere = where is None

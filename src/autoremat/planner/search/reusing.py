@@ -1,6 +1,6 @@
-"""Spend the room that an order of runs leaves: let a value stay until it is needed again, spare the further run.
+"""Spend the room that an order of runs leaves: let a value stay until it is needed again, spare the rerun.
 
-Works on any order, wherever it comes from. Every further run is a choice that can be taken back where the bytes of its
+Works on any order, wherever it comes from. Every rerun is a choice that can be taken back where the bytes of its
 results fit into all the runs between; with it go the runs that only fed it. Best seconds per byte first, until nothing
 more fits.
 """
@@ -24,7 +24,7 @@ def reuse(
     tables: Tables, accountant: Accountant, runs: Runs, budget_bytes: int, *, rounds: int = 12,
     noise: Callable[[], float] = lambda: 1.0,
 ) -> tuple[Runs, Account]:  # fmt: skip
-    """Fewer further runs within the budget, and their account; ``runs`` as they are if they are above it already."""
+    """Fewer reruns within the budget, and their account; ``runs`` as they are if they are above it already."""
     runs = sorted(set(runs))
     account = accountant.with_byproducts(accountant.order(runs))
     if account.peak_bytes > budget_bytes:
@@ -59,7 +59,7 @@ class _Ledger:
     spared: set[int] = field(default_factory=set)
 
     def feeders(self, run: int, most: int = 1 << 60) -> list[int]:
-        """The further runs that become idle with the given one, itself first, at most so many; lowers ``uses``."""
+        """The reruns that become idle with the given one, itself first, at most so many; lowers ``uses``."""
         found, stack = list[int](), [run]
         while stack and len(found) < most:
             r = stack.pop()
@@ -109,7 +109,7 @@ def _may_stay(tables: Tables, owner: list[int], k: int) -> bool:
 
 
 def _spare(ledger: _Ledger, account: Account, budget_bytes: int, noise: Callable[[], float]) -> set[tuple[int, int]]:
-    """The further runs that one sweep makes superfluous."""
+    """The reruns that one sweep makes superfluous."""
     tables, during = ledger.tables, account.during.copy()
     owner, ends = account.value.tolist(), account.end.tolist()
     options = []

@@ -3,7 +3,7 @@
 A ``Candidate`` says what is dropped (``unroll.Levels``) and knows its account. ``shave`` lowers the peak: of the values
 resident at the peak that nothing needs right there, it drops those whose return costs the fewest seconds per byte.
 ``fill`` spends the room below a budget: it keeps what saves the most seconds per byte. Both are greedy with full
-knowledge of the future, and both simulate after every batch of choices, because a further run moves other residencies.
+knowledge of the future, and both simulate after every batch of choices, because a rerun moves other residencies.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def no_noise() -> float:
 class Entry:
     """A candidate without its account: what is dropped, its peak and the seconds it costs.
 
-    ``runs`` are the further runs of a candidate that no levels describe; ``dropped`` is empty then.
+    ``runs`` are the reruns of a candidate that no levels describe; ``dropped`` is empty then.
     """
 
     name: str
@@ -61,7 +61,7 @@ class Candidate:
     Attributes:
         name: of the algorithm it comes from.
         dropped: from the forward, of the first copies made again, of the second, ...
-        runs: the further runs as ``(late op, op)``.
+        runs: the reruns as ``(late op, op)``.
         account: bytes run by run.
         walked: the runs come from a walk (``evict``), and no levels describe them.
         can_run: the engine can run every op as often as this does; otherwise no budget is large enough for it.
@@ -81,7 +81,7 @@ class Candidate:
 
     @property
     def extra_seconds(self) -> float:
-        """Duration of the further runs."""
+        """Duration of the reruns."""
         return self.account.extra_seconds
 
     @property
@@ -156,7 +156,7 @@ class Search:
         return candidate
 
     def look(self, name: str, runs: list[tuple[int, int]]) -> Candidate:
-        """The candidate with the given further runs as they are."""
+        """The candidate with the given reruns as they are."""
         self.evaluations += 1
         candidate = self._candidate(name, (), runs, walked=True)
         self.note(candidate)
@@ -165,7 +165,7 @@ class Search:
     def reuse(
         self, name: str, runs: list[tuple[int, int]], budget_bytes: int, tables: Tables | None = None
     ) -> Candidate:
-        """The candidate with the given further runs, less those that the room below the budget makes superfluous."""
+        """The candidate with the given reruns, less those that the room below the budget makes superfluous."""
         left, account = reuse(tables or self.tables, self.accountant, runs, budget_bytes, noise=self.noise)
         self.evaluations += 1
         candidate = Candidate(name, (), left, account, walked=True, can_run=self._can_run(account))
@@ -374,7 +374,7 @@ class _Savings:
 
     @cached_property
     def _users(self) -> dict[int, int]:
-        """How many further runs and late ops ask for each value that is not kept."""
+        """How many reruns and late ops ask for each value that is not kept."""
         users: dict[int, int] = {}
         for i in self._again:
             for v in self._tables.reads[i]:
@@ -390,7 +390,7 @@ class _Savings:
         return {self._tables.before[i] for i in self._again if i in self._tables.before}
 
     def _seconds(self, i: int) -> float:
-        """What one further run of an op costs beside those of the others."""
+        """What one rerun of an op costs beside those of the others."""
         return 0.0 if i in self._included else self._tables.ops[i].again_seconds
 
     def of(self, value: int, level: int) -> float:

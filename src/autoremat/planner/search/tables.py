@@ -41,9 +41,9 @@ class Tables:
         kept: for every value 1 when every plan keeps it (it cannot be made again, or has no bytes).
         replayed: ops that run again when nothing else is kept, last one first.
         droppable: values that a plan may keep or drop, in program order.
-        before: for an op whose further runs include those of another (a stage of a call that of the stage before it)
+        before: for an op whose reruns include those of another (a stage of a call that of the stage before it)
             that other op; empty where every op runs again by itself.
-        seconds: for every op what a further run costs beyond one of that other op.
+        seconds: for every op what a rerun costs beyond one of that other op.
         passing: values whose first copy no plan may keep, because the user wants them computed again.
     """
 

@@ -53,7 +53,7 @@ class Uniform:
         return 1 + max(0, min(length, most))
 
     def extra_seconds(self, budget_bytes: int) -> float:
-        """What the further runs of every schedule within the budget take at least."""
+        """What the reruns of every schedule within the budget take at least."""
         return max(self._bound(budget_bytes, trimmed) for trimmed in range(min(_TRIMMED, len(self.beside_bytes) - 1)))
 
     def _bound(self, budget_bytes: int, trimmed: int) -> float:

@@ -36,7 +36,7 @@ def unroll(program: Program, keep: frozenset[int], *, drop_again: Levels = ()) -
 
 
 def reruns(tables: Tables, levels: Levels) -> list[tuple[int, int]]:
-    """The further runs as ``(late op before which it happens, op)``, in no particular order."""
+    """The reruns as ``(late op before which it happens, op)``, in no particular order."""
     stay = _staying(tables, levels[0])
     available = list(tables.until)
     found: list[tuple[int, int]] = []
@@ -89,7 +89,7 @@ def _sweep(tables: Tables, stay: Sequence[int], available: Sequence[int]) -> dic
 
 
 def merge(tables: Tables, runs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
-    """The program's ops with the further runs before the late ops that wait for them, in program order each."""
+    """The program's ops with the reruns before the late ops that wait for them, in program order each."""
     before: dict[int, list[int]] = {}
     for time, i in runs:
         before.setdefault(time, []).append(i)

@@ -47,7 +47,7 @@ def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> S
 
 
 def dtr_runs(course: Course, limit_bytes: int, *, deadline: float = inf) -> Runs | None:
-    """The further runs under a limit; None when an op does not fit, or nothing but recomputation happens in time."""
+    """The reruns under a limit; None when an op does not fit, or nothing but recomputation happens in time."""
     executor = _Online(course, Rules(limit_bytes, limit_bytes, most_bytes=limit_bytes))
     for t in range(len(course.tables.ops)):
         executor.step(t)

@@ -54,7 +54,7 @@ def _leaves_its_block(tables: Tables, blocks: tuple[int, ...], value: int) -> bo
 
 
 def _rest_of_blocks(tables: Tables, blocks: tuple[int, ...], runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The further runs that demand alone would not ask for: checkpointing runs a block as a whole."""
+    """The reruns that demand alone would not ask for: checkpointing runs a block as a whole."""
     when: dict[int, int] = {}
     last: dict[int, int] = {}
     for time, i in runs:

@@ -1,4 +1,4 @@
-"""Keep everything: plain training, no further runs, the largest peak. What every other plan is compared with."""
+"""Keep everything: plain training, no reruns, the largest peak. What every other plan is compared with."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ def revolve_plans(chain: Chain, accountant: Accountant, budget_bytes: int) -> It
 
 
 def revolve_runs(chain: Chain, slots: int) -> Runs:
-    """The further runs of Revolve with so many slots, initial state included."""
+    """The reruns of Revolve with so many slots, initial state included."""
     return chain.runs(revolve_sweeps(len(chain), slots))
 
 

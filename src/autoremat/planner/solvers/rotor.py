@@ -7,7 +7,7 @@ bytes, either run s for everything that its backward asks for and keep that (``F
 is optimal among the *memory-persistent* schedules, in which what is kept stays until its backward. Memory is in slots,
 and sizes are rounded up, as in rotor.
 
-Two things differ from the paper, because only further runs cost something here: the first forward pass, which is free,
+Two things differ from the paper, because only reruns cost something here: the first forward pass, which is free,
 has a table of its own; and a block that runs again only for its output may leave out some of its ops. Since what bytes
 there are beside the chain is only estimated per block, limits around the budget are tried, and simulated.
 """
@@ -69,7 +69,7 @@ def rotor_plans(chain: Chain, accountant: Accountant, budget_bytes: int, slots: 
 class Table:
     """The cheapest way through every part of a chain with every number of memory slots.
 
-    ``again[s, t, m]`` are the seconds of further runs for the blocks s..t when the backward of t comes next and only
+    ``again[s, t, m]`` are the seconds of reruns for the blocks s..t when the backward of t comes next and only
     state s, outside of the m slots, is there; ``shifted[t, s, m]`` the same when state s takes its place in the slots
     first. ``first[s, m]`` is for the first forward pass, from s to the end.
     """

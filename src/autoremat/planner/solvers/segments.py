@@ -28,7 +28,7 @@ def boundaries(tables: Tables, count: int, *, tapered: bool = False) -> tuple[in
     """The early ops at which segments begin, for about ``count`` segments (fewer where no more cuts exist).
 
     ``tapered`` makes the segments shrink linearly towards the end: while an early segment runs again, what the later
-    ones kept has left, so it may be larger (for the uniform chain this is the optimal shape with one further run).
+    ones kept has left, so it may be larger (for the uniform chain this is the optimal shape with one rerun).
     """
     weight = list(accumulate(saved_bytes(tables, i) for i in tables.early))
     if not weight or count < 2:

@@ -1,1 +1,4 @@
-"""The engine for eager PyTorch: a tape of calls. User code runs once, and torch runs as it is."""
+"""The engine for eager PyTorch: a tape of calls.
+
+User code runs once, and torch runs as it is.
+"""

@@ -1,4 +1,4 @@
-"""Acts: what the backward's requests set off, by a plan."""
+"""Acts: what requests of the backward set off under a plan."""
 
 from __future__ import annotations
 
@@ -23,17 +23,21 @@ class Acts:
         self._installed = {(s.made_at, v) for v, ss in stays.by_value.items() for s in ss if s.last_read is not None}
 
     def of(self, packs: tuple[int | None, ...]) -> tuple[Act, ...]:
-        """The acts, where these packs stand for values whose memory may go."""
-        again = self._stays.again
+        """Make the acts.
+
+        Args:
+            packs: for every pack the value, if its memory may go; else None.
+        """
+        reruns = self._stays.reruns
         acts: list[Act] = []
         pending: list[Rerun] = []
         block: list[int] = []
         for p, i in enumerate(self._order):
             op = self._ops[i]
-            if p in again:
+            if p in reruns:
                 block.append(p)
                 after = p + 1
-                if not (after in again and self._ops[self._order[after]].call == op.call and self._order[after] > i):
+                if not (after in reruns and self._ops[self._order[after]].call == op.call and self._order[after] > i):
                     pending.append(self._rerun(block))
                     block = []
             elif op.kind == "ask":

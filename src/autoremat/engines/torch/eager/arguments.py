@@ -1,4 +1,4 @@
-"""Arguments of a call without the memory of its tensors, and the arguments again."""
+"""Turns arguments into templates without memory, and back into arguments."""
 
 from __future__ import annotations
 
@@ -13,19 +13,22 @@ from autoremat.engines.torch.operators.local import PLAIN, Description, Jagged, 
 from autoremat.engines.torch.operators.values import View, storage_of
 
 _new_tuple: Any = tuple.__new__
-"""Makes a named tuple in a third of the time."""
+"""Builds a named tuple in a third of the usual time."""
 _CONTAINERS = (tuple, list, dict, set, frozenset)
 
 
 class Seen(NamedTuple):
-    """How a tensor looks at a value: which part of the memory, and what is around it (a DTensor)."""
+    """How a tensor looks at a value.
+
+    It tells which part of the memory, and what is around it (a DTensor).
+    """
 
     view: View
     description: Description | Jagged | None = None
 
     @staticmethod
     def of(tensor: Tensor) -> Seen:
-        """How this tensor looks at its memory."""
+        """Describe how this tensor looks at its memory."""
         if type(tensor) in PLAIN:
             return _new_tuple(Seen, (View.of(tensor), None))
         if has_inside(tensor):
@@ -33,7 +36,10 @@ class Seen(NamedTuple):
         return Seen(View.of(local_of(tensor)))
 
     def on(self, memory: Tensor) -> Tensor:
-        """A tensor that looks in this way at the memory of another one; no history, a version counter of its own."""
+        """Make a tensor that looks this way at another tensor's memory.
+
+        It has no history, and a version counter of its own.
+        """
         is_same = self.view == View.of(memory)
         tensor = memory.detach() if is_same else self.view.on(memory.untyped_storage())
         return tensor if self.description is None else self.description.around(tensor)
@@ -48,7 +54,10 @@ class Made(NamedTuple):
     written: bool = False
 
     def tensor(self, memory: Mapping[int, Tensor]) -> Tensor:
-        """The argument on the memory that holds its value now; one that is overwritten is no leaf."""
+        """Make the argument on the memory that holds its value now.
+
+        One that is overwritten is no leaf.
+        """
         tensor = self.seen.on(memory[self.value])
         if not self.requires_grad:
             return tensor
@@ -56,7 +65,10 @@ class Made(NamedTuple):
 
 
 class Outside:
-    """An argument or saved tensor that the step did not make (a parameter, an input): itself or an alias of it."""
+    """An argument or saved tensor from outside the step, or its alias.
+
+    Parameters and inputs are examples.
+    """
 
     __slots__ = ("requires_grad", "tensor", "version")
 
@@ -66,13 +78,13 @@ class Outside:
         self.version = version_of(self.tensor)
 
     def get(self) -> Tensor:
-        """The tensor; raises what autograd would raise if it has been modified in place since."""
+        """Return the tensor; raise autograd's error if it was modified in place."""
         if version_of(self.tensor) != self.version:
             raise modified(self.tensor, self.version)
         return self.tensor
 
     def argument(self) -> Tensor:
-        """The tensor as an argument: it requires grad if it did."""
+        """Return the tensor as an argument; it requires grad as before."""
         tensor = self.get()
         if is_freed(tensor):
             raise freed(tensor)
@@ -80,26 +92,26 @@ class Outside:
 
 
 class Statistics(Outside):
-    """Running statistics: a call that is made again updates a copy of them."""
+    """Running statistics: a rerun updates a copy of them."""
 
     __slots__ = ()
 
     def argument(self) -> Tensor:
-        """A copy, for what is in it decides nothing."""
+        """Return a copy, whose content decides nothing."""
         return self.tensor.detach().clone()
 
 
 class _Inner(torch.autograd.Function):
-    """Gives a tensor a history, so that it may be overwritten with something differentiable."""
+    """Gives a tensor a history, so a differentiable result may overwrite it."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, holder: list[Tensor]) -> Tensor:
-        """The tensor in the holder."""
+        """Return the tensor in the holder."""
         return holder.pop()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        """Nobody goes backward here."""
+        """Return nothing: nobody goes backward here."""
         return None, None
 
 
@@ -110,7 +122,10 @@ def _inner(tensor: Tensor) -> Tensor:
 
 
 def requiring_grad(tensor: Tensor) -> Tensor:
-    """The tensor, which requires grad from now on; torch lets inference tensors do so in inference mode alone."""
+    """Let a tensor require grad from now on, and return it.
+
+    torch allows this for inference tensors in inference mode alone (``Tensor.requires_grad_``, 2.13).
+    """
     if not tensor.is_inference():
         return tensor.requires_grad_()
     with torch.inference_mode():
@@ -118,14 +133,20 @@ def requiring_grad(tensor: Tensor) -> Tensor:
 
 
 class Nest(NamedTuple):
-    """A list, tuple or dict among the arguments that has tensors in it: what makes it, and its content."""
+    """A list, tuple or dict of arguments that contains tensors.
+
+    It has what builds the container, and the content.
+    """
 
     make: Callable[[list[Any]], Any]
     content: list[Any]
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors among arguments or results, in order; sets have no order, so what is in them is not looked for."""
+    """List the tensors among arguments or results, in order.
+
+    Sets are not searched, because they have no order.
+    """
     if isinstance(tree, Tensor):
         return [tree]
     return list(_tensors(tree)) if isinstance(tree, _CONTAINERS) else []
@@ -140,12 +161,15 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 
 def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    """The tensors among the arguments of a call, in order."""
+    """List the tensors among the arguments of a call, in order."""
     return [*_tensors(args), *_tensors(kwargs)] if kwargs else list(_tensors(args))
 
 
 def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """The same arguments with every tensor changed; the same object where there is no tensor inside."""
+    """Change every tensor in nested arguments.
+
+    An argument that contains no container or tensor is returned as it is.
+    """
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -156,7 +180,7 @@ def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def template(tree: Any, change: Callable[[Tensor], Any]) -> Any:
-    """Arguments with ``change(tensor)`` in place of every tensor, and containers of such as ``Nest``."""
+    """Replace every tensor by ``change(tensor)``, and containers by ``Nest``."""
     if isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
@@ -172,7 +196,7 @@ def template(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def resolved(tree: Any, memory: Mapping[int, Tensor]) -> Any:
-    """The argument that a template stands for."""
+    """Return the argument that a template stands for."""
     kind = type(tree)
     if kind is Made:
         return tree.tensor(memory)
@@ -184,7 +208,7 @@ def resolved(tree: Any, memory: Mapping[int, Tensor]) -> Any:
 
 
 def _like(sequence: Any) -> Callable[[list[Any]], Any]:
-    """What makes a list or tuple of the same type from its items."""
+    """Return what builds a list or tuple of the same type."""
     kind = type(sequence)
     if hasattr(kind, "_fields"):
         return lambda items: kind(*items)
@@ -194,16 +218,19 @@ def _like(sequence: Any) -> Callable[[list[Any]], Any]:
 
 
 def version_of(tensor: Tensor) -> int:
-    """The version counter; inference tensors, which have none, never change under autograd."""
+    """Return the version counter of a tensor.
+
+    Inference tensors have none; they never change under autograd.
+    """
     return 0 if tensor.is_inference() else tensor._version
 
 
 class ModifiedInPlace(RuntimeError):
-    """What autograd raises for a saved tensor that has been modified in place."""
+    """Raised for a saved tensor modified in place, as autograd does."""
 
 
 def modified(tensor: Tensor, expected: int) -> ModifiedInPlace:
-    """The error for a tensor, in autograd's words."""
+    """Make the error for a tensor, in autograd's words."""
     return ModifiedInPlace(
         "one of the variables needed for gradient computation has been modified by an inplace operation: "
         f"[{tensor.type()} {list(tensor.shape)}] is at version {tensor._version}; expected version {expected} instead. "
@@ -213,13 +240,13 @@ def modified(tensor: Tensor, expected: int) -> ModifiedInPlace:
 
 
 def is_freed(tensor: Tensor) -> bool:
-    """Whether somebody (FSDP2) has taken the memory away from a tensor that still has elements."""
+    """Tell whether a tensor's memory has been taken away, as FSDP2 does."""
     storage = storage_of(tensor)
     return storage is not None and tensor.numel() > 0 and storage.nbytes() == 0
 
 
 def freed(tensor: Tensor) -> RuntimeError:
-    """The error for a tensor whose memory has been taken away."""
+    """Make the error for a tensor whose memory has been taken away."""
     return RuntimeError(
         f"a call that autoremat makes again reads a tensor of size {list(tensor.shape)} whose memory has been freed "
         "(fully_shard frees parameters after the forward, and gathers them for the backward of the module): this part "

@@ -1,4 +1,7 @@
-"""Where a call steps aside: somebody else has taken over, or nothing that autograd saves can be replaced."""
+"""Tells where a call steps aside and runs without checkpointing.
+
+There somebody else has taken over, or what autograd saves cannot be replaced.
+"""
 
 from __future__ import annotations
 
@@ -14,22 +17,28 @@ from autoremat.engines.torch.recording.recorder import Recorder
 from autoremat.engines.torch.world.modules import reachable_modules
 
 _SWITCHES: Final = ("gradient_checkpointing", "grad_checkpointing")
-"""What the libraries call their own switch: transformers and diffusers; timm."""
+"""The libraries' names for their own checkpointing switch.
+
+The first is that of transformers and diffusers, the second that of timm.
+"""
 
 
 def is_heard() -> bool:
-    """Whether an outer recording or tape sees every call already."""
+    """Tell whether an outer recording or tape already sees every call."""
     stack = torch.utils._python_dispatch._get_current_dispatch_mode_stack()
     return is_listening() or any(isinstance(mode, Recorder) for mode in stack)
 
 
 def is_traced() -> bool:
-    """Whether ``torch.jit.trace`` or an ONNX export looks on, which want the plain callable's graph."""
+    """Tell whether ``torch.jit.trace`` or an ONNX export is active.
+
+    These want the plain callable's graph.
+    """
     return torch.jit.is_tracing() or torch.onnx.is_in_onnx_export()
 
 
 def obstacle() -> str:
-    """Why nothing can be made again here; "" if it can."""
+    """Return why nothing can be rerun here; "" if it can."""
     if is_compiling():
         return _INSIDE_COMPILE
     if torch._C._functorch.peek_interpreter_stack() is not None:
@@ -46,7 +55,10 @@ def obstacle() -> str:
 
 
 def own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> str:
-    """The first module in training whose library's switch for ``torch.utils.checkpoint`` is on; "" if none is."""
+    """Return the first training module with its library's checkpointing on.
+
+    "" if there is none.
+    """
     for root in reachable_modules(fn, args, kwargs):
         for name, module in root.named_modules():
             if module.training and any(getattr(module, switch, None) is True for switch in _SWITCHES):
@@ -58,7 +70,10 @@ _INSIDE_COMPILE: Final = "called inside torch.compile"
 
 
 def tell_compiled() -> None:
-    """Warn, once for every compilation: the compiler calls this itself and puts nothing of it into its graph."""
+    """Warn, once for every compilation.
+
+    The compiler calls this function itself, and puts nothing of it into its graph.
+    """
     warnings.warn(
         f"autoremat: {_INSIDE_COMPILE}: running without checkpointing; to have the step planned, call the checkpointed "
         "module from code that is not compiled",

@@ -1,7 +1,7 @@
-"""The backward of one forward: answers what autograd asks for, by the plan's acts, or on demand.
+"""The backward of one forward: gives autograd what it asks for.
 
-When a pass asks for a value that is gone, calls are made again: none of the user's code, the same random numbers, the
-same state, in-place calls on copies.
+It goes by the plan's acts, or on demand. When a pass asks for a value that is gone, calls are rerun: none of the user's
+code, with the same random numbers, in the same state, in-place calls on copies.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.passes import Passes, in_backward, in_python_node
 from autoremat.engines.torch.eager.room import Nothing, Room
 from autoremat.engines.torch.eager.script import Act, Script
-from autoremat.engines.torch.eager.state import Replay
+from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory
 
 
@@ -25,7 +25,7 @@ class Backward:
     """Serves the passes over one graph.
 
     Args:
-        ledger: what is in memory, and how the rest is made again.
+        ledger: what is in memory, and how to recompute the rest.
         passes: the handles and who waits for them.
         rebind: called with a tensor handed out within the forward, and its value.
         out_of_memory: makes the error that tells of memory refused for good.
@@ -42,16 +42,16 @@ class Backward:
         self._is_through = False
         """The pass after the forward has begun."""
         self._is_noted = script is None
-        """The forward was noted: what the plan keeps has handles, too."""
+        """The forward was noted, so even kept values have handles."""
         self._late: set[int] = set()
-        """Values that are due to go as soon as their last handle has."""
+        """Values to drop as soon as their last handle is gone."""
         self.room: Room | None = None
-        """Where no plan says what is held."""
+        """Bounds what is held where no plan does."""
         self.is_forward = True
         self.on_ask: Callable[[int], None] | None = None
-        """Who wants to know which values passes ask for."""
+        """Told which values passes ask for, if set."""
         self.pinned: set[int] = set()
-        """Values that the plan would drop and that turned out to be kept."""
+        """Values that the plan would drop and that must be kept."""
 
     # ---- between forward and backward ----------------------------------------------------------------------------
 
@@ -61,17 +61,17 @@ class Backward:
         return self._script is not None
 
     def finish_forward(self) -> None:
-        """The forward is over."""
+        """Note that the forward is over."""
         self._ledger.finish_forward()
         self.is_forward, self._begin = False, self._cursor
         if not self.is_planned:
             self._passes.needs.count()
 
     def take_plan(self, script: Script, can_go: Callable[[int], bool]) -> None:
-        """Go on by a plan that was made of this very forward: hold what it keeps, let go of the rest."""
+        """Go on by a plan made of this forward: hold, drop, recompute."""
         ledger = self._ledger
         self._script, self._cursor = script, 0
-        for entry in ledger.entries.values():  # also those that the plan has nothing to do with, if they are needed
+        for entry in ledger.entries.values():  # also of calls that the plan never reruns: they may be needed
             entry.stops = frozenset([v for _, v in entry.saved if v in script.stops])
         kept = script.kept | script.hold
         for value in list(ledger.held):
@@ -80,11 +80,11 @@ class Backward:
         gone = [v for v in kept if v not in ledger.held and v in ledger.maker and self._passes.needs.is_needed(v)]
         missing = ledger.missing(gone)
         if (self.room is None or self.room.fits(missing)) and ledger.can_make(missing):  # else when it is asked for
-            ledger.make_again(gone, kept.__contains__, lambda locked: None)
-            ledger.remade -= kept  # they take the place of the forward's own
+            ledger.recompute(gone, kept.__contains__, lambda locked: None)
+            ledger.recomputed -= kept  # these replace the forward's own values
 
     def improvise(self) -> None:
-        """From here on make values on demand, and hold what the budget has room for."""
+        """From here on recompute values on demand, within the budget's room."""
         self._script = None
         if not self.is_forward:
             self._passes.needs.count()
@@ -92,7 +92,7 @@ class Backward:
     # ---- what a pass asks for ------------------------------------------------------------------------------------
 
     def unpack(self, packed: Any) -> Tensor:
-        """The tensor that was saved, made again if it is gone."""
+        """Return the tensor that was saved, recomputed if it is gone."""
         if isinstance(packed, Tensor):
             return packed
         with torch._C.DisableTorchFunction():
@@ -106,11 +106,11 @@ class Backward:
             return handle.backward.unpacked(handle)
 
     def unpacked(self, handle: Handle) -> Tensor:
-        """What a handle stands for; several threads may go backward through one graph."""
+        """Return a handle's tensor; several threads may go backward at once."""
         with self._passes.lock:
             try:
                 handle.check_unchanged()
-                if not in_backward():  # somebody looks at grad_fn._saved_...
+                if not in_backward():  # somebody reads grad_fn._saved_...
                     return handle.seen.on(self._looked_up(self._passes.now(handle.value)))
                 self._notice_pass()
                 if handle.stays is not None and handle.served == self._passes.number:
@@ -121,23 +121,23 @@ class Backward:
                 if self._script is None:
                     self._shrink()
                 tensor = self._served(handle, value)
-                # As what autograd keeps itself: until the node is through, the sums over what was broadcast included.
+                # Keep it like autograd does: until the node is done, including sums over broadcast dimensions.
                 handle.stays = tensor if in_python_node() or not self._passes.retained else None
-                if self.is_forward:  # a pass within the forward: what it does reads this value
+                if self.is_forward:  # calls of a pass within the forward read this value
                     self._rebind(tensor, value)
                 return tensor
             finally:
                 self._settle()
 
     def asked(self, pack: int) -> None:
-        """A pass asks for something kept at which the plan does something."""
+        """Act, where the plan does when a kept tensor is wanted."""
         with self._passes.lock:
             self._notice_pass()
             if self._next_act(pack) is not None:
                 self._act()
 
     def _notice_pass(self) -> None:
-        """The passes within the forward and the first one after it are in the plan; others begin where that one did."""
+        """Notice a new pass; unplanned ones begin the plan's backward again."""
         if not self._passes.begins():
             return
         self._passes.is_spent = not self.is_forward and not self._passes.retained
@@ -147,7 +147,7 @@ class Backward:
         if self._passes.was_differentiated and self.is_planned:
             self.improvise()
         self._cursor = self._begin
-        for value in list(self._ledger.remade):
+        for value in list(self._ledger.recomputed):
             self._ledger.let_go(value)
 
     def _served(self, handle: Handle, value: int) -> Tensor:
@@ -156,7 +156,7 @@ class Backward:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-        self.improvise()  # the device has no room for what the plan does next: hold as little as possible, once more
+        self.improvise()  # the device has no room for the plan's next act: hold as little as possible, and retry
         if self.room is None:
             self.room = Room(Nothing(), self._ledger, self._passes, self._ledger.maker.__contains__)
         self.room.empty()
@@ -176,8 +176,8 @@ class Backward:
                 return tensor
             packs = self._script.packs
             if handle.pack < len(packs) and packs[handle.pack] is None:
-                return handle.seen.on(self._fetched(value))  # of a forward that was noted
-            self.improvise()  # another order than the plan's: make on demand from here on
+                return handle.seen.on(self._fetched(value))  # a handle of a noted forward, which the plan keeps
+            self.improvise()  # the order is not the plan's: recompute on demand from here on
         tensor = handle.seen.on(self._fetched(value))
         if self.room is not None:
             self.room.online.used([value])
@@ -186,7 +186,7 @@ class Backward:
     # ---- the plan ------------------------------------------------------------------------------------------------
 
     def _next_act(self, pack: int) -> Act | None:
-        """What the plan does next, if it does that when this pack is asked for."""
+        """Return the plan's next act, if this pack sets it off."""
         if self._script is None or self._cursor >= len(self._script.acts):
             return None
         act = self._script.acts[self._cursor]
@@ -198,30 +198,30 @@ class Backward:
         self._cursor += 1
         if act.reruns:
             waiting, held, entries = self._passes.waiting, self._ledger.held, self._ledger.entries
-            with Replay() as replay:
+            with Rerunning() as rerunning:
                 for rerun in act.reruns:
                     entry = entries.get(rerun.call)
                     if entry is None:
-                        continue  # of a forward that was noted: what the call makes has been kept
+                        continue  # in a noted forward, what this call makes has been kept
                     for value in entry.reads:
                         if value not in held:
                             self._fetched(value)
                     install = [v for v in rerun.install if v not in held]
                     if install:
                         ends = [v for v in rerun.drops if not waiting.get(v)]
-                        self._ledger.run(rerun.call, install, replay, ends)
+                        self._ledger.run(rerun.call, install, rerunning, ends)
                     for value in rerun.drops:
                         self._drop(value)
         return act
 
     def _drop(self, value: int) -> None:
-        """Let go of a value, unless the graph is to be gone through once more and nothing could make it again."""
-        ledger, is_own = self._ledger, value not in self._ledger.remade
+        """Drop a value, unless a retained graph needs it irreplaceably."""
+        ledger, is_own = self._ledger, value not in self._ledger.recomputed
         if value in self.pinned:
             return
         if self._is_noted:
             if value not in ledger.maker and self._passes.needs.is_needed(value):
-                return  # calls that may be needed begin with it
+                return  # a chain of reruns may begin with this value
             kept = self._script is None or value in self._script.kept
             if is_own and kept and value in self._passes.needs.handles:
                 self._late.add(value)
@@ -243,8 +243,8 @@ class Backward:
         if value in self._ledger.held:
             return self._ledger.memory(value)
         tensor = self._ledger.fetch(value, lambda v: v in script.kept or v in script.hold, lambda locked: None)
-        self._ledger.remade.difference_update(script.kept | script.hold)  # they take the place of the forward's own
-        self._ledger.remade.discard(value)
+        self._ledger.recomputed.difference_update(script.kept | script.hold)  # these replace the forward's own values
+        self._ledger.recomputed.discard(value)
         return tensor
 
     def _looked_up(self, value: int) -> Tensor:
@@ -257,9 +257,9 @@ class Backward:
     # ---- handles that are gone -----------------------------------------------------------------------------------
 
     def released(self, handle: Handle) -> None:
-        """A handle is gone; what only handles needed may go when the last one has."""
+        """Note that a handle is gone; drop what only handles needed."""
         self._passes.put_down(handle)
-        # A finalizer cannot wait: it may have interrupted who holds the lock.
+        # A finalizer must not wait for the lock: it may have interrupted the very thread that holds it.
         if self._passes.lock.acquire(blocking=False):
             try:
                 self._settle()
@@ -274,7 +274,7 @@ class Backward:
                 continue
             if self._script is not None:
                 is_due = value in self._late or value not in self._script.hold
-                if is_due and value not in self._ledger.remade:
+                if is_due and value not in self._ledger.recomputed:
                     self._drop(value)
             elif not self._passes.needs.is_needed(value):
                 self._ledger.let_go(value)

@@ -1,7 +1,7 @@
-"""Parts of a step that the user checkpoints by hand, with ``torch.utils.checkpoint``.
+"""Parts of a step that the user checkpoints with ``torch.utils.checkpoint``.
 
-What is saved inside such a part is not there after the forward: torch runs the part again as soon as the backward asks
-for the first of it, and then all of it is there. In a recording that is one op of the backward.
+What is saved inside such a part is gone after the forward. torch reruns the part as soon as the backward asks for the
+first of it, and then all of it is there. In a recording that is one op of the backward.
 """
 
 from __future__ import annotations
@@ -30,7 +30,10 @@ class Regions:
         self._found: dict[Any, Region] = {}
 
     def now(self, recorder: Recorder) -> Region | None:
-        """The part that runs now; None outside of all."""
+        """Return the part that runs now; None outside of all.
+
+        torch marks a part by its own saved-tensor hooks (``_checkpoint_hook`` in ``torch/utils/checkpoint.py``, 2.13).
+        """
         hooks = _top_hooks(True)
         if hooks is None or getattr(hooks[0], "__module__", "") != _OF_TORCH:
             return None
@@ -40,7 +43,7 @@ class Regions:
 
 
 class Region:
-    """One part: what is saved in it.
+    """One part, and what is saved in it.
 
     Args:
         recorder: that records the step.
@@ -53,11 +56,14 @@ class Region:
         self._reads: dict[int, None] = {}
 
     def given(self, numbers: Iterable[int]) -> None:
-        """A call in it is given these values: what was there before the part, it reads when it runs again."""
+        """Note what a call reads: earlier values are read at the rerun."""
         self._reads.update((n, None) for n in numbers if 0 <= n < self._begin)
 
     def pack(self, tensor: Tensor) -> Any:
-        """What stands for a tensor that is saved: nothing holds its memory; one from outside itself."""
+        """Return a stand-in for a saved tensor, without its memory.
+
+        A tensor from outside stands for itself.
+        """
         recorder, storage = self.recorder, storage_of(tensor)
         if storage is None or is_parameter(tensor) or recorder.map.number(storage) < 0:
             return tensor if is_leaf(tensor) else tensor.detach()
@@ -66,8 +72,8 @@ class Region:
         self._waiting.add(packed)
         return packed
 
-    def run_again(self) -> None:
-        """Make all that has been saved, and is still waited for."""
+    def rerun(self) -> None:
+        """Make all saved tensors that are still waited for."""
         recorder = self.recorder
         waiting = [p for p in self._waiting if p.tensor is None]
         made: dict[int, Tensor] = {}
@@ -89,7 +95,7 @@ class Region:
 
 @dataclass(eq=False)
 class SetAside:
-    """Stands for a tensor that torch computes again."""
+    """Stands for a tensor that torch recomputes."""
 
     region: Region
     number: int
@@ -97,12 +103,12 @@ class SetAside:
     device: torch.device
     module: str
     tensor: Tensor | None = None
-    """Its memory, from when the part has run again to when it is asked for."""
+    """Its memory, between the rerun of the part and the request."""
 
     def unpack(self) -> Tensor:
-        """Hand out its memory."""
+        """Hand out the tensor's memory, after a rerun of its part."""
         if self.tensor is None:
-            self.region.run_again()
+            self.region.rerun()
         assert self.tensor is not None
         memory, self.tensor, view = self.tensor, None, self.view
         with self.region.recorder.paused():

@@ -1,4 +1,4 @@
-"""Which calls of torch's Python API make or change tensors, by what torch says of them."""
+"""Tells which calls make or change tensors, from torch's own names."""
 
 from __future__ import annotations
 
@@ -20,24 +20,27 @@ LOOKS: Final = frozenset(
      "is_storage", "is_tensor", "is_inference", "is_conj", "is_neg", "is_pinned", "is_shared", "result_type",
      "broadcast_shapes", "_is_view", "is_distributed", "has_names", "dim_order", "sym_size", "__dir__"}
 )  # fmt: skip
-"""Calls that only look, and make no tensor."""
+"""Calls that only look: they make no tensor and change none."""
 ESCAPES: Final = frozenset(
     {"data_ptr", "numpy", "__array__", "__dlpack__", "untyped_storage", "storage", "_typed_storage", "share_memory_",
      "to_dlpack", "__array_wrap__", "__cuda_array_interface__"}
 )  # fmt: skip
-"""Calls after which something else than torch may know, and change, the memory of a tensor."""
+"""Calls that may hand a tensor's memory to code outside torch.
+
+From then on that code may change the memory unseen.
+"""
 _PASSES: Final = frozenset({"backward", "grad"})
 _OF_AUTOGRAD: Final = ("torch.autograd", "torch._tensor", "torch.autograd.functional")
 _GETTERS: Final = frozenset({"T", "mT", "H", "mH", "data", "real", "imag", "grad", "_base"})
 
 
 def name_of(func: Any) -> str:
-    """The name of what is called."""
+    """Return the name of what is called."""
     return str(getattr(func, "__name__", func))
 
 
 def only_looks(func: Any, name: str) -> bool:
-    """Whether a call makes no tensor and changes none."""
+    """Tell whether a call makes no tensor and changes none."""
     if name in LOOKS:
         return True
     if name == "__get__":
@@ -46,7 +49,7 @@ def only_looks(func: Any, name: str) -> bool:
 
 
 def looks(func: Any) -> bool:
-    """Whether a call makes no tensor and changes none, remembered for what is torch's own and stays."""
+    """As ``only_looks``, remembered for functions of torch that stay."""
     if type(func) not in _OF_C:
         return only_looks(func, name_of(func))
     known = _KNOWN.get(func)
@@ -58,23 +61,26 @@ def looks(func: Any) -> bool:
 
 
 _OF_C: Final = frozenset((types.BuiltinFunctionType, types.MethodDescriptorType, types.MethodWrapperType))
-"""The types of functions that are written in C: they are equal to themselves only, and can be looked up."""
+"""Types of functions written in C, which can be looked up.
+
+Such a function equals only itself.
+"""
 _KNOWN: Final[dict[Any, bool]] = {}
 
 
 def is_pass(func: Any, name: str) -> bool:
-    """Whether a call is a backward pass."""
+    """Tell whether a call is a backward pass."""
     return name in _PASSES and getattr(func, "__module__", "") in _OF_AUTOGRAD
 
 
 def is_out_of_sight() -> bool:
-    """Whether a transform of torch.func is at work, or a dispatch mode of the user's: then nobody looks on."""
+    """Tell whether a torch.func transform or a user's dispatch mode is active."""
     return _transform() is not None or _modes() > _OURS.modes
 
 
 @contextmanager
 def in_sight() -> Iterator[None]:
-    """In this block the dispatch modes that are there by now hide nothing: they are ours."""
+    """Take the present dispatch modes for ours, within the block."""
     before, _OURS.modes = _OURS.modes, _modes()
     try:
         yield
@@ -92,7 +98,10 @@ _transform, _modes = torch._C._functorch.peek_interpreter_stack, torch._C._len_t
 
 
 def is_collective(func: Any) -> bool:
-    """Whether an operator talks to other processes: its result may be filled after it has returned."""
+    """Tell whether an operator talks to other processes.
+
+    Its result may be filled after it has returned.
+    """
     if isinstance(func, torch._ops.OpOverloadPacket):
         return func._qualified_op_name.partition("::")[0] in NAMESPACES
     return isinstance(func, torch._ops.OpOverload) and func.namespace in NAMESPACES

@@ -1,4 +1,7 @@
-"""What makes new kinds of input: the argument that is another one every time, in the user's words."""
+"""Finds the argument that keeps making new kinds of input.
+
+It is named in the user's words.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,10 @@ from autoremat.engines.torch.eager.inputs import Form, Sizes, TensorForm, sizes_
 def what_changes(
     fn: Any, args: Sequence[Any], kwargs: dict[str, Any], kinds: Sequence[tuple[Form, Sizes]]
 ) -> tuple[str, str]:  # fmt: skip
-    """What most of the kinds differ in: its name, and how. The last kind is that of the arguments."""
+    """Return the name of what most kinds differ in, and how.
+
+    The last kind is that of the arguments.
+    """
     names = _names(fn, len(args))
     columns = _by_name([_parts(form, names) for form, _ in kinds])
     if all(len(set(values)) < 2 for values in columns.values()):
@@ -29,7 +35,7 @@ def what_changes(
 
 
 def _names(fn: Any, n: int) -> list[str]:
-    """The names of the first positional arguments."""
+    """Return the names of the first positional arguments."""
     try:
         found = list(inspect.signature(fn).parameters.values())
     except (TypeError, ValueError):
@@ -39,12 +45,12 @@ def _names(fn: Any, n: int) -> list[str]:
 
 
 def _by_name(rows: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """For every name the values of all kinds, None where one has no such."""
+    """Return the values of all kinds by name; None where missing."""
     return {name: [row.get(name) for row in rows] for name in dict.fromkeys(n for row in rows for n in row)}
 
 
 def _parts(form: Form, names: Sequence[str]) -> dict[str, Any]:
-    """The parts of a form that have names."""
+    """Return the parts of a form that have names."""
     found = {names[i] if i < len(names) else f"argument {i}": value for i, value in enumerate(form.args)}
     found |= {f"argument '{name}'": value for name, value in form.kwargs}
     return found | {
@@ -58,7 +64,7 @@ def _parts(form: Form, names: Sequence[str]) -> dict[str, Any]:
 def _sizes(
     args: Sequence[Any], kwargs: dict[str, Any], sizes: Sizes, names: Sequence[str]
 ) -> Iterator[tuple[str, Any]]:
-    """The sizes of every argument, of an input of the same form as these arguments."""
+    """Yield the sizes of every argument, of an input of this form."""
     each, numbers = sizes.each, sizes.numbers
     for name, argument in (*zip(names, args, strict=True), *((f"argument '{k}'", x) for k, x in kwargs.items())):
         n_sizes, n_numbers = sizes_of(argument)
@@ -67,7 +73,10 @@ def _sizes(
 
 
 def _spot(a: Any, b: Any) -> tuple[str, Any, Any]:
-    """Where two forms differ: as far inside as they differ in one place alone, and both forms there."""
+    """Find where two forms differ, and both forms there.
+
+    It looks as far inside as they differ in one place alone.
+    """
     if isinstance(a, TensorForm) and isinstance(b, TensorForm):
         fields = [f for f in TensorForm._fields if getattr(a, f) != getattr(b, f)]
         return (f" {fields[0]}", getattr(a, fields[0]), getattr(b, fields[0])) if len(fields) == 1 else ("", a, b)
@@ -80,12 +89,12 @@ def _spot(a: Any, b: Any) -> tuple[str, Any, Any]:
 
 
 def _is_list(form: Any) -> bool:
-    """Whether this is the form of a list, tuple or dict, item by item."""
+    """Tell whether this is the form of a list, tuple or dict."""
     return type(form) is tuple and len(form) == 2 and isinstance(form[1], tuple)
 
 
 def _text(form: Any) -> str:
-    """A form in words."""
+    """Describe a form in words."""
     if isinstance(form, (bool, Enum, torch.dtype, torch.device, str)) or form is None:
         return str(form)
     if isinstance(form, Sizes):

@@ -1,9 +1,9 @@
-"""The self-check of a first step: what is made again must be what was made the first time.
+"""The self-check of a first step: reruns must give the same.
 
-Right after a call that the plan makes again, it is made a second time, where the budget has room for that, and both
-results are compared. What differs is kept, in this step and from then on. Checksums of the results tell at every later
-look whether something that torch does not see has changed them: then they are kept as they are now. In the backward,
-what was made again is compared with the checksum; by then nothing can be mended, so a difference is an error there.
+Right after a call that the plan reruns, it is rerun where the budget has room for that, and both results are compared.
+What differs is kept, in this step and from then on. Checksums of the results tell at every later look whether they were
+changed behind torch's back; then they are kept as they are now. In the backward, what was recomputed is compared with
+the checksum; by then nothing can be mended, so a difference is an error there.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from autoremat.engines.torch.eager.draws import Disturbed
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.ledger import copy_of
 from autoremat.engines.torch.eager.path import Pair
-from autoremat.engines.torch.eager.state import Replay
+from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.values import fingerprint, storage_of
 from autoremat.engines.torch.world.memory import is_out_of_memory
@@ -28,7 +28,7 @@ CHANGED: Final = Reason(Once.MADE_IS_CHANGED)
 
 
 class Differs(RuntimeError):
-    """A call that was made again gave something else than the first time, and it is too late to keep that."""
+    """A rerun gave something else, and it is too late to mend."""
 
 
 class NoCheck:
@@ -39,32 +39,32 @@ class NoCheck:
     def before(
         self, k: int, given: Sequence[Tensor], reads: Sequence[Pair], written: Collection[int], *, has_room: bool = True
     ) -> None:  # fmt: skip
-        """Before a call that may be made again."""
+        """Prepare for a call that may be rerun."""
 
     def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
-        """After it: whether it gives something else when it is made again."""
+        """Tell, after a call, whether its rerun gives something else."""
         return False
 
     def noted(self, k: int, results: Sequence[Pair], made: Sequence[Tensor]) -> None:
-        """After a call that has made these values."""
+        """Note the values that a call has made."""
 
     def has_changed(self, value: int, tensor: Tensor) -> bool:
-        """Whether a value is not what its call made, although no call has changed it since."""
+        """Tell whether a value was changed behind torch's back."""
         return False
 
     def remade(self, k: int, entry: Entry, made: dict[int, Tensor]) -> None:
-        """After it has been made again."""
+        """Look at what a rerun has made."""
 
     def forget(self, value: int) -> None:
-        """A value has been overwritten."""
+        """Forget a value that has been overwritten."""
 
 
 class SelfCheck(NoCheck):
-    """Checksums of what one forward made, and the comparisons.
+    """Compares checksums of what one forward made.
 
     Args:
-        twice: calls for whose second run, right after the first, there is room; None where nobody knows that yet.
-        on_difference: called with the call and the reason why it must not be made again.
+        twice: calls for whose immediate rerun there is room; None where nobody knows that yet.
+        on_difference: called with the call and the reason why it must not be rerun.
     """
 
     is_looking = True
@@ -73,14 +73,17 @@ class SelfCheck(NoCheck):
         self._twice, self._report = twice, on_difference
         self._sums: dict[int, int] = {}
         self._parts: dict[int, slice] = {}
-        """Where in its memory a value is: some kernels leave bytes beside it that mean nothing."""
+        """The bytes of a value in its memory.
+
+        Some kernels leave bytes around it that mean nothing.
+        """
         self._maker: dict[int, int] = {}
         self._memory: dict[int, Tensor] | None = None
 
     def before(
         self, k: int, given: Sequence[Tensor], reads: Sequence[Pair], written: Collection[int], *, has_room: bool = True
     ) -> None:  # fmt: skip
-        """Before a call: the memory that a second run will read; copies of what the first overwrites."""
+        """Keep the memory that a rerun will read, copied where overwritten."""
         self._memory = None
         if has_room and (self._twice is None or k in self._twice):
             self._memory = {}
@@ -91,22 +94,28 @@ class SelfCheck(NoCheck):
                     self._memory[value] = copy_of(local) if value in overwritten else local
 
     def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
-        """After the first run: remember what it made, and run again where there is room; whether that differs."""
+        """Remember a call's results; tell whether a rerun's differ.
+
+        The rerun happens only where there is room for it.
+        """
         self.noted(k, entry.results, made)
         memory, self._memory = self._memory, None
         if memory is None:
             return False
         wanted = {v for v in entry.makes if v in self._sums}
-        if self._is_made_again(entry, memory, wanted):
+        if self._rerun_agrees(entry, memory, wanted):
             return False
         self._report(k, DIFFERS)
         return True
 
-    def _is_made_again(self, entry: Entry, memory: dict[int, Tensor], wanted: Collection[int]) -> bool:
-        """Whether a second run gives what the first one gave; so it seems, too, where the device has no room for it."""
+    def _rerun_agrees(self, entry: Entry, memory: dict[int, Tensor], wanted: Collection[int]) -> bool:
+        """Tell whether a rerun gives what the first run gave.
+
+        True also where the device has no room for the rerun.
+        """
         try:
-            with Replay() as replay:
-                again = entry.run(memory, replay, wanted)
+            with Rerunning() as rerunning:
+                again = entry.run(memory, rerunning, wanted)
         except (RuntimeError, MemoryError) as error:
             if is_out_of_memory(error) or isinstance(error, Disturbed):
                 return True
@@ -123,7 +132,7 @@ class SelfCheck(NoCheck):
                 self._maker[value] = k
 
     def has_changed(self, value: int, tensor: Tensor) -> bool:
-        """Whether a value is not what its call made, although no call has changed it since."""
+        """Tell whether a value was changed behind torch's back."""
         if value not in self._sums or self._sums[value] == self._sum(value, local_of(tensor)):
             return False
         self._report(self._maker[value], CHANGED)
@@ -131,11 +140,11 @@ class SelfCheck(NoCheck):
         return True
 
     def forget(self, value: int) -> None:
-        """A value has been overwritten."""
+        """Forget a value that has been overwritten."""
         self._sums.pop(value, None)
 
     def remade(self, k: int, entry: Entry, made: dict[int, Tensor]) -> None:
-        """In the backward: what was made again, beside what the forward made.
+        """Compare, in the backward, what a rerun made with the forward's.
 
         Raises:
             Differs: they do; the call is reported first, so that the next step keeps what it makes.
@@ -155,7 +164,7 @@ class SelfCheck(NoCheck):
 
 
 def _part(tensor: Tensor) -> slice:
-    """The bytes of its memory from the tensor's first element to its last one."""
+    """Return the bytes of memory from first to last element."""
     extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
     begin = int(tensor.storage_offset()) * tensor.itemsize
     return slice(begin, begin + extent * tensor.itemsize)

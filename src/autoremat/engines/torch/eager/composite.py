@@ -1,4 +1,7 @@
-"""Functions of torch that are made of others: where there is nothing to do at any of their calls, one is heard."""
+"""Composites: torch functions made of other calls, heard as one.
+
+That is possible where the plan has nothing to do at any of their calls.
+"""
 
 from __future__ import annotations
 
@@ -19,15 +22,15 @@ if TYPE_CHECKING:
 _PLAIN: Final = (type(None), bool, int, float, str)
 _TENSORS: Final = (Tensor, nn.Parameter)
 _OTHER: Final = object()
-"""What cannot be compared without running somebody's code."""
+"""Stands for what cannot be compared without running foreign code."""
 
 
 @dataclass(frozen=True, slots=True)
 class Composite:
     """A function that was looked into while its path was recorded.
 
-    Given the same in the same state, it makes the same calls: torch's functions depend on nothing else. So they need
-    not be heard one by one, as long as there is nothing to do at any of them.
+    Given the same in the same state, it makes the same calls: torch's functions depend on nothing else. So its calls
+    need not be heard one by one, as long as there is nothing to do at any of them.
 
     Attributes:
         func: that was called.
@@ -50,7 +53,7 @@ class Composite:
     random: bool = False
 
     def is_met_by(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether this call is the recorded one, on tensors that are nowhere larger."""
+        """Tell whether a call is the recorded one, on no larger tensors."""
         if func is not self.func:
             return False
         given, sizes = _outline(args, kwargs)
@@ -60,7 +63,7 @@ class Composite:
 def looked_into(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, begin: int, end: int
 ) -> Composite | None:
-    """A function that has been looked into; None if what it was given cannot be compared."""
+    """Describe a function that was looked into; None if not comparable."""
     given, sizes = _outline(args, kwargs)
     state = State.now()
     if end <= begin or _OTHER in given or state.has_modes_of_others:
@@ -69,7 +72,7 @@ def looked_into(
 
 
 def untouched(composites: Sequence[Composite], works: Sequence[Work | None]) -> dict[int, Composite]:
-    """By their first call, the largest of the functions at whose calls there is nothing to do."""
+    """Find the largest functions without work inside, by first call."""
     found: dict[int, Composite] = {}
     for composite in sorted(composites, key=lambda c: c.end):
         inside = [work for work in works[composite.begin : composite.end] if work is not None]
@@ -79,7 +82,7 @@ def untouched(composites: Sequence[Composite], works: Sequence[Work | None]) -> 
 
 
 class _Kind(NamedTuple):
-    """What may decide, of a tensor, which calls a function makes."""
+    """What of a tensor may decide which calls a function makes."""
 
     kind: type
     dtype: torch.dtype

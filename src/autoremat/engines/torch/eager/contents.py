@@ -1,4 +1,4 @@
-"""What is in memory, told apart by a number."""
+"""Computes checksums of the memory behind tensors."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from autoremat.engines.torch.operators.values import fingerprint, storage_of
 
 
 def content_of(tensor: Tensor) -> int:
-    """A checksum of all the memory that a tensor looks into; 0 where that cannot be seen."""
+    """Return a checksum of a tensor's memory; 0 if it is unseen."""
     storage = storage_of(local_of(tensor))
     return 0 if storage is None else fingerprint(storage)
 
 
 def contents_of(tensors: Iterable[Tensor]) -> list[int]:
-    """Checksums of the memory of some tensors."""
+    """Return checksums of the memory of some tensors."""
     return [content_of(t) for t in tensors]

@@ -1,4 +1,7 @@
-"""Whether a call that draws random numbers draws the same ones again, where other threads may draw beside it."""
+"""Tells whether a rerun drew the same random numbers.
+
+Other threads may draw from the same generator.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +19,25 @@ from autoremat.engines.torch.operators.settings import state_of
 
 
 class Disturbed(RuntimeError):
-    """Another thread drew from the same generator while a call did: its numbers cannot be drawn again."""
+    """Another thread drew from the same generator as a call.
+
+    The call's numbers cannot be drawn again.
+    """
 
 
 @dataclass(slots=True)
 class Draws:
-    """What tells that a call has drawn the same numbers again.
+    """Evidence of which random numbers a call drew.
 
-    The generator ends where it did: nobody drew in between. Or another thread drew after the call, before we looked:
-    then what the call has made is the same. Bytes that a call leaves as it found them differ from run to run, so what
-    it has made decides only where the generator does not.
+    Either the generator ends where it did, so nobody drew in between. Or another thread drew after the call, before the
+    state was read: then what the call made is the same. Bytes that a call leaves as it found them differ from run to
+    run, so results decide only where the generator does not.
 
     Attributes:
         generator: that the call draws from.
-        saved: a checksum of the state of the generator, by position among what autograd saves inside the call.
-        after: one of its state after the call.
-        contents: checksums of what the call makes, by value, of what nothing overwrites before the call is over.
+        saved: checksums of the generator's state, by position among what autograd saves inside the call.
+        after: checksum of its state after the call.
+        contents: checksums of what the call makes, by value, where nothing overwrites it before the call is over.
     """
 
     generator: torch.Generator
@@ -41,28 +47,31 @@ class Draws:
 
     @classmethod
     def of(cls, generator: torch.Generator | None) -> Draws | None:
-        """For a call that is about to draw; None where no thread that knows no tape may draw beside it."""
+        """Watch a call that is about to draw.
+
+        None where no other thread may draw from the same generator.
+        """
         if generator is None or generator.device.type != "cpu" or threading.active_count() == 1:
             return None
         return cls(generator)
 
     def state(self) -> int:
-        """A checksum of the state of the generator."""
+        """Return a checksum of the generator's state."""
         return zlib.crc32(state_of(self.generator))
 
     def at(self, position: int) -> None:
-        """Take note of where the generator is when something is saved."""
+        """Note the generator's state when something is saved."""
         self.saved[position] = self.state()
 
     def note(self, value: int, tensor: Tensor) -> None:
-        """Take note of what is in a value that nothing overwrites any more."""
+        """Note the content of a value that nothing overwrites any more."""
         self.contents[value] = content_of(tensor)
 
     def end(
         self, results: Iterable[tuple[int, int]], made: Sequence[Tensor],
         written: Iterable[tuple[int, int, int]], given: Sequence[Tensor],
     ) -> None:  # fmt: skip
-        """Take note of where the generator is after the call, and of what the call has made.
+        """Note the generator's state, and the results, after the call.
 
         Args:
             results: pairs (position among the tensors of the result, value).
@@ -78,15 +87,15 @@ class Draws:
             self.note(new, given[i])
 
     def check(self, found: Mapping[int, Tensor], stopped_at: int | None, func: Any) -> None:
-        """Compare another run, which has just ended, with the first one.
+        """Compare a rerun, which has just ended, with the first run.
 
         Args:
-            found: what the other run has made, by value.
-            stopped_at: position of the saved tensor after which the other run ended; None if it was made whole.
+            found: what the rerun has made, by value.
+            stopped_at: position of the saved tensor after which the rerun ended; None if it was made whole.
             func: what was called.
 
         Raises:
-            Disturbed: the other run has drawn other numbers.
+            Disturbed: the rerun has drawn other numbers.
         """
         if self.state() == (self.after if stopped_at is None else self.saved.get(stopped_at)):
             return

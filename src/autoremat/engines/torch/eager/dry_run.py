@@ -1,7 +1,8 @@
-"""``record``: the program of a step that is not run. Its calls are made on fake tensors: nothing of its size is there.
+"""``record``: makes the program of a step that is not run.
 
-The step goes as a first step does (``first``), so that a plan made beforehand is that of the training. A callable that
-needs the numbers in its tensors is run on the real ones instead, and lets go of all that can be made again.
+The step's calls are made on fake tensors, so nothing of its size is allocated. The step goes as a first step does
+(``first``), so that a plan made beforehand is that of the training. A callable that needs the numbers in its tensors is
+run on the real ones instead, and drops all that can be recomputed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ from autoremat.engines.torch.world.problems import (
 from autoremat.program import Program
 
 _FINAL: Final = (NothingDifferentiable, CompiledCode, TrainsInside, Scripted, FakesLeft, RecordingDied)
-"""Errors of a recording that the other way to record would not be spared."""
+"""Errors that the other way to record would meet, too."""
 _Work = Callable[[Progress | None], Recording]
 
 
@@ -76,22 +77,22 @@ def record(
 ) -> Program:  # fmt: skip
     """Record forward and backward of ``fn(*args, **kwargs)``.
 
-    Runs the callable once on fake tensors: nothing of the model's size is allocated. A callable that needs the
-    numbers in its tensors (data-dependent control flow) is recorded on the real ones instead, without keeping what
-    the backward would need.
+    Runs the callable once on fake tensors: nothing of the model's size is allocated. A callable that needs the numbers
+    in its tensors (data-dependent control flow) is recorded on the real ones instead, without keeping what the backward
+    would need.
 
     Where a process may be forked (``apart``), all this happens in a child, and nothing here can change. What runs there
-    on real tensors takes memory of its own: what calls make, and a copy of what the step overwrites. Elsewhere
-    (CUDA is in use, other threads run, several processes train) it happens here, and afterwards all that can be put
-    back is as it was: parameters, buffers, gradients, module attributes, random generators. If then somebody still
-    holds a fake tensor, that is an error.
+    on real tensors takes memory of its own: what calls make, and a copy of what the step overwrites. Elsewhere (CUDA is
+    in use, other threads run, several processes train) it happens here, and afterwards all that can be restored is as
+    it was: parameters, buffers, gradients, module attributes, random generators. If then somebody still holds a fake
+    tensor, that is an error.
 
     Args:
         fn: a module or any callable; returns a tensor, or nested tensors, or an object with a ``loss``.
         args: its positional arguments.
         kwargs: its keyword arguments.
         optimizer_state_bytes: resident state of the optimizer, counted in the peak.
-        optimizer_scratch_bytes: what the optimizer's step takes beside, counted after the backward.
+        optimizer_scratch_bytes: temporaries of the optimizer's step, counted after the backward.
         timing: ``"measure"`` runs each distinct operator alone on the device, ``"auto"`` those for which it has room,
             ``"estimate"`` nothing.
         device: for a model on the ``meta`` device: the device it will train on (default: cuda if there, else cpu).
@@ -141,9 +142,10 @@ def record(
 
 
 def _recorded(step: Step, has_numbers: bool) -> tuple[str, Recording]:
-    """On fake tensors, or else on the real ones; where that fails, too, the error there with the first one behind it.
+    """Record on fake tensors, or else on the real ones.
 
-    Where the other way is refused from the start, the first error tells more.
+    If both fail, the second error is raised from the first. Where the other way is refused from the start, the first
+    error is raised, because it tells more.
     """
     try:
         refuse_shared_memory(step.modules, step.args, step.kwargs)
@@ -229,7 +231,7 @@ def _on_real(step: Step) -> Recording:
 
 
 def _first(step: Step, args: Any, kwargs: Any, room_bytes: float, check: NoCheck) -> FirstStep:
-    """A first step of these arguments that may hold so many bytes."""
+    """Make a first step of these arguments with limited room."""
     return FirstStep(
         step.fn, args, kwargs, step.parallel, lambda fixed: lambda plain: room_bytes, lambda module, name: False,
         Reports(), check,
@@ -253,15 +255,15 @@ def _through(first: FirstStep, step: Step, progress: Progress | None, within: Ab
     except NotRecorded as error:
         raise error.__cause__ or error from None
     finally:
-        torch.clear_autocast_cache()  # casts of tensors that are no more
+        torch.clear_autocast_cache()  # it has casts of tensors that no longer exist
     return first.recording()
 
 
 @contextmanager
 def _put_back() -> Iterator[Callable[[Tensor], None]]:
-    """Yields what is told of memory from outside that is about to be overwritten; at the end it is as it was.
+    """Yield a function that saves outside memory before it is overwritten.
 
-    Other processes may share it.
+    At the end of the block the memory is restored: other processes may share it.
     """
     before: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -274,13 +276,15 @@ def _put_back() -> Iterator[Callable[[Tensor], None]]:
     try:
         yield note
     finally:
-        with torch.inference_mode():  # some of them may have been made in it, and can be written nowhere else
+        with torch.inference_mode():  # inference tensors can be written only in inference mode
             for whole, saved in before.values():
                 whole.copy_(saved)
 
 
 class _Converting(TorchFunctionMode):
-    """Gives calls something in place of tensors from outside: of these nothing changes. What is fake is the step's own.
+    """Converts tensors from outside in calls; the tensors themselves do not change.
+
+    Fake tensors are the step's own, and stay as they are.
 
     Args:
         convert: gives what stands for a tensor from outside.
@@ -304,7 +308,10 @@ class _Converting(TorchFunctionMode):
 
 
 class _ConvertingReal(_Converting):
-    """The same where the step's own tensors are real: those that its calls have made, or that have a history."""
+    """Converts tensors from outside where the step's own are real.
+
+    The step's own are those that its calls have made, or that have a history.
+    """
 
     def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
         super().__init__(convert)
@@ -322,7 +329,10 @@ class _ConvertingReal(_Converting):
 
 
 class _Beneath(TorchDispatchMode):
-    """Below the calls on fake tensors: sends nothing to other processes, and notes every tensor that comes up."""
+    """Runs below the calls on fake tensors.
+
+    It sends nothing to other processes, and notes every tensor that is made.
+    """
 
     def __init__(self, living: Living) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The engine for eager PyTorch: steps of callables, recorded on fake tensors, carried out call by call."""
+"""Records steps of eager PyTorch, and carries out plans call by call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from autoremat.program import Abilities, Plan, Program
 
 @dataclass(frozen=True)
 class Step:
-    """A step: a module or callable that returns its loss or outputs, and what it is given."""
+    """Names a callable that returns its loss or outputs, and its arguments."""
 
     fn: Callable[..., Any]
     args: tuple[Any, ...] = ()
@@ -22,17 +22,23 @@ class Step:
 
 
 class Eager:
-    """Runs calls again ahead of what the backward asks for, and gives the gradients of plain training to the bit."""
+    """Reruns calls ahead of what the backward asks for.
+
+    Gradients are those of plain training to the bit.
+    """
 
     name = "torch.eager"
     abilities = Abilities("at asks")
 
     def record(self, step: Step) -> Program:
-        """The program of a step, which is not run."""
+        """Record a step without running it."""
         return record(step.fn, step.args, step.kwargs)
 
     def carry_out(self, step: Step, plan: Plan) -> Callable[[], Any]:
-        """A callable that runs the step's forward; its result has the graph of the plan's backward."""
+        """Make a callable that runs the step's forward under a plan.
+
+        A backward pass from its result follows the plan, too.
+        """
         session = Session(step.fn, Options(plan.budget_bytes, None, (), (), time_limit_seconds=10.0, given=plan))
         return lambda: session.call(step.args, dict(step.kwargs))
 

@@ -1,4 +1,7 @@
-"""A call of the forward, ready to be made again: its arguments without tensors, its state, its random numbers."""
+"""A call of the forward, ready for a rerun.
+
+It has the arguments without tensors, the state, and the state of the generator.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import Made, Outside, Seen, Statistics, resolved, template, tensors_in
 from autoremat.engines.torch.eager.draws import Draws
-from autoremat.engines.torch.eager.state import Replay, State, generator_at, generator_of, heard_by_classes
+from autoremat.engines.torch.eager.state import Rerunning, State, generator_at, generator_of, heard_by_classes
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.settings import state_of
 
@@ -20,12 +23,15 @@ _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 
 
 class Enough(Exception):
-    """Ends a call that is made again as soon as what is wanted has been saved inside it; with the position of that."""
+    """Ends a rerun once what is wanted has been saved.
+
+    Its argument is the position of the tensor that was saved last.
+    """
 
 
 @dataclass(slots=True)
 class Entry:
-    """A call, ready to be made again. Not frozen: one is made for every such call of every forward.
+    """A call, ready for a rerun; not frozen, for speed.
 
     Attributes:
         func: what was called.
@@ -34,12 +40,12 @@ class Entry:
         state: in which it was made.
         generator: that it draws from.
         generator_state: of that before the call.
-        positions: for those of the tensors among its arguments, by position, that look at a value, that value.
+        positions: the values of its tensor arguments that view one, by position.
         outside: those of its arguments that the step did not make.
         results: pairs (position among the tensors of the result, value).
         saved: pairs (position among what autograd saves inside the call, value), for values made and saved inside.
         in_place: pairs (made, overwritten).
-        draws: what tells that it has drawn the same numbers again, where other threads might have drawn in between.
+        draws: what tells that a rerun has drawn the same numbers, where other threads might have drawn in between.
     """
 
     func: Callable[..., Any]
@@ -57,27 +63,27 @@ class Entry:
     reads: tuple[int, ...] = ()
     """The values among its arguments."""
     makes: tuple[int, ...] = ()
-    """The values that another run can make."""
+    """The values that a rerun can make."""
     stops: frozenset[int] = frozenset()
-    """Values after which a run may end as soon as they have been saved: nothing overwrites them later in the call."""
+    """Values, final once saved, after which a rerun may end."""
 
     def take(
         self, results: tuple[tuple[int, int], ...], saved: tuple[tuple[int, int], ...],
         written: Sequence[tuple[int, int, int]],
     ) -> None:  # fmt: skip
-        """Take note of what the call has made, once it has been made."""
+        """Note what the call has made, after its first run."""
         self.results, self.saved = results, saved
         self.makes = tuple([v for _, v in results])
         if saved or written:
             self.in_place = tuple([(new, old) for _, old, new in written])
             self.makes += (*(v for _, v in saved), *(new for new, _ in self.in_place))
 
-    def run(self, memory: dict[int, Tensor], replay: Replay, wanted: Collection[int]) -> dict[int, Tensor]:
-        """Make the call again, or as much of it as makes what is wanted.
+    def run(self, memory: dict[int, Tensor], rerunning: Rerunning, wanted: Collection[int]) -> dict[int, Tensor]:
+        """Rerun the call, or as much of it as is wanted.
 
         Args:
             memory: of the values that it reads; what it overwrites is its own copy.
-            replay: the block in which this happens.
+            rerunning: the block in which this happens.
             wanted: values that it makes.
 
         Returns:
@@ -87,10 +93,10 @@ class Entry:
         inner = {i: v for i, v in self.saved if v in wanted}
         enough = len(inner) if self.stops.issuperset(wanted) else None
         if self.generator is None or self.generator_state is None:
-            with replay.use(self.state):
+            with rerunning.use(self.state):
                 self._make(memory, inner, enough, found)
         else:
-            with generator_at(self.generator, self.generator_state), replay.use(self.state):
+            with generator_at(self.generator, self.generator_state), rerunning.use(self.state):
                 stopped_at = self._make(memory, inner, enough, found)
                 if self.draws is not None:
                     self.draws.check(found, stopped_at, self.func)
@@ -99,7 +105,7 @@ class Entry:
     def _make(
         self, memory: Mapping[int, Tensor], inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]
     ) -> int | None:
-        """Make the call and add to ``found``; where it ended early, the position of what was saved last."""
+        """Make the call; return the last saved position if it ended early."""
         args = [resolved(a, memory) for a in self.args]
         kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()}
         hooked = self.state.settings.grad_enabled
@@ -122,13 +128,13 @@ def prepared(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], values: Mapping[int, int],
     written: Collection[int], statistics: Collection[int], state: State, *, random: bool,
 ) -> Entry:  # fmt: skip
-    """All that it takes to make a call again, noted right before it is made.
+    """Note what a rerun of a call needs, before its first run.
 
     Args:
         func: what is called.
         args: its arguments.
         kwargs: its keyword arguments.
-        values: for those of the tensors given, by position, that look at a value of the step, that value.
+        values: the values of the tensors given that view a value of the step, by position.
         written: positions of those that the call overwrites.
         statistics: positions of running statistics.
         state: of this moment.
@@ -149,7 +155,7 @@ def prepared(
         return outside[-1]
 
     generator = generator_of(args, kwargs) if random else None
-    draws = Draws.of(generator)  # before a look at the generator: a thread that starts in between is told of
+    draws = Draws.of(generator)  # before the generator is read, so that a thread that starts in between is noticed
     return Entry(
         func, [template(a, described) for a in args], {k: template(a, described) for k, a in kwargs.items()},
         state, generator, None if generator is None else state_of(generator),
@@ -158,13 +164,16 @@ def prepared(
 
 
 def generators_of(args: Any, kwargs: Any) -> list[torch.Generator]:
-    """The generators that a call may draw from."""
+    """List the generators that a call may draw from."""
     given = [a for a in (*args, *kwargs.values()) if isinstance(a, torch.Generator)]
     return [*given, torch.default_generator]
 
 
 def _catcher(inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]) -> Callable[[Tensor], None]:
-    """A pack hook that keeps what is wanted and lets go of everything else; raises ``Enough`` after the last one."""
+    """Make a pack hook that keeps only what is wanted.
+
+    It raises ``Enough`` after the last wanted tensor.
+    """
     n = 0
 
     def catch(tensor: Tensor) -> None:

@@ -1,6 +1,7 @@
-"""What a call does, found out by making it once on fake tensors: what it writes, whether it draws, what it takes.
+"""Finds out what a call does, from one run on fake tensors.
 
-Nothing of the user's runs for that: of operators that are not torch's own, the schema is all that is read.
+That is what it writes, whether it draws random numbers, and what it takes. No user code runs for it: of operators that
+are not torch's own, only the schema is read.
 """
 
 from __future__ import annotations
@@ -60,14 +61,14 @@ class CallFacts:
 
     Attributes:
         written: positions, among the tensors given, of those that are overwritten.
-        statistics: positions of running statistics, which a further run must not change.
-        covered: of what is written, what is written as a whole, without a look at what was there.
+        statistics: positions of running statistics, which a rerun must not change.
+        covered: positions of what is overwritten as a whole, without being read.
         uninitialised: the result is whatever the memory held before.
         random: it draws from a generator, or may.
-        once: why it must not be made again; None where it may.
-        foreign: not torch's own: it may run again once it has been seen to give the same.
+        once: why it must not be rerun; None where it may.
+        foreign: not torch's own: it may be rerun once it has been seen to give the same.
         seconds: an estimate.
-        nbytes: what it makes and takes beside, an estimate.
+        nbytes: what it makes, temporaries included; an estimate.
     """
 
     written: tuple[int, ...] = ()
@@ -78,29 +79,48 @@ class CallFacts:
     once: Reason | None = None
     foreign: bool = False
     leaves: bool = False
-    """It may have left something behind that nobody sees, or told others: its step must not be tried again."""
+    """Whether the call may have left unseen effects.
+
+    It may have changed something that nobody sees, or have told others; its step must not be tried again.
+    """
     seconds: float = 0.0
     nbytes: int = 0
 
 
 _KNOWN: dict[Any, CallFacts] = {}
-"""By what makes two calls alike to the last size."""
+"""Facts by what makes two calls alike, sizes included."""
 _OF_OTHER_SIZES: dict[Any, dict[tuple[int, ...], CallFacts]] = {}
-"""By what makes two calls alike but for their sizes, and then by these: of the calls that were looked at."""
+"""Facts by what makes calls alike but for sizes, then by sizes.
+
+Only calls that were looked at are here.
+"""
 MAX_KNOWN: Final = 1 << 16
-"""Calls whose facts are remembered."""
+"""Number of calls whose facts are remembered."""
 MANY_SIZES: Final = 32
-"""So many sizes of calls that are alike otherwise are looked at one by one: that tells best what they take."""
+"""This many sizes of otherwise equal calls are each looked at.
+
+That tells best what the calls take.
+"""
 _SIZE: Final = 9
-"""A number from here on is a size of something: a smaller one may be a dimension, or choose what is computed."""
+"""An integer from here on is taken for a size.
+
+A smaller one may be a dimension, or choose what is computed.
+"""
 
 
 def facts_of_call(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], state: State, *, is_plain: bool = False
 ) -> CallFacts:
-    """The facts of a call; calls of the same function on tensors of the same kind are looked at once per process.
+    """Return the facts of a call.
 
-    ``is_plain``: all tensors are torch's own, and their memory can be seen.
+    Calls of the same function on tensors of the same kind are looked at once per process.
+
+    Args:
+        func: what is called.
+        args: its arguments.
+        kwargs: its keyword arguments.
+        state: in which it is made.
+        is_plain: all tensors are torch's own, and their memory can be seen.
     """
     if is_plain and not state.modes and not _of_functorch() and forward_ad._current_level < 0:
         try:
@@ -117,7 +137,7 @@ def facts_of_call(
         return CallFacts(written=_written_by_name(func, kwargs, given), once=OPAQUE)
     if state.has_modes_of_others or any(map(is_overridden, given)):
         return CallFacts(written=_written_by_name(func, kwargs, given), random=True, once=OVERRIDDEN)
-    if forward_ad._current_level >= 0:  # tangents hang on the tensors themselves
+    if forward_ad._current_level >= 0:  # forward-mode tangents are attached to the tensors themselves
         return CallFacts(written=_written_by_name(func, kwargs, given), random=True, once=DUAL)
     if not is_torchs(func):
         return _of_schema(func, args, kwargs, given)
@@ -143,11 +163,12 @@ def facts_of_call(
 def _like_larger(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor], state: State
 ) -> CallFacts:  # fmt: skip
-    """The facts of a call; where many sizes have come, those of one alike but for its sizes, all up to twice as large.
+    """Return facts of a call, perhaps those of a larger one.
 
-    What a call does is not decided by how large things are, as long as none is empty or single, and all lie in memory
-    alike. What it takes is no more than what the larger one does. So where sizes are new in every step, in the end
-    only some are looked at for every time that sizes double.
+    Where many sizes have come, these are the facts of a call that is alike but for sizes up to twice as large. How
+    large things are does not decide what a call does, as long as nothing is empty or single and everything lies in
+    memory the same way; and it takes no more than the larger call. So where sizes are new in every step, in the end
+    only a few calls are looked at for every doubling of the sizes.
     """
     sizes: list[int] = []
     described = _but_for_sizes((args, tuple(kwargs.items())), _decides_by_floats(func), sizes)
@@ -162,7 +183,7 @@ def _like_larger(
 
 
 def _but_for_sizes(item: Any, floats: bool, sizes: list[int]) -> Any:
-    """What makes something alike but for its sizes, which are appended to a list."""
+    """Describe something without its sizes, which are appended to a list."""
     kind = type(item)
     if isinstance(item, Tensor):
         shape = tuple(item.size())
@@ -179,7 +200,10 @@ def _but_for_sizes(item: Any, floats: bool, sizes: list[int]) -> Any:
 
 
 def _layout(tensor: Tensor) -> Any:
-    """How a tensor lies in memory: without its sizes where there are no gaps and no overlaps in it."""
+    """Describe how a tensor lies in memory.
+
+    Sizes are left out where there are no gaps and no overlaps.
+    """
     if tensor.layout is not torch.strided:
         return tensor.layout
     if tensor.is_contiguous():
@@ -198,7 +222,11 @@ def _around(state: State) -> tuple[Any, ...]:
 
 
 def _key(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], state: State) -> Any:
-    """What makes two calls alike; raises where something among the arguments is nothing to be remembered by."""
+    """Describe what makes two calls alike.
+
+    Raises:
+        TypeError: an argument is of a type that calls cannot be remembered by.
+    """
     floats = _decides_by_floats(func)
     named = (tuple(kwargs), _alike(kwargs.values(), floats)) if kwargs else None
     return func, _alike(args, floats), named, *_around(state)
@@ -235,7 +263,7 @@ _ARITHMETIC: Final = frozenset(
     for name in ("add", "sub", "mul", "div", "truediv", "true_divide", "subtract", "multiply", "divide")
     for around, prefix, suffix in (("", "", ""), ("", "", "_"), ("__", "", ""), ("__", "r", ""), ("__", "i", ""))
 )
-"""Functions of which it decides nothing how large a number is that they are given."""
+"""Functions that do the same whatever the value of their numbers."""
 _PLAIN_ARGUMENTS: Final = frozenset(
     {int, float, bool, complex, str, type(None), type(...), torch.dtype, torch.device, torch.layout,
      torch.memory_format, torch.Size}
@@ -243,7 +271,7 @@ _PLAIN_ARGUMENTS: Final = frozenset(
 
 
 def is_torchs(func: Any) -> bool:
-    """Whether a function is torch's own."""
+    """Tell whether a function is torch's own."""
     if isinstance(func, (OpOverload, OpOverloadPacket)):
         name = func.namespace if isinstance(func, OpOverload) else func._qualified_op_name.partition("::")[0]
         return name in _OWN_NAMESPACES
@@ -254,7 +282,7 @@ def is_torchs(func: Any) -> bool:
 
 
 def is_overridden(tensor: Tensor) -> bool:
-    """Whether calls on a tensor go through code of its class that is not torch's."""
+    """Tell whether calls on a tensor run foreign code of its class."""
     kind = type(tensor)
     if kind is Tensor or kind is torch.nn.Parameter or kind.__module__.startswith("torch."):
         return False
@@ -269,13 +297,19 @@ def _of_functorch() -> bool:
 
 
 def _distributed(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
-    """Of DTensors nothing is made on fakes: what is written is told by the name, and a collective by the recording."""
+    """Return the facts of a call on DTensors, without making it.
+
+    What it writes is told by its name; that it communicates, by the recording.
+    """
     written = _written_by_name(func, kwargs, given)
     return CallFacts(written=written, seconds=1e-5, once=Reason(Once.DISTRIBUTED), leaves=True)
 
 
 def _written_by_name(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor]) -> tuple[int, ...]:
-    """What a call overwrites, by the way torch names things; where nothing better is known."""
+    """Find what a call overwrites by torch's naming conventions.
+
+    Used where nothing better is known.
+    """
     name = getattr(func, "__name__", "")
     in_place = name.endswith("_") and not name.endswith("__")
     found = (
@@ -291,7 +325,7 @@ def _written_by_name(func: Any, kwargs: dict[str, Any], given: Sequence[Tensor])
 
 
 def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
-    """The facts of an operator that is not torch's, or of a function that is nobody's."""
+    """Return the facts of a foreign operator, as its schema declares them."""
     overload = func if isinstance(func, OpOverload) else None
     if isinstance(func, OpOverloadPacket) and len(func.overloads()) == 1:
         overload = getattr(func, func.overloads()[0])
@@ -315,7 +349,7 @@ def _of_schema(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: 
 
 @contextmanager
 def unseen() -> Iterator[None]:
-    """In this block neither function modes nor dispatch modes of the user's see what is done."""
+    """Hide this block from the user's function modes and dispatch modes."""
     anomaly = torch.autograd.set_detect_anomaly(False) if torch.is_anomaly_enabled() else nullcontext()
     with without_function_modes(), anomaly:
         if not _get_current_dispatch_mode_stack():
@@ -327,7 +361,7 @@ def unseen() -> Iterator[None]:
 
 @contextmanager
 def generators_kept() -> Iterator[None]:
-    """Whatever torch's Python code draws in this block, no generator of the user's is further than before."""
+    """Restore Python's generator after the block; torch's Python code may draw."""
     before = random.getstate()
     try:
         yield
@@ -336,7 +370,10 @@ def generators_kept() -> Iterator[None]:
 
 
 class _Own(threading.local):
-    """What belongs to one thread: the mode of its probes, which takes as long to make as an operator."""
+    """Holds a thread's fake mode.
+
+    Making such a mode takes as long as an operator.
+    """
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -347,7 +384,7 @@ _OWN = _Own()
 
 @dataclass
 class _Probe(TorchDispatchMode):
-    """Looks at the operators of one call, on fake tensors."""
+    """Watches the operators of one call, on fake tensors."""
 
     inputs: dict[int, int]
 
@@ -404,7 +441,7 @@ class _Probe(TorchDispatchMode):
 
 
 def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor]) -> CallFacts:
-    """Make the call on fake tensors of the same kind, and look on."""
+    """Make the call on fake tensors of the same kind and watch."""
     mode = FakeTensorMode(allow_non_fake_inputs=True) if any(map(is_jagged, given)) else _OWN.mode
     fakes: dict[int, Tensor] = {}
 
@@ -432,7 +469,7 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
             with heard_by_classes(), probe:
                 func(*fake_args, **fake_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
-            pass  # what it made up to here tells what it does
+            pass  # the operators seen so far tell what the call does
         except Exception:  # noqa: BLE001 - whatever a fake kernel does not know
             probe.once = probe.once or UNKNOWN
             probe.written |= set(_written_by_name(func, kwargs, given))

@@ -1,4 +1,7 @@
-"""Inputs of one form: a plan made for one serves every one that is no larger."""
+"""Families: inputs of one form, which share plans.
+
+A plan made for one input serves every one that is no larger.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +15,33 @@ from autoremat.engines.torch.eager.inputs import Sizes
 from autoremat.engines.torch.eager.kinds import Kind, Prepared
 
 MAX_GUESTS: Final = 256
-"""Sizes of inputs without a plan of their own that are remembered."""
+"""Sizes of inputs without their own plan that are remembered."""
 _STRANGERS: Final = 3
-"""So many sizes that made other calls than the plan for larger ones show that sizes decide which calls are made."""
+"""After this many strangers, sizes are taken to decide the calls.
+
+A stranger is a size that made other calls than the plan for larger ones.
+"""
 _PAYS: Final = 1.0
-"""A plan of its own is made for smaller inputs once they have lost so many times what making one takes."""
+"""Losses, per cost of a plan, after which smaller inputs get one."""
 _RUNGS: Final = 6
 """Plans for inputs of one form."""
 _ALIKE: Final = 2
-"""So many recordings that are not different, although numbers were, show that numbers decide nothing."""
+"""After this many like recordings, whole numbers are taken for irrelevant.
+
+Their whole numbers were different.
+"""
 _GROWTH: Final = (2.0, 1.5, 1.25, 1.1)
-"""When sizes have grown, a plan is made for sizes so much larger, if there is one within the budget."""
+"""Growth factors to try for a plan ahead of growing sizes.
+
+The first one is taken for which a plan is within the budget.
+"""
 
 
 @dataclass
 class Family:
     """What is known of the inputs of one form.
 
-    A kind whose sizes fit into those of another one is a *guest* of that: it goes by the other's plan.
+    A kind whose sizes fit into those of another one is a *guest* of that one, its *host*: it goes by the host's plan.
     """
 
     _kinds: OrderedDict[Sizes, Kind] = field(default_factory=OrderedDict)
@@ -39,7 +51,10 @@ class Family:
     _numbers_matter: bool = True
     """Whole numbers among the arguments may be sizes of something."""
     _lost_seconds: dict[tuple[Sizes, int], float] = field(default_factory=dict)
-    """By host, and how much smaller they are: what its guests have lost under its plan."""
+    """Seconds that guests lost under a host's plan.
+
+    By host, and by how much smaller they are.
+    """
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -48,11 +63,14 @@ class Family:
         return self._kinds.get(kind.sizes) is kind
 
     def kinds(self) -> list[Kind]:
-        """Those with plans of their own."""
+        """List the kinds with plans of their own."""
         return list(self._kinds.values())
 
     def find(self, sizes: Sizes) -> Kind | None:
-        """The kind of an input of these sizes: one of its own, a guest of a larger one, or none that is known."""
+        """Return the kind of an input of these sizes, if known.
+
+        It is one with its own plan, or a guest of a larger one.
+        """
         sizes = self._known_as(sizes)
         kind = self._kinds.get(sizes)
         if kind is not None:
@@ -66,7 +84,7 @@ class Family:
         return guest
 
     def relative(self, sizes: Sizes) -> Kind | None:
-        """The kind whose plan would serve these sizes if it knew of the gradients that are there."""
+        """Return the kind whose plan lacks only the existing gradients."""
         if self._strangers >= _STRANGERS or self._host(self._known_as(sizes)) is not None:
             return None
         sizes = self._known_as(sizes)
@@ -74,22 +92,25 @@ class Family:
         return min(found, key=lambda k: k.sizes.elements, default=None)
 
     def add(self, kind: Kind) -> None:
-        """A kind that is to be recorded."""
+        """Add a kind that is to be recorded."""
         kind.sizes = self._known_as(kind.sizes)
         guest = self._guests.pop(kind.sizes, None)
         self._strangers += guest is not None and guest.stale
         self._kinds[kind.sizes] = kind
 
     def newcomer(self, sizes: Sizes) -> Sizes | None:
-        """What tells inputs that no plan serves apart: nothing, unless their sizes decide which calls are made."""
+        """Return what tells apart inputs that no plan serves.
+
+        None, unless their sizes decide which calls are made.
+        """
         return self._known_as(sizes) if self._strangers >= _STRANGERS else None
 
     def largest(self) -> Kind | None:
-        """The largest kind with a plan."""
+        """Return the largest kind with a plan."""
         return max((k for k in self._kinds.values() if k.script), key=lambda k: k.sizes.elements, default=None)
 
     def recorded(self, kind: Kind, foreseen: Callable[[Prepared, Prepared, float, float], Prepared | None]) -> None:
-        """A kind has its first plan. If sizes have grown, they may go on growing: have a plan for larger ones."""
+        """Note a kind's first plan; where sizes grow, plan ahead."""
         if not kind.serves(kind.sizes) or kind.prepared.is_of_the_largest:
             return
         others = [k for k in self._kinds.values() if k is not kind and k.serves(k.sizes)]
@@ -115,7 +136,10 @@ class Family:
         return sizes if self._numbers_matter else sizes.without_numbers()
 
     def _forget_numbers(self) -> None:
-        """Numbers are sizes of nothing: inputs that differ in them alone are of one kind."""
+        """Merge inputs that differ in whole numbers only.
+
+        The numbers have turned out to be sizes of nothing.
+        """
         self._numbers_matter = False
         kinds, self._kinds, self._guests = self._kinds, OrderedDict(), OrderedDict()
         for kind in kinds.values():
@@ -123,7 +147,7 @@ class Family:
             self._kinds[kind.sizes] = kind
 
     def _host(self, sizes: Sizes) -> Kind | None:
-        """The kind with the smallest plan that serves these sizes."""
+        """Return the kind with the smallest plan that serves these sizes."""
         if self._strangers >= _STRANGERS:
             return None
         found = [k for k in self._kinds.values() if k.serves(sizes)]
@@ -138,7 +162,7 @@ class Family:
         return guest
 
     def _pays(self, sizes: Sizes, host: Kind) -> bool:
-        """Whether inputs of about these sizes have lost more time under the larger plan than their own one takes."""
+        """Tell whether such inputs lost more than their own plan costs."""
         share = sizes.share_of(host.sizes)
         rung, lost = (host.sizes, int(-math.log2(share))), host.prepared.lost_seconds(share)
         total = self._lost_seconds[rung] = self._lost_seconds.get(rung, 0.0) + lost
@@ -149,7 +173,7 @@ class Family:
 
 
 def _is_smaller_but_for_numbers(kind: Kind, other: Kind) -> bool:
-    """Whether an input would fit into another one but for its whole numbers."""
+    """Tell whether an input fits into another except for whole numbers."""
     if kind.sizes.fits_into(other.sizes):
         return False
     return kind.sizes.without_numbers().fits_into(other.sizes.without_numbers())

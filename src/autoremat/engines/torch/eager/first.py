@@ -1,4 +1,7 @@
-"""The first step of a kind of input: for real, within the budget, with a shadow that records it."""
+"""The first step of a kind of input: real, and recorded.
+
+It stays within the budget; a shadow records it.
+"""
 
 from __future__ import annotations
 
@@ -43,9 +46,10 @@ class NotRecorded(Exception):
 
 
 class Cached:
-    """What a forward may have cached: values that calls made and others read, but for those that it returned.
+    """What a forward may have cached.
 
-    A step that finds them makes fewer calls than this one.
+    These are values that calls made and others read, except those it returned. A step that finds them makes fewer calls
+    than this one.
     """
 
     def __init__(self, tape: Tape, result: Any) -> None:
@@ -55,7 +59,7 @@ class Cached:
         self._storages, self._passes = list(map(weakref.ref, found)), weakref.ref(tape.passes)
 
     def outlive(self) -> bool:
-        """Whether some of them are still there, though the backward is over."""
+        """Tell whether some of them outlive the backward."""
         passes = self._passes()
         if passes is not None and passes.needs.handles:
             return False
@@ -63,14 +67,17 @@ class Cached:
 
 
 def _named(modules: Sequence[torch.nn.Module]) -> list[tuple[str, Tensor]]:
-    """Parameters and buffers, as far as they are there, by name."""
+    """List existing parameters and buffers, by name."""
     return [(n, t) for n, _, t in named_tensors(modules) if not torch.nn.parameter.is_lazy(t)]
 
 
 def what_is_there(
     modules: Sequence[torch.nn.Module], args: Sequence[Any], kwargs: dict[str, Any], parallel: Parallel
 ) -> tuple[list[torch.UntypedStorage], int]:  # fmt: skip
-    """The memory that is there before a step; how many bytes, with those of torch.distributed."""
+    """Return the memory that exists before a step, and its bytes.
+
+    The bytes include those of torch.distributed.
+    """
     tensors = [t for _, t in _named(modules)]
     tensors += [t.grad for t in tensors if is_leaf(t) and t.grad is not None]
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
@@ -79,7 +86,7 @@ def what_is_there(
 
 
 def missing_gradient_bytes(modules: Sequence[torch.nn.Module]) -> int:
-    """What the gradients take that parameters do not have yet."""
+    """Return the bytes of gradients that parameters do not have yet."""
     own = {id(t): t for _, t in _named(modules) if is_leaf(t) and t.requires_grad and t.grad is None}
     return sum(local_of(t).nbytes for t in own.values())
 
@@ -92,10 +99,11 @@ class FirstStep:
         args: its positional arguments.
         kwargs: its keyword arguments.
         parallel: what torch.distributed does around the modules.
-        room: given the bytes that are there for good, what may be taken beside, given what plain training would take.
+        room: given the bytes that are always there, returns the function that tells what else may be taken, given what
+            plain training would take.
         is_kept: whether the user wants what an operator of this module and name makes kept.
         reports: whom the tape tells what.
-        check: of what is made again.
+        check: of reruns.
     """
 
     def __init__(
@@ -106,7 +114,7 @@ class FirstStep:
         self.fn, self.args, self.kwargs, self.parallel = fn, args, kwargs, parallel
         self.modules = reachable_modules(fn, args, kwargs)
         self._failures: list[BaseException] = []
-        reports.unlike = self._failures.append  # not a method: in a circle, gradients would outlive it
+        reports.unlike = self._failures.append  # not a method of self: that circle would keep gradients alive
         self._paths = ModulePaths(self.modules)
         self._shadow = Shadow(self._paths.current)
         self._gradients = [(t, t.grad) for t in self._own() if is_leaf(t) and t.requires_grad]
@@ -122,7 +130,7 @@ class FirstStep:
         return [t for _, t in self._named()]
 
     def _moving(self) -> list[Tensor]:
-        """Parameters whose gradients move into the buckets of DistributedDataParallel as soon as they are complete."""
+        """List parameters whose complete gradients move into DistributedDataParallel's buckets."""
         found = (module._parameters[name] for module, name in self.parallel.moving)
         return [t for t in found if t is not None]
 
@@ -130,7 +138,10 @@ class FirstStep:
         return [None if t.grad is None else (id(t.grad), t.grad._version) for t, _ in self._gradients]
 
     def close(self) -> None:
-        """The recording is over, and there is no training: a graph that somebody holds keeps nothing else alive."""
+        """Let a graph that somebody holds keep nothing else alive.
+
+        The recording is over, and there is no training.
+        """
         self.tape.passes.needs.stop_counting()
         self.tape.ledger.close()
         self._shadow.close()
@@ -159,7 +170,7 @@ class FirstStep:
 
     @contextlib.contextmanager
     def _gradients_put_back(self) -> Iterator[None]:
-        """If it turns out that the callable trains inside, the gradients are again what they were."""
+        """Restore gradients if the callable turns out to train inside."""
         try:
             yield
         except TrainsInside:
@@ -169,11 +180,11 @@ class FirstStep:
 
     @property
     def compiled(self) -> str:
-        """Where compiled code was met that runs inside; "" if none was."""
+        """Where compiled code was met; "" if none was."""
         return self.tape.compiled or self._shadow.compiled
 
     def cached(self, result: Any) -> Cached:
-        """What calls of the forward have made and others have read."""
+        """Return what calls of the forward made and others read."""
         return Cached(self.tape, result)
 
     def backward(self, result: Any) -> None:
@@ -204,14 +215,17 @@ class FirstStep:
                 raise NotRecorded(f"{type(error).__name__}: {error}") from error
 
     def gradients(self, program: Program) -> dict[str, int]:
-        """Bytes of the gradients that the step has found, by name of the parameter, as far as its program has none."""
+        """Return bytes of gradients found, by name, that the program lacks."""
         return {} if self.parallel else gradients_there(self.modules, gradients_left(program))
 
     def program(
         self, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int, progress: Progress | None,
         limit: Callable[[Program], int] | None, timing: str = "measure",
     ) -> Program:  # fmt: skip
-        """The program of the step; where operators are measured, what the step holds by now takes room, too."""
+        """Make the program of the step.
+
+        Where operators are measured, what the step holds by now takes room, too.
+        """
         room = self.tape.backward.room
         assert room is not None
         room.make(largest_op_bytes(self._shadow))
@@ -225,19 +239,19 @@ class FirstStep:
         )  # fmt: skip
 
     def module_at(self, line: str) -> str:
-        """The path of the module that has run this line of the forward; "" outside of all."""
+        """Return the module that ran a line; "" outside of all."""
         return next((op.module for op in self._shadow.recorder.ops if op.source == line), "")
 
     def on_op(self, report: Callable[[int], None]) -> None:
-        """Have every op that is recorded told, by the number of those so far."""
+        """Report every recorded op, by the number of those so far."""
         self._shadow.recorder.on_op = report
 
     def recording(self) -> Recording:
-        """What has been recorded, as plain data."""
+        """Return what has been recorded, as plain data."""
         return finished(self._shadow, self.tape.path)
 
     def path(self) -> Path:
-        """The path of its forward."""
+        """Return the path of its forward, and end the recording."""
         path = path_of(self._shadow, self.tape.path, self.tape.n_packs, self.tape.composites)
         self.tape.witness.shadow = None
         return path

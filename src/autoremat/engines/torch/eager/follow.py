@@ -1,8 +1,9 @@
-"""Following a plan by position: the k-th call is the k-th of the path, the j-th saved tensor the j-th of the recording.
+"""Follows a plan by position: call k is the path's call k.
 
-Calls that the plan has nothing to do with are made as they are: neither their arguments nor what autograd saves of them
-is looked at. Calls that will be made again keep their arguments; there it is looked at which value is which, so that a
-call or a saved tensor that differs is noticed before anything wrong can be handed out.
+In the same way saved tensor j is the j-th saved tensor of the recording. Calls that the plan has nothing to do with are
+made as they are: neither their arguments nor what autograd saves of them is looked at. Calls that will be rerun keep
+their arguments; there the values are compared, so that a call or a saved tensor that differs is noticed before anything
+wrong can be handed out.
 """
 
 from __future__ import annotations
@@ -35,11 +36,11 @@ if TYPE_CHECKING:
 _unseen, _n_modes = torch._C.DisableTorchFunction, torch._C._len_torch_function_stack
 _NOTHING = contextlib.nullcontext()
 _END: Any = object()
-"""Comes after the last call: nothing is that."""
+"""Comes after the last call, and equals no function."""
 
 
 class Follow:
-    """The plan, as long as the forward goes as recorded.
+    """The policy while the forward goes as recorded.
 
     Args:
         tape: whose forward it is.
@@ -54,19 +55,19 @@ class Follow:
         works = script.works if spare is None else script.spare_works
         self._funcs, self._works, self._packs = (*script.funcs, _END), works, script.packs
         self._draws: Draws | None = None
-        """Of the random call that runs now, where other threads may draw, too."""
+        """Of the running random call, where other threads may draw too."""
         self._numels, self._n_funcs = script.numels, len(script.funcs)
         is_cursory = spare is None and not tape.check.is_looking
         self._composites = script.composites if is_cursory else {}
 
     def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As ``heard``, in a step that is checked: look at all that a call is given before it is made."""
+        """As ``heard``, but first look at the arguments, for the self-check."""
         if not is_out_of_sight():
             self._tape.look_at(tensors_given(args, kwargs))
         return self.heard(func, args, kwargs)
 
     def heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make the next call of the path; leave it where this is another one."""
+        """Make the next call of the path, or leave the path."""
         tape = self._tape
         k = tape.n_calls
         expected = self._funcs[k]
@@ -84,7 +85,7 @@ class Follow:
         return self._other(func, args, kwargs)
 
     def _other(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A call that is not the next one: a look, a function made of others, or the end of the path."""
+        """Make another call than the path's next, or leave the path."""
         if looks(func) or is_out_of_sight():
             return func(*args, **kwargs)
         k = self._tape.n_calls
@@ -97,7 +98,7 @@ class Follow:
         return self._left(f"call {k} is {name_of(func)}, the recorded forward had {wanted}", func, args, kwargs)
 
     def _composite(self, composite: Composite, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a function's calls, of which none needs to be heard."""
+        """Make a function's calls, none of which needs to be heard."""
         self._tape.n_calls = composite.end
         with DRAWING if composite.random else _NOTHING:
             out = composite.func(*args, **kwargs)
@@ -106,7 +107,7 @@ class Follow:
         return out
 
     def _outgrown(self, k: int, numel: int) -> None:
-        """A call gives more than recorded: the plan does not hold for that."""
+        """Leave the path: a result is larger than the plan allows."""
         recorded = self._numels[k]
         where = self._script.where[k]
         self._tape.leave_path(
@@ -168,14 +169,14 @@ class Follow:
         return True
 
     def _reads_as_recorded(self, call: Call, given: Sequence[Tensor]) -> bool:
-        """Whether a call can be made again, and is given the values that it was given when it was recorded."""
+        """Tell whether a call can be rerun and is given recorded values."""
         if any(map(is_overridden, given)) or (_n_modes() and State.now().has_modes_of_others):
             return False
         known, n = self._tape.numbers.known_tensor, len(given)
         return all(position < n and known(given[position]) == value for position, value in call.reads)
 
     def _take(self, k: int, work: Work, func: Any, given: Sequence[Tensor], entry: Entry | None, out: Any) -> None:
-        """Know the values that a call has made and overwritten; hold what the tape itself needs of them."""
+        """Number what a call made and overwrote; hold what is needed."""
         tape, call = self._tape, work.call
         numbers, ledger = tape.numbers, tape.ledger
         made = tensors_in(out)
@@ -186,7 +187,7 @@ class Follow:
                 self._draws = None
             entry.stops = work.stops
             ledger.enter(k, entry)
-            if tape.policy is not self:  # it has left the path
+            if tape.policy is not self:  # the call has left the path
                 tape.keeping.enter(k)
             elif self.spare is not None and not work.ready:
                 self.spare.entered(k)
@@ -207,7 +208,7 @@ class Follow:
             self._pin(entry, made, given, call)
 
     def _pin(self, entry: Entry, made: Sequence[Tensor], given: Sequence[Tensor], call: Call) -> None:
-        """Keep what a call has made: made again, it would be something else."""
+        """Keep what a call made: a rerun would make something else."""
         tape = self._tape
         for i, value in entry.results:
             tape.ledger.hold(value, local_of(made[i]).detach())
@@ -218,7 +219,7 @@ class Follow:
     # ---- saved tensors -------------------------------------------------------------------------------------------
 
     def pack(self, j: int, tensor: Tensor) -> Any:
-        """The tensor itself, or a handle where its memory may go."""
+        """Return the tensor itself, or a handle where its memory may go."""
         tape = self._tape
         value = self._packs[j] if j < len(self._packs) else None
         if value is None:
@@ -250,7 +251,7 @@ class Follow:
         return handle
 
     def _note_kept(self, spare: Spare, j: int, tensor: Tensor, kept: Kept) -> None:
-        """Note which value autograd has saved, though the plan keeps it."""
+        """Note which value autograd saved, although the plan keeps it."""
         value = self._script.packed[j] if j < len(self._script.packed) else None
         if value is None:
             return
@@ -265,7 +266,7 @@ class Follow:
         spare.saved(j, value, kept)
 
     def _note_draws(self, draws: Draws, j: int, value: int, tensor: Tensor) -> None:
-        """Note what tells that the call that runs has drawn the same numbers again by the time it saves a value."""
+        """Note what will tell that a rerun up to here drew alike."""
         work = self._works[self._tape.n_calls - 1]
         if work is not None and value in work.stops:
             draws.at(j - work.call.packs[0])
@@ -278,7 +279,7 @@ class Follow:
         self._tape.ledger.hold(value, local_of(tensor).detach())
 
     def _is_saved_inside(self, j: int, value: int, number: int | None) -> bool:
-        """Whether the call that runs now makes this value, and saves it at this place; ``number`` is what it was."""
+        """Tell whether the running call makes this value and saves it here."""
         k = self._tape.n_calls - 1
         work = self._works[k] if 0 <= k < self._n_funcs else None
         if work is None or not (work.ready or work.spare):
@@ -288,15 +289,15 @@ class Follow:
         return (j - work.call.packs[0], value) in work.call.saved or any(v == value for _, v in work.call.results)
 
     def has_changed(self, value: int, tensor: Tensor) -> None:
-        """Something that torch does not see has changed a value."""
+        """Hold a value that was changed behind torch's back."""
         self._tape.ledger.hold(value, local_of(tensor).detach())
 
     def end(self) -> None:
-        """The forward is over, well or not: nothing more will be heard."""
+        """Let go of the tape: no more calls will come."""
         del self._tape
 
     def finish(self) -> None:
-        """The forward has come to its end."""
+        """Compare the end of the forward with the end of the path."""
         tape = self._tape
         if tape.n_calls < self._n_funcs:
             tape.leave_path(f"the forward ended after {tape.n_calls} of {self._n_funcs} calls")

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 
 
 class Kept:
-    """A saved tensor itself; with the number of its pack where the plan does something when it is asked for.
+    """A saved tensor itself.
 
-    It may turn into a handle, should the plan not hold for the step.
+    It has the number of its pack where the plan acts when the tensor is asked for. It may turn into a handle, should
+    the plan not hold for the step.
     """
 
     __slots__ = ("__weakref__", "backward", "handle", "pack", "tensor", "version")
@@ -42,16 +43,17 @@ class Kept:
         self.version = version_of(self.tensor)
 
     def get(self) -> Tensor:
-        """The tensor; raises what autograd would raise if it has been modified in place since."""
+        """Return the tensor; raise autograd's error if it was modified in place."""
         if not self.is_unchanged:
             raise modified(self.tensor, self.version)
         return self.tensor
 
 
 class Handle:
-    """Stands for a saved tensor whose memory may go: which value, seen how.
+    """Stands for a saved tensor whose memory may go.
 
-    Its probe shares the version counter with the tensor, and no memory, so it is noticed when somebody overwrites that.
+    It knows which value the tensor looks at, and how. Its probe shares the version counter with the tensor, but no
+    memory, so it notices when somebody overwrites the tensor.
     """
 
     __slots__ = ("backward", "pack", "probe", "seen", "served", "stays", "value", "version")
@@ -63,12 +65,15 @@ class Handle:
         self.version = version_of(local)
         self.probe = _without_memory(local)
         self.stays: Tensor | None = None
-        """What a node has been given, until it is through; one written in Python may ask once more."""
+        """What the running node was given, until it is done.
+
+        A node written in Python may ask once more.
+        """
         self.served = 0
-        """The backward pass, counted by the tape, in which it was served last."""
+        """The number of the pass that served the handle last."""
 
     def check_unchanged(self) -> None:
-        """Raise what autograd would raise if the saved tensor has been modified in place."""
+        """Raise autograd's error if the saved tensor was modified in place."""
         if self.probe is not None and self.probe._version != self.version:
             view = self.seen.view
             raise modified(torch.empty_strided(view.size, view.stride, dtype=view.dtype, device="meta"), self.version)
@@ -83,7 +88,10 @@ _EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 
 
 def _without_memory(tensor: Tensor) -> Tensor | None:
-    """An alias that has the version counter, and no memory; a fake tensor has none as it is."""
+    """Make an alias with the version counter, but without memory.
+
+    None for fake and inference tensors.
+    """
     if tensor.is_inference() or isinstance(tensor, FakeTensor):
         return None
     alias = tensor.detach()

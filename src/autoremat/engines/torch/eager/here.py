@@ -1,4 +1,4 @@
-"""What belongs to one thread: whether it is in a call, and which graphs wait for their backward."""
+"""What belongs to one thread: its call and its waiting graphs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ from autoremat.engines.torch.eager.several import Living, Load
 
 
 class Here(threading.local):
-    """What belongs to one thread: whether it is in a call, and which graphs wait for their backward."""
+    """What belongs to one thread.
+
+    It knows whether the thread is in a call, and which graphs wait for their backward.
+    """
 
     def __init__(self) -> None:
         self.inside = False
@@ -16,5 +19,5 @@ class Here(threading.local):
         self.inputs: dict[int, int] = {}
 
     def next_call(self, inputs: dict[int, int]) -> None:
-        """A call comes, with this input."""
+        """Note that a call comes, with this input."""
         self.inputs, self.load = inputs, self.living.next_call(inputs)

@@ -1,4 +1,4 @@
-"""What makes two calls of a callable the same to a plan, and how large their input is.
+"""Tells which inputs are the same to a plan, and how large.
 
 The *form* of an input is all that usually decides which calls a forward makes; its *sizes* decide how large their
 results are. A plan made for one input serves every input of the same form none of whose sizes is larger.
@@ -44,28 +44,37 @@ class Sizes:
     gradients: bytes = b""
 
     def fits_into(self, other: Sizes) -> bool:
-        """Whether no size is larger than that of an input of the same form, whatever gradients are there."""
+        """Tell whether no size is larger than another input's of this form.
+
+        Gradients do not count.
+        """
         return self.elements <= other.elements and all(a <= b for a, b in zip(self._all, other._all, strict=True))
 
     def finds_within(self, found: bytes) -> bool:
-        """Whether it finds no gradient that is not among these."""
+        """Tell whether it finds no other gradients than these."""
         return self.gradients == found or not any(a and not b for a, b in zip_longest(self.gradients, found))
 
     def share_of(self, other: Sizes) -> float:
-        """The elements of this input, as a share of those of a larger one; an empty one counts as one element."""
+        """Return this input's elements as a share of a larger one's.
+
+        An empty input counts as one element.
+        """
         return max(1, self.elements) / max(1, other.elements)
 
     def without_numbers(self) -> Sizes:
-        """The same of the tensors alone."""
+        """Return the sizes of the tensors alone."""
         return replace(self, numbers=())
 
     def ratio(self, other: Sizes) -> float:
-        """By how much the sizes of an input that this one fits into have grown, at least; 1 where none has."""
+        """Return the least growth of a size from this input to another.
+
+        It is 1 where no size has grown. This input must fit into the other.
+        """
         grown = [b / a for a, b in zip(self._all, other._all, strict=True) if b > a > 0]
         return min(grown, default=1.0)
 
     def grown(self, since: Sizes, factor: float) -> Sizes:
-        """Sizes larger by this factor where they have grown since those others."""
+        """Multiply the sizes that have grown since other sizes."""
         each = tuple(_larger(a, b, factor) for a, b in zip(since.each, self.each, strict=True))
         numbers = tuple(_larger(a, b, factor) for a, b in zip(since.numbers, self.numbers, strict=True))
         n_grown = sum(b > a for a, b in zip(since.each, self.each, strict=True))
@@ -103,8 +112,8 @@ class TensorForm(NamedTuple):
         dtype: of its elements.
         dimensions: in a list how many; else for each one 0, 1, or 2 for anything larger.
         order: how it lies in memory.
-        device: where that is.
-        requires_grad: whether it does.
+        device: where it is.
+        requires_grad: whether it requires grad.
         grad: whether it has a gradient.
         placements: of a distributed one.
     """
@@ -123,12 +132,12 @@ def _larger(before: int, now: int, factor: float) -> int:
 
 
 def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Form, Sizes]:
-    """Form and sizes of an input. O(modules + tensors).
+    """Return form and sizes of an input. O(modules + tensors).
 
-    In the form: how arguments are nested, lists of like items like one item; dtypes, devices, dimensions, the order of
-    strides and ``requires_grad`` of tensors; flags; of every module that the callable can reach, ``training``, and
-    which parameters require gradients; autocast. Which have one is among the sizes, for a plan with more of them serves
-    those with fewer; where ``torch.distributed`` moves gradients about, it is in the form.
+    The form has: how arguments are nested, lists of like items like one item; dtypes, devices, dimensions, the order of
+    strides and ``requires_grad`` of tensors; flags; ``training`` of every module that the callable can reach, and which
+    parameters require gradients; autocast. Which parameters have a gradient is among the sizes, for a plan with more
+    gradients serves those with fewer; where ``torch.distributed`` moves gradients about, it is in the form.
     """
     sizes = _Found([], [])
     positional, named = tuple([_form(x, sizes) for x in args]), tuple([(k, _form(x, sizes)) for k, x in kwargs.items()])
@@ -147,27 +156,30 @@ def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Form
 
 
 def sizes_of(argument: Any) -> tuple[int, int]:
-    """How many sizes, and how many whole numbers, of an input are those of this argument."""
+    """Return how many sizes and whole numbers an argument has."""
     found = _Found([], [])
     _form(argument, found)
     return len(found.each), len(found.numbers)
 
 
 def gradients_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any], names: Collection[str]) -> bytes:
-    """``Sizes.gradients`` of a step that finds those of the parameters of these names."""
+    """Return ``Sizes.gradients`` of a step that finds these parameters' gradients."""
     roots = reachable_modules(fn, args, kwargs)
     known = {id(tensor) for name, _, tensor in named_tensors(roots) if name in names}
     return bytes(id(t) in known for t in _own_tensors(_all_modules(roots)))
 
 
 def _own_tensors(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """Parameters and buffers."""
+    """List parameters and buffers."""
     tables = [table for m in modules for table in (m._parameters, m._buffers) if table]
     return [t for table in tables for t in table.values() if t is not None]
 
 
 def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
-    """These modules and all inside them, each once; ``nn.Module.modules`` takes several times as long."""
+    """List modules and those inside them, each once.
+
+    ``nn.Module.modules`` takes several times as long.
+    """
     found: dict[int, nn.Module] = {}
     pending = list(roots)
     while pending:
@@ -199,7 +211,7 @@ class _Found(NamedTuple):
 
 
 def _form(x: Any, found: _Found, *, in_list: bool = False) -> Any:
-    """The form of an argument; adds its sizes to ``found``."""
+    """Return the form of an argument; add its sizes to ``found``."""
     if isinstance(x, Tensor):
         return _form_of_tensor(x, found.each, in_list=in_list)
     if x is None or isinstance(x, (bool, Enum, torch.dtype, torch.device)):
@@ -218,7 +230,10 @@ def _form(x: Any, found: _Found, *, in_list: bool = False) -> Any:
 
 
 def _form_of_list(items: list[Any], found: _Found) -> Any:
-    """Where its items have one form, that form, and as sizes how many they are and the largest ones."""
+    """Return the form of a list; equal items have one form.
+
+    Then the sizes are the number of items and their largest sizes.
+    """
     own = [_Found([], []) for _ in items]
     forms = [_form(x, f, in_list=True) for x, f in zip(items, own, strict=True)]
     if len(set(forms)) != 1:
@@ -234,20 +249,23 @@ def _form_of_list(items: list[Any], found: _Found) -> Any:
 
 def _form_of_tensor(x: Tensor, sizes: list[int], *, in_list: bool) -> Any:
     grad = is_leaf(x) and x.grad is not None
-    if is_jagged(x):  # every one has a size of its own, told by its offsets
+    if is_jagged(x):  # every jagged tensor has a size symbol of its own; its offsets tell the size
         inside = Jagged.of(x)
         sizes += inside.offsets.shape
         return "jagged", _form_of_tensor(local_of(x), sizes, in_list=in_list), x.requires_grad, grad
     shape = tuple(x.shape)
     sizes += shape
-    # Sizes of 0 and 1 are special: a row is not copied where a matrix would be, and is repeated where it fits nothing.
+    # Sizes 0 and 1 are special: torch skips copies of single rows, and broadcasts them.
     special = len(shape) if in_list else tuple([n if n < 2 else 2 for n in shape])
     around = getattr(x, "placements", None)
     return TensorForm(x.dtype, special, _order(x), x.device, x.requires_grad, grad, around)
 
 
 def _order(x: Tensor) -> Any:
-    """How a tensor lies in memory, whatever its sizes: "" in one piece, row by row; else the order of its strides."""
+    """Describe how a tensor lies in memory, whatever its sizes.
+
+    "" means in one piece, row by row; otherwise the order of the strides.
+    """
     if x.layout is not torch.strided:
         return x.layout
     if x.is_contiguous():

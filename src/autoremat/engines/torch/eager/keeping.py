@@ -1,4 +1,7 @@
-"""What may not be made again, or not be let go of: values that are overwritten, that escape, or that others hold."""
+"""Keeping: what may not be rerun, and what may not be dropped.
+
+Such values are overwritten, escape, or are held by others.
+"""
 
 from __future__ import annotations
 
@@ -19,16 +22,19 @@ from autoremat.program.once import Once, Reason
 
 READS_OVERWRITTEN: Final = Reason(Once.READS_CHANGING)
 _OURS: Final = 2
-"""References to a storage that nobody but the ledger holds: the ledger's tensor, and the object that asks."""
+"""References to a storage that only the ledger holds.
+
+One is the ledger's tensor, the other the object that asks.
+"""
 
 
 class Keeping:
-    """Sees to it that a step that is noted stays one that can be made again.
+    """Makes sure that the calls of a noted step can be rerun.
 
     Args:
         ledger: of the step.
         passes: who waits for which value.
-        witness: is told what must not be made again.
+        witness: is told what must not be rerun.
         storages: of parameters, buffers, gradients and inputs, by address.
     """
 
@@ -39,34 +45,40 @@ class Keeping:
         self._lasting = frozenset(s._cdata for s in storages)
         self._overwritten_outside: set[int] = set()
         self._readers: dict[int, set[int]] = {}
-        """For every value the calls that read it when they are made again."""
+        """By value, the calls that read it when they are rerun."""
         self._outside_readers: dict[int, set[int]] = {}
-        """The same for memory from outside, by the address of its storage."""
+        """The same for memory from outside, by address of its storage."""
         self._spans = _shared(storages)
-        """Where memory from outside lies that torch may not know to be shared, by the address of its storage."""
+        """Address ranges of outside memory that may be shared unknown to torch.
+
+        By the address of the storage.
+        """
         self.escaped: set[int] = set()
         self.uninitialised: set[int] = set()
-        """Values that are whatever the memory held before: made again they would be something else."""
+        """Values of uninitialised memory: a rerun would make something else."""
         self.before_outside: Callable[[Tensor], None] = lambda tensor: None
-        """Called with what the step did not make and is about to overwrite."""
+        """Called with what the step did not make and will overwrite."""
 
     # ---- what may be read by a call that is made again -----------------------------------------------------------
 
     def is_outside(self, tensor: Tensor) -> bool:
-        """Whether another run may take a tensor from outside as it is: it lives longer than the step."""
+        """Tell whether a rerun may use an outside tensor as it is.
+
+        It may if the tensor outlives the step.
+        """
         if is_parameter(tensor) or is_leaf(tensor):
             return True
         storage = storage_of(local_of(tensor))
         return storage is not None and storage._cdata in self._lasting
 
     def is_readable(self, number: int, tensor: Tensor) -> bool:
-        """Whether a call that is made again would still find what this argument is now."""
+        """Tell whether a rerun would find this argument as it is now."""
         if number in self.escaped or number in self._overwritten_outside:
             return False
         return number >= 0 or self.is_outside(tensor)
 
     def enter(self, call: int) -> None:
-        """A call can be made again from now on."""
+        """Note that a call can be rerun from now on."""
         entry = self._ledger.entries[call]
         for value in entry.reads:
             self._readers.setdefault(value, set()).add(call)
@@ -75,21 +87,21 @@ class Keeping:
             if storage is not None:
                 self._outside_readers.setdefault(storage._cdata, set()).add(call)
                 known = storage._cdata in self._lasting or storage._cdata in self._spans
-                is_resized = is_parameter(outside.tensor) and storage.resizable()  # by fully_shard
+                is_resized = is_parameter(outside.tensor) and storage.resizable()  # fully_shard resizes parameters
                 if not known and not is_resized and storage.device.type == "cpu":
                     self._spans[storage._cdata] = _span(storage)
 
     def is_read(self, value: int) -> bool:
-        """Whether some call, made again, would read this value."""
+        """Tell whether the rerun of some call would read this value."""
         return bool(self._readers.get(value))
 
     # ---- overwriting ---------------------------------------------------------------------------------------------
 
     def before_writing(self, number: int, tensor: Tensor, *, statistics: bool = False) -> None:
-        """See to what calls made again would read, and the next call is about to overwrite.
+        """Save what reruns would read and the next call overwrites.
 
-        What is from outside is overwritten again by the next forward, perhaps before this one's backward: so nothing
-        that has read it can be made again.
+        The next forward overwrites memory from outside again, perhaps before this step's backward. So no call that has
+        read it can be rerun.
         """
         storage = storage_of(local_of(tensor))
         if storage is None:
@@ -108,7 +120,7 @@ class Keeping:
                     self.freeze(self._outside_readers.get(address, ()))
 
     def overwritten(self, old: int, new: int, tensor: Tensor) -> None:
-        """The memory of a value holds another one now."""
+        """Note that the memory of a value holds another one now."""
         held = self._ledger.held.get(old)
         local = local_of(tensor)
         if held is not None and held.untyped_storage()._cdata == local.untyped_storage()._cdata:
@@ -119,25 +131,28 @@ class Keeping:
     # ---- escaping ------------------------------------------------------------------------------------------------
 
     def escape(self, values: Sequence[int]) -> None:
-        """Something else than torch gets to know the memory of these values: they stay as they are."""
+        """Keep values as they are once code outside torch knows their memory."""
         self.escaped.update(values)
         makers = {self._ledger.maker[v] for v in values if v in self._ledger.maker}
         self.freeze(makers.union(*(self._readers.get(v, ()) for v in values)))
         self._witness.changed_unseen(values)
 
     def freeze(self, calls: Iterable[int], why: Reason = READS_OVERWRITTEN) -> None:
-        """These calls cannot be made again any more: what they have made stays, and is made now if it is gone."""
+        """Forbid reruns of calls; keep what they made, recomputing it if gone."""
         frozen = self._beyond(calls)
         for k in sorted(frozen):
             for value in self._ledger.entries[k].makes:
                 if value not in self._ledger.held and self.is_waited_for(value):
                     self._ledger.fetch(value, lambda v: False, lambda locked: None)
-                    self._ledger.remade.discard(value)
+                    self._ledger.recomputed.discard(value)
         for k in sorted(frozen):
             self._withdraw(k, why)
 
     def _beyond(self, calls: Iterable[int]) -> set[int]:
-        """These calls, and those that read what only these could make, as far as nobody waits for anything of it."""
+        """Add the calls that read what only the given ones could make.
+
+        It goes on as long as nobody waits for anything that those make.
+        """
         found = set[int]()
         pending = list(calls)
         while pending:
@@ -151,7 +166,7 @@ class Keeping:
         return found
 
     def is_waited_for(self, value: int) -> bool:
-        """Whether somebody waits for a value that is gone, or for one that is gone and made out of it."""
+        """Tell whether somebody waits for a dropped value or its dropped results."""
         seen, pending = {value}, [value]
         while pending:
             v = pending.pop()
@@ -175,13 +190,13 @@ class Keeping:
         self._witness.once(call, why)
 
     def has_changed(self, value: int, tensor: Tensor) -> None:
-        """Something that torch does not see has changed a value: it stays as it is now.
+        """Keep a value as it is after a change behind torch's back.
 
-        What has been made from what it was before is made now if it is gone: later it could not be.
+        What was made from its former content is recomputed now if it is gone: later that would be impossible.
         """
         readers = list(self._readers.get(value, ()))
         if value in self._ledger.maker:
-            self._ledger.let_go(value)  # its memory holds something else by now
+            self._ledger.let_go(value)  # the ledger's memory holds something else by now
             self.freeze(readers, CHANGED)
             maker = self._ledger.maker.get(value)
             if maker is not None:
@@ -194,10 +209,9 @@ class Keeping:
     # ---- letting go ----------------------------------------------------------------------------------------------
 
     def may_go(self, value: int) -> bool:
-        """Whether letting go of a value that is held gives its memory back, and nothing is lost by it.
+        """Tell whether dropping a held value frees memory and loses nothing.
 
-        As long as somebody else holds the memory, nothing would be gained; and it could be written through torch's
-        back.
+        As long as somebody else holds the memory, nothing would be freed, and it could be written behind torch's back.
         """
         if value not in self._ledger.maker or value in self.uninitialised:
             return False
@@ -211,7 +225,7 @@ def _span(storage: torch.UntypedStorage) -> tuple[int, int]:
 
 
 def _shared(storages: Collection[torch.UntypedStorage]) -> dict[int, tuple[int, int]]:
-    """The storages that lie on memory of another one, by address."""
+    """Find the storages that lie on memory of another one, by address."""
     spans = sorted((*_span(s), s._cdata) for s in storages if s.device.type == "cpu" and s.nbytes())
     found: dict[int, tuple[int, int]] = {}
     widest = (0, 0, 0)

@@ -17,19 +17,25 @@ from autoremat.program import Plan, Program
 from autoremat.program.once import Reason
 
 MAX_DEVIATIONS: Final = 3
-"""So often at most a kind of input is recorded anew; a step that has strayed more of late is noted from the start."""
+"""How often at most a kind of input is recorded anew.
+
+A step that has strayed more often of late is noted from the start.
+"""
 MAX_MEASURED: Final = 3
-"""How many steps of a plan are tried to measure one."""
+"""How many steps of a plan may be tried for one measurement."""
 _STEADY: Final = 50
-"""After so many steps on the path in a row one does not prepare for leaving it any more, if that takes time."""
+"""Steps on the path in a row after which spare stops.
+
+Spare is the preparation for leaving the path. It goes on where it is cheap.
+"""
 _STEADY_FROM_THE_START: Final = 5
-"""The same where no step has ever left it."""
+"""The same where no step has ever left the path."""
 _CHEAP: Final = 0.02
-"""Preparing for that takes next to no time, as a share of that of a step."""
+"""Spare is cheap below this share of a step's time."""
 _MATTERS: Final = 0.02
-"""So much at least must be kept, as a share of the budget, lest preparing to let go of it be in vain."""
+"""Spare is useful from this share of the budget kept."""
 _FORGIVEN: Final = 0.1
-"""So much less a kind of input strays with every step that stays on its path."""
+"""How much less a kind strays with every step on its path."""
 
 
 @dataclass
@@ -41,7 +47,7 @@ class Straying:
         records: how often the kind has been recorded.
         of_late: how much of late: one for each, a tenth less for every step that makes the calls of the path.
         way: where the last step left the path, and how many calls it made; None if it did not.
-        growth: by so much what steps made was larger than recorded, at most.
+        growth: the largest factor by which results were larger than recorded.
     """
 
     deviations: int = 0
@@ -52,22 +58,22 @@ class Straying:
 
     @property
     def is_habit(self) -> bool:
-        """Whether steps stray so much that the next one goes without the plan."""
+        """Whether steps stray so often that the next one is noted."""
         return self.of_late > MAX_DEVIATIONS
 
     def recorded_anew(self) -> Straying:
-        """What is to be remembered when the kind is recorded once more."""
+        """Return what to remember when the kind is recorded once more."""
         return Straying(self.deviations, self.records + 1, self.of_late)
 
     def step_is_over(self, way: tuple[int, int] | None) -> bool:
-        """A step has come to its end; whether it has left the path as the last one did: for good, it seems."""
+        """End a step; tell whether it strayed just like the last one."""
         before, self.way = self.way, way
         if way is None:
             self.of_late = max(0.0, self.of_late - _FORGIVEN)
         return way is not None and way == before
 
     def left(self, growth: float) -> None:
-        """A step has left its path."""
+        """Note that a step has left its path."""
         self.deviations += 1
         self.of_late += 1
         self.growth = max(self.growth, growth)
@@ -85,8 +91,8 @@ class Prepared:
         script: that carries it out; None where there is no plan.
         path: of the forward, once it has been recorded.
         parallel: what torch.distributed does around the modules.
-        differing: new reasons why a call must not be made again, by its number.
-        sections: what listens to code of the user's in the backward of the first step.
+        differing: new reasons why a call must not be rerun, by its number.
+        sections: what listens to user code in the backward of the first step.
         taken: what such code takes, if that is not in the plan yet.
         tried_seconds: what the search for the plan was given.
         used_seconds: what steps under the plan have taken, by the plan's account.
@@ -126,18 +132,18 @@ class Prepared:
     to_measure: int = 0
 
     def close_sections(self) -> None:
-        """The first step is over: note what code of the user's in its backward took."""
+        """End the first step: note what user code in its backward took."""
         if self.sections is not None:
             self.taken, self.sections = self.sections.close(), None
 
     def step_is_over(self, *, is_on_path: bool) -> None:
-        """A step has come to its end, and has been through the self-check."""
+        """End a step that has been through the self-check."""
         self.steady = self.steady + 1 if is_on_path else 0
         self.has_strayed = self.has_strayed or not is_on_path
         self.checked = True
 
     def is_within(self, other: Prepared) -> bool:
-        """Whether the other recording has the same calls, and nothing in this one is larger."""
+        """Tell whether another recording has these calls, nothing smaller."""
         if self.program is None or other.program is None or self.path is None or other.path is None:
             return False
         mine, theirs = ([v for v in p.values if not v.fixed] for p in (self.program, other.program))
@@ -149,9 +155,9 @@ class Prepared:
         )
 
     def lost_seconds(self, share: float) -> float:
-        """What a step with an input of this share of the size loses under the plan, if its own would lose less.
+        """Estimate what an input of this share of the size loses.
 
-        An estimate: values beside what is always there grow with the input, and so does time.
+        It would lose less under its own plan. All but what is always there grows with the input; so does time.
         """
         plan = self.plan
         if plan is None or plan.overhead <= 0:
@@ -163,14 +169,14 @@ class Prepared:
 
     @property
     def lost_by_now(self) -> float:
-        """The seconds by which steps under the plan have been longer than any plan could make them."""
+        """Seconds that steps under the plan took above the lower bound."""
         return 0.0 if self.plan is None else (self.plan.overhead - self.plan.lower_bound) * self.used_seconds
 
     def follow(self, plan: Plan, budget_bytes: int, *, tried_seconds: float) -> None:
-        """Take this plan from now on; all calls before one backward have so many bytes."""
+        """Follow this plan; ``budget_bytes`` is for all calls before a backward."""
         assert self.path is not None
         script = replace(script_of(plan, self.path), budget_bytes=budget_bytes)
-        if self.parallel.units:  # off the path nobody knows which parameters are there
+        if self.parallel.units:  # off the path, nobody knows which parameters exist
             script = replace(script, budget_bytes=None)
         self.plan, self.script, self.budget_bytes = plan, script, budget_bytes
         self.tried_seconds, self.used_seconds, self.checked = tried_seconds, 0.0, False
@@ -191,7 +197,7 @@ class Kind:
         stale: it is to be recorded anew.
         pays: as a guest it has lost more time than a plan of its own takes.
         relative: another kind, by whose account its steps are noted; they are not recorded.
-        newcomer: what tells it from other kinds that are not.
+        newcomer: what tells it from other kinds that are not recorded.
         steps: calls under the plan.
     """
 
@@ -209,27 +215,30 @@ class Kind:
 
     @property
     def plan(self) -> Plan | None:
-        """For it; None where it runs without checkpointing."""
+        """Its plan; None where it runs without checkpointing."""
         return self.prepared.plan
 
     @property
     def script(self) -> Script | None:
-        """That carries out the plan; None where there is none."""
+        """The script of its plan; None where there is none."""
         return self.prepared.script
 
     @property
     def goes_by_plan(self) -> bool:
-        """Whether its next step does: some stray so much that they do without."""
+        """Whether its next step follows the plan; not if it strays often."""
         return self.plan is not None and not self.straying.is_habit
 
     @property
     def finds_all(self) -> bool:
-        """Whether all gradients are there that its plan has in the account."""
+        """Whether all gradients in its plan's account exist."""
         return not any(self.prepared.found) or self.sizes.gradients == self.prepared.found
 
     @property
     def is_wary(self) -> bool:
-        """Whether the next step prepares for leaving its path: until it seems that this will not happen, or cheaply."""
+        """Whether the next step prepares for leaving its path.
+
+        It does until leaving seems unlikely, or where preparing is cheap.
+        """
         script = self.script
         if script is None or script.budget_bytes is None or script.saved_bytes[-1] < _MATTERS * script.budget_bytes:
             return False
@@ -237,15 +246,15 @@ class Kind:
         return self.prepared.steady < enough or script.spare_share < _CHEAP
 
     def serves(self, sizes: Sizes) -> bool:
-        """Whether an input of these sizes may go by its plan."""
+        """Tell whether an input of these sizes may use its plan."""
         return self.serves_but_for_gradients(sizes) and sizes.finds_within(self.prepared.found)
 
     def serves_but_for_gradients(self, sizes: Sizes) -> bool:
-        """The same if it found no gradients but those that its plan knows of."""
+        """Tell the same, as if its plan knew all gradients."""
         return self.is_host and (self.prepared.is_of_the_largest or sizes.fits_into(self.sizes))
 
     def has_come(self) -> None:
-        """One more step."""
+        """Count one more step."""
         self.steps, self.cached = self.steps + 1, None
         if self.plan is not None and self.goes_by_plan:
             self.prepared.used_seconds += self.plan.program.seconds * self.share
@@ -256,13 +265,16 @@ class Kind:
         return self.script is not None and not self.stale and not self.straying.is_habit
 
     def step_is_over(self, way: tuple[int, int] | None) -> None:
-        """A step has come to its end; ``way``: where it left the path, and how many calls it made."""
+        """End a step.
+
+        ``way``: where it left the path, and how many calls it made.
+        """
         self.prepared.step_is_over(is_on_path=way is None)
         if self.straying.step_is_over(way) and self.straying.records <= MAX_DEVIATIONS:
             self.stale = True
 
     def left(self, growth: float) -> bool:
-        """A step has left the path; whether steps of this kind will go on leaving it."""
+        """Note that a step left the path; tell whether more will."""
         self.straying.left(growth)
         has_grown = growth > 1
         self.stale = has_grown and self.straying.records <= MAX_DEVIATIONS

@@ -1,4 +1,7 @@
-"""The ledger: what is in memory, and how the rest can be made again. It decides nothing."""
+"""The ledger: what is in memory, and how to recompute the rest.
+
+It decides nothing.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import ModifiedInPlace, is_freed, modified, version_of
 from autoremat.engines.torch.eager.entry import Entry
-from autoremat.engines.torch.eager.state import Replay
+from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.operators.values import View
 
 
@@ -21,8 +24,8 @@ class Ledger:
     """Values by number, calls by position.
 
     Args:
-        on_rerun: called with the seconds of every call made again.
-        on_made: called with a call and the memory of what it made again.
+        on_rerun: called with the seconds of every rerun.
+        on_made: called with a call and the memory of what its rerun made.
     """
 
     def __init__(
@@ -33,25 +36,25 @@ class Ledger:
         self.held: dict[int, Tensor] = {}
         self.entries: dict[int, Entry] = {}
         self.maker: dict[int, int] = {}
-        """For every value that can be made again the call that makes it."""
-        self.remade: set[int] = set()
-        """Values in memory that are not those of the forward, but made again."""
+        """For every value that can be recomputed, the call that makes it."""
+        self.recomputed: set[int] = set()
+        """Values in memory that were recomputed after the forward dropped them."""
         self.reruns = 0
         self.meter: Meter | None = None
-        """Where somebody wants to know how much there is."""
+        """Counts the bytes, where somebody wants to know them."""
         self._versions: dict[int, int] = {}
         self.where: Sequence[str] = ()
         """For messages: what every call is, and where it stands."""
         self._on_rerun, self._on_made = on_rerun, on_made
 
     def enter(self, call: int, entry: Entry) -> None:
-        """Be ready to make a call again."""
+        """Be ready to rerun a call."""
         self.entries[call] = entry
         for value in entry.makes:
             self.maker[value] = call
 
     def withdraw(self, call: int) -> Entry:
-        """A call cannot be made again after all."""
+        """Forget that a call can be rerun."""
         entry = self.entries.pop(call)
         for value in entry.makes:
             if self.maker.get(value) == call:
@@ -65,24 +68,28 @@ class Ledger:
         self.held[value] = tensor
 
     def let_go(self, value: int) -> None:
-        """Keep it no longer."""
+        """Drop a value."""
         self.held.pop(value, None)
-        self.remade.discard(value)
+        self.recomputed.discard(value)
         self._versions.pop(value, None)
 
     def close(self) -> None:
-        """Nothing will be asked for any more: hold nothing, and nothing that calls were given."""
+        """Drop all values and calls: nothing will be asked for any more."""
         for value in list(self.held):
             self.let_go(value)
         self.entries.clear()
         self.maker.clear()
 
     def finish_forward(self) -> None:
-        """From now on whoever overwrites a value of the forward does so behind our back."""
-        self._versions = {v: version_of(t) for v, t in self.held.items() if v not in self.remade}
+        """From now on, notice when somebody overwrites a value of the forward."""
+        self._versions = {v: version_of(t) for v, t in self.held.items() if v not in self.recomputed}
 
     def memory(self, value: int) -> Tensor:
-        """The memory of a value that is held; raises if somebody has overwritten it since the forward."""
+        """Return the memory of a held value.
+
+        Raises:
+            ModifiedInPlace: somebody has overwritten it since the forward.
+        """
         tensor = self.held[value]
         version = self._versions.get(value)
         if version is not None and version_of(tensor) != version:
@@ -90,7 +97,9 @@ class Ledger:
         return tensor
 
     def missing(self, values: Collection[int]) -> dict[int, set[int]]:
-        """The calls to make again for some values, in order, and what is wanted of each.
+        """List the calls to rerun for some values, and what for.
+
+        The calls are in order, each with the values wanted of it.
 
         Raises:
             LookupError: one of the values on the way is lost.
@@ -111,11 +120,14 @@ class Ledger:
         return {k: wanted[k] for k in sorted(wanted)}
 
     def can_make(self, calls: Iterable[int]) -> bool:
-        """Whether all that these calls read from outside is there: ``fully_shard`` frees parameters for a while."""
+        """Tell whether everything these calls read from outside is there.
+
+        ``fully_shard`` frees parameters for a while.
+        """
         return not any(is_freed(outside.tensor) for k in calls for outside in self.entries[k].outside)
 
     def fetch(self, value: int, stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]) -> Tensor:
-        """A value, made again if it is gone, from whatever is there.
+        """Return the memory of a value, recomputed if it is gone.
 
         Args:
             value: which.
@@ -123,13 +135,13 @@ class Ledger:
             after_each: called after every call with the values that are still needed on the way.
         """
         if value not in self.held:
-            self.make_again((value,), stays, after_each)
+            self.recompute((value,), stays, after_each)
         return self.memory(value)
 
-    def make_again(
+    def recompute(
         self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]
     ) -> None:
-        """Make values again that are gone, each call once: O(calls).
+        """Recompute values that are gone, with one rerun per call: O(calls).
 
         Args:
             values: which.
@@ -142,9 +154,9 @@ class Ledger:
             raise _lost(lost.args[0]) from None
         uses = Counter(v for k in missing for v in self.entries[k].reads)
         asked, made = set(values), set[int]()
-        with Replay() as replay:
+        with Rerunning() as rerunning:
             for k, wanted in missing.items():
-                self.run(k, wanted, replay)
+                self.run(k, wanted, rerunning)
                 made |= wanted
                 reads = self.entries[k].reads
                 uses.subtract(reads)
@@ -153,25 +165,25 @@ class Ledger:
                         self.let_go(v)
                 after_each(asked | {v for v, n in uses.items() if n > 0})
 
-    def run(self, call: int, wanted: Collection[int], replay: Replay, ends: Collection[int] = ()) -> None:
-        """Make a call again; what is wanted of it is held from now on.
+    def run(self, call: int, wanted: Collection[int], rerunning: Rerunning, ends: Collection[int] = ()) -> None:
+        """Rerun a call, and hold what is wanted of it.
 
         Args:
             call: which; what it reads is held.
             wanted: values that it makes.
-            replay: the block in which this happens.
+            rerunning: the block in which this happens.
             ends: values that nobody needs afterwards, so that the call may overwrite them.
         """
         entry = self.entries[call]
         begin = perf_counter()
         memory = {v: self.memory(v) for v in entry.reads}
         for _, old in entry.in_place:
-            if old in ends and old in self.remade:
+            if old in ends and old in self.recomputed:
                 self.let_go(old)
             else:
                 memory[old] = copy_of(memory[old])
         try:
-            made = entry.run(memory, replay, wanted)
+            made = entry.run(memory, rerunning, wanted)
         except ModifiedInPlace as error:
             where = self.where[call] if call < len(self.where) else ""
             raise ModifiedInPlace(f"{error} {_needed_for(entry, where)}") from None
@@ -179,13 +191,16 @@ class Ledger:
         for value, tensor in made.items():
             if value in wanted and value not in self.held:
                 self.hold(value, tensor)
-                self.remade.add(value)
+                self.recomputed.add(value)
         self.reruns += 1
         self._on_rerun(perf_counter() - begin)
 
 
 class Meter:
-    """Counts the bytes of what a step has made and somebody still holds, each storage once."""
+    """Counts the bytes of living storages that a step has made.
+
+    Each storage counts once.
+    """
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         self.nbytes = 0
@@ -194,7 +209,7 @@ class Meter:
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
-        """This has been made, or was there before."""
+        """Count a tensor that was made now, or was there before."""
         storage = tensor.untyped_storage()
         address, nbytes = storage._cdata, storage.nbytes()
         if address not in self._living:
@@ -207,7 +222,7 @@ class Meter:
 
 
 def copy_of(tensor: Tensor) -> Tensor:
-    """The same tensor on a copy of all of its memory."""
+    """Copy a tensor, with all of its memory."""
     with torch.no_grad():
         return View.of(tensor).on(tensor.untyped_storage().clone())
 

@@ -1,6 +1,7 @@
-"""The listener: a function mode that hands on every call of torch's Python API, and decides nothing.
+"""The listener: a function mode that hands on every torch call.
 
-Below Python nothing is switched on: autograd, autocast, composites and kernels are those of plain training.
+It decides nothing. Below Python nothing is switched on: autograd, autocast, composites and kernels are those of plain
+training.
 """
 
 from __future__ import annotations
@@ -22,11 +23,14 @@ _ONE_KERNEL: Final = frozenset(
     )
     if isinstance(f := getattr(F, name, None), types.FunctionType)
 )  # fmt: skip
-"""Functions of ``torch.nn.functional`` that are one kernel with a check before it: looking into them shows nothing."""
+"""Functions of ``torch.nn.functional`` that are a check and one kernel.
+
+Looking into them would show nothing.
+"""
 
 
 class Listener(TorchFunctionMode):
-    """Hands on every call.
+    """Hands on every call of torch's Python API.
 
     Functions of ``torch.nn.functional`` that are written in Python are looked into: what they call are the calls.
 
@@ -40,13 +44,19 @@ class Listener(TorchFunctionMode):
         self._inside: list[Any] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Hand on one call, or what it is made of; torch.compile sees through this, and compiles what is called."""
+        """Hand on one call.
+
+        torch.compile traces through this method, so while it compiles, only the call itself is made.
+        """
         if is_compiling():
             return func(*args, **(kwargs or {}))
         return self.heard(func, args, kwargs or {})
 
     def is_made_of_others(self, func: Any) -> bool:
-        """Whether a function is looked into: torch wrote it in Python, and its calls come one by one."""
+        """Tell whether a function is looked into, call by call.
+
+        It is if torch wrote it in Python in ``torch.nn.functional``.
+        """
         return (
             type(func) is types.FunctionType
             and func.__module__ == "torch.nn.functional"
@@ -55,7 +65,7 @@ class Listener(TorchFunctionMode):
         )
 
     def look_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call a function of torch's so that the calls in it are heard."""
+        """Call a torch function so that the calls inside are heard."""
         self._inside.append(func)
         try:
             with self:
@@ -68,7 +78,10 @@ _OPEN: dict[Any, Any] = {}
 
 
 class _Names(dict[str, Any]):
-    """The global names of a function's module, as they are now, but for those given here."""
+    """The globals of a function's module, some of them replaced.
+
+    All others are looked up when they are used.
+    """
 
     def __init__(self, module: dict[str, Any]) -> None:
         super().__init__({n: _nobody for n in module if n.startswith("has_torch_function")})
@@ -80,7 +93,11 @@ class _Names(dict[str, Any]):
 
 
 def _open(func: types.FunctionType) -> Any:
-    """A copy of the function that does not ask whether somebody listens, and so goes on to its calls."""
+    """Copy a function without its check for torch functions.
+
+    A function of ``torch.nn.functional`` (``torch/nn/functional.py``, 2.13) first asks ``has_torch_function`` whether
+    somebody overrides it. The copy is told that nobody does, and so goes on to its calls.
+    """
     if func not in _OPEN:
         names = _Names(func.__globals__)
         copy = types.FunctionType(func.__code__, names, func.__name__, func.__defaults__, func.__closure__)
@@ -94,6 +111,6 @@ def _nobody(*args: Any) -> bool:
 
 
 def is_listening() -> bool:
-    """Whether a listener is active in this thread."""
+    """Tell whether a listener is active in this thread."""
     stack = _get_current_function_mode_stack()
     return any(isinstance(mode, Listener) for mode in stack)

@@ -1,8 +1,8 @@
-"""The measured peak of one training step, while the user trains: from the forward to the optimizer's step.
+"""Measures the peak of one training step while the user trains.
 
 Nothing here wraps the training loop, so the account begins with the call of the checkpointed callable and ends by
-itself: at the first step of an optimizer after the backward has begun, or else at the next call. On CPU it is
-that of ``world.memory_account``, by torch's profiler, and slow; on CUDA the caching allocator's statistics.
+itself: at the first step of an optimizer after the backward has begun, or else at the next call. On CPU it is that of
+``world.memory_account``, by torch's profiler, and slow; on CUDA it is the caching allocator's statistics.
 """
 
 from __future__ import annotations
@@ -24,14 +24,17 @@ _NO_TASK = -1
 
 
 class Meter(Protocol):
-    """Looks at the allocator from when it is made until it is stopped."""
+    """Watches the allocator from its creation until it is stopped."""
 
     def stop(self) -> int | None:
-        """The largest number of bytes above those at the beginning; None if that cannot be told."""
+        """Return the most bytes above the beginning; None if unknown."""
 
 
 class ProfilerMeter:
-    """The CPU allocator's, by torch's profiler; one at a time, in the main thread."""
+    """Watches the CPU allocator by torch's profiler.
+
+    There is one at a time, in the main thread.
+    """
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
@@ -44,7 +47,10 @@ class ProfilerMeter:
 
 
 class CudaMeter:
-    """The caching allocator's high-water mark of one device. Without ``reset`` it only tells what rises above it."""
+    """Reads the caching allocator's high-water mark of one device.
+
+    Without ``reset`` it tells only what rises above the old mark.
+    """
 
     def __init__(self, device: torch.device, *, reset: bool) -> None:
         self._device = device
@@ -54,20 +60,21 @@ class CudaMeter:
         self._mark = torch.cuda.max_memory_allocated(device)
 
     def stop(self) -> int | None:
-        """How far above the beginning the mark is now, if it has risen."""
+        """Return how far the mark rose above the beginning, if it rose."""
         mark = torch.cuda.max_memory_allocated(self._device)
         return mark - self._before if mark > self._mark else None
 
 
 def meter_for(tensors: Iterable[Tensor], *, asked: bool) -> Meter | None:
-    """What measures a step on these tensors; None where nothing does now.
+    """Return what measures a step on these tensors; None without any.
 
     ``asked``: the user wants the figure, at the price of a slow step on CPU and of the peak statistics on CUDA.
     """
     device = next((t.device for t in tensors if t.is_cuda), None)
     if device is not None:
         return CudaMeter(device, reset=asked)
-    # A profiler belongs to a thread, there is one at a time, and it must have ended when its thread does.
+    # torch runs one profiler at a time (``torch/autograd/profiler.py``, 2.13). It belongs to a thread, and must have
+    # ended when its thread does.
     free = threading.current_thread() is threading.main_thread() and not torch.autograd._profiler_enabled()
     return ProfilerMeter() if asked and free else None
 
@@ -76,7 +83,7 @@ class Measurement:
     """The account of one step.
 
     Args:
-        meter: looks at the allocator.
+        meter: watches the allocator.
         with_optimizer: whether the optimizer's step belongs to it.
         on_end: called with the bytes above those at the beginning.
     """
@@ -89,7 +96,7 @@ class Measurement:
         atexit.register(self.end)  # a profiler that is still on when the process ends would take it down
 
     def watch(self, result: Any) -> None:
-        """The forward is over, with this result: notice the beginning of the backward."""
+        """End the forward; from its result, notice the backward's beginning."""
         for leaf in torch.utils._pytree.tree_leaves(result):
             if isinstance(leaf, Tensor) and (node := node_of(leaf)) is not None:
                 self._hooks.append(node.register_prehook(self._begin_backward))
@@ -98,7 +105,10 @@ class Measurement:
         self._begun = True
 
     def end(self) -> None:
-        """Stop, unless this is another thread or the middle of a backward, where a profiler cannot be stopped."""
+        """Stop, except in another thread or in the middle of a backward.
+
+        There a profiler cannot be stopped.
+        """
         if not self._running or threading.get_ident() != self._thread:
             return
         if torch._C._current_graph_task_id() != _NO_TASK:
@@ -110,7 +120,10 @@ class Measurement:
             self._on_end(above)
 
     def close(self) -> bool:
-        """End, and take the hooks away (not from within one of them); whether it has ended."""
+        """Stop and remove the hooks; tell whether it has stopped.
+
+        Not to be called from one of the hooks.
+        """
         self.end()
         if not self._running:
             while self._hooks:

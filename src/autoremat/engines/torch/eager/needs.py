@@ -1,4 +1,4 @@
-"""Who still needs what: living handles, and calls that may have to be made again for them."""
+"""Needs: living handles, and the calls that must stay rerunnable for them."""
 
 from __future__ import annotations
 
@@ -8,27 +8,31 @@ from autoremat.engines.torch.eager.ledger import Ledger
 
 
 class Needs:
-    """Counts, for every call and for every value that no call makes again, the reasons to keep it.
+    """Counts the reasons to keep every call, and every irreplaceable value.
 
-    A handle is a reason for the call that makes its value, or for the value itself; a call that is needed is one for
-    whatever makes what it reads. Each change takes time linear in what becomes needed, or unneeded, by it.
+    A handle is a reason to keep the call that makes its value, or, if there is no such call, the value itself. A call
+    that is needed is a reason to keep whatever makes what it reads. Each change takes time linear in what becomes
+    needed, or unneeded.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self._ledger = ledger
         self._reasons: dict[int, int] | None = None
-        """By call, or by ``~value``; None as long as nobody has asked for a count: a plan knows without."""
+        """By call, or by ``~value``; None until a count is wanted.
+
+        A plan does without.
+        """
         self.handles: dict[int, int] = {}
-        """For every value the number of living handles."""
+        """By value, the number of living handles."""
 
     def add_handle(self, value: int) -> None:
-        """A handle stands for this value now."""
+        """Count a handle that stands for this value now."""
         self.handles[value] = self.handles.get(value, 0) + 1
         if self._reasons is not None:
             self._add(self._reasons, self._key(value))
 
     def remove_handle(self, value: int) -> Iterator[int]:
-        """A handle is gone; gives the values that nothing needs any more."""
+        """Uncount a handle that is gone; yield values no longer needed."""
         left = self.handles[value] - 1
         if left:
             self.handles[value] = left
@@ -40,7 +44,7 @@ class Needs:
             yield value
 
     def move_handles(self, old: int, new: int) -> None:
-        """The handles of a value stand for the one that its memory holds now."""
+        """Let a value's handles stand for what its memory holds now."""
         n = self.handles.pop(old, 0)
         for _ in range(n):
             self.add_handle(new)
@@ -48,20 +52,23 @@ class Needs:
             self.count()
 
     def is_needed(self, value: int) -> bool:
-        """Whether a handle stands for the value, or for something that would be made from it and cannot be without."""
+        """Tell whether a handle needs this value.
+
+        It does if it stands for the value, or for one that cannot be recomputed without it.
+        """
         if value in self.handles:
             return True
         return value not in self._ledger.maker and (self._reasons is None or self._reasons.get(~value, 0) > 0)
 
     def count(self) -> None:
-        """Count from now on; anew, after entries have come or gone."""
+        """Begin to count, or count afresh after entries came or went."""
         self._reasons = {}
         for value, n in self.handles.items():
             for _ in range(n):
                 self._add(self._reasons, self._key(value))
 
     def stop_counting(self) -> None:
-        """Nobody will ask any more."""
+        """Stop counting: nobody will ask any more."""
         self._reasons = None
 
     def _key(self, value: int) -> int:
@@ -77,7 +84,7 @@ class Needs:
                 pending += [self._key(v) for v in self._ledger.entries[key].reads]
 
     def _remove(self, reasons: dict[int, int], key: int) -> Iterator[int]:
-        """Take a reason away; gives the values without a maker that nothing needs any more."""
+        """Take a reason away; yield irreplaceable values no longer needed."""
         pending = [key]
         while pending:
             key = pending.pop()

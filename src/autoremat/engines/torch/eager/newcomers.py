@@ -1,4 +1,4 @@
-"""Newcomers: which new kinds of input are recorded, where they keep coming.
+"""Newcomers: decides which new kinds of input are recorded.
 
 A recording takes as long as several steps, and pays if its kind comes back. Nobody knows that beforehand. So the first
 few new kinds are recorded at once. Where more of them come, a kind is recorded once its steps have taken as long as its
@@ -16,18 +16,18 @@ from typing import Final
 from autoremat.engines.torch.eager.inputs import Form, Sizes
 
 AT_ONCE: Final = 8
-"""So many new kinds are recorded when they first come."""
+"""This many new kinds are recorded when they first come."""
 OFTEN: Final = 10
-"""A kind that has come so often is recorded in any case."""
+"""A kind that has come this often is recorded in any case."""
 _EARNED: Final = 0.01
-"""With every step that goes by a plan so much of one more may be recorded at once."""
+"""Share of an immediate recording earned by each planned step."""
 _MAX_MET: Final = 1024
 """Kinds without a recording that are remembered."""
 
 
 @dataclass
 class _Met:
-    """A kind that has come without being recorded: how often, and what its forwards have taken."""
+    """An unrecorded kind: how often it came, and its forwards' seconds."""
 
     times: int = 0
     seconds: float = 0.0
@@ -48,7 +48,7 @@ class Newcomers:
         self.denied = 0
 
     def may_record(self, key: Hashable) -> bool:
-        """Whether the step that comes now, of a kind that has no plan, is recorded.
+        """Tell whether the present step, of an unplanned kind, is recorded.
 
         ``key``: what tells it from other kinds.
         """
@@ -68,16 +68,16 @@ class Newcomers:
         return True
 
     def has_recorded(self, form: Form, sizes: Sizes, seconds: float) -> None:
-        """A kind has been recorded, which has taken so long."""
+        """Note that a kind has been recorded, and how long that took."""
         self._cost_seconds = seconds
         self.recorded = [*self.recorded[1 - AT_ONCE :], (form, sizes)]
 
     def has_noted(self, key: Hashable, seconds: float) -> None:
-        """A forward of a kind that is not recorded has taken so long."""
+        """Note how long a forward of an unrecorded kind took."""
         met = self._met.get(hash(key))
         if met is not None:
             met.seconds += seconds
 
     def has_followed(self) -> None:
-        """A step goes by a plan."""
+        """Note that a step goes by a plan."""
         self._credit = min(AT_ONCE, self._credit + _EARNED)

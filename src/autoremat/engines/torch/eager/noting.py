@@ -1,4 +1,7 @@
-"""Noting: a forward without a plan, every call of which can be made again. In a first step, and off the path."""
+"""Noting: a forward without a plan, every call ready for a rerun.
+
+It is used in a first step, and off the path.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ Written = list[tuple[int, int, int]]
 
 
 class Noting:
-    """Notes every call so that it can be made again, and keeps what is held within what is allowed.
+    """Prepares every call for a rerun, and keeps memory within bounds.
 
     Args:
         tape: whose forward it is.
@@ -56,19 +59,19 @@ class Noting:
         self._tape, self._room, self.path, self._is_kept = tape, tape.backward.room, path, is_kept
         self._funcs = None if tape.script is None else tape.script.funcs
         self.differs_at: int | None = None
-        """The first call that is not the one of the path, if there is a path."""
+        """The first call that differs from the path, if there is one."""
         self.composites: list[Composite] = []
         """Functions that were looked into, where the calls are listed."""
         self._fresh: list[tuple[int, Handle, Tensor]] = []
         self._busy: tuple[int, Draws | None] | None = None
-        """While a call runs: the number of what it saves first, and what to note of its random numbers."""
+        """While a call runs: its first pack, and its random numbers."""
         self._versions: dict[int, int] = {}
-        """For every value the version of its memory after the last call that was heard to change it."""
+        """By value, its memory's version after the last known change."""
 
     # ---- calls ---------------------------------------------------------------------------------------------------
 
     def heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call and take note of it."""
+        """Make a call and note it."""
         if looks(func) or is_out_of_sight():
             if func is _REGISTER_HOOK and len(args) > 1 and self._tape.sections is not None:
                 args = args[0], self._tape.sections.hooked(*args[:2]), *args[2:]
@@ -89,7 +92,7 @@ class Noting:
         versions = self._versions
         for tensor, n in zip(given, numbers, strict=True):
             if n in versions and versions[n] != version_of(local_of(tensor)):
-                self._tape.keeping.has_changed(n, tensor)  # where nobody listens: in another thread, in a hook
+                self._tape.keeping.has_changed(n, tensor)  # in another thread or a hook, where nobody listens
                 self._tape.check.forget(n)
                 versions[n] = version_of(local_of(tensor))
         name = name_of(func)
@@ -195,7 +198,7 @@ class Noting:
         self, func: Any, args: Any, kwargs: Any, given: Sequence[Tensor], numbers: Sequence[int | None],
         facts: CallFacts, state: State,
     ) -> Entry | None:  # fmt: skip
-        """All that another run needs, if there may be one."""
+        """Return all that a rerun needs, if there may be one."""
         keeping, ledger = self._tape.keeping, self._tape.ledger
         if facts.once:
             return None
@@ -203,7 +206,7 @@ class Noting:
             if n is None or not keeping.is_readable(n, tensor):
                 return None
             if i in facts.written and n not in ledger.maker:
-                return None  # what it overwrites will not be there any more
+                return None  # the value that it overwrites will be gone
             if n in keeping.uninitialised and i not in facts.covered:
                 return None
         for tensor, n in zip(given, numbers, strict=True):
@@ -215,7 +218,7 @@ class Noting:
     def _overwritten(
         self, given: Sequence[Tensor], numbers: Sequence[int | None], written: Sequence[int], facts: CallFacts
     ) -> tuple[Written, list[int]]:
-        """Triples (position, before, after), each memory once; and positions of what is from outside."""
+        """List (position, before, after) of overwritten values, and effects' positions."""
         found: Written = []
         effects = list(facts.statistics)
         done: set[int] = set()
@@ -232,7 +235,7 @@ class Noting:
         return found, effects
 
     def _numbered(self, made: Sequence[Tensor], first: int) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Pairs of position and number of what a call has made: in its result, and saved inside."""
+        """Return (position, number) of results, and of what was saved inside."""
         number = self._tape.numbers.of_new
         results = tuple([(i, n) for i, t in enumerate(made) if (n := number(t)) is not None])
         if not self._fresh:
@@ -252,7 +255,7 @@ class Noting:
         self, func: Any, facts: CallFacts, results: tuple[tuple[int, int], ...], changes: Written,
         given: Sequence[Tensor], made: Sequence[Tensor],
     ) -> None:  # fmt: skip
-        """Take note of what a call has overwritten and made, and hold what autograd has saved of it."""
+        """Note what a call overwrote and made; hold what autograd saved."""
         tape = self._tape
         for i, n in results:
             self._versions[n] = version_of(local_of(made[i]))
@@ -269,7 +272,7 @@ class Noting:
     # ---- saved tensors -------------------------------------------------------------------------------------------
 
     def pack(self, j: int, tensor: Tensor) -> Any:
-        """A handle for what autograd wants to save."""
+        """Return a handle for what autograd wants to save."""
         tape = self._tape
         storage = storage_of(local_of(tensor))
         number = None if storage is None else tape.numbers.known(storage)
@@ -289,7 +292,7 @@ class Noting:
         return handle
 
     def _out_of_sight(self, tensor: Tensor, storage: UntypedStorage) -> None:
-        """Count what no call has made; a plan has it among what is always there."""
+        """Count what no call has made; a plan counts it as fixed."""
         if self._tape.script is None:
             self._tape.has_saved(-storage._cdata, storage.nbytes())
             self._room.made(tensor)
@@ -309,12 +312,12 @@ class Noting:
         self._room.online.used([value])
 
     def has_changed(self, value: int, tensor: Tensor) -> None:
-        """Something that torch does not see has changed a value."""
+        """Note that a value was changed behind torch's back."""
         self._tape.keeping.has_changed(value, tensor)
 
     def finish(self) -> None:
-        """The forward has come to its end."""
+        """Do nothing: a noted forward may end anywhere."""
 
     def end(self) -> None:
-        """The forward is over, well or not: nothing more will be heard."""
+        """Let go of the tape: no more calls will come."""
         del self._tape

@@ -1,14 +1,15 @@
-"""The online policy: what to let go of where no plan says it, in a first step or off the path.
+"""The online policy: what to drop where no plan decides.
 
-After DTR (Kirisame et al. 2021, "Dynamic Tensor Rematerialization", ICLR, section 4.1): the value with the least cost
-per byte and staleness goes first; its cost is that of its call and of what would have to be made again before it.
+That is the case in a first step, and off the path. The policy follows DTR (Kirisame et al. 2021, "Dynamic Tensor
+Rematerialization", ICLR, section 4.1): the value with the least cost per byte and staleness goes first; its cost is
+that of its call, and of what would have to be recomputed before it.
 
-Searches are rare: where room is needed, a little more than that goes at once, and where nothing could be let go of,
-nobody looks again before more is held. So all of them together take time about linear in the number of calls.
+Searches are rare: where room is needed, a little more than that is dropped at once, and where nothing could be dropped,
+the next search waits until more is held. So all searches together take time about linear in the number of calls.
 
-What is made again is bounded. Where next to nothing may be held, making it takes a long way each time; so once as many
-calls have been made again as there were, more and more is held, whatever was left for other things: all that there is
-after ``MOST_RERUNS`` times as many, and from then on nothing is let go of any more.
+Reruns are bounded. Where next to nothing may be held, every value takes a long chain of reruns. So once as many calls
+have been rerun as there were, more and more is held, at the expense of room left for other things: after
+``MOST_RERUNS`` times as many, all that there is, and from then on nothing is dropped any more.
 """
 
 from __future__ import annotations
@@ -19,22 +20,22 @@ from typing import Final
 from autoremat.engines.torch.eager.ledger import Ledger, Meter
 
 MOST_RERUNS: Final = 3
-"""Calls made again, for each call of the forward, after which the policy keeps what it has.
+"""Reruns, per call of the forward, after which everything is held.
 
-What is gone by then is made again at most once more, so that all in all it is less than two more.
+What is gone by then is recomputed at most once more, so that all in all it is less than two more.
 """
 SPARE: Final = 0.1
-"""So much more than what is needed goes at once, as a share of what is allowed."""
+"""Share of what is allowed that is dropped beyond the need."""
 MORE: Final = 0.02
-"""By so much what is held must have grown before another search follows one in vain."""
+"""Growth of what is held before the next search after failure."""
 
 
 class Online:
     """The heuristic of DTR on what a ledger holds.
 
     Args:
-        ledger: of the step; from now on it is counted what there is.
-        can_go: whether letting go of a value that is held gives its memory back.
+        ledger: of the step; from now on it counts the bytes that there are.
+        can_go: whether dropping a held value frees its memory.
         n_calls: calls of the forward that were made before.
     """
 
@@ -42,25 +43,25 @@ class Online:
         self._ledger, self._can_go, self._n_calls = ledger, can_go, n_calls
         self._seconds: dict[int, float] = {}
         self.nbytes: dict[int, int] = {}
-        """For every call what it makes and takes beside."""
+        """By call, the bytes of what it makes, temporaries included."""
         self._used: dict[int, int] = {}
         self._regrow: dict[int, float] = {}
         self._clock = 0
         self.meter = ledger.meter = Meter(ledger.held.values())
         self._in_vain_bytes = 0
-        """Up to so many bytes held another search would not find anything."""
+        """Up to this many bytes held, another search would find nothing."""
 
     def noted(self, call: int, seconds: float, nbytes: int) -> None:
-        """Take note of what a call takes."""
+        """Note the seconds and bytes of a call."""
         self._seconds[call], self.nbytes[call] = seconds, nbytes
 
     def used(self, values: Collection[int]) -> None:
-        """Take note of values that are needed now."""
+        """Note which values are needed now."""
         self._clock += 1
         self._used.update(dict.fromkeys(values, self._clock))
 
     def shrink(self, allowed: float, locked: Collection[int] = ()) -> None:
-        """Let go of values that can be made again until all that the step has made is within what is allowed."""
+        """Drop values that can be recomputed until the rest is within bounds."""
         ledger, meter = self._ledger, self.meter
         if meter.nbytes <= max(allowed, self._in_vain_bytes) or self.impatience == 1:
             return
@@ -76,7 +77,7 @@ class Online:
 
     @property
     def impatience(self) -> float:
-        """From 0 to 1: the share of all room that is held rather than making so much again any longer."""
+        """The share of all room, 0 to 1, held to avoid reruns."""
         times = self._ledger.reruns / max(self._n_calls + len(self._seconds), 16)
         return min(1.0, max(0.0, (times - 1) / (MOST_RERUNS - 1)))
 

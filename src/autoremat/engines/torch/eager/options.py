@@ -1,4 +1,4 @@
-"""What a user asks of ``checkpoint``, and the plans that come of it."""
+"""What a user asks of ``checkpoint``, and the plans made for it."""
 
 from __future__ import annotations
 
@@ -21,11 +21,14 @@ from autoremat.program import Once, Plan, Program, simulate
 from autoremat.program.units import Budget
 
 Given = int | float | str
-"""What a budget may be given as."""
+"""The types in which a budget may be given."""
 Shown = Callable[[], contextlib.AbstractContextManager[Progress | None]]
-"""A block in which progress is shown."""
+"""Opens a block in which progress is shown."""
 TIGHT: Final = 0.1
-"""The part of the time for a plan that is wanted at once, where the budget is too tight for the greedy."""
+"""Share of the time limit for an immediate plan.
+
+It is used where the budget is too tight for the greedy.
+"""
 
 
 class Options:
@@ -40,12 +43,15 @@ class Options:
         self._asked = Budget.read(budget)
         self.keep, self.recompute, self.measure = keep, recompute, measure
         self._settled_bytes: int | None = None
-        """What a share of the plain peak has come to, at the first plan: later kinds of input have as much."""
+        """The bytes of a share of the plain peak, once settled.
+
+        The first plan settles them; later kinds of input have as many.
+        """
         self._floor: tuple[weakref.ref[Program], int] | None = None
         """The floor that was looked for last."""
 
     def __getstate__(self) -> dict[str, Any]:
-        """A copy of a model needs the bytes of the optimizer, not the optimizer."""
+        """Replace the optimizer by its bytes, which a copied model needs."""
         return vars(self) | {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None, "_floor": None}
 
     @property
@@ -56,10 +62,10 @@ class Options:
         return wishes if given is None else wishes | {"budget": None, "plan": given}
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
-        """What a first step may take beside what is there for good, given what plain training would take by then.
+        """Return what a first step may take, given plain training's bytes.
 
-        A share of the plain peak is not known before the step has been recorded; by then what is held is at most that
-        share of what plain training would hold.
+        What is always there does not count. A share of the plain peak is not known before the step has been recorded;
+        by then what is held is at most that share of what plain training would hold.
         """
         fixed_bytes += optimizer_bytes(self.optimizer)[0]
         budget = self._budget(fixed_bytes)
@@ -68,11 +74,11 @@ class Options:
         return lambda plain_bytes: budget.in_bytes(fixed_bytes + plain_bytes) - fixed_bytes
 
     def is_kept(self, module: str, name: str) -> bool:
-        """Whether the user wants what an operator of this module and name makes kept."""
+        """Tell whether the user wants this module's operator kept."""
         return bool(self.keep) and is_matched(self.keep, module, name)
 
     def assembled(self, first: FirstStep) -> Program:
-        """The program of a first step, operators measured within the budget."""
+        """Make a first step's program, operators measured within the budget."""
         with self._shown() as progress:
             state, scratch = optimizer_bytes(self.optimizer)
             return first.program(
@@ -80,9 +86,9 @@ class Options:
             )
 
     def budget_bytes(self, program: Program, plain_peak_bytes: int, *, anew: bool = False) -> int:
-        """The budget, where plain training has this peak.
+        """Return the budget, where plain training has this peak.
 
-        A share of a peak is settled by the first plan; ``anew``: by more than that one knew of.
+        A share of a peak is settled by the first plan; ``anew``: by a plan that knows more than that one.
         """
         nbytes = self.share_bytes(program, plain_peak_bytes)
         if self._asked.share is None:
@@ -92,7 +98,7 @@ class Options:
         return self._settled_bytes
 
     def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
-        """What the budget would be if this was the first plan."""
+        """Return the budget as if this were the first plan."""
         return self._of_device(program.fixed_bytes).in_bytes(plain_peak_bytes)
 
     def _budget(self, fixed_bytes: int) -> Budget:
@@ -102,7 +108,10 @@ class Options:
         return self._asked.resolved(lambda: free_bytes() + fixed_bytes)
 
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
-        """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
+        """Plan within a budget and a time.
+
+        With no time given, it is the first plan found, without a floor.
+        """
         is_first = seconds is None
         wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
         with self._shown() as progress:
@@ -112,13 +121,16 @@ class Options:
             )  # fmt: skip
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
-        """The same plan, to be looked for elsewhere."""
+        """Describe the same plan, to be searched for elsewhere."""
         found_out = any(op.once in (Once.MADE_IS_CHANGED, Once.DIFFERS) for op in program.ops)
         recompute = still_possible(program, self.recompute) if found_out else self.recompute
         return Wanted(program, budget, min(seconds, self.time_limit_seconds), self.keep, recompute)
 
     def with_floor(self, plan: Plan) -> Plan:
-        """The plan with the smallest budget that is accepted; a first plan was made without looking for that."""
+        """Add the smallest accepted budget to a plan.
+
+        A first plan was made without looking for that.
+        """
         known = None if self._floor is None or self._floor[0]() is not plan.program else self._floor[1]
         if known is None:
             wanted = self.wanted(plan.program, plan.budget_bytes, 0.0)

@@ -1,4 +1,4 @@
-"""Passes: the handles that autograd holds, and the backward passes that ask for what they stand for."""
+"""Passes: the handles of autograd, and the backward passes that use them."""
 
 from __future__ import annotations
 
@@ -15,54 +15,57 @@ _NO_TASK = -1
 
 
 def in_backward() -> bool:
-    """Whether a backward pass runs in this thread."""
+    """Tell whether a backward pass runs in this thread."""
     return torch._C._current_graph_task_id() != _NO_TASK
 
 
 def in_python_node() -> bool:
-    """Whether the node that runs is of a custom ``autograd.Function``, whose code may ask for the same repeatedly."""
+    """Tell whether the running node is a custom ``autograd.Function``.
+
+    Its Python code may ask for the same tensor repeatedly.
+    """
     return isinstance(torch._C._current_autograd_node(), torch.autograd.function.BackwardCFunction)
 
 
 class Passes:
     """Counts handles and notices when a pass begins.
 
-    A handle may die at any moment, in the middle of anything: what it leaves is put down and settled later.
+    A handle may die at any moment, in the middle of anything: its death is put down, and settled later.
     """
 
     def __init__(self, ledger: Ledger) -> None:
         self.needs = Needs(ledger)
         self.moved: dict[int, int] = {}
-        """For a value whose memory was overwritten the one that it holds since."""
+        """For an overwritten value, the one that its memory holds since."""
         self.waiting: dict[int, int] = {}
-        """How many handles of a value have not been served in this pass."""
+        """By value, how many handles this pass has not served."""
         self.n_made = self.n_served = 0
         self.number = 1
         self.retained = self.differentiated = False
-        """Whether the graph outlives the pass that runs; whether that pass makes a graph of its own."""
+        """Whether the graph outlives this pass; whether it makes another graph."""
         self.is_spent = False
-        """The pass after the forward has come; what is left is of other graphs, which nobody may ever go through."""
+        """The last pass has begun; handles that remain belong to other graphs."""
         self.lock = threading.Lock()
         self._task: int | None = None
         self._gone: deque[tuple[int, int]] = deque()
 
     def made(self, handle: Handle) -> None:
-        """A handle has been given out."""
+        """Count a handle that has been given out."""
         self.needs.add_handle(handle.value)
         self.waiting[handle.value] = self.waiting.get(handle.value, 0) + 1
         self.n_made += 1
 
     def now(self, value: int) -> int:
-        """The value that the memory of this one holds in the end."""
+        """Return the value that this one's memory holds in the end."""
         while value in self.moved:
             value = self.moved[value]
         return value
 
     def move(self, old: int, new: int) -> bool:
-        """The memory of a value holds another one: that is what its handles stand for; whether it had any.
+        """Let handles follow their overwritten memory; tell if there were any.
 
-        Overwriting a saved tensor is an error of the user's that shows in the backward, unless it is another part of
-        the memory that is overwritten, with a version counter of its own (``unsafe_chunk``, ``tensor.data``).
+        Overwriting a saved tensor is a user's error that shows in the backward; except where another part of the
+        memory, with its own version counter, is overwritten (``unsafe_chunk``, ``tensor.data``).
         """
         if old not in self.needs.handles:
             return False
@@ -72,7 +75,7 @@ class Passes:
         return True
 
     def serve(self, handle: Handle) -> int:
-        """A pass asks for what a handle stands for; the value."""
+        """Note that a pass asks for a handle; return its value."""
         value = self.now(handle.value)
         if handle.served != self.number:
             handle.served = self.number
@@ -81,7 +84,7 @@ class Passes:
         return value
 
     def begins(self) -> bool:
-        """Whether this is the first request of a new pass."""
+        """Tell whether this is the first request of a new pass."""
         task = torch._C._current_graph_task_id()
         if task == self._task:
             return False
@@ -99,16 +102,16 @@ class Passes:
     was_differentiated = is_again = False
 
     def put_down(self, handle: Handle) -> None:
-        """A handle is gone."""
+        """Put down that a handle is gone."""
         self._gone.append((handle.value, handle.served))
 
     @property
     def has_gone(self) -> bool:
-        """Whether a handle is gone that nobody has taken note of."""
+        """Whether deaths of handles wait to be settled."""
         return bool(self._gone)
 
     def settle(self) -> list[int]:
-        """Take note of the handles that are gone; the values that nothing needs any more."""
+        """Settle the deaths of handles; return values no longer needed."""
         unneeded: list[int] = []
         while self._gone:
             value, served = self._gone.popleft()

@@ -1,4 +1,7 @@
-"""The path of a forward: its calls in order, as the first step of a kind made them, and what autograd saved."""
+"""The path of a forward: its calls in order, and saved tensors.
+
+The first step of a kind of input makes the path.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ Pair = tuple[int, int]
 
 
 def n_elements(out: Any) -> int:
-    """How many elements a call gives: one tensor, or a tuple of some, which may have tuples in it."""
+    """Count the elements of tensors in a result, nested tuples included."""
     if isinstance(out, Tensor):
         return out.numel()
     return sum(map(n_elements, out)) if isinstance(out, (tuple, list)) else 0
@@ -23,7 +26,9 @@ def n_elements(out: Any) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One call of the path; values carry the numbers of the recording, positions count tensors.
+    """One call of the path.
+
+    Values have the numbers of the recording; positions count tensors.
 
     Attributes:
         func: what is called.
@@ -35,8 +40,8 @@ class Call:
         statistics: positions of running statistics.
         random: it draws from a generator.
         uninitialised: its result is whatever the memory held before.
-        leaves: it may have left something behind that nobody sees.
-        packs: number of the first thing that autograd saves in it, and of the first after it.
+        leaves: it may have left unseen effects.
+        packs: number of the first tensor that autograd saves in it, and of the first one after it.
         numel: elements of the tensors that it gives.
     """
 
@@ -63,7 +68,7 @@ class Path:
         packed: for everything that autograd saved, in order, the value; None for what is from outside or cannot go.
         asks: what the passes asked for, in the order of the program's ``unpack`` ops: numbers of packs, -1 where the
             real step has no such pack.
-        composites: functions of torch's that were looked into, and on how many elements; known for recorded sizes only.
+        composites: functions of torch that were looked into, with their sizes; known for recorded sizes only.
     """
 
     calls: tuple[Call, ...]
@@ -72,16 +77,16 @@ class Path:
     composites: tuple[Composite, ...] = field(default=(), compare=False)
 
     def numels(self) -> tuple[int, ...]:
-        """For every call the elements that it gives."""
+        """Return, for every call, the number of elements that it gives."""
         return tuple(call.numel for call in self.calls)
 
     def with_numels(self, numels: Sequence[int]) -> Path:
-        """The same calls, which give so many elements."""
+        """Return the same calls with other numbers of elements."""
         calls = tuple(replace(c, numel=n) for c, n in zip(self.calls, numels, strict=True))
         return replace(self, calls=calls, composites=())
 
     def is_like(self, other: Path) -> bool:
-        """Whether the calls are the same but for how many elements they give."""
+        """Tell whether another path differs in numbers of elements only."""
         if (self.packed, self.asks, len(self.calls)) != (other.packed, other.asks, len(other.calls)):
             return False
         return self == other.with_numels(self.numels())

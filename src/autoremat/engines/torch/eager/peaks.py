@@ -1,4 +1,4 @@
-"""Peaks: the measured peak of one step of every plan, beside the plan's."""
+"""Measures the peak of one step of every plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from autoremat.engines.torch.world.modules import named_tensors, reachable_modul
 from autoremat.program import Plan
 
 TOLERANCE: Final = 0.01
-"""How far the measured peak may be above the plan's without a warning."""
+"""How far the measured peak may exceed the plan's without warning."""
 
 
 class Peaks:
@@ -34,7 +34,7 @@ class Peaks:
         self._measurement: Measurement | None = None
 
     def measured(self, kind: Kind, args: Sequence[Any], kwargs: dict[str, Any], run: Callable[[], Any]) -> Any:
-        """Make a call with an account of the memory of its step, where one can be had."""
+        """Make a call, and measure its step's memory where possible."""
         kind.prepared.to_measure -= 1
         measurement = self._measurement_of(kind, args, kwargs) if self._measurement is None else None
         if measurement is None:

@@ -1,4 +1,4 @@
-"""Planning: the plan for a kind of input, and tighter ones where the device has less than the budget."""
+"""Makes plans for kinds of input, tighter ones where memory runs out."""
 
 from __future__ import annotations
 
@@ -26,11 +26,17 @@ from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
 
 _LOG = logging.getLogger("autoremat")
 TIGHTER: Final = 0.9
-"""The next budget, as a share of what the plan has in memory where the device ran out of it."""
+"""The next budget, as a share of what the device refused.
+
+The device refused what the plan has in memory at that moment.
+"""
 _STEP: Final = 8
-"""By so much longer each search for a better plan is."""
+"""Factor by which each search for a better plan is longer."""
 _QUICK: Final = 0.01
-"""The part of the time for a plan that one for another kind of input may take, while the training waits."""
+"""Share of a plan's time that one may take while training waits.
+
+It is a plan for another kind of input.
+"""
 
 
 class Planner(Protocol):
@@ -45,28 +51,34 @@ class Planner(Protocol):
     given: Plan | None
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
-        """What a first step may take beside what is there for good, given what plain training would take by then."""
+        """Return what a first step may take, given plain training's bytes.
+
+        What is always there does not count.
+        """
 
     def is_kept(self, module: str, name: str) -> bool:
-        """Whether the user wants what an operator of this module and name makes kept."""
+        """Tell whether the user wants this module's operator kept."""
 
     def assembled(self, first: FirstStep) -> Program:
-        """The program of a first step; operators are measured within the budget."""
+        """Make a first step's program, operators measured within the budget."""
 
     def budget_bytes(self, program: Program, plain_peak_bytes: int, *, anew: bool = False) -> int:
-        """The budget, where plain training has this peak.
+        """Return the budget, where plain training has this peak.
 
-        A share of a peak is settled by the first plan; ``anew``: by more than that one knew of.
+        A share of a peak is settled by the first plan; ``anew``: by a plan that knows more than that one.
         """
 
     def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
-        """What the budget would be if this was the first plan."""
+        """Return the budget as if this were the first plan."""
 
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
-        """A plan within so many bytes, found in so many seconds; None: the first that is found, floor unknown."""
+        """Plan within a budget and a time.
+
+        With no time given, it is the first plan found, without a floor.
+        """
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
-        """The same plan, to be looked for elsewhere."""
+        """Describe the same plan, to be searched for elsewhere."""
 
 
 class Planning:
@@ -80,12 +92,12 @@ class Planning:
     def __init__(self, planner: Planner, reporter: Reporter) -> None:
         self._planner, self._reporter = planner, reporter
         self._at_most_bytes: int | None = None
-        """What the device turned out to have, if it was less than the budget."""
+        """What the device turned out to have, if below the budget."""
         self._first: Program | None = None
-        """Of the first step that was planned: what a later one finds beside that, an error names."""
+        """The first planned program; errors name what has come since."""
 
     def solve(self, step: Prepared, program: Program, living: Living, seconds: float | None = None) -> None:
-        """Plan a program, less what has turned out to run only once, in so many seconds; None: at once."""
+        """Plan a program with what was found since; no ``seconds``: at once."""
         if step.differing:
             ops = list(program.ops)
             for i, op in enumerate(ops):
@@ -123,7 +135,7 @@ class Planning:
     ) -> None:  # fmt: skip
         """Plan a program for steps that find these gradients.
 
-        If it can be, as though all that the backward makes were there: that serves whatever else a step finds.
+        If possible, plan as though all that the backward makes were there: that serves whatever else a step finds.
         """
         left = gradients_left(program)
         if there:
@@ -135,7 +147,7 @@ class Planning:
         self.solve(step, program, living, seconds)
 
     def accumulating(self, step: Prepared, there: Mapping[str, int], living: Living) -> Prepared:
-        """The same step where these gradients are there, planned.
+        """Plan the same step where these gradients are there.
 
         Raises:
             InfeasibleBudget: no plan keeps it within the budget with them.
@@ -155,7 +167,7 @@ class Planning:
         return _QUICK * self._planner.time_limit_seconds
 
     def adopted(self, step: Prepared, program: Program) -> Prepared | None:
-        """The user's plan for this step and for larger ones, if it is one of the same calls with nothing smaller."""
+        """Return the user's plan, if it is of these calls, nothing smaller."""
         plan, path = self._planner.given, step.path
         if plan is None or path is None:
             return None
@@ -170,7 +182,7 @@ class Planning:
             )
             return None
         if simulate(program, plan.schedule).peak_bytes > plan.budget_bytes:
-            return None  # temporaries of kernels, which an estimate does not know
+            return None  # the plan was made from estimates, which miss temporaries of kernels
         limits = [_limit(call, program, plan.program) for call in path.calls]
         found = Prepared(
             path=path.with_numels(limits), parallel=step.parallel, is_of_the_largest=True, program=plan.program
@@ -180,10 +192,10 @@ class Planning:
         return found
 
     def renewed(self, step: Prepared, living: Living) -> bool:
-        """Whether the plan has just been replaced: by one that knows more, or by a better one of what is recorded.
+        """Tell whether the plan was just replaced by a better one.
 
-        A better one is looked for beside the training, once one without any extra time above the bound would have saved
-        as much by now as the search may take. It is followed from the next call on after it has been found.
+        The new plan knows more, or was found by a search beside the training, which begins once a plan without any time
+        above the bound would have saved as much as the search may take. The next call follows it.
         """
         plan = step.plan
         assert plan is not None
@@ -200,7 +212,7 @@ class Planning:
         return step.search is not None and step.search.is_over() and self._is_better(step, step.search, living)
 
     def _is_better(self, step: Prepared, search: beside.Search, living: Living) -> bool:
-        """Whether a search that is over has found a better plan, which is followed from now on."""
+        """Follow what a finished search found, if it is better."""
         plan, step.search = step.plan, None
         assert plan is not None
         step.tried_seconds, step.used_seconds = search.wanted.seconds, 0.0
@@ -213,7 +225,7 @@ class Planning:
         calls = Calls(step.together, living.input_bytes)
         if found is None or found.overhead >= plan.overhead or calls.needed_bytes(found) > calls.needed_bytes(plan):
             _LOG.info("no better plan has been found")
-            if found is not None:  # but it is known how good this one is
+            if found is not None:  # at least the search tells how good the present plan is
                 lowest = min(found.floor_bytes, plan.floor_bytes)
                 step.plan = replace(plan, lower_bound=max(found.lower_bound, plan.lower_bound), floor_bytes=lowest)
             return False
@@ -223,7 +235,7 @@ class Planning:
         return True
 
     def _plan_for_one(self, program: Program, budget_bytes: int, seconds: float | None, *, goes_on: bool) -> Plan:
-        """The plan for a call that has its backward next; ``goes_on``: the smallest, where none is small enough."""
+        """Plan one call; ``goes_on``: take the smallest plan if none fits."""
         most = budget_bytes if self._at_most_bytes is None else min(budget_bytes, self._at_most_bytes)
         try:
             return self._planner.solve(program, most, seconds)
@@ -246,7 +258,7 @@ class Planning:
             return self._planner.solve(program, larger, seconds)
 
     def _plan_for_several(self, program: Program, calls: Calls, most: int, seconds: float) -> Plan:
-        """The plan for one of several calls before one backward."""
+        """Plan one of several calls before one backward."""
         most = most if self._at_most_bytes is None else min(most, self._at_most_bytes)
         plan = plan_for(
             calls, most, lambda b, at_once: self._planner.solve(program, b, self.quick_seconds if at_once else seconds)
@@ -260,7 +272,7 @@ class Planning:
         return plan
 
     def foreseen(self, small: Prepared, large: Prepared, between: float, further: float) -> Prepared | None:
-        """A plan for still larger inputs, if two recordings of the same calls tell how they grow; quickly made."""
+        """Plan for larger inputs, if two recordings tell how they grow."""
         if small.program is None or large.program is None or small.path is None or large.path is None:
             return None
         program = grown(small.program, large.program, between, further)
@@ -282,14 +294,14 @@ class Planning:
         return found
 
     def ran_out(self, step: Prepared, error: BaseException, living: Living) -> BaseException:
-        """The device has less than the plan takes: say what the plan accounts for, and plan tighter next time."""
+        """Explain a plan's refused memory, and plan tighter next time."""
         plan = step.plan
         with contextlib.suppress(InfeasibleBudget):
             self.tighten(step, living)
         return told(error, plan)
 
     def tighten(self, step: Prepared, living: Living, reached: int | None = None) -> None:
-        """Plan for what the device turned out to have: less than what the op needs that the forward has reached.
+        """Plan for less than what the op reached in the forward needs.
 
         Raises:
             InfeasibleBudget: no plan is that small; the old one stays.
@@ -307,7 +319,10 @@ class Planning:
 
 
 def _bytes_at(plan: Plan, call: int) -> int:
-    """The most that the plan has in memory while this call is first made; its peak if there is no such call."""
+    """Return the most bytes while a call first runs under the plan.
+
+    It is the plan's peak if there is no such call.
+    """
     ops = [i for i in plan.program.forward if plan.program.ops[i].call == call]
     resident = simulate(plan.program, plan.schedule).resident_bytes
     return max((resident[plan.schedule.order.index(i)] for i in ops), default=plan.peak_bytes)
@@ -318,7 +333,7 @@ def _is_larger(value: Value, planned: Value) -> bool:
 
 
 def _limit(call: Call, program: Program, largest: Program) -> int:
-    """How many elements a call may give under the plan for the largest input."""
+    """Return how many elements a call may give under the largest plan."""
     made = [v for v, value in enumerate(program.values) if not value.fixed]
     ratios = [largest.values[made[v]].nbytes / max(1, program.values[made[v]].nbytes) for _, v in call.results]
     return math.ceil(call.numel * max(ratios, default=math.inf)) if ratios else sys.maxsize

@@ -1,4 +1,7 @@
-"""Whether an operator that is not torch's own may be made again: it changes nothing unseen, and gives the same."""
+"""Tells whether an operator that is not torch's may be rerun.
+
+It may if it changes nothing unseen, and gives the same again.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autoremat.engines.torch.eager.contents import content_of, contents_of
 from autoremat.engines.torch.eager.entry import Entry
-from autoremat.engines.torch.eager.state import Replay
+from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.operators.local import local_of
 
 
@@ -17,16 +20,16 @@ def gives_the_same(
     entry: Entry, given: Sequence[Tensor], numbers: Sequence[int | None], made: Sequence[Tensor],
     before: Sequence[int],
 ) -> bool:  # fmt: skip
-    """Whether a call that has just been made gives the same when it is made again, and changes none of its arguments.
+    """Rerun a call that was just made; tell whether nothing differs.
+
+    It must give the same results, and change none of its arguments. With fake tensors nobody knows: False.
 
     Args:
-        entry: that makes it again.
+        entry: of the call.
         given: the tensors among its arguments.
         numbers: of the values that they look at.
         made: the tensors that it gave.
         before: checksums of what it was given, taken before it was made.
-
-    Of fake tensors nobody knows.
     """
     if (
         any(isinstance(local_of(t), FakeTensor) for t in (*given, *made))
@@ -36,8 +39,8 @@ def gives_the_same(
         return False
     memory = {n: local_of(t).detach() for n, t in zip(numbers, given, strict=True) if n is not None and n >= 0}
     try:
-        with Replay() as replay:
-            again = entry.run(memory, replay, [v for _, v in entry.results])
+        with Rerunning() as rerunning:
+            again = entry.run(memory, rerunning, [v for _, v in entry.results])
     except Exception:  # noqa: BLE001 - whatever somebody else's kernel does not like
         return False
     if contents_of(given) != before:

@@ -1,4 +1,7 @@
-"""From the shadow of a forward to the program of the step: the backward on fake tensors, the costs, the path."""
+"""Makes the program of a step from the shadow of its forward.
+
+The backward is run on fake tensors, operators are measured, and the path is taken down.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +32,10 @@ from autoremat.program import Program
 def know_the_world(
     shadow: Shadow, modules: Sequence[nn.Module], args: Any, kwargs: Any, *, with_gradients: bool
 ) -> None:  # fmt: skip
-    """Tell the shadow what there is before the step: parameters, buffers, inputs; and gradients, if they count.
+    """Tell the shadow what exists before the step.
 
-    Otherwise the step is recorded as one that finds none, and they are added to its program (``record.gradients``).
+    These are parameters, buffers and inputs; and gradients, if they count. Otherwise the step is recorded as one that
+    finds none, and they are added to its program (``world.gradients``).
     """
     for name, kind, tensor in named_tensors(modules):
         if nn.parameter.is_lazy(tensor):
@@ -49,14 +53,14 @@ def record_backward(
     shadow: Shadow, result: Any, named: Sequence[tuple[str, Tensor]], moving: Sequence[Tensor] = (), *,
     with_gradients: bool,
 ) -> None:  # fmt: skip
-    """Run the backward of the forward that the shadow has seen, on fake tensors.
+    """Run the backward of the shadowed forward on fake tensors.
 
     Args:
-        shadow: that has seen it.
+        shadow: that has seen the forward.
         result: of the callable.
         named: parameters by name.
         moving: parameters whose gradients leave their memory as soon as they are complete.
-        with_gradients: it adds to those that are there.
+        with_gradients: the backward adds to existing gradients.
 
     Raises:
         NothingDifferentiable: nothing returned requires grad.
@@ -81,7 +85,7 @@ def record_backward(
         if not with_gradients:
             for _, tensor in named:
                 shadow.twin(tensor).grad = None
-        for leaf in leaves:  # a hook that stayed would hold the recorder, in a circle that runs through torch's graph
+        for leaf in leaves:  # a hook left in place would hold the recorder, in a circle through torch's graph
             stack.callback(leaf.register_hook(recorder.accumulates).remove)
         with recorder.seeded(twins) as start:
             recorder.backward = True
@@ -102,7 +106,10 @@ def program_of(
     shadow: Shadow, calls: Sequence[Call], name: str, *, optimizer_state_bytes: int, optimizer_scratch_bytes: int,
     parallel: Parallel, progress: Progress | None, limit: Callable[[Program], int] | None, timing: str = "measure",
 ) -> Program:  # fmt: skip
-    """The program of a recorded step; operators are measured, where there is room for that, or estimated."""
+    """Make the program of a recorded step.
+
+    Operators are measured where there is room for that, else estimated.
+    """
     beside = resident_bytes(parallel)
     whole = Whole(
         name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, beside, timing, True, limit, progress
@@ -111,26 +118,29 @@ def program_of(
 
 
 def finished(shadow: Shadow, calls: Sequence[Call]) -> Recording:
-    """The recording of a forward and its backward, with what the real step knows of its calls."""
+    """Finish a recording with what the real step knows of its calls."""
     recorder = shadow.recorder
     for op in recorder.ops:
         if op.facts is None or op.backward or op.call < 0:
             continue
         if op.facts.uninitialised and not calls[op.call].uninitialised:
-            op.facts = replace(op.facts, uninitialised=False)  # the call itself fills it
+            op.facts = replace(op.facts, uninitialised=False)  # the call itself fills the memory
         if op.call in shadow.once:
             op.facts = replace(op.facts, once=op.facts.once or shadow.once[op.call])
     return recorder.recording()
 
 
 def largest_op_bytes(shadow: Shadow) -> int:
-    """The most that an op of the recording reads and makes: what measuring it alone takes."""
+    """Return the most bytes that measuring one recorded op takes.
+
+    That is what the op reads and makes.
+    """
     values = shadow.recorder.values
     return max((sum(values[n].nbytes for n in (*op.reads, *op.writes)) for op in shadow.recorder.ops), default=0)
 
 
 def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int, composites: Sequence[Composite]) -> Path:
-    """The path of the forward, with what autograd saved and what the passes asked for."""
+    """Return the path: calls, what autograd saved, what passes asked for."""
     recorder = shadow.recorder
     asks = tuple(shadow.pack_of.get(op.packed, -1) for op in recorder.ops if op.is_ask)
     last = {shadow.pack_of[op.packed]: op.reads[0] for op in recorder.ops if op.packed in shadow.pack_of}

@@ -1,4 +1,4 @@
-"""What is told of the steps of a callable: warnings, each once, and numbers."""
+"""Tells the user what happens: warnings, each once, and numbers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _LOG = logging.getLogger("autoremat")
 
 @dataclass
 class Counts:
-    """What has happened so far; the names are those of ``Stats``."""
+    """What has happened so far, named as in ``Stats``."""
 
     calls: int = 0
     hits: int = 0
@@ -33,17 +33,17 @@ class Reporter:
 
     Attributes:
         counts: of what has happened.
-        kept: the operators that turned out to give something else when they run again: where, and why.
+        kept: the operators whose reruns turned out to give something else: where, and why.
     """
 
     counts: Counts = field(default_factory=Counts)
     kept: list[str] = field(default_factory=list)
     _warned: set[str] = field(default_factory=set)
     _told: set[tuple[int, str]] = field(default_factory=set)
-    """What is known to be kept: the call, and the words for it."""
+    """What is known to be kept: the call, and the words."""
 
     def tell(self, message: str) -> None:
-        """Log something that is as it should be and that the user may want to know, once."""
+        """Log, once, something in order that the user may want to know."""
         if self._is_first(message):
             _LOG.warning(message)
 
@@ -54,7 +54,7 @@ class Reporter:
         return is_first
 
     def warn(self, message: str) -> None:
-        """Say each thing once."""
+        """Warn of each thing once."""
         if self._is_first(message):
             warnings.warn(f"autoremat: {message}", RuntimeWarning, stacklevel=2)
 
@@ -69,7 +69,7 @@ class Reporter:
         self.counts.unplanned += 1
 
     def checkpoints_itself(self, where: str) -> None:
-        """Say where the model's own checkpointing is switched on, if it is."""
+        """Say where the model's own checkpointing is on, if anywhere."""
         if where:
             self.warn(
                 f"the model's own checkpointing is switched on (in {where}): what it wraps is computed again as "
@@ -79,7 +79,7 @@ class Reporter:
             )
 
     def new_kinds(self, name: str, how: str) -> None:
-        """Say which argument it is that makes new kinds of input all the time."""
+        """Say which argument keeps making new kinds of input."""
         self.warn(
             f"new kinds of input keep coming: {name} is another one again and again ({how}). To record each of them "
             "would take longer than to train: from now on steps of new kinds run under the online policy, within the "
@@ -88,19 +88,25 @@ class Reporter:
         )
 
     def keeps(self, program: Program, call: int, reason: Reason) -> None:
-        """Say that what a call makes is kept from now on, and why."""
+        """Say that, and why, a call's results are kept from now on."""
         op = [op for op in program.ops if op.call == call][-1]
         what = f"{op.name} in {op.module or 'the step'} ({op.source or 'unknown line'}) must not run again: {reason}"
-        if (call, what) not in self._told:  # recorded twice, it is found twice
+        if (call, what) not in self._told:  # a step that is recorded twice finds it twice
             self._told.add((call, what))
             self.kept.append(what)
         self.warn(f"{what}. What it makes is kept from now on")
 
     def rerun(self, seconds: float) -> None:
-        """Count a call that was made again."""
+        """Count a rerun of a call."""
         self.counts.reruns += 1
         self.counts.rerun_seconds += seconds
 
     def stats(self, plan: Plan | None, measured_bytes: int | None, plans: int) -> Stats:
-        """The numbers so far, with the plan used last, its measured peak, and how many plans there are."""
+        """Return the numbers so far.
+
+        Args:
+            plan: the plan used last.
+            measured_bytes: its measured peak.
+            plans: how many plans there are.
+        """
         return Stats(plan, measured_bytes, plans, **vars(self.counts), differing=len(self.kept))

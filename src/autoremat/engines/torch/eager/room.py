@@ -1,4 +1,7 @@
-"""Room: how many bytes may be held where no plan says it, in a first step or off the path."""
+"""Room: how many bytes may be held where no plan decides.
+
+That is the case in a first step, and off the path.
+"""
 
 from __future__ import annotations
 
@@ -16,41 +19,52 @@ from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.operators.local import local_of
 
 _SLACK: Final = 0.05
-"""How far apart the backward of the plan and one off its path may be, as a share of all requests ..."""
+"""How far progress off the path may differ from the plan's.
+
+As a share of all requests of the backward.
+"""
 _MORE: Final = 8
-"""... and so many requests more."""
+"""Requests added to that slack."""
 _MARGIN: Final = 0.02
-"""What a first step leaves for what nobody counts, as a share of what it may take."""
+"""What a first step leaves for uncounted memory, as a share."""
 _SCRATCH: Final = 0.3
-"""The most that is left for what kernels take beside, as a share of what a first step may take."""
+"""The most left for kernels' temporaries, as a share.
+
+Of what a first step may take.
+"""
 
 
 class Allowance(Protocol):
     """What the budget leaves for what a step makes."""
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
-        """What room is left for, given what the next call makes, and the largest so far."""
+        """Return the bytes to leave free for the next call.
+
+        Args:
+            needed_bytes: what the next call makes.
+            largest_bytes: the most that a call has made so far.
+        """
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
-        """Bytes of what the step has made that there may be; None: any number.
+        """Return the bytes that the step's values may take; None: any number.
 
         Args:
             taken_bytes: what is left for what runs.
-            progress: the part of the backward that is through; None in the forward.
+            progress: the part of the backward that is done; None in the forward.
         """
 
     def all_bytes(self) -> float:
-        """Bytes that there are for all that the step makes."""
+        """Return the bytes that there are for all that the step makes."""
 
     def counted(self, nbytes: int) -> None:
-        """So much of what autograd has saved is counted with what the step has made from now on."""
+        """Count bytes that autograd saved among the step's values from now on."""
 
 
 class OfFirstStep:
     """What a first step may hold.
 
     Args:
-        share: bytes that may be taken in all beside what is there for good, given what plain training would take.
+        share: bytes that may be taken besides what is always there, given what plain training would take.
     """
 
     def __init__(self, share: Callable[[int], float]) -> None:
@@ -60,34 +74,39 @@ class OfFirstStep:
         self._saved: set[int] = set()
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
-        """A plan will say what is held in the backward; but kernels take more than they give."""
+        """Leave room for kernels, which take more than their results.
+
+        What is held in the backward, a plan will say.
+        """
         return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * max(0.0, self._share(self.plain_bytes))))
 
     def saved(self, value: int, nbytes: int) -> None:
-        """Autograd saves a value; it may have been saved before."""
+        """Note that autograd saves a value, perhaps not for the first time."""
         if value not in self._saved:
             self._saved.add(value)
             self.plain_bytes += nbytes
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
-        """Plain training would take that for what runs, too."""
+        """Allow a share of what plain training would take, less what runs."""
         return (1 - _MARGIN) * self._share(self.plain_bytes + taken_bytes) - taken_bytes
 
     def all_bytes(self) -> float:
-        """Of what plain training would hold by now."""
+        """Return the share of what plain training would hold by now."""
         return self._share(self.plain_bytes)
 
     def counted(self, nbytes: int) -> None:
-        """It counts all of it."""
+        """Do nothing: all of it is counted already."""
 
 
 class OfScript:
-    """What a step may hold that has left the path of a script, as far into its backward as it is.
+    """What a step that left a script's path may hold.
+
+    The script tells how much is needed at the same point of its backward.
 
     Args:
         script: whose path.
         n_calls: calls after which it was left.
-        growth: by so much what is made is larger than recorded.
+        growth: the factor by which results are larger than recorded.
         others_bytes: of the graphs of earlier calls.
     """
 
@@ -95,20 +114,20 @@ class OfScript:
         self._script, self._others_bytes = script, others_bytes
         self._saved_bytes = growth * script.saved_bytes[min(n_calls, len(script.saved_bytes) - 1)]
         self._beside, self._asked = (self._grown(made, growth) for made in (script.beside_bytes, script.asked_bytes))
-        """What was taken beside values of the tape when the step was recorded, as large as it is now."""
-        self._again_bytes = 0
+        """What the recorded step took besides the tape's values, scaled by growth."""
+        self._rerun_bytes = 0
 
     def _grown(self, beside: Sequence[int], growth: float) -> list[float]:
         fixed, gradients = self._script.fixed_bytes, self._script.gradient_bytes
         return [growth * (made - fixed - known) + known for made, known in zip(beside, gradients, strict=False)]
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
-        """Nobody knows what will have to be made again at once; and kernels take more than they give."""
-        self._again_bytes = 2 * largest_bytes
+        """Leave room for kernels, and note the largest call for reruns."""
+        self._rerun_bytes = 2 * largest_bytes
         return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * (self._script.budget_bytes or 0)))
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
-        """What the plan takes for everything else is left for that."""
+        """Return the budget less everything that the plan accounts for otherwise."""
         script, beside = self._script, self._beside
         if script.budget_bytes is None:
             return None
@@ -118,47 +137,47 @@ class OfScript:
             last = len(beside) - 1
             begin, end = int((progress - _SLACK) * last) - _MORE, 1 + ceil((progress + _SLACK) * last) + _MORE
             begin = max(1 if last else 0, begin)
-            made = max(max(beside[begin:end]), max(self._asked[begin:end], default=0.0) + self._again_bytes)
+            made = max(max(beside[begin:end]), max(self._asked[begin:end], default=0.0) + self._rerun_bytes)
         return script.budget_bytes - script.fixed_bytes - made - self._saved_bytes - self._others_bytes
 
     def all_bytes(self) -> float:
-        """The budget, less what is always there."""
+        """Return the budget, less what is always there."""
         return (self._script.budget_bytes or 0) - self._script.fixed_bytes - self._others_bytes
 
     def counted(self, nbytes: int) -> None:
-        """So much of what autograd has saved is counted with what the step has made from now on."""
+        """Count bytes that autograd saved among the step's values from now on."""
         self._saved_bytes = max(0.0, self._saved_bytes - nbytes)
 
 
 class Nothing:
-    """Where the device has no room: nothing may be held that can be made again."""
+    """Where the device has no room: hold nothing that can be recomputed."""
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
-        """Whatever it is."""
+        """Leave nothing free."""
         return 0
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
-        """None at all."""
+        """Allow nothing."""
         return 0.0
 
     def all_bytes(self) -> float:
-        """None."""
+        """Return 0."""
         return 0.0
 
     def counted(self, nbytes: int) -> None:
-        """It counts all of it."""
+        """Do nothing."""
 
 
 class Room:
-    """Keeps all that a step has made within what is allowed, by the online policy.
+    """Keeps what a step made within bounds, by the online policy.
 
     Args:
         allowance: what is allowed.
         ledger: what is held.
         passes: how far the backward is.
-        may_go: whether letting go of a value that is held gives its memory back, and nothing is lost by it.
+        may_go: whether dropping a held value frees its memory and loses nothing.
         n_calls: calls of the forward that were made before.
-        spare: of these; what is to be had of it is, as soon as room is needed.
+        spare: what was prepared in these; it is used as soon as room is needed.
     """
 
     def __init__(
@@ -170,25 +189,25 @@ class Room:
         self._largest_bytes = 0
 
     def make(self, nbytes: int) -> None:
-        """Make room for a call that is about to take so many bytes."""
+        """Make room for a call that will take so many bytes."""
         self._largest_bytes = max(self._largest_bytes, nbytes)
         self.shrink(needed=nbytes)
 
     def made(self, tensor: Tensor) -> None:
-        """A call has made this."""
+        """Count what a call has made."""
         self.online.meter.add(local_of(tensor))
 
     def fits(self, calls: Iterable[int]) -> bool:
-        """Whether there is room to make these calls again, one after the other."""
+        """Tell whether there is room to rerun these calls one by one."""
         return self.has(3 * max((self.online.nbytes.get(k, 0) for k in calls), default=0))
 
     def has(self, nbytes: int) -> bool:
-        """Whether there is room for so many bytes."""
+        """Tell whether there is room for so many bytes."""
         allowed = self._allowance.allowed_bytes(nbytes, None)
         return allowed is None or self.online.meter.nbytes <= allowed
 
     def shrink(self, locked: Collection[int] = (), *, needed: int = 0, in_backward: bool = False) -> None:
-        """Let go of what can be made again until what there is is within what is allowed."""
+        """Drop what can be recomputed until the rest is within bounds."""
         progress = self._passes.n_served / max(1, self._passes.n_made) if in_backward else None
         taken = self._allowance.taken_bytes(needed, self._largest_bytes)
         allowed = self._allowance.allowed_bytes(taken, progress)
@@ -202,7 +221,7 @@ class Room:
         self.online.shrink(allowed, locked)
 
     def empty(self) -> None:
-        """Let go of all that can be made again."""
+        """Drop everything that can be recomputed."""
         if self._spare is not None:
             self._turn(self._spare)
         self.online.shrink(0.0)

@@ -1,6 +1,6 @@
-"""The script of a plan: what the tape prepares, keeps and drops, and what it makes again when.
+"""The script of a plan: what the tape prepares, keeps, drops, reruns.
 
-Pure data but for the functions that are called.
+It is pure data but for the functions that are called.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from autoremat.engines.torch.eager.path import Call
 
 @dataclass(frozen=True, slots=True)
 class Rerun:
-    """Make a call again, then let go of some values.
+    """Run a call once more, then drop some values.
 
     Attributes:
         call: which.
         install: values that it makes and that stay for a while.
-        drops: values to let go of afterwards.
+        drops: values to drop afterwards.
     """
 
     call: int
@@ -31,13 +31,15 @@ class Rerun:
 
 @dataclass(frozen=True, slots=True)
 class Act:
-    """What to do when the backward asks for what a pack stands for: first the reruns, then the answer, then the drop.
+    """What to do when the backward asks for a pack.
+
+    First come the reruns, then the answer, then the drop.
 
     Attributes:
         pack: number of the pack.
         value: that it stands for.
-        reruns: calls to make again before.
-        drop: whether the value leaves afterwards.
+        reruns: calls to rerun before.
+        drop: whether the value goes afterwards.
     """
 
     pack: int
@@ -48,13 +50,13 @@ class Act:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What there is to do at a call that the plan has something to do with.
+    """What the plan has to do at a call.
 
     Attributes:
         call: of the path.
-        ready: be ready to make it again.
-        hold: values that it makes and the tape itself holds on to.
-        stops: values after which a run of it may end, once they have been saved inside it.
+        ready: be ready to rerun it.
+        hold: values that it makes and the tape itself holds.
+        stops: values after which a rerun may end, once they have been saved inside it.
         hooked: something is to be done about what autograd saves in it.
     """
 
@@ -64,13 +66,16 @@ class Work:
     stops: frozenset[int]
     hooked: bool = True
     values: dict[int, int] = field(default_factory=dict)
-    """What it reads: by position among the tensors given, the value."""
+    """The values that it reads, by position among the tensors given."""
     written: frozenset[int] = frozenset()
     """Positions of what it overwrites."""
     spare: bool = False
-    """Be ready to make it again should the path be left, though the plan does not."""
+    """Be ready to rerun it off the path, unlike the plan."""
     draws_only: bool = False
-    """There is nothing to do but to draw while no other thread does: one may be noting what it draws."""
+    """Only draw, while no other thread draws.
+
+    Another thread may be noting what it draws.
+    """
 
 
 @dataclass(frozen=True)
@@ -84,28 +89,30 @@ class Script:
         asked: packs that are kept, and at which something is to be done when they are asked for.
         acts: what to do at requests of the backward, in order.
         kept: values of packs that are kept.
-        hold: values that the tape itself holds on to.
-        hold_at: of those the ones made and saved inside a call, by the number of a pack that is kept.
-        twice: calls for whose second run, right after the first, the budget has room.
+        hold: values that the tape itself holds.
+        hold_at: those of them made and saved inside a call, by the number of a pack that is kept.
+        twice: calls for whose immediate rerun the budget has room.
         budget_bytes: the budget; None: a step off the path may take what it likes.
-        beside_bytes: what anything but the values that the tape holds takes at most: in the forward, then from each
+        beside_bytes: the most that is taken besides the values that the tape holds: in the forward, then from each
             request of the backward to the next.
-        asked_bytes: of that what is taken at the moment of each request, when calls may be made again for it; in the
-            forward, what kernels take that give nothing of it.
-        gradient_bytes: of that at least so much, each time, are gradients of parameters: these grow with no input.
+        asked_bytes: the part of that taken at the moment of each request, when calls may be rerun for it; in the
+            forward, the temporaries of kernels.
+        gradient_bytes: the part of that, each time, which is gradients of parameters at least: these grow with no
+            input.
         fixed_bytes: what is always there.
-        watch: the forward is known to write memory in ways that torch does not see.
         where: for every call its operator, module and line, for messages.
         loose: something is to be done about what autograd saves outside of all calls, for a custom function.
         numels: for every call the elements of the tensor that it gives; for a larger one there is no plan.
         saved_bytes: what autograd itself keeps, after so many calls.
-        held_bytes: what there is between forward and backward, beside what is always there; in plain training.
-        waiting_bytes: what there is beside that, while the backward goes through another call.
+        held_bytes: what is in memory between forward and backward, besides what is always there: under the plan, and in
+            plain training.
+        waiting_bytes: what is in memory on top of that, while the backward goes through another call.
         last: number of the pack that is asked for last.
-        spare_works: in place of ``works``, where the path may be left: whatever may be made again is prepared.
+        stops: values that a rerun of their call can hand out before its end.
+        spare_works: in place of ``works``, where the path may be left: whatever may be rerun is prepared.
         spare_share: what that takes, as a share of the time of plain training: an estimate.
         packed: for everything that autograd saves the value, if it has one.
-        costs: for every call the seconds of another run, and the bytes of what it makes and takes beside.
+        costs: for every call a rerun's seconds, and the bytes of what it makes, temporaries included.
         composites: by their first call, functions made of others at whose calls there is nothing to do.
     """
 
@@ -139,11 +146,13 @@ class Script:
 
 
 def elsewhere(script: Script, room_bytes: float, gradient_bytes: int) -> Script:
-    """The account of a step of other calls: what it takes beside its values is about what a step of these takes.
+    """Adapt a script's account to a step of other calls.
+
+    What such a step takes besides its values is about what a step of the script takes.
 
     Args:
-        script: of these.
-        room_bytes: that there are beside what is always there.
+        script: whose account it is.
+        room_bytes: room besides what is always there.
         gradient_bytes: of parameters that have no gradient yet.
     """
     fixed, gradients = script.fixed_bytes, script.gradient_bytes

@@ -1,4 +1,4 @@
-"""From a plan to the script that the tape follows."""
+"""Makes the script that the tape follows from a plan."""
 
 from __future__ import annotations
 
@@ -25,11 +25,16 @@ from autoremat.engines.torch.eager.works import Works
 from autoremat.program import Plan, simulate
 
 _SPARE_SECONDS: Final = 5e-5
-"""About what it takes to be ready to make one call again that the plan does not."""
+"""Rough time to prepare one call that the plan does not rerun."""
 
 
 def script_of(plan: Plan, path: Path) -> Script:
-    """The script that carries out the plan of a recorded program. O(runs + reads)."""
+    """Make the script that carries out a plan. O(runs + reads).
+
+    Args:
+        plan: of a recorded program.
+        path: of its forward.
+    """
     program, schedule, n_calls = plan.program, plan.schedule, len(path.calls)
     stays, timeline = Stays(program, schedule, path), simulate(program, schedule)
     kept_packs = stays.kept_packs()

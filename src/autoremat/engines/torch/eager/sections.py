@@ -1,7 +1,8 @@
-"""Sections of the backward that are code of the user's: backwards of custom Functions, and hooks on tensors.
+"""Sections: user code that runs in the backward.
 
-A recording does not run them. In the first step's own backward their calls are heard, and made once more on the twins,
-so that it is known what they take; from the second step on that is in the plan. User code runs when the user runs it.
+These are backwards of custom Functions, and hooks on tensors. A recording does not run them. In the first step's own
+backward their calls are heard, and repeated on the twins, so that it is known what they take; from the second step on
+that is in the plan. User code runs when the user runs it.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from autoremat.program import END, Program, Value
 
 @dataclass(frozen=True)
 class Taken:
-    """What a section takes beside what is there when it begins.
+    """What a section takes on top of what exists when it begins.
 
     Attributes:
         op: the op of the program that stands for it.
         peak_bytes: at most.
-        left_bytes: of that what is still there when it is over, beside the gradients that it gives.
-        asked: values of the forward that passes of its own ask for.
+        left_bytes: what of that is left when the section is over, apart from the gradients that it gives.
+        asked: values of the forward that the section's own passes ask for.
     """
 
     op: int
@@ -68,16 +69,16 @@ class _Section:
 
 
 class Sections:
-    """Listens to sections of one backward.
+    """Listens to the sections of one backward.
 
     Args:
-        shadow: of the step; its recording of the backward is through by then.
+        shadow: of the step; its recording of the backward is over by then.
     """
 
     def __init__(self, shadow: Shadow) -> None:
         self._recording: Shadow | None = shadow
         self._shadow: Shadow | None = None
-        """While there are sections to come."""
+        """The shadow, while there are sections to come."""
         self._listener = Listener(self._heard)
         self._section: _Section | None = None
         self._taken: dict[int, Taken] = {}
@@ -87,7 +88,7 @@ class Sections:
     # ---- which there are -----------------------------------------------------------------------------------------
 
     def _met(self, node: Any) -> int:
-        """The key of a node of a custom Function; its backward comes here from now on."""
+        """Take over a custom Function's backward; return the node's key."""
         key = int(node._sequence_nr())
         for name in ("apply", "apply_boxed"):
             if hasattr(type(node), name):
@@ -99,7 +100,10 @@ class Sections:
         return self._run(key, partial(getattr(type(node), name), node), gradients)
 
     def hooked(self, tensor: Any, hook: Any) -> Any:
-        """What is to be registered in place of a hook on a tensor; a leaf would have it for longer than the step."""
+        """Return what to register in place of a hook on a tensor.
+
+        A leaf gets the user's hook as it is: it would have ours for longer than the step.
+        """
         if self._recording is None or not isinstance(tensor, Tensor) or node_made(tensor) is None or not callable(hook):
             return hook
         self._n_hooks += 1
@@ -111,7 +115,7 @@ class Sections:
     # ---- listening -----------------------------------------------------------------------------------------------
 
     def open(self) -> bool:
-        """The backward has been recorded, and the real one comes next; whether there are sections in it."""
+        """Tell whether sections come, now that the backward is recorded."""
         shadow, self._recording = self._recording, None
         if shadow is None or not shadow.marks:
             return False
@@ -119,12 +123,12 @@ class Sections:
         return True
 
     def close(self) -> tuple[Taken, ...]:
-        """The step is over: what its sections took."""
+        """End the step; return what its sections took."""
         self._shadow = None
         return tuple(self._taken.values())
 
     def asked(self, value: int) -> None:
-        """A pass asks for a value of the forward."""
+        """Note that a pass asks for a value of the forward."""
         if self._section is not None and torch._C._current_graph_task_id() != self._section.task:
             self._section.asked.add(value)
 
@@ -167,7 +171,7 @@ class Sections:
 
     @contextmanager
     def _unless_it_fails(self, section: _Section) -> Iterator[None]:
-        """Something on fake tensors, as long as that can be done in this section."""
+        """Do something on fake tensors, as long as the section allows it."""
         if section.failed:
             return
         try:
@@ -192,7 +196,7 @@ class Sections:
 
 @contextmanager
 def _in_forward(shadow: Shadow) -> Iterator[None]:
-    """What is recorded here is no part of the backward."""
+    """Record what happens in this block as no part of the backward."""
     shadow.recorder.backward = False
     try:
         yield
@@ -201,7 +205,14 @@ def _in_forward(shadow: Shadow) -> Iterator[None]:
 
 
 def peak_bytes(ops: Sequence[RecordedOp], values: Mapping[int, RecordedValue], begin: int, first: int) -> int:
-    """The most that values from ``first`` on take while these ops run, the first of which has the number ``begin``."""
+    """Return the most that new values take while these ops run.
+
+    Args:
+        ops: of a section.
+        values: by number.
+        begin: number of the first op.
+        first: number of the first value that counts.
+    """
     born: dict[int, int] = {}
     ends: dict[int, int] = {}
     for i, op in enumerate(ops):
@@ -228,7 +239,7 @@ def peak_bytes(ops: Sequence[RecordedOp], values: Mapping[int, RecordedValue], b
 
 
 def with_taken(program: Program, taken: Collection[Taken]) -> Program:
-    """The program with what its sections take."""
+    """Return the program with what its sections take."""
     made = [i for i, v in enumerate(program.values) if not v.fixed]
     values, ops = list(program.values), list(program.ops)
     for section in taken:

@@ -1,4 +1,4 @@
-"""A checkpointed callable over its life: one plan per kind of input, followed call by call."""
+"""A checkpointed callable over its life: one plan per input kind."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from autoremat.engines.torch.world.parallel import check_supported, parallel_of
 from autoremat.planner import clock
 
 MAX_PLANS: Final = 64
-"""Plans of the least recently used kinds of input are forgotten beyond this."""
+"""Beyond this, plans of least recently used kinds are forgotten."""
 
 
 class Session:
-    """Calls ``fn`` under the plan for its input; makes the plan at the first call of a kind.
+    """Calls ``fn`` under its input's plan, made at a kind's first call.
 
     Args:
         fn: the callable, without autoremat.
@@ -57,8 +57,11 @@ class Session:
         self._steps = Steps(fn, planner, self._planning, self._reporter, self._here)
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Run the callable; its results, gradients, buffers and generators are those of a plain run."""
-        if torch.compiler.is_compiling():  # first, and without anything that the compiler cannot follow
+        """Run the callable, with the results and effects of a plain run.
+
+        Gradients, buffers and generators are those of a plain run, too.
+        """
+        if torch.compiler.is_compiling():  # this comes first: the compiler could not follow what comes below
             self._reporter.counts.unplanned += 1
             tell_compiled()
             return self.fn(*args, **kwargs)
@@ -129,9 +132,9 @@ class Session:
     def _of_no_plan(
         self, args: Sequence[Any], kwargs: dict[str, Any], form: Form, sizes: Sizes, before: Kind | None
     ) -> Kind:
-        """The kind of an input for which there is no plan, or a plan that is none for it: to be recorded, or not.
+        """Make the kind of an input without a fitting plan.
 
-        ``before``: what it was taken for up to now.
+        It is to be recorded, or not. ``before``: the kind that the input was taken for up to now.
         """
         family = self._families.get(form, Family())
         newcomer = form, family.newcomer(sizes)
@@ -150,7 +153,10 @@ class Session:
         return kind
 
     def _tell_new_ones(self, args: Sequence[Any], kwargs: dict[str, Any], form: Form, sizes: Sizes) -> None:
-        """Say which argument it is that makes new kinds all the time; rarely, for it takes a moment to find that."""
+        """Say, rarely, which argument keeps making new kinds.
+
+        It takes a moment to find that.
+        """
         if self._newcomers.denied & (self._newcomers.denied - 1):
             return
         name, how = what_changes(self.fn, args, kwargs, [*self._newcomers.recorded, (form, sizes)])
@@ -159,7 +165,7 @@ class Session:
     def _accumulating(
         self, family: Family, sizes: Sizes, args: Sequence[Any], kwargs: dict[str, Any]
     ) -> Kind | None:  # fmt: skip
-        """The kind of a step that has been recorded, planned for gradients that are there now; None: record it."""
+        """Return a recorded kind, planned for existing gradients; None: record it."""
         relative = family.relative(sizes)
         if relative is None or relative.prepared.program is None:
             return None
@@ -174,7 +180,7 @@ class Session:
         return family.find(sizes)
 
     def _forget(self) -> None:
-        """Forget the plans that were used least recently, so that there are not too many."""
+        """Forget the least recently used plans, beyond ``MAX_PLANS``."""
         while sum(map(len, self._families.values())) > MAX_PLANS:
             eldest = next(iter(self._families))
             self._families[eldest].forget()
@@ -182,7 +188,7 @@ class Session:
                 del self._families[eldest]
 
     def _new(self, args: Sequence[Any], kwargs: dict[str, Any], before: Kind | None, sizes: Sizes) -> Kind:
-        """A kind of input that has never been met, or is to be recorded anew."""
+        """Make a kind of input that is new, or recorded anew."""
         modules = reachable_modules(self.fn, args, kwargs)
         check_devices(modules, args, kwargs)
         straying = Straying() if before is None or before.pays else before.straying
@@ -195,11 +201,11 @@ class Session:
         return kind
 
     def kept(self) -> tuple[str, ...]:
-        """The operators that turned out to give something else when they run again: where, and why."""
+        """List operators whose reruns give something else: where, and why."""
         return tuple(self._reporter.kept)
 
     def stats(self) -> Stats:
-        """What has happened so far."""
+        """Return what has happened so far."""
         self._peaks.end()
         kinds = [k for family in self._families.values() for k in family.kinds()]
         plan, measured = (None, None) if self._last is None else (self._last.plan, self._last.prepared.measured_bytes)
@@ -207,6 +213,6 @@ class Session:
 
 
 def _bytes_by_address(args: Sequence[Any], kwargs: dict[str, Any]) -> dict[int, int]:
-    """The memory of the tensors among the arguments."""
+    """Return the memory of tensors among the arguments, by address."""
     given = (t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor))
     return {s._cdata: s.nbytes() for t in given if (s := storage_of(local_of(t))) is not None}

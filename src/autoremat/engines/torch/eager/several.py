@@ -1,6 +1,7 @@
 """Several calls before one backward: they share the budget.
 
-Contrastive views, carried state, chunks of a sequence: the graphs of earlier calls are still there when a call comes.
+Contrastive views, carried state and chunks of a sequence are examples: the graphs of earlier calls still exist when a
+call comes.
 """
 
 from __future__ import annotations
@@ -13,12 +14,12 @@ from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Timelin
 
 _FEW: Final = 2
 _TRIES: Final = 8
-"""Budgets of one call that are tried, each halving what is open."""
+"""Budgets of one call that are tried, each halving the range."""
 
 
 @dataclass(frozen=True)
 class Load:
-    """The graphs that are there when a call comes.
+    """The graphs that exist when a call comes.
 
     Attributes:
         n: how many.
@@ -46,21 +47,31 @@ class Living:
     def __init__(self) -> None:
         self._graphs: list[_Graph] = []
         self._before, self._last, self._most = 1, 1, 1
-        """How many calls waited for one backward in the last two steps, and do by now in this one."""
+        """Calls that waited in the last two steps, and wait now."""
         self.input_bytes = 0
-        """What the input of a call that waits takes, where it is not also that of the one that runs."""
+        """Bytes of a waiting call's input that no later call shares."""
 
     @property
     def usual(self) -> int:
-        """How many calls wait for one backward; two only if twice in a row, lest an error be taken for a habit."""
+        """How many calls usually wait for one backward.
+
+        Two only if that happened twice in a row, lest an error in a backward be taken for a habit.
+        """
         return self._last if self._last > _FEW else min(self._before, self._last)
 
     def add(self, is_alive: Callable[[], bool], held_bytes: int, plain_bytes: int, inputs: Mapping[int, int]) -> None:
-        """A forward is over: what its graph holds, and would hold in plain training; its input's bytes by address."""
+        """Add the graph of a forward that is over.
+
+        Args:
+            is_alive: tells whether the graph still waits.
+            held_bytes: what it holds.
+            plain_bytes: what it would hold in plain training.
+            inputs: bytes of the input, by address.
+        """
         self._graphs.append(_Graph(is_alive, held_bytes, plain_bytes, inputs))
 
     def next_call(self, inputs: Mapping[int, int]) -> Load:
-        """What there is when the next call comes, with this input."""
+        """Return what exists when the next call comes, with this input."""
         self._graphs = graphs = [g for g in self._graphs if g.is_alive()]
         if not graphs:
             self._before, self._last, self._most = self._last, self._most, 1
@@ -74,9 +85,9 @@ class Living:
 
 
 def held_bytes(program: Program, schedule: Schedule | None = None, timeline: Timeline | None = None) -> int:
-    """What a step holds between its forward and its backward, beside what is always there.
+    """Return what a step holds between forward and backward.
 
-    ``timeline``: of this schedule, where it is known already.
+    What is always there does not count. ``timeline``: of this schedule, where it is known already.
     """
     schedule = schedule or Schedule.plain(program)
     at = schedule.order.index(max(program.forward, default=-1))
@@ -85,9 +96,9 @@ def held_bytes(program: Program, schedule: Schedule | None = None, timeline: Tim
 
 
 def waiting_bytes(program: Program) -> int:
-    """What there is beside for every call that waits, while the backward goes through another one: an estimate.
+    """Estimate what a waiting call adds during another call's backward.
 
-    The gradient of its output is there before anybody needs it, and the loss has made something of that output.
+    The gradient of its output exists before anybody needs it, and the loss has made something of that output.
     """
     last = max(program.forward, default=-1)
     outputs = (v for v, p in enumerate(program.producer) if 0 <= p <= last < program.hold[v])
@@ -100,18 +111,18 @@ class Calls:
 
     Attributes:
         n: how many.
-        input_bytes: what the input of each takes that waits.
+        input_bytes: bytes of the input of each waiting call.
     """
 
     n: int
     input_bytes: int = 0
 
     def needed_bytes(self, plan: Plan) -> int:
-        """Their peak, each under this plan."""
+        """Return their peak, each under this plan."""
         return plan.peak_bytes + self._beside(plan.program, plan.schedule)
 
     def plain_peak_bytes(self, program: Program) -> int:
-        """Their peak in plain training."""
+        """Return their peak in plain training."""
         return simulate(program).peak_bytes + self._beside(program, None)
 
     def _beside(self, program: Program, schedule: Schedule | None) -> int:
@@ -119,15 +130,15 @@ class Calls:
 
 
 def plan_for(calls: Calls, budget_bytes: int, solve: Callable[[int, bool], Plan]) -> Plan:
-    """The plan for one of so many calls before one backward, all of which have one budget.
+    """Plan one of several calls before one backward that share a budget.
 
     What a plan holds between forward and backward counts for every call, its peak for the last one. A smaller budget
-    for a call makes both smaller, so it is searched for the largest with which all of them fit.
+    for a call makes both smaller, so a bisection finds the largest with which all of them fit.
 
     Args:
         calls: before one backward.
         budget_bytes: of all of them.
-        solve: a plan within a budget; whether it is wanted at once.
+        solve: makes a plan within a budget; its second argument: whether the plan is wanted at once.
 
     Returns:
         The plan; where nothing fits, the smallest, which the caller can tell by ``Calls.needed_bytes``.

@@ -1,9 +1,9 @@
-"""The shadow of a step: every call of its forward made once more, on fake tensors, under the recorder.
+"""The shadow of a step: every call repeated on fake tensors.
 
-While the first real step runs, each call is made again on the *twins* of its arguments, with gradients, so that a graph
-of fake tensors grows beside the real one; at the end the backward runs on that. No code of the user's runs, and nothing
-of the user's is touched: twins are known to nobody else. A twin lives as long as its tensor does, so the recorder sees
-when memory is let go of.
+While the first real step runs, each call is repeated on the *twins* of its arguments, under the recorder and with
+gradients, so that a graph of fake tensors grows next to the real one; at the end the backward runs on that graph. None
+of the user's code runs, and none of the user's objects is touched: nobody else knows the twins. A twin lives as long as
+its tensor does, so the recorder sees when memory is freed.
 """
 
 from __future__ import annotations
@@ -53,23 +53,26 @@ from autoremat.program.model import INSIDE
 from autoremat.program.once import Once, Reason
 
 _COMPILED = "CompiledFunctionBackward"
-"""What the compiler calls the node of what it has compiled."""
+"""Name of the node that ``torch.compile`` makes for compiled code.
+
+It comes from ``CompiledFunction`` in ``torch/_functorch/_aot_autograd/runtime_wrappers.py`` (2.13).
+"""
 _SMALL = 4096
-"""So many numbers at most decide about sizes."""
+"""At most this many numbers are taken to decide about sizes."""
 
 
 Blank = Callable[[], Tensor]
 """Makes another fake tensor of some kind."""
 Mark = Callable[[Sequence[Any]], None]
-"""Lets an op of the recording stand for code of the user's that is given these gradients."""
+"""Lets a recorded op stand for user code given these gradients."""
 
 
 class Unlike(Exception):
-    """A call does on fake tensors something else than on real ones, so that the step cannot be recorded."""
+    """A call differs on fake tensors; the step cannot be recorded."""
 
 
 class Shadow:
-    """Twins of a step's tensors, and the recorder that looks on.
+    """The twins of a step's tensors, and their recorder.
 
     Args:
         module_path: the path of the module that runs now.
@@ -79,41 +82,41 @@ class Shadow:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.recorder = _Told(_blank, self._as_fake, module_path)
         self.compiled = ""
-        """Where something was met that compiled code has made."""
+        """Where the output of compiled code was met."""
         self.once: dict[int, Reason] = {}
-        """For calls that must not be made again, why."""
+        """For calls that must not be rerun, why."""
         self.seconds: dict[int, float] = {}
-        """For recorded ops that no kernel of torch's stands for, how long they took."""
+        """Seconds of recorded ops that stand for no kernel of torch."""
         self.pack_of: dict[int, int] = {}
-        """For every tensor that the recorder packs, counted from 0, the pack of the real step."""
+        """By the recorder's count of packs, the real step's pack."""
         self.saved: dict[int, int] = {}
-        """For every pack of the real step the number of its value, if it was made in the step."""
+        """By real pack, its value's number, if the step made it."""
         self._twins: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._nodes: dict[tuple[int, int], tuple[Tensor, Blank]] = {}
-        """Twins by the node of the real graph that made them; one whose tensor is gone has no memory any more."""
+        """Twins by real node; without memory once their tensor is gone."""
         self._node_of: dict[int, tuple[int, int]] = {}
         self._first_node = _next_node()
         self._memory: dict[int, tuple[weakref.ref[torch.UntypedStorage], weakref.ref[Tensor]]] = {}
-        """For the memory of a real tensor, by address, the twin that has been bound to it last."""
+        """By address of real memory, the twin bound to it last."""
         self._gone: deque[int] = deque()
         self._packs: list[Any] = []
         self._sizes: list[torch.Size] = []
         self._packed_once: set[int] = set()
-        """Storages that the call that runs now has saved, by address."""
+        """Addresses of storages that the running call has saved."""
         self._saved_after: dict[int, int] = {}
-        """For every value that is saved the op after which that happened first."""
+        """For every saved value, the op after which it was saved first."""
         self._loose: list[tuple[int, Tensor]] = []
         self.marks: dict[int, int] = {}
-        """For nodes and hooks that are code of the user's, by key, the recorded op that stands for them."""
+        """Recorded ops that stand for user code, by node's or hook's key."""
         self.met: Callable[[Any], int] | None = None
-        """Called with the nodes of custom Functions; gives their keys."""
+        """Called with nodes of custom Functions; returns their keys."""
         self.packed_here: dict[int, Tensor] = {}
-        """What the call that runs now has saved, by pack."""
+        """What the running call has saved, by pack."""
         self._regions = Regions()
         self._region: Region | None = None
-        """Where the call that runs now is, if the user checkpoints it himself."""
+        """The part that the user checkpoints by hand, if inside one."""
         self._numbers: dict[int, Tensor] = {}
-        """Small indices that autograd has saved, with their numbers, by the recorder's count of packs."""
+        """Small saved indices with real numbers, by the recorder's pack count."""
 
     # ---- twins ---------------------------------------------------------------------------------------------------
 
@@ -123,17 +126,17 @@ class Shadow:
             self.recorder.know(self.twin(tensor, node_of), label, kind, module)
 
     def know_gradient(self, leaf: Tensor, label: str, module: str) -> None:
-        """Register the gradient that a leaf has already: the backward adds to it."""
+        """Register a leaf's existing gradient, to which the backward adds."""
         gradient = self.twin(leaf).grad
         if gradient is not None:
             with self._here():
                 self.recorder.know(gradient, label, "gradient", module)
 
     def forward_ends(self) -> set[int]:
-        """Settle what the forward has left; the values that only autocast's cache still holds.
+        """Settle the forward; return values that only autocast's cache holds.
 
-        It does so until the user's region ends, which is before the backward as a rule. What such a cast is read by in
-        another call can be handed out at the end of the one that made it.
+        The cache does so until the user's autocast region ends, as a rule before the backward. If another call reads
+        such a cast, the call that made the cast can hand it out at its end.
         """
         self.settle()
         recorder = self.recorder
@@ -149,16 +152,16 @@ class Shadow:
 
     @property
     def real_bytes(self) -> int:
-        """What the recording itself holds in memory: copies of numbers that the backward looks at."""
+        """Bytes of real numbers that the recording itself has copied."""
         return sum(numbers.nbytes for numbers in self._numbers.values())
 
     def leaves(self) -> list[Tensor]:
-        """The twins that gradients are accumulated into."""
+        """List the twins that gradients are accumulated into."""
         found = {id(twin): twin for _, twin in self._twins.values() if is_leaf(twin) and twin.requires_grad}
         return list(found.values())
 
     def twin(self, tensor: Tensor, node_of: Callable[[Tensor], Any] = node_made) -> Tensor:
-        """The twin of a tensor, made where there is none, put right where the tensor has changed unseen.
+        """Return a tensor's twin, made or corrected if need be.
 
         ``node_of``: gives the node that has made the tensor.
         """
@@ -170,26 +173,26 @@ class Shadow:
         return self._bind(tensor, self._met(tensor, node), node)
 
     def _as_given(self, tensor: Tensor) -> Tensor:
-        """The twin of what a call was given, as it was then: the tensor itself may have been overwritten since."""
+        """Return the twin of an argument as it was when given."""
         twin = self._known(tensor)
         return self.twin(tensor) if twin is None else twin
 
     def _known(self, tensor: Tensor) -> Tensor | None:
-        """The twin that a tensor has already."""
+        """Return the twin that a tensor already has, if any."""
         known = self._twins.get(id(tensor))
         return known[1] if known is not None and known[0]() is tensor else None
 
     def number(self, tensor: Tensor) -> int:
-        """The number of the value that a tensor looks at."""
+        """Return the number of the value that a tensor looks at."""
         storage = storage_of(local_of(self.twin(tensor)))
         return -1 if storage is None else self.recorder.map.number(storage)
 
     def forget(self, tensor: Tensor) -> None:
-        """The twin of a tensor is that of something else: the next one is made anew."""
+        """Forget a tensor's twin, which belongs to another value."""
         self._twins.pop(id(tensor), None)
 
     def revive(self, tensor: Tensor, number: int) -> None:
-        """Let the twin of a tensor be on the memory of a value of which nobody was known to look at it any more."""
+        """Put a tensor's twin on the memory of a lost value."""
         storage = storage_of(local_of(self.twin(tensor)))
         if storage is not None:
             self.recorder.revive(storage, number)
@@ -197,7 +200,7 @@ class Shadow:
     def _bind(self, tensor: Tensor, twin: Tensor, node: Any) -> Tensor:
         key, gone = id(tensor), self._gone
         before = self._twins.pop(key, None)
-        if before is not None and before[0]() is None:  # this tensor is where another one was that is gone by now
+        if before is not None and before[0]() is None:  # another tensor, which is gone, had this address
             self._cut(before[1])
         self._twins[key] = weakref.ref(tensor, lambda _: gone.append(key)), twin
         storage = storage_of(local_of(tensor))
@@ -213,7 +216,7 @@ class Shadow:
         return twin
 
     def settle(self) -> None:
-        """Let twins go whose tensors are gone: their memory, not the graph that they are part of."""
+        """Free the memory of twins whose tensors are gone, not their graph."""
         while self._gone:
             known = self._twins.get(key := self._gone.popleft())
             if known is not None and known[0]() is None:
@@ -221,7 +224,7 @@ class Shadow:
                 self._cut(known[1])
 
     def _cut(self, twin: Tensor) -> None:
-        """Take the memory away from a twin whose tensor is gone; what has been computed from it needs its history."""
+        """Take the memory from a twin; what was computed needs its history."""
         where = self._node_of.pop(id(twin), None)
         if where is None or where not in self._nodes or not (twin.layout is torch.strided or is_jagged(twin)):
             return
@@ -230,7 +233,7 @@ class Shadow:
             self._nodes[where] = tail, _blank_of(tail)
 
     def _met(self, tensor: Tensor, node: Any) -> Tensor:
-        """The twin of a tensor that no call was seen to make: from outside, or made out of sight from what is known."""
+        """Make the twin of a tensor that no call was seen making."""
         with self._here():
             if node is not None and (found := self._of_node(tensor, node)) is not None:
                 return found
@@ -250,7 +253,7 @@ class Shadow:
             return twin
 
     def _of_node(self, tensor: Tensor, node: Any) -> Tensor | None:
-        """The twin of a tensor with a history: a node of a custom function, with the twins of its inputs before it."""
+        """Make a twin of a custom function's result, behind its inputs' twins."""
         if type(node).__name__ == _COMPILED:
             self.compiled = self.compiled or _user_line() or "a function"
         found = list(self._behind(node, set()))
@@ -260,11 +263,11 @@ class Shadow:
         return self._stand_in([self._blank_like(tensor) if alias is None else alias], found, node)[0]
 
     def loose(self, j: int, tensor: Tensor) -> None:
-        """Note what is saved outside of all calls: by a custom function, or by what runs out of sight."""
+        """Note what is saved outside all calls, as by custom functions."""
         self._loose.append((j, self._memory_of(tensor)))
 
     def _memory_of(self, tensor: Tensor) -> Tensor:
-        """The twin of what is being saved, or one without a history: the node that saves it is the history's end."""
+        """Return a twin of what is being saved, perhaps without a history."""
         known = self._known(tensor)
         if known is not None and _is_like(known, tensor):
             return known
@@ -279,7 +282,7 @@ class Shadow:
         return twin
 
     def _behind(self, node: Any, seen: set[Any]) -> Iterator[tuple[Tensor, Blank]]:
-        """The nearest known inputs of a node; between them and it there may be more that nobody was seen to make."""
+        """Yield a node's nearest known inputs; unseen nodes may lie between."""
         for n, nr in node.next_functions:
             found = self._input(n, nr)
             if found is not None:
@@ -289,7 +292,7 @@ class Shadow:
                 yield from self._behind(n, seen)
 
     def hook(self, key: int, tensor: Tensor) -> bool:
-        """Mark where the backward comes to a hook that is about to be registered on a tensor; whether that can be."""
+        """Mark a tensor's new hook in the backward; tell if possible."""
         try:
             with self._here():
                 twin: Any = self.twin(tensor)
@@ -299,7 +302,7 @@ class Shadow:
         return True
 
     def _mark(self, key: int, name: str, gradients: Sequence[Any]) -> None:
-        """Let an op of the recorded backward stand for code of the user's."""
+        """Let an op of the recorded backward stand for user code."""
         recorder = self.recorder
         if not recorder.backward:
             return
@@ -309,24 +312,24 @@ class Shadow:
         recorder._append(RecordedOp(name, reads, (), (), True, None))
 
     def graph(self) -> frozenset[tuple[int, int]]:
-        """The nodes whose twins have a history by now."""
+        """Return the nodes whose twins have a history by now."""
         return frozenset(self._nodes)
 
     def forget_graph(self, but: frozenset[tuple[int, int]]) -> None:
-        """Nobody goes on from nodes that have come since: their histories may go with the tensors."""
+        """Free histories of newer nodes, from which nobody goes on."""
         self.settle()
         for where in self._nodes.keys() - but:
             twin, _ = self._nodes.pop(where)
             self._node_of.pop(id(twin), None)
 
     def close(self) -> None:
-        """Hold no tensor any more: a graph may refer to this, and what is held here to that graph."""
+        """Hold no tensor any more, to break a circle through the graph."""
         for things in (self._twins, self._nodes, self._node_of, self._loose, self._memory, self.packed_here):
             things.clear()
         self._regions, self._region = Regions(), None
 
     def know_no_gradients(self) -> None:
-        """Before a pass: leaves that have no gradient have none here either."""
+        """Before a pass, clear twins' gradients where real leaves have none."""
         for reference, twin in list(self._twins.values()):
             tensor = reference()
             if tensor is not None and is_leaf(tensor) and tensor.requires_grad and tensor.grad is None:
@@ -341,7 +344,7 @@ class Shadow:
         return self._nodes.get((node._sequence_nr(), nr))
 
     def _stand_in(self, results: Sequence[Tensor], inputs: Sequence[tuple[Tensor, Blank]], node: Any) -> list[Tensor]:
-        """Give fake results a history: one node behind these inputs, which has saved what is loose."""
+        """Give fake results a history: one node, which saves what is loose."""
         saved = [twin for _, twin in self._loose]
         mark = None
         is_custom = isinstance(node, torch.autograd.function.BackwardCFunction) and type(node).__name__ != _COMPILED
@@ -357,7 +360,7 @@ class Shadow:
         return list(made)
 
     def _put_right(self, tensor: Tensor, twin: Tensor) -> Tensor:
-        """The twin of a tensor that has got another shape, or another history, out of sight."""
+        """Correct the twin of a tensor whose shape or history changed unseen."""
         node = node_made(tensor)
         with self._here():
             if not _is_like(twin, tensor):
@@ -373,7 +376,7 @@ class Shadow:
             if stand_in is None:
                 raise Unlike("a tensor got a history that nobody has seen")
             storage, old = storage_of(stand_in), storage_of(twin)
-            if storage is not None and old is not None and storage._cdata != old._cdata:  # the same memory as before
+            if storage is not None and old is not None and storage._cdata != old._cdata:  # keep the memory as before
                 with self.recorder.paused(), torch.no_grad():
                     stand_in.data = twin.detach()
             return self._bind(tensor, stand_in, node)
@@ -387,7 +390,7 @@ class Shadow:
 
     @contextmanager
     def _here(self) -> Iterator[None]:
-        """Among fake tensors, unseen by function modes, nothing recorded."""
+        """Work among fake tensors, unseen by function modes, recording nothing."""
         with unseen(), self.mode, warnings.catch_warnings(), self.recorder.paused():
             warnings.simplefilter("ignore")
             yield
@@ -415,7 +418,7 @@ class Shadow:
         return packed
 
     def _unpack(self, packed: Any) -> Tensor:
-        """Hand out memory for a saved tensor; with numbers, where the backward may look at them."""
+        """Hand out memory for a saved tensor, with numbers where needed."""
         if isinstance(packed, SetAside):
             return packed.unpack()
         fake = self.recorder.unpack(packed)
@@ -425,7 +428,7 @@ class Shadow:
     def make(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, packs: Sequence[int], call: int
     ) -> None:  # fmt: skip
-        """Make a call on twins that has just been made on real tensors.
+        """Repeat a real call on the twins of its arguments.
 
         Args:
             func: what was called.
@@ -462,7 +465,7 @@ class Shadow:
     def _made(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Sequence[Tensor], packs: Sequence[int]
     ) -> list[Tensor]:  # fmt: skip
-        """The twins of what a call gives: by making it, or, where that cannot be done on fakes, by what it gave."""
+        """Return twins of a call's results, from fakes or from real results."""
         begin = len(self.recorder.ops)
         given = [t for _, t in self.recorder.given]
         if is_torchs(func) and not any(_is_opaque(t) or is_overridden(t) for t in (*given, *real)):
@@ -496,19 +499,19 @@ class Shadow:
         return made
 
     def _with_numbers(self, tensor: Tensor) -> Any:
-        """A tensor of which the call needs the numbers: real, or a number of Python where it is just one."""
+        """Return the real tensor, or a Python number, where numbers are needed."""
         if not _is_small_index(tensor):
             return self._as_given(tensor)
         return tensor.item() if tensor.dim() == 0 else tensor
 
     def _read_all(self, begin: int, numbers: Sequence[int]) -> None:
-        """Let the first op of a call read all that the call is given: another run needs all of its arguments."""
+        """Let a call's first op read all arguments, which a rerun needs."""
         if begin < len(self.recorder.ops) and not self.recorder.ops[begin].backward:
             first = self.recorder.ops[begin]
             first.reads += [n for n in numbers if n >= 0 and n not in first.reads]
 
     def _note_what_leaves(self, begin: int, made: Sequence[Tensor]) -> None:
-        """Note when another run of the call could hand out what it has made, where it is made up of several ops."""
+        """Note when a rerun could hand out what a call made."""
         recorder = self.recorder
         ops = recorder.ops[begin:]
         if any(op.backward for op in ops):
@@ -530,16 +533,16 @@ class Shadow:
                     recorder.values[n].available = INSIDE
 
     def _note_pass(self, begin: int) -> None:
-        """Take the ops of a pass of its own for no call: what the pass asks for stands between them."""
+        """Take an inner pass's ops for no call: its asks stand between."""
         for op in self.recorder.ops[begin:]:
             op.call = -1
             if op.facts is not None:
                 op.facts = replace(op.facts, once=Reason(Once.INNER_PASS))
 
     def _match_packs(self, func: Any, packs: Sequence[int]) -> None:
-        """Find out which of what was saved on fake tensors is what on real ones.
+        """Match what was saved on fake tensors with the real packs.
 
-        Subclasses of tensors may have their parts saved as well when they are fake: these are passed over.
+        Fake tensor subclasses may have their parts saved as well: these are passed over.
         """
         if len(self._packs) == len(packs):
             matched = zip(self._packs, packs, strict=True)
@@ -565,7 +568,7 @@ class Shadow:
                 self._numbers[packed.n] = real.detach().clone()
 
     def _foreign(self, func: Any, args: Any, kwargs: Any, real: Sequence[Tensor], packs: Sequence[int]) -> list[Tensor]:
-        """What an operator that is not torch's gives: one op of the program, and one node; nobody's code runs."""
+        """Let one op and one node stand for a foreign operator."""
         inputs = tensors_in((args, kwargs))
         recorder = self.recorder
         own = {id(t): twin for twin, t in recorder.given}
@@ -595,7 +598,7 @@ class Shadow:
             return made
 
     def _alias_of(self, tensor: Tensor) -> Tensor | None:
-        """A fake tensor on the memory of a twin whose tensor is on the memory of this one, if there is such a twin."""
+        """Make a fake tensor on the memory of a twin, if possible."""
         storage = storage_of(tensor if is_distributed(tensor) or is_jagged(tensor) else local_of(tensor))
         real, own = _NONE if storage is None else self._memory.get(storage._cdata, _NONE)
         twin = own()
@@ -604,7 +607,7 @@ class Shadow:
         return twin.detach().as_strided(tensor.size(), tensor.stride(), int(tensor.storage_offset()))
 
     def _blank_like(self, tensor: Tensor) -> Tensor:
-        """Another fake tensor of the same kind."""
+        """Make another fake tensor of the same kind."""
         if is_jagged(tensor):
             return Jagged.of(tensor).converted(self.twin).around(self._blank_like(local_of(tensor)))
         if _is_nested(tensor):
@@ -618,7 +621,7 @@ class Shadow:
         return self.twin(tensor)
 
     def _take_size(self, tensor: Tensor, twin: Tensor) -> None:
-        """Some kernels leave their result in memory that was meant for more."""
+        """Take the real size: some kernels return an oversized memory."""
         storage, own = storage_of(local_of(tensor)), storage_of(local_of(twin))
         if storage is not None and own is not None:
             number = self.recorder.map.number(own)
@@ -627,20 +630,20 @@ class Shadow:
 
 
 class _StandIn(torch.autograd.Function):
-    """One node for all that happens out of sight between some tensors and a result."""
+    """One node for all that happens out of sight before a result."""
 
     @staticmethod
     def forward(
         ctx: Any, shadow: Shadow, mark: Mark | None, results: list[Tensor], saved: Any, blanks: Any, *inputs: Tensor
     ) -> Any:  # fmt: skip
-        """The results; they have a history now."""
+        """Return the results, which have a history now."""
         ctx.shadow, ctx.mark, ctx.blanks = shadow, mark, blanks
         ctx.save_for_backward(*saved)
         return tuple(results)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """Ask for what was saved, and give each input a gradient of its size."""
+        """Ask for what was saved; give each input a gradient."""
         saved = ctx.saved_tensors
         if ctx.mark is not None:
             ctx.mark(gradients)
@@ -652,19 +655,22 @@ class _StandIn(torch.autograd.Function):
 
 @dataclass
 class _Told(Recorder):
-    """A recorder that is told the size of what depends on numbers: the real call has just shown it."""
+    """A recorder that knows the real sizes of data-dependent results.
+
+    The real call has just shown them.
+    """
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.real: list[Tensor] = []
         self.given: list[tuple[Tensor, Tensor]] = []
         self.masks: list[tuple[torch.Size, int]] = []
-        """Sizes of the masks and indices that the call is given, and how many of their elements are not zero."""
+        """Sizes of given masks and indices, with their numbers of nonzero elements."""
         self.counts: dict[int, int] = {}
-        """For values that are masks and are saved, how many elements are true."""
+        """By value, how many elements of a saved mask are true."""
 
     def count(self, mask: Tensor) -> None:
-        """Note how many elements of a mask are true that autograd saves."""
+        """Note how many elements of a saved mask are true."""
         storage = storage_of(mask)
         if storage is None:
             return
@@ -674,7 +680,7 @@ class _Told(Recorder):
 
     def _run(self, func: Any, facts: OpFacts, args: Any, kwargs: Any) -> Any:
         if func is torch.ops.aten.index.Tensor and any(t is not None and t.dtype is torch.bool for t in args[1]):
-            made = self._sized(func, args)  # a fake kernel would look for the numbers in its own way
+            made = self._sized(func, args)  # the fake kernel of a boolean index asks for numbers in its own way
             if made is not None:
                 return made
         try:
@@ -686,7 +692,7 @@ class _Told(Recorder):
             return made
 
     def _sized(self, func: Any, args: Any) -> Any:
-        """Results of an operator whose size depends on numbers, by those of the call that it is in."""
+        """Make a data-dependent operator's results, sized as the real ones."""
         real = self.real
         if func is torch.ops.aten.nonzero.default:
             n = self._n_true(args[0])
@@ -701,7 +707,7 @@ class _Told(Recorder):
         return made[0] if len(made) == 1 else made
 
     def _indexed(self, source: Tensor, indices: Any) -> Any:
-        """What a mask alone picks, in the backward."""
+        """Make what a mask alone picks, in the backward."""
         if len(indices) != 1 or (n := self._n_true(indices[0])) is None:
             return None
         return torch.empty((n, *source.shape[indices[0].dim() :]), dtype=source.dtype, device=source.device)
@@ -720,19 +726,19 @@ class _Tail(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, shadow: Shadow, blank: Blank, twin: Tensor) -> Any:
-        """A tensor without elements."""
+        """Return a tensor without elements."""
         ctx.shadow, ctx.blank = shadow, blank
         return torch.empty(0, dtype=twin.dtype, device=twin.device)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        """A gradient of the tensor's size."""
+        """Return a gradient of the tensor's size."""
         with ctx.shadow.mode:
             return None, None, ctx.blank()
 
 
 def _next_node() -> int:
-    """The number of the next node of a graph; this thread counts them."""
+    """Return the number of the next graph node in this thread."""
     with torch.enable_grad():
         node = torch.empty(0, requires_grad=True).view(0).grad_fn
     assert node is not None
@@ -747,12 +753,12 @@ _NONE: Any = _nothing, _nothing
 
 
 def _without_duals() -> AbstractContextManager[Any]:
-    """No forward-mode derivatives in this block: the nodes that stand in for others have none."""
+    """Disable forward-mode derivatives, which stand-in nodes do not have."""
     return _set_fwd_grad_enabled(False)
 
 
 def _blank_of(tensor: Tensor) -> Blank:
-    """What makes another fake tensor of the same kind, without holding this one."""
+    """Return what makes such a fake tensor, without holding this one."""
     if is_jagged(tensor):
         inside, values = Jagged.of(tensor), _blank_of(local_of(tensor))
         return lambda: inside.around(values())
@@ -763,7 +769,10 @@ def _blank_of(tensor: Tensor) -> Blank:
 
 
 def _with_twin(numbers: Tensor, twin: Tensor) -> Tensor:
-    """A copy of real numbers that stands for a fake tensor, which lives as long as it does."""
+    """Copy real numbers that stand for a fake tensor.
+
+    The copy keeps the fake tensor alive.
+    """
     with _disable_current_modes():
         made = numbers.clone()
     made.twin_beside = twin  # type: ignore[attr-defined]
@@ -771,7 +780,7 @@ def _with_twin(numbers: Tensor, twin: Tensor) -> Tensor:
 
 
 def _twin_beside(tensor: Tensor) -> Tensor | None:
-    """The fake tensor that a real one stands for, if it does."""
+    """Return the fake tensor that a real one stands for, if any."""
     return getattr(tensor, "twin_beside", None)
 
 
@@ -780,7 +789,7 @@ def _blank(size: Sequence[int], stride: Sequence[int], dtype: torch.dtype, devic
 
 
 def _count(tensor: Tensor) -> int:
-    """How many elements of a mask are not zero; of what is no mask, its size."""
+    """Count a mask's nonzero elements; the size of anything else."""
     if tensor.dtype is not torch.bool or _is_opaque(tensor) or has_inside(tensor):
         return tensor.numel()
     with unseen():
@@ -788,18 +797,24 @@ def _count(tensor: Tensor) -> int:
 
 
 def _is_small_index(tensor: Tensor) -> bool:
-    """Whether this is something like the lengths of sequences: numbers that decide about sizes."""
+    """Tell whether numbers decide about sizes, as lengths of sequences do."""
     integer = not tensor.dtype.is_floating_point and not tensor.dtype.is_complex
     return integer and tensor.device.type == "cpu" and tensor.numel() <= _SMALL and not _is_opaque(tensor)
 
 
 def _is_opaque(tensor: Tensor) -> bool:
-    """Whether the memory of a tensor cannot be seen: sparse, quantized, nested or wrapped ones."""
+    """Tell whether a tensor's memory cannot be seen.
+
+    Sparse, quantized, nested and wrapped tensors are examples.
+    """
     return storage_of(local_of(tensor)) is None and not has_inside(tensor)
 
 
 def _is_nested(tensor: Tensor) -> bool:
-    """Whether this is a nested tensor of the old layout, for which another one stands that has as many elements."""
+    """Tell whether this is a nested tensor of the strided layout.
+
+    A plain one with as many elements stands for it.
+    """
     return tensor.is_nested and not is_jagged(tensor)
 
 
@@ -808,7 +823,7 @@ def _version(twin: Tensor) -> int:
 
 
 def _is_like(twin: Tensor, tensor: Tensor) -> bool:
-    """Whether two tensors differ in nothing but their numbers."""
+    """Tell whether two tensors differ in nothing but their numbers."""
     if is_jagged(tensor):
         return is_jagged(twin) and _is_like(local_of(twin), local_of(tensor))
     if _is_nested(tensor):
@@ -825,7 +840,7 @@ def _name(func: Any) -> str:
 
 
 def _spoken(func: Any) -> str:
-    """What a function of torch's API is called, as a user would write it."""
+    """Return a torch function's name, as a user would write it."""
     if not (said := str(func)).startswith("<"):
         return said
     module = getattr(func, "__module__", None) or getattr(getattr(func, "__objclass__", None), "__name__", "torch")

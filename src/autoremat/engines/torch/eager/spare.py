@@ -1,8 +1,9 @@
-"""Spare: where the path may be left, calls are prepared and saved tensors known that the plan has nothing to do with.
+"""Spare: prepares for leaving the path.
 
-A plan that keeps what a call makes neither prepares the call nor looks at what autograd saves of it. Once the path has
-been left, nothing of that could be let go of. So where a step may leave its path, it is followed with spare: as long as
-it stays there, memory is that of the plan to the byte, and all that is noted is forgotten at the end of the forward.
+A plan that keeps what a call makes neither prepares the call for a rerun nor looks at what autograd saves of it. Once
+the path has been left, nothing of that could be dropped. So where a step may leave its path, it is followed *with
+spare*: such calls are prepared, and their saved tensors noted. As long as the step stays on its path, memory is that of
+the plan to the byte, and all notes are forgotten at the end of the forward.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from autoremat.engines.torch.eager.backward import Backward
 
 _MATTERS = 0.05
-"""What may be let go of must be at least so much of the budget."""
+"""Least share of the budget that dropping must be able to free."""
 
 
 class Spare:
     """What is known of a forward beyond its plan.
 
     Args:
-        ledger: where calls are entered that the plan does not make again, too.
+        ledger: gets also the calls that the plan does not rerun.
         numbers: which memory holds which value.
         passes: where handles are counted.
         backward: whom handles ask.
@@ -43,15 +44,15 @@ class Spare:
     # ---- on the path ---------------------------------------------------------------------------------------------
 
     def entered(self, call: int) -> None:
-        """The ledger has a call that the plan does not make again."""
+        """Note a call in the ledger that the plan does not rerun."""
         self._calls.append(call)
 
     def saved(self, pack: int, value: int, kept: Kept) -> None:
-        """Autograd has saved a value, and the plan keeps it."""
+        """Note that autograd saved a value, and the plan keeps it."""
         self._kept.append((pack, value, weakref.ref(kept)))
 
     def forget(self) -> None:
-        """The forward is over and has stayed on its path."""
+        """Forget all notes: the forward ended on its path."""
         for call in self._calls:
             self._ledger.withdraw(call)
         self._calls.clear()
@@ -60,16 +61,26 @@ class Spare:
     # ---- off the path --------------------------------------------------------------------------------------------
 
     def is_worth(self, budget_bytes: int) -> bool:
-        """Whether what the plan has kept up to here is worth anything; at a tight budget it keeps next to nothing."""
+        """Tell whether enough was kept so far to be worth dropping.
+
+        At a tight budget the plan keeps next to nothing.
+        """
         storages = (kept.tensor.untyped_storage() for _, _, ref in self._kept if (kept := ref()) is not None)
         return sum({s._cdata: s.nbytes() for s in storages}.values()) > _MATTERS * budget_bytes
 
     def left(self) -> None:
-        """The path is left. Nothing else is done until room is needed: a step with fewer calls may need none."""
+        """Leave the path, and wait until room is needed.
+
+        A step with fewer calls may need none.
+        """
         self._withdraw_unable(self._living())
 
     def turn(self) -> int:
-        """Let handles stand for all that can be made again; how many bytes the ledger holds more."""
+        """Let handles stand for all values that can be recomputed.
+
+        Returns:
+            How many bytes the ledger holds more.
+        """
         living = self._living()
         self._withdraw_unable(living)
         entries, maker, held = self._ledger.entries, self._ledger.maker, self._ledger.held
@@ -96,7 +107,7 @@ class Spare:
             kept.turn(handle)
 
     def _living(self) -> dict[int, list[tuple[int, Kept]]]:
-        """What autograd still holds and nobody has overwritten, by value."""
+        """List what autograd still holds unchanged, by value."""
         found: dict[int, list[tuple[int, Kept]]] = {}
         changed = set()
         for pack, value, reference in self._kept:
@@ -109,7 +120,7 @@ class Spare:
         return {value: kept for value, kept in found.items() if value not in changed}
 
     def _withdraw_unable(self, living: Container[int]) -> None:
-        """Calls cannot be made again that read what is neither there nor can be made again."""
+        """Withdraw calls that read what is neither there nor can be recomputed."""
         ledger = self._ledger
         for call in sorted(ledger.entries):
             if not all(v in living or v in ledger.held or v in ledger.maker for v in ledger.entries[call].reads):

@@ -1,7 +1,7 @@
-"""The state in which a call is made: what decides, beside its arguments, what it computes.
+"""The state that decides, besides its arguments, what a call computes.
 
-Gradients on or off, inference mode, autocast (without its cache of weights), torch's numeric switches, the device that
-factories use. A call is made again in the state in which it was made.
+It consists of gradients on or off, inference mode, autocast (without its cache of weights), torch's numeric switches,
+and the device that factories use. A call is rerun in the state in which it first ran.
 """
 
 from __future__ import annotations
@@ -20,23 +20,29 @@ from autoremat.engines.torch.operators.facts import tensors_in
 from autoremat.engines.torch.operators.settings import NumericSettings, set_state, state_of
 
 DRAWING = threading.RLock()
-"""Held while a generator's state is taken and used, or changed for a while: other threads may draw from it too."""
+"""Held while a generator's state is read, used or changed.
+
+Other threads may draw from the same generator.
+"""
 _DEVICES = ("cpu", "cuda")
 _autocast_is_on, _set_autocast = torch.is_autocast_enabled, torch.set_autocast_enabled
 
 
 class State(NamedTuple):
-    """The state of one moment; the same object as last time where nothing has changed."""
+    """The state of one moment; the same object as long as unchanged."""
 
     settings: NumericSettings
     inference: bool
     autocast: tuple[tuple[str, torch.dtype], ...]
     modes: tuple[Any, ...]
-    """Function modes that see the call, such as torch's own for a default device."""
+    """Function modes that see the call.
+
+    torch's own mode for a default device is one.
+    """
 
     @staticmethod
     def now() -> State:
-        """The state of this moment; some microseconds."""
+        """Read the present state; takes some microseconds."""
         settings, inference = NumericSettings.now(), torch.is_inference_mode_enabled()
         autocast = tuple([(d, torch.get_autocast_dtype(d)) for d in _DEVICES if _autocast_is_on(d)])
         modes = tuple(_get_current_function_mode_stack()) if _n_modes() else ()
@@ -48,7 +54,10 @@ class State(NamedTuple):
 
     @property
     def has_modes_of_others(self) -> bool:
-        """Whether a function mode sees the call that is not torch's own: making it again would run that, too."""
+        """Whether a foreign function mode sees the call.
+
+        A rerun would run its code, too.
+        """
         return any(not type(m).__module__.startswith("torch.") for m in self.modes)
 
 
@@ -59,17 +68,20 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
-class Replay:
-    """The block in which calls are made again, each in its state; unseen by function modes. Puts everything back."""
+class Rerunning:
+    """The block in which calls are rerun, each in its own state.
+
+    No function mode sees them. Everything is restored at the end.
+    """
 
     __slots__ = ("_before", "_cache", "_now", "_unseen")
 
-    def __enter__(self) -> Replay:
+    def __enter__(self) -> Rerunning:
         self._unseen = without_function_modes()
         self._unseen.__enter__()
         self._before = self._now = State.now()
         self._cache = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # it is for the forward's casts
+        torch.set_autocast_cache_enabled(False)  # the cache is for casts of the forward
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -78,7 +90,7 @@ class Replay:
         self._unseen.__exit__(None, None, None)
 
     def use(self, state: State) -> contextlib.AbstractContextManager[Any]:
-        """Switch to the state of a call; the call is to be made inside what this returns."""
+        """Switch to a call's state; make the call inside the result."""
         if state is not self._now:
             self._switch(state)
         if state.inference == self._before.inference and not state.modes:
@@ -116,7 +128,7 @@ def _inside(state: State) -> Iterator[None]:
 
 
 class without_function_modes:  # noqa: N801 - a block
-    """The block that no function mode sees, and in which no subclass of tensors hears of a call."""
+    """The block that no function mode and no tensor subclass sees."""
 
     __slots__ = ("_off", "_unseen")
 
@@ -134,12 +146,12 @@ class without_function_modes:  # noqa: N801 - a block
 
 
 heard_by_classes = torch._C._EnableTorchFunction
-"""The block, in one without function modes, in which subclasses of tensors hear of a call, as they do in training."""
+"""Lets tensor subclasses see calls, as in training, inside ``without_function_modes``."""
 
 
 @contextlib.contextmanager
 def generator_at(generator: torch.Generator, state: bytearray) -> Iterator[None]:
-    """The generator in an earlier state for the length of the block."""
+    """Put a generator into an earlier state for the block."""
     with DRAWING:
         now = state_of(generator)
         set_state(generator, state)
@@ -150,7 +162,10 @@ def generator_at(generator: torch.Generator, state: bytearray) -> Iterator[None]
 
 
 def generator_of(args: Any, kwargs: Any) -> torch.Generator:
-    """The generator that a random call draws from: given explicitly, or the default one of its device."""
+    """Return the generator that a random call draws from.
+
+    It is the one given, or else the default one of the call's device.
+    """
     for a in (*args, *kwargs.values()):
         if isinstance(a, torch.Generator):
             return a

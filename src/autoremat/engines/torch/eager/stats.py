@@ -1,4 +1,4 @@
-"""What a checkpointed callable has done so far, for people and for loggers."""
+"""What a checkpointed callable has done, for people and loggers."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Stats:
         reruns: operators run again in all backward passes so far.
         rerun_seconds: how long that took; on CUDA only what the host did, because kernels run on their own.
         retries: forwards that ran out of memory and were tried again under a tighter plan.
-        differing: operators found to give something else when they run again; what they make is kept.
+        differing: operators found to give something else when they are rerun; what they make is kept.
     """
 
     plan: Plan | None
@@ -45,13 +45,14 @@ class Stats:
 
     @property
     def fallbacks(self) -> int:
-        """Calls that did not go by their plan: off the recorded path, or without checkpointing."""
+        """Calls that did not follow their plan, or ran without checkpointing."""
         return self.deviations + self.unplanned
 
     def as_dict(self) -> dict[str, int | float]:
-        """Numbers only, for a logger: every field, ``fallbacks``, and of the plan the bytes, overhead and lower bound.
+        """Return numbers only, for a logger.
 
-        What is not known (yet) is left out.
+        These are every field, ``fallbacks``, and of the plan the bytes, overhead and lower bound. What is not known
+        (yet) is left out.
         """
         numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
         numbers["fallbacks"] = self.fallbacks
@@ -60,7 +61,7 @@ class Stats:
         return {name: n for name, n in numbers.items() if n is not None}
 
     def __str__(self) -> str:
-        """A line for each number."""
+        """Write one line for each number."""
         numbers = self.as_dict()
         width = max(map(len, numbers))
         return "\n".join(

@@ -1,4 +1,4 @@
-"""Stays: from when to when a value of a plan is in memory, and until when the tape itself needs it there."""
+"""Stays: when a planned value is in memory, and needed there."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ class Stay:
 
     made_at: int
     last_read: int | None = None
-    """The last position at which the tape itself reads the value: to make a call again, or to answer a handle."""
+    """The last position at which the tape itself reads the value.
+
+    It reads values to rerun a call, or to answer a handle.
+    """
     asks: list[int] = field(default_factory=list)
 
 
@@ -29,23 +32,26 @@ class Stays:
 
     Attributes:
         by_value: for every value its stays, in order.
-        number: for every value that is made the number that the path has for it.
-        again: positions of further runs.
-        pack_at: for every position at which the backward asks the number of the pack.
+        number: for every value that is made, its number in the path.
+        reruns: positions of reruns.
+        pack_at: for every position at which the backward asks, the number of the pack.
     """
 
     def __init__(self, program: Program, schedule: Schedule, path: Path) -> None:
         self.program, self.order, self._path = program, schedule.order, path
         self.number = {v: n for n, v in enumerate(v for v, value in enumerate(program.values) if not value.fixed)}
         first: dict[int, int] = {}
-        self.again = {p for p, i in enumerate(self.order) if first.setdefault(i, p) != p}
+        self.reruns = {p for p, i in enumerate(self.order) if first.setdefault(i, p) != p}
         self._passing = Lifetimes(program, self.order, first).passing
         asks = iter(path.asks)
         self.pack_at = {p: next(asks) for p, i in enumerate(self.order) if program.ops[i].kind == "ask"}
         self.by_value = self._found()
 
     def _found(self) -> dict[int, list[Stay]]:
-        """The stays of every value. What is still there when a call makes it again stays, and the new copy goes."""
+        """Find the stays of every value.
+
+        A value that is still there when a rerun makes it again stays, and the new copy goes.
+        """
         stays: dict[int, list[Stay]] = {}
         for p, i in enumerate(self.order):
             op = self.program.ops[i]
@@ -57,19 +63,19 @@ class Stays:
         return stays
 
     def kept_packs(self) -> set[int]:
-        """Packs that are asked for, if at all, while what the forward made is still there."""
+        """Find packs that are asked for only while the forward's value remains."""
         later = set()
         for ss in self.by_value.values():
             later |= {self.pack_at[p] for s in ss[1:] for p in s.asks}
         return set(range(len(self._path.packed))) - later
 
     def find_last_reads(self, packs: tuple[int | None, ...]) -> None:
-        """Note, for every stay, where the tape itself needs the value last."""
+        """Note, for every stay, where the tape itself needs it last."""
         current: dict[int, int] = {}
         written: dict[int, int] = {}
         for p, i in enumerate(self.order):
             op = self.program.ops[i]
-            if p in self.again:
+            if p in self.reruns:
                 block = self._block_begin(p)
                 for v in op.reads:
                     if v in current and written[v] < block:
@@ -84,10 +90,13 @@ class Stays:
                     current[v] = current.get(v, -1) + 1
 
     def _block_begin(self, p: int) -> int:
-        """The position of the first run of the call's block that the further run at p belongs to."""
+        """Return the position where the block of a rerun begins.
+
+        A block is the rerun of one call, from its first op on.
+        """
         call = self.program.ops[self.order[p]].call
         while (
-            p - 1 in self.again
+            p - 1 in self.reruns
             and self.program.ops[self.order[p - 1]].call == call
             and self.order[p - 1] < self.order[p]
         ):

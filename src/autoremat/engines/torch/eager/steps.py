@@ -1,4 +1,7 @@
-"""Steps of one callable: the first one of a kind of input, those by another kind's account, those without a plan."""
+"""Steps of one callable: first ones, noted ones, and plain ones.
+
+Noted steps go by the account of another kind of input.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ from autoremat.engines.torch.world.problems import NothingDifferentiable
 from autoremat.program import Program
 
 _NO_HOOKS: Final = "don't yet support saved tensor hooks"
-"""What torch.func says where hooks are active."""
+"""Part of the error of torch.func where hooks are active."""
 
 
 class Steps:
@@ -44,12 +47,16 @@ class Steps:
     ) -> None:  # fmt: skip
         self._fn, self._planner, self._planning, self._reporter, self._here = fn, planner, planning, reporter, here
         self.under_plan = UnderPlan(fn, planning, reporter, here)
-        """Runs those that have a plan."""
+        """Runs the forwards that have a plan."""
 
     def first(self, kind: Kind, args: Sequence[Any], kwargs: dict[str, Any], *, is_first: bool) -> Any:
-        """The first step of a kind: noted, within the budget; planned at the end of its forward.
+        """Run a kind's first step: noted, and planned after its forward.
 
-        ``is_first``: no kind has a plan so far.
+        Args:
+            kind: of the input.
+            args: positional arguments.
+            kwargs: keyword arguments.
+            is_first: no kind has a plan so far.
         """
         kind.is_new = kind.stale = False
         parallel = kind.prepared.parallel
@@ -65,7 +72,7 @@ class Steps:
             if self._refuses_hooks(error):
                 before.restore()
                 return self._fn(*args, **kwargs)
-            kind.is_new = True  # this error is why it could not be recorded; the next call may be a good one
+            kind.is_new = True  # this call failed, so nothing was recorded; the next one may succeed
             raise
         if step.compiled:
             self._reporter.refuse(
@@ -77,7 +84,7 @@ class Steps:
         return result
 
     def _refuses_hooks(self, error: BaseException) -> bool:
-        """Whether the forward cannot be noted; says so."""
+        """Tell, and say, whether the forward cannot be noted."""
         if not isinstance(error, RuntimeError) or _NO_HOOKS not in str(error):
             return False
         self._reporter.refuse(
@@ -87,7 +94,7 @@ class Steps:
         return True
 
     def noted(self, kind: Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """A step that is not recorded: under the online policy from its first call on."""
+        """Run a step unrecorded, under the online policy from the start."""
         relative, parallel, modules = kind.relative, kind.prepared.parallel, reachable_modules(self._fn, args, kwargs)
         assert relative is not None
         assert relative.script is not None
@@ -112,7 +119,7 @@ class Steps:
         return result
 
     def _plan(self, kind: Kind, step: FirstStep, result: Any, is_first: bool) -> None:
-        """Plan for a kind whose first forward is over, and go backward by the plan already."""
+        """Plan for a kind after its first forward; its backward follows already."""
         known = kind.prepared.path
         try:
             step.backward(result)
@@ -131,7 +138,7 @@ class Steps:
                 kind.prepared = self._planning.accumulating(adopted, there, self._here.living)
             self.knows(kind.prepared, step.args, step.kwargs)
             kind.steps, kind.cached = 1, step.cached(result) if known is None else None
-            if kind.prepared.parallel.units:  # what their hooks take is in the program already
+            if kind.prepared.parallel.units:  # the program has what fully_shard's hooks take already
                 step.tape.sections = None
             if kind.script is not None:
                 step.tape.take_plan(kind.script)
@@ -145,7 +152,7 @@ class Steps:
         self.under_plan.waits(kind, step.tape)
 
     def knows(self, prepared: Prepared, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
-        """Note which gradients a plan has in its account, among those of these arguments and of the callable."""
+        """Note which gradients a plan accounts for, among existing ones."""
         if not prepared.parallel:
             prepared.found = gradients_of(self._fn, args, kwargs, _found(prepared).keys())
 
@@ -155,22 +162,25 @@ class Steps:
         self._planning.solve_where(kind.prepared, program, there, self._here.living)
 
     def _room(self, fixed_bytes: int) -> Callable[[int], float]:
-        """What a first step may take beside what is there for good, and beside the graphs of earlier calls."""
+        """Return what a first step may take besides what already exists.
+
+        The graphs of earlier calls count, too.
+        """
         share, load = self._planner.first(fixed_bytes), self._here.load
         return lambda plain_bytes: share(plain_bytes + load.plain_bytes) - load.held_bytes
 
     def plain(self, kind: Kind | None, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The forward without checkpointing."""
+        """Run the forward without checkpointing."""
         try:
             return self._fn(*args, **kwargs)
         except BaseException as error:
             if kind is not None and kind.plan is not None and is_out_of_memory(error):
                 raise self._planning.ran_out(kind.prepared, error, self._here.living) from error
             if kind is not None and kind.plan is None:
-                kind.is_new = True  # this error is why it could not be recorded; the next call may be a good one
+                kind.is_new = True  # this call failed, so nothing was recorded; the next one may succeed
             raise
 
 
 def _found(prepared: Prepared) -> dict[str, int]:
-    """Bytes of the gradients that a plan has in its account from the start, by name of the parameter."""
+    """Return the bytes of gradients in a plan's account, by name."""
     return {} if prepared.plan is None else gradients_found(prepared.plan.program)

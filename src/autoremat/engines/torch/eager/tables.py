@@ -1,4 +1,7 @@
-"""Tables of a script: for every call, or for every request of the backward, what a plan says of bytes and seconds."""
+"""Tables of a script: a plan's bytes and seconds.
+
+They go by call, or by request of the backward.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from autoremat.program import Plan, Program, Timeline
 
 
 def stops_of(program: Program, number: dict[int, int]) -> frozenset[int]:
-    """Values that a run of their call can hand out before its end."""
+    """Find values that a rerun hands out before its call's end."""
     end = {op.call: i for i, op in enumerate(program.ops) if op.call >= 0}
     found = set()
     for v, n in number.items():
@@ -22,7 +25,10 @@ def stops_of(program: Program, number: dict[int, int]) -> frozenset[int]:
 
 
 def costs_of(program: Program, n_calls: int) -> tuple[tuple[float, int], ...]:
-    """For every call the seconds of another run, and the bytes of what it makes and takes beside."""
+    """Return, for every call, a rerun's seconds and its bytes.
+
+    The bytes are of what it makes, temporaries included.
+    """
     found = [(0.0, 0)] * n_calls
     for op in (program.ops[i] for i in program.forward):
         if 0 <= op.call < len(found):
@@ -33,7 +39,10 @@ def costs_of(program: Program, n_calls: int) -> tuple[tuple[float, int], ...]:
 
 
 def run_twice(plan: Plan, timeline: Timeline, ready: frozenset[int]) -> frozenset[int]:
-    """Calls whose results, and copies of what they overwrite, fit in once more at their first run."""
+    """Find calls that can be rerun at once within the budget.
+
+    Their results, and copies of what they overwrite, fit in a second time.
+    """
     resident: dict[int, int] = {}
     written: Counter[int] = Counter()
     for i, nbytes in zip(plan.schedule.order, timeline.resident_bytes, strict=True):
@@ -50,9 +59,10 @@ def run_twice(plan: Plan, timeline: Timeline, ready: frozenset[int]) -> frozense
 
 
 def beside_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
-    """The most bytes that are not values held by the tape: in the forward, and from each request to the next.
+    """Return the most bytes besides the tape's values, for each span.
 
-    What calls take that are made again is not among them: off the path others are, and room is left for those.
+    The first span is the forward, the others go from each request to the next. What reruns take is not included: off
+    the path there are others, and room is left for those.
     """
     found, seen = [0], set[int]()
     for i, resident, held in zip(stays.order, timeline.resident_bytes, _held_bytes(stays), strict=False):
@@ -65,7 +75,10 @@ def beside_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
 
 
 def asked_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
-    """The bytes that are not values held by the tape at each request; in the forward, what kernels take."""
+    """Return the bytes besides the tape's values, at each request.
+
+    The first entry is what kernels take in the forward.
+    """
     program = stays.program
     scratch = max((program.ops[i].scratch_bytes for i in program.forward), default=0)
     found = [program.fixed_bytes + scratch]
@@ -76,7 +89,7 @@ def asked_bytes(stays: Stays, timeline: Timeline) -> tuple[int, ...]:
 
 
 def _held_bytes(stays: Stays) -> list[int]:
-    """The bytes of values that the tape holds, at every run."""
+    """Return the bytes of values that the tape holds, at every run."""
     change = [0] * (len(stays.order) + 1)
     for v, ss in stays.by_value.items():
         for s in ss:
@@ -88,7 +101,10 @@ def _held_bytes(stays: Stays) -> list[int]:
 
 
 def gradient_bytes(program: Program, order: Sequence[int]) -> tuple[int, ...]:
-    """The bytes of gradients of parameters: in the forward, and from each request on."""
+    """Return the bytes of parameters' gradients from each request on.
+
+    The first entry is for the forward.
+    """
     found, last = [0], 0
     for i in order:
         op = program.ops[i]
@@ -101,7 +117,7 @@ def gradient_bytes(program: Program, order: Sequence[int]) -> tuple[int, ...]:
 
 
 def saved_bytes(stays: Stays, n_calls: int) -> tuple[int, ...]:
-    """What is kept, and not by the tape, after so many calls."""
+    """Return, after each call, the bytes autograd keeps outside the tape."""
     found = [0] * (n_calls + 1)
     for v, (first, *_) in stays.by_value.items():
         call = stays.program.ops[stays.program.producer[v]].call
@@ -111,7 +127,7 @@ def saved_bytes(stays: Stays, n_calls: int) -> tuple[int, ...]:
 
 
 def places_of(program: Program, n_calls: int) -> tuple[str, ...]:
-    """For every call its operator, module and line."""
+    """Describe every call by its operator, module and line."""
     found = [""] * n_calls
     for i in program.forward:
         op = program.ops[i]

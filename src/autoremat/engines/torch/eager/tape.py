@@ -1,7 +1,7 @@
-"""The tape: one forward. It hands events on; policy, ledger and passes deal with them.
+"""The tape: one forward, whose events it hands on.
 
 While the forward runs, a function mode hears every call, and saved-tensor hooks turn what autograd wants to save into
-handles. Afterwards the handles hold what the backward needs.
+handles. Policy, ledger and passes deal with these events. Afterwards the handles hold what the backward needs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,10 @@ _hooks_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_mes
 
 @dataclass
 class Reports:
-    """What the tape tells others: a deviation, a call made again, memory refused for good, a recording that failed."""
+    """What the tape tells others.
+
+    It tells of a deviation, of a rerun, of memory refused for good, and of a recording that failed.
+    """
 
     deviated: Callable[[str, float], None] = lambda reason, growth: None
     rerun: Callable[[float], None] = lambda seconds: None
@@ -53,11 +56,13 @@ class Reports:
 
 @dataclass(frozen=True)
 class First:
-    """What a step has that goes by no plan: a first one, or one that is not recorded.
+    """What a step without a plan has instead.
+
+    It is a first step, or one that is not recorded.
 
     Attributes:
         allowance: what the budget leaves for what it makes.
-        shadow: where every call is made once more, on fake tensors; None where nobody records.
+        shadow: where every call is repeated on fake tensors; None where nobody records.
         storages: the memory that is there before the step.
         is_kept: whether the user wants what an operator of this module and name makes kept.
     """
@@ -72,9 +77,9 @@ class Tape:
     """One forward under a plan, or noted for one.
 
     Args:
-        script: what to follow; in a first step, what that has instead.
+        script: to follow; in a first step, what that has instead.
         reports: whom to tell.
-        check: compares what runs again with what ran first.
+        check: compares reruns with first runs.
         others_bytes: what the graphs of earlier calls hold.
         wary: the path may be left; prepare for that.
     """
@@ -91,9 +96,9 @@ class Tape:
         self.n_calls = self.n_packs = 0
         self.allowance: OfFirstStep | None = None
         self.last: weakref.ref[Kept] | None = None
-        """What stands for the tensor that the backward asks for last, where that is kept."""
+        """Stands for the tensor that is asked for last, if kept."""
         self.compiled = ""
-        """Where compiled code was met that runs inside."""
+        """Where the forward met compiled code."""
         first = script if isinstance(script, First) else None
         self.script = None if isinstance(script, First) else script
         self.witness = Witness() if first is None else Witness(first.shadow, self.reports.unlike)
@@ -120,7 +125,7 @@ class Tape:
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """The block in which the forward runs."""
+        """Run the forward in this block."""
         try:
             with self.listener, self._hooks():
                 yield
@@ -141,7 +146,7 @@ class Tape:
             yield
 
     def hooked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call with hooks on what autograd saves in it, unless the user has others there."""
+        """Make a call with our saved-tensor hooks, unless others are active."""
         if self._throughout or _top_hooks(True) is not None or _hooks_disabled():
             return func(*args, **kwargs)
         _push_hooks(self._packed, self.backward.unpack)
@@ -151,7 +156,7 @@ class Tape:
             _pop_hooks()
 
     def _heard(self) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], Any]:
-        """What hears the calls."""
+        """Return the method that hears the calls."""
         if isinstance(self.policy, Follow) and self.check.is_looking:
             return self.policy.looked
         return self.policy.heard
@@ -163,9 +168,9 @@ class Tape:
             return self.policy.pack(j, tensor)
 
     def leave_path(self, reason: str, growth: float = 1.0) -> None:
-        """Go on without the plan: from now on note every call, and hold what the budget has room for.
+        """Leave the plan: note every call, within the budget's room.
 
-        ``growth``: by so much what is made is larger than recorded.
+        ``growth``: the factor by which results are larger than recorded.
         """
         if isinstance(self.policy, Noting):
             return
@@ -175,7 +180,7 @@ class Tape:
         self.reports.deviated(reason, growth)
 
     def note_all(self, growth: float = 1.0) -> None:
-        """Note every call from here on, and make on demand what the backward asks for."""
+        """Note every call from here on; recompute on demand."""
         assert self.script is not None
         spare = self.policy.spare if isinstance(self.policy, Follow) else None
         if spare is not None and not spare.is_worth(self.script.budget_bytes or 0):
@@ -207,17 +212,17 @@ class Tape:
     # ---- what happens to values ------------------------------------------------------------------------------------
 
     def has_saved(self, value: int, nbytes: int) -> None:
-        """Autograd has saved a value for the first time."""
+        """Note that autograd has saved a value for the first time."""
         if self.allowance is not None:
             self.allowance.saved(value, nbytes)
 
     def overwritten(self, old: int, new: int, tensor: Tensor) -> None:
-        """The memory of a value holds another one now."""
+        """Note that the memory of a value holds another one now."""
         self.keeping.overwritten(old, new, tensor)
         self.check.forget(old)
 
     def look_at(self, tensors: Sequence[Tensor]) -> None:
-        """Keep, as it is now, what something that torch does not see has changed: nothing can make it again."""
+        """Keep values as they are if changed behind torch's back."""
         for tensor in tensors:
             value = self.numbers.known_tensor(tensor)
             if value is not None and value >= 0 and self.check.has_changed(value, tensor):
@@ -232,13 +237,13 @@ class Tape:
                 self.look_at([torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)])
 
     def met_compiled_code(self) -> None:
-        """The call that is about to be made is made by compiled code."""
+        """Note that compiled code makes the call that comes next."""
         self.compiled = self.compiled or _user_line() or "a function"
 
     # ---- afterwards ------------------------------------------------------------------------------------------------
 
     def life(self) -> Callable[[], bool]:
-        """What tells whether the graph of this forward is still waiting for its backward; keeps nothing alive."""
+        """Return what tells whether this graph still awaits its backward."""
         last, passes = self.last, weakref.ref(self.passes)
 
         def is_alive() -> bool:
@@ -251,7 +256,7 @@ class Tape:
 
     @property
     def way(self) -> tuple[int, int] | None:
-        """The first call that is not the one of the path, and how many there are; None where all are."""
+        """First call off the path and number of calls, or None."""
         if isinstance(self.policy, Noting) and self.script is not None:
             at = self.policy.differs_at
             at = self.n_calls if at is None and self.n_calls != len(self.script.funcs) else at
@@ -260,14 +265,14 @@ class Tape:
 
     @property
     def held_bytes(self) -> tuple[int, int]:
-        """What the graph of this forward holds, and would hold in plain training."""
+        """What this graph holds, and would hold in plain training."""
         if self.backward.room is not None:
             held = self.backward.room.online.meter.nbytes
             return held, held if self.allowance is None else self.allowance.plain_bytes
         return (0, 0) if self.script is None else self.script.held_bytes
 
     def has_made(self, tensor: Tensor) -> bool:
-        """Whether this forward has made what the tensor looks at."""
+        """Tell whether this forward has made what the tensor looks at."""
         number = self.numbers.known_tensor(tensor)
         return number is not None and number >= 0
 
@@ -280,6 +285,6 @@ class Tape:
 
     @property
     def composites(self) -> list[Composite]:
-        """The functions that such a forward was looked into at."""
+        """The functions that a noted forward was looked into at."""
         assert isinstance(self.policy, Noting)
         return self.policy.composites

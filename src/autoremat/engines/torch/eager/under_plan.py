@@ -1,4 +1,4 @@
-"""Forwards under a plan: the tape that follows it, tighter plans where memory runs out, what is told of both."""
+"""Runs forwards under a plan, tighter ones where memory runs out."""
 
 from __future__ import annotations
 
@@ -23,7 +23,10 @@ from autoremat.program import InfeasibleBudget
 from autoremat.program.once import Reason
 
 MAX_RETRIES: Final = 3
-"""How often a forward that ran out of memory is tried again, each time under a tighter plan."""
+"""How often a forward that ran out of memory is retried.
+
+Each time it has a tighter plan.
+"""
 
 
 class UnderPlan:
@@ -40,7 +43,7 @@ class UnderPlan:
         self._fn, self._planning, self._reporter, self._here = fn, planning, reporter, here
 
     def run(self, kind: Kind, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """The forward under the plan, under tighter ones where the device runs out of memory."""
+        """Run the forward under its plan, tighter where memory runs out."""
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(kind), kind.plan, RandomStates.now()
             try:
@@ -59,7 +62,7 @@ class UnderPlan:
                 and not any(map(tape.has_made, _outlasting(self._fn, args, kwargs)))
             )
             reached = tape.n_calls - 1 if tape.policy.is_following else None
-            del tape  # with the error's frames, all that the forward has made: now there is room to plan
+            del tape  # it and the error's frames held all that the forward made: now there is room to plan
             free_memory()
             try:
                 self._planning.tighten(kind.prepared, self._here.living, reached)
@@ -72,7 +75,7 @@ class UnderPlan:
         raise AssertionError("unreachable")
 
     def reports(self, kind: Kind) -> Reports:
-        """Whom the tape of a step of this kind tells what."""
+        """Say whom the tape of a step of this kind tells what."""
         return Reports(
             lambda reason, growth: self._deviated(kind, reason, growth),
             self._reporter.rerun,
@@ -97,21 +100,21 @@ class UnderPlan:
         return tape
 
     def _through(self, kind: Kind, tape: Tape) -> None:
-        """A forward has come to its end."""
+        """Note that a forward has come to its end."""
         kind.step_is_over(tape.way)
         if not tape.policy.is_following and tape.compiled:
             kind.stale = True
 
     def waits(self, kind: Kind, tape: Tape) -> None:
-        """A forward is over, and its graph waits for its backward."""
+        """Note that a forward's graph waits for its backward."""
         beside = 0 if kind.script is None else kind.script.waiting_bytes
         held, plain = tape.held_bytes
         self._here.living.add(tape.life(), held + beside, plain + beside, self._here.inputs)
 
     def differs(self, kind: Kind, k: int, reason: Reason) -> None:
-        """A call has turned out to give something else when it is made again."""
+        """Note that a call's rerun turned out to give something else."""
         kind.prepared.differing[k] = reason
-        if kind.plan is not None:  # else it is told once the step has been recorded
+        if kind.plan is not None:  # otherwise the user is told once the step has been recorded
             self._reporter.keeps(kind.plan.program, k, reason)
 
     def _deviated(self, kind: Kind, reason: str, growth: float) -> None:
@@ -137,7 +140,10 @@ def _off_the_path(parallel: Parallel) -> str:
 
 
 def _outlasting(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Iterator[Tensor]:
-    """Parameters, buffers and gradients: if a forward made one of them, running it once more would do so again."""
+    """Yield parameters, buffers and gradients.
+
+    If a forward made one of them, running it once more would do so again.
+    """
     for _, _, tensor in named_tensors(reachable_modules(fn, args, kwargs)):
         yield tensor
         if is_leaf(tensor) and tensor.grad is not None:

@@ -1,8 +1,8 @@
-"""Units of ``fully_shard`` in a first step: when their parameters are there, and so what can be made again when.
+"""Units of ``fully_shard`` in a first step: when their parameters exist.
 
 A unit gathers its parameters before its forward, frees them after it, and gathers them again for its backward: from the
 first gradient of what its forward has returned to the last gradient of what it was given. A call that needs them can be
-made again in between, and at no other time.
+rerun in between, and at no other time.
 """
 
 from __future__ import annotations
@@ -43,20 +43,20 @@ class Units:
         self._paths = {id(m): path for root in modules for path, m in root.named_modules()}
         self._of_group = {id(unit.group): unit for unit in parallel.units}
         self._unit_of: dict[int, Unit] = {}
-        """For the value of every whole parameter its unit."""
+        """The unit of every whole parameter, by the parameter's value."""
         self._marks: list[tuple[int, frozenset[Unit], bool]] = []
-        """In the order of the recording: before which op, which units, whether they gather or free."""
+        """Gatherings and releases in recorded order: op, units, whether gathered."""
         self._begun: dict[int, int] = {}
-        """For every group whose forward runs, the calls that were made before."""
+        """For every group whose forward runs, the calls made before."""
 
     def know(self) -> None:
-        """Tell the recording that the account has the shards already, and all that units gather."""
+        """Tell the recording that the account has shards and gathered parameters."""
         for unit in self._parallel.units:
             for _, _, parameter in unit.parameters():
                 self._is_elsewhere(parameter.sharded_param)
 
     def whole(self) -> list[tuple[str, Tensor]]:
-        """All whole parameters that the forward has gathered, by name."""
+        """List all whole parameters that the forward has gathered, by name."""
         return [
             (self._label(module, name), parameter._unsharded_param)
             for unit in self._parallel.units
@@ -69,7 +69,7 @@ class Units:
         return f"{path}.{name}" if path else name
 
     def _is_elsewhere(self, tensor: Tensor) -> int | None:
-        """Note that the memory of a tensor is accounted for elsewhere; the number of its value."""
+        """Count a tensor's memory elsewhere; return its value's number."""
         if storage_of(local_of(tensor)) is None:
             return None
         number = self._shadow.number(tensor)
@@ -81,7 +81,7 @@ class Units:
 
     @contextmanager
     def watched(self, tape: Tape) -> Iterator[None]:
-        """The block in which the forward runs."""
+        """Watch the forward that runs in this block."""
         with ExitStack() as stack:
             for unit in self._parallel.units:
                 group = unit.group
@@ -108,7 +108,7 @@ class Units:
     def _leaving(self, tape: Tape, unit: Unit, own: Callable[..., Any]) -> Callable[..., Any]:
         def post_forward(module: Any, args: Any, output: Any) -> Any:
             begin = self._begun.pop(id(unit.group), tape.n_calls)
-            if unit.frees and not _is_fake(unit):  # what is fake is not freed
+            if unit.frees and not _is_fake(unit):  # fake parameters are not freed
                 with torch._C.DisableTorchFunction():
                     _settle(tape, range(begin, tape.n_calls), output, is_gathered=unit.group.unshard_in_backward)
             return own(module, args, output)
@@ -127,7 +127,7 @@ class Units:
 
     @contextmanager
     def _looking(self, tape: Tape) -> Iterator[None]:
-        """Within this block nobody hears calls; an error ends the recording, not the step."""
+        """Let nobody hear calls; an error ends the recording, not the step."""
         with torch._C.DisableTorchFunction():
             try:
                 yield
@@ -135,7 +135,7 @@ class Units:
                 tape.witness.give_up(error)
 
     def _know(self, unit: Unit) -> None:
-        """Get to know the whole parameters of a unit, which has just gathered them."""
+        """Register the whole parameters that a unit has just gathered."""
         for module, name, _ in unit.parameters():
             tensor, label = module._parameters[name], self._label(module, name)
             assert tensor is not None
@@ -146,7 +146,7 @@ class Units:
                 self._unit_of[number] = unit
 
     def _mark(self, tensors: Sequence[Tensor], units: Sequence[Unit], *, gathers: bool) -> None:
-        """Note when the backward comes to the gradients of these tensors: then the units gather, or free."""
+        """Note when the backward reaches these gradients, and units gather or free."""
         recorder, changed = self._shadow.recorder, frozenset(units)
 
         def note(gradient: Tensor) -> None:
@@ -159,7 +159,10 @@ class Units:
     # ---- what can be made again ----------------------------------------------------------------------------------
 
     def forbid(self) -> None:
-        """Note, once the backward is recorded, which calls would need parameters at a time when they are not there."""
+        """Forbid reruns of calls that would miss their parameters.
+
+        The backward has been recorded by then.
+        """
         needs: dict[int, frozenset[Unit]] = {}
         ops, asked = self._shadow.recorder.ops, self._asked()
         for call, group in groupby((op for op in ops if op.call >= 0 and not op.backward), lambda op: op.call):
@@ -179,7 +182,7 @@ class Units:
         return own.union(*(needs.get(n, frozenset()) for n in reads))
 
     def _asked(self) -> dict[int, list[frozenset[Unit]]]:
-        """For every value that passes ask for, the units that are gathered at each request."""
+        """List, by value, the units gathered at each request for it."""
         found: dict[int, list[frozenset[Unit]]] = {}
         there = frozenset(unit for unit in self._parallel.units if not unit.frees)
         marks = iter([*self._marks, (len(self._shadow.recorder.ops), frozenset[Unit](), True)])
@@ -194,15 +197,16 @@ class Units:
 
 
 def _is_fake(unit: Unit) -> bool:
-    """Whether the step is one on fake tensors."""
+    """Tell whether the step is one on fake tensors."""
     return any(isinstance(module._parameters[name], FakeTensor) for module, name, _ in unit.parameters())
 
 
 def _settle(tape: Tape, calls: range, output: Any, *, is_gathered: bool) -> None:
-    """See to it, before a unit frees its parameters, that only its own backward will need them.
+    """Prepare for a unit's parameters being freed after its forward.
 
-    What somebody holds by now may be read outside the unit: it is kept. Where that is more than what the forward
-    returns, what has been computed from it may be asked for outside the unit's backward: then all of it is kept.
+    Only the unit's own backward may need them afterwards. What somebody holds by now may be read outside the unit: it
+    is kept. Where that is more than what the forward returns, what has been computed from it may be asked for outside
+    the unit's backward: then all of it is kept.
     """
     ledger, keeping, needs = tape.ledger, tape.keeping, tape.passes.needs
     made = {v for k in calls if k in ledger.entries for v in ledger.entries[k].makes}
@@ -210,8 +214,8 @@ def _settle(tape: Tape, calls: range, output: Any, *, is_gathered: bool) -> None
     returned = {s._cdata for t in tensors_in(output) if (s := storage_of(local_of(t))) is not None}
     if not is_gathered or any(s._cdata not in returned for s in held.values()):
         gone = [v for v in made if v not in ledger.held and v in ledger.maker and keeping.is_waited_for(v)]
-        ledger.make_again(gone, lambda v: False, lambda locked: None)
-        ledger.remade.difference_update(gone)
+        ledger.recompute(gone, lambda v: False, lambda locked: None)
+        ledger.recomputed.difference_update(gone)
         for value in made.intersection(ledger.held):
             ledger.maker.pop(value, None)
     for value in held:
@@ -221,7 +225,7 @@ def _settle(tape: Tape, calls: range, output: Any, *, is_gathered: bool) -> None
 
 
 def _held_by_others(tape: Tape, values: set[int]) -> Iterator[tuple[int, torch.UntypedStorage]]:
-    """Those of some values whose memory somebody else than the ledger holds, with the memory."""
+    """Yield values whose memory others hold too, with the memory."""
     for storage in tape.numbers.living():
         value = tape.numbers.known(storage)
         if value in values:
@@ -235,7 +239,7 @@ def _whole(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _tensors(tree: Any) -> list[Tensor]:
-    """The tensors in arguments or results; dataclasses are looked into."""
+    """List the tensors in arguments or results, inside dataclasses too."""
     found: list[Tensor] = []
     for leaf in torch.utils._pytree.tree_leaves(tree):
         if isinstance(leaf, Tensor):

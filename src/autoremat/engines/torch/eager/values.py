@@ -1,4 +1,4 @@
-"""Which value a tensor of the real step looks at: storages, their versions and their numbers."""
+"""Tells which value a tensor of the real step looks at."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ OWN: int = 1 << 40
 
 
 class Numbers(ValueMap):
-    """Numbers of the storages of a real step; in a first step those of its recording.
+    """Numbers a real step's storages; in a first step as recorded.
 
     Args:
-        witness: that records; where nobody does, numbers are given here.
+        witness: records the step; where it does not, numbers are given here.
     """
 
     def __init__(self, witness: Witness) -> None:
@@ -28,18 +28,21 @@ class Numbers(ValueMap):
     # ---- looking -------------------------------------------------------------------------------------------------
 
     def known(self, storage: torch.UntypedStorage) -> int | None:
-        """The number of a storage; None if it is not known."""
+        """Return the number of a storage; None if it is not known."""
         return self._known.get(storage._cdata)
 
     def known_tensor(self, tensor: Tensor) -> int | None:
-        """The number of the value that a tensor looks at; None if it is not known, or cannot be seen."""
+        """Return the number of a tensor's value; None if unknown or unseen."""
         storage = storage_of(local_of(tensor))
         return None if storage is None else self._known.get(storage._cdata)
 
     # ---- in a step that is noted -----------------------------------------------------------------------------------
 
     def of(self, tensor: Tensor) -> int | None:
-        """The number of the value that a tensor looks at; negative for one from outside; None if it cannot be seen."""
+        """Return the number of a tensor's value, in a noted step.
+
+        It is negative for a value from outside, and None if the value cannot be seen.
+        """
         storage = storage_of(local_of(tensor))
         if storage is None:
             return None
@@ -50,7 +53,7 @@ class Numbers(ValueMap):
         if known is None and recorded is not None:
             self.rebind(storage, recorded)
             return recorded
-        if recorded is not None and recorded != known:  # it was given other memory, out of sight
+        if recorded is not None and recorded != known:  # the tensor was given other memory, out of sight
             recorded = self._witness.number_anew(tensor)
         if recorded is not None and recorded < 0 <= (known or 0):
             self._witness.revive(tensor, known or 0)
@@ -59,9 +62,13 @@ class Numbers(ValueMap):
         return self.number(storage) if known is None else known
 
     def of_new(self, tensor: Tensor, pack: int | None = None) -> int | None:
-        """The number of a value that a call has just made; None if it was there before, or cannot be seen.
+        """Return the number of a value that a call just made.
 
-        ``pack``: it was saved inside the call, as the pack of this number.
+        None if it was there before, or cannot be seen.
+
+        Args:
+            tensor: that views it.
+            pack: the number of its pack, if it was saved inside the call.
         """
         storage = storage_of(local_of(tensor))
         if storage is None or self.known(storage) is not None:
@@ -75,19 +82,19 @@ class Numbers(ValueMap):
         return number if number >= 0 else None  # a constant, such as torch.tensor makes
 
     def of_nobody(self) -> int:
-        """A number that no storage has."""
+        """Return a number that no storage has."""
         self.made += 1
         return self.made - 1
 
     def after_write(self, tensor: Tensor, old: int) -> int:
-        """The number of the value that a memory holds after a call has overwritten it."""
+        """Return the number of the value that an overwritten memory holds."""
         storage = storage_of(local_of(tensor))
         assert storage is not None
         number = self._witness.number(tensor)
         if number is None:
             return self.bind_made(storage)
         self.rebind(storage, number)
-        return number if number >= 0 else old  # what it is now is from outside, as far as can be seen
+        return number if number >= 0 else old  # a negative number: the recording takes the value for one from outside
 
     def rebind_tensor(self, tensor: Tensor, number: int) -> None:
         """Let the memory of a tensor hold the value of this number."""

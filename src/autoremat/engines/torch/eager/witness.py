@@ -1,4 +1,7 @@
-"""The witness of a first step: the shadow that records it, as long as fake tensors can do what the real ones do."""
+"""The witness of a first step: hands events to the shadow.
+
+The shadow records as long as fake tensors can do what the real ones do.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from autoremat.program.once import Reason
 
 
 class Witness:
-    """Hands every event of a first step to its shadow; what fake tensors cannot do ends the recording, not the step.
+    """Hands every event of a first step to its shadow.
+
+    What fake tensors cannot do ends the recording, not the step.
 
     Args:
         shadow: that records; None where nobody does.
@@ -25,12 +30,12 @@ class Witness:
         self.shadow, self._unlike = shadow, unlike
 
     def give_up(self, error: BaseException) -> None:
-        """There will be no recording of this step; it goes on."""
+        """End the recording of this step; the step goes on."""
         self.shadow = None
         self._unlike(error)
 
     def number(self, tensor: Tensor) -> int | None:
-        """The number of the value that a tensor looks at, in the recording; None without one."""
+        """Return the recorded number of a tensor's value; None without a recording."""
         if self.shadow is None:
             return None
         try:
@@ -46,16 +51,16 @@ class Witness:
         return self.number(tensor)
 
     def revive(self, tensor: Tensor, number: int) -> None:
-        """A tensor of which the recording does not know looks at the memory of this value."""
+        """Put a tensor unknown to the recording on this value's memory."""
         if self.shadow is not None:
             self.shadow.revive(tensor, number)
 
     def number_of_pack(self, pack: int) -> int | None:
-        """The number of the value that was saved as this pack; None if it was not made in the step."""
+        """Return a pack's value number; None if not made in the step."""
         return None if self.shadow is None else self.shadow.saved.get(pack)
 
     def made(self, func: Any, args: Any, kwargs: Any, out: Any, packs: Sequence[int], call: int) -> None:
-        """A call has been made: make it on fake tensors, too."""
+        """Repeat a call that was just made on fake tensors."""
         if self.shadow is None:
             return
         try:
@@ -65,7 +70,10 @@ class Witness:
             self.give_up(error)
 
     def saved(self, pack: int, tensor: Tensor, *, inside: bool) -> None:
-        """Autograd saves a tensor, inside a call or, for a custom function, outside of all."""
+        """Note that autograd saves a tensor, inside a call or not.
+
+        A custom function saves outside of all calls.
+        """
         if self.shadow is None:
             return
         if inside:
@@ -77,17 +85,17 @@ class Witness:
             self.give_up(error)
 
     def once(self, call: int, reason: Reason) -> None:
-        """A call must not be made again."""
+        """Note that a call must not be rerun."""
         if self.shadow is not None:
             self.shadow.once[call] = reason
 
     def changed_unseen(self, values: Iterable[int]) -> None:
-        """Something else than torch may change the memory of these values."""
+        """Note that code outside torch may change these values' memory."""
         if self.shadow is not None:
             self.shadow.recorder.changed_unseen.update(values)
 
     def names_of(self, call: int) -> list[tuple[str, str]]:
-        """Module and name of the operators that a call is made of."""
+        """List module and name of the operators inside a call."""
         if self.shadow is None:
             return []
         ops = self.shadow.recorder.ops

@@ -1,4 +1,4 @@
-"""Works: what there is to do at each call of the path, by a plan."""
+"""Works: what a plan does at each call of the path."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ class Works:
     Args:
         program: of the step.
         path: of its forward.
-        stops: values that a run of their call can hand out before its end.
-        ready: calls that the plan makes again.
-        hold: values that the tape itself holds on to.
+        stops: values that a rerun of their call can hand out before its end.
+        ready: calls that the plan reruns.
+        hold: values that the tape itself holds.
     """
 
     def __init__(
@@ -27,15 +27,23 @@ class Works:
         self._program, self._path, self._stops, self._ready, self._hold = program, path, stops, ready, hold
 
     def of(self, packs: tuple[int | None, ...], hooked: Collection[int]) -> tuple[Work | None, ...]:
-        """What there is to do; ``hooked``: packs at which there is."""
+        """Make the work of every call; None where there is none.
+
+        Args:
+            packs: for every pack the value, if its memory may go; else None.
+            hooked: packs at which there is something to do.
+        """
         read = {v for k in self._ready for _, v in self._path.calls[k].reads}
         matter = frozenset(read | {v for v in packs if v is not None}) | self._hold
         calls = enumerate(self._path.calls)
         return tuple(self._work(k, c, self._ready, matter, hooked) or _drawing(c) for k, c in calls)
 
     def spare(self, works: Sequence[Work | None]) -> tuple[Work | None, ...]:
-        """What there is to do where all is prepared that may be made again, and everything saved is looked at."""
-        spare = self._may_run_again()
+        """Make the works of a forward that is followed with spare.
+
+        Every call that may be rerun is prepared, and every saved tensor looked at.
+        """
+        spare = self._may_rerun()
         saved = {j: v for j, v in enumerate(self._path.packed) if v is not None}
         matter = frozenset({v for k in spare for _, v in self._path.calls[k].reads}.union(saved.values()))
         found: list[Work | None] = []
@@ -51,8 +59,8 @@ class Works:
             found.append(_drawing(call) if other is None else replace(other, spare=k in spare))
         return tuple(found)
 
-    def _may_run_again(self) -> frozenset[int]:
-        """Calls of which nothing is known that speaks against another run."""
+    def _may_rerun(self) -> frozenset[int]:
+        """Find calls of which nothing known forbids a rerun."""
         ops = self._program.ops
         able = {op.call for op in ops} - {op.call for op in ops if op.call >= 0 and op.once}
         calls = enumerate(self._path.calls)
@@ -71,5 +79,5 @@ class Works:
 
 
 def _drawing(call: Call) -> Work | None:
-    """What there is to do at a call that the plan has nothing to do with."""
+    """Make the work of a random call that the plan ignores."""
     return Work(call, False, frozenset(), frozenset(), hooked=False, draws_only=True) if call.random else None

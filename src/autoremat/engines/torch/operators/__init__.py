@@ -1,1 +1,1 @@
-"""What torch's operators do: what they write, what they take, how long they last. For all engines for torch."""
+"""What torch's operators do, for every torch engine: writes, memory, seconds."""

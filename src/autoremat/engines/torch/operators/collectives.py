@@ -1,8 +1,8 @@
-"""Collectives: operators that talk to other processes. They never run again, and a recording does not run them at all.
+"""Collectives: operators that talk to other processes. They run only once.
 
-A recording happens in one process alone: the others may be anywhere, and a collective that only one of them calls
-waits for ever. So in a recording every collective gives what it would give if each of the other processes contributed
-what this one does: shapes, and the path through the callable, are right, and nothing is sent.
+A recording does not run them at all. It happens in one process, the others may be anywhere, and a collective that only
+one process calls waits for ever. So during a recording every collective returns what it would return if each of the
+other processes contributed what this one does: shapes, and the path through the callable, are right; nothing is sent.
 """
 
 from __future__ import annotations
@@ -15,18 +15,22 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
 NAMESPACES: Final = ("c10d", "_c10d_functional", "_dtensor")
-"""Of operators that talk to other processes."""
+"""Namespaces of the operators that talk to other processes."""
 
 WITHOUT_OUTPUT: Final = frozenset({"c10d.send", "c10d.barrier", "c10d.monitored_barrier_", "c10d.check_for_nan"})
 
 
 def communicates(func: torch._ops.OpOverload) -> bool:
-    """Whether the operator talks to other processes."""
+    """Tell whether the operator talks to other processes."""
     return func.namespace in NAMESPACES
 
 
 def written_by_collective(func: torch._ops.OpOverload) -> tuple[int, ...] | None:
-    """Positions of the arguments that it writes, where its schema is silent; None where the schema tells."""
+    """Return the positions of the arguments that a collective writes.
+
+    None where the schema declares what is written. Schemas of ``c10d`` do not declare it
+    (``torch/csrc/distributed/c10d/Ops.cpp``, torch 2.13).
+    """
     if func.namespace != "c10d":
         return None
     packet = str(func.overloadpacket)
@@ -34,7 +38,7 @@ def written_by_collective(func: torch._ops.OpOverload) -> tuple[int, ...] | None
 
 
 def run_alone(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
-    """What the collective gives if every other process contributes what this one does."""
+    """Return what a collective gives if all processes contribute the same."""
     with torch.no_grad():
         return _of_c10d(func, args) if func.namespace == "c10d" else _functional(func, args, kwargs)
 
@@ -65,7 +69,7 @@ def _functional(func: torch._ops.OpOverload, args: Sequence[Any], kwargs: Mappin
 
 
 def _fill(out: Tensor, sent: Sequence[Tensor]) -> None:
-    """Overwrite with what was sent, from its beginning, as often as it takes."""
+    """Overwrite a tensor with what was sent, repeated as needed."""
     given = sum(t.numel() for t in sent)
     if given and out.numel():
         flat = torch.cat([t.reshape(-1) for t in sent])

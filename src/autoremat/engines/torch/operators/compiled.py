@@ -1,6 +1,6 @@
-"""Functions and modules that ``torch.compile`` has compiled, met inside a step.
+"""Detects functions and modules compiled by ``torch.compile`` inside a step.
 
-What compiled code does goes past the dispatcher, so a step that runs some can be neither recorded nor run again.
+Compiled code goes past the dispatcher, so a step that runs some can be neither recorded nor rerun.
 """
 
 from __future__ import annotations
@@ -15,15 +15,21 @@ import torch
 from torch import nn
 
 _CALLED_BY = ("compile_wrapper", "eval_frame.py")
-"""Function and file of torch through which everything compiled is called; a test looks whether it still is."""
+"""Function and file of torch through which all compiled code is called.
+
+It is ``compile_wrapper`` in ``torch/_dynamo/eval_frame.py`` (2.13); a test checks that it still is.
+"""
 
 
 class CompiledCode(Exception):
-    """The step runs compiled code; the message says where, and what to do."""
+    """The step runs compiled code; the message says where.
+
+    It also says what to do.
+    """
 
 
 class _Eagerly:
-    """How many blocks want compiled code to run eagerly; torch has one switch for all threads."""
+    """Counts the blocks that want eager code: torch has one global switch."""
 
     lock = threading.Lock()
     blocks = 0
@@ -32,9 +38,9 @@ class _Eagerly:
 
 @contextmanager
 def eagerly() -> Iterator[None]:
-    """Within this block compiled functions and modules run as they are written, operator by operator.
+    """Run compiled functions and modules eagerly, operator by operator, within this block.
 
-    Whatever they were compiled to before would do part of its work unseen.
+    Code that was compiled earlier would do part of its work unseen.
     """
     if "torch._dynamo" not in sys.modules:  # then nothing has been compiled, and importing it takes a second
         yield
@@ -53,7 +59,7 @@ def eagerly() -> Iterator[None]:
 
 
 def in_compiled_code() -> bool:
-    """Whether something compiled has been called and has not returned yet."""
+    """Tell whether compiled code has been called and has not returned yet."""
     if "torch._dynamo" not in sys.modules:
         return False
     frame = sys._getframe(1)
@@ -66,12 +72,15 @@ def in_compiled_code() -> bool:
 
 
 def is_compiling() -> bool:
-    """Whether we are called by compiled code, or by code that is just being compiled."""
+    """Tell whether the caller is compiled code, or code being compiled now."""
     if torch.compiler.is_compiling():
         return True
     return "torch._dynamo" in sys.modules and torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
 
 
 def is_compiled(module: nn.Module) -> bool:
-    """Whether the module is compiled: by ``module.compile()``, or as what ``torch.compile(module)`` returns."""
+    """Tell whether a module is compiled.
+
+    That is by ``module.compile()``, or as the result of ``torch.compile(module)``.
+    """
     return module._compiled_call_impl is not None or "_orig_mod" in module._modules

@@ -1,14 +1,13 @@
-"""What operators take, kept between processes: so a second process has nothing to measure.
+"""Keeps operator costs in files, so later processes need not measure.
 
-A file per *place*: the device, the version of torch, the number of threads and the switches that decide which kernels
-run. Each line of it is one call of an operator as exact text, with what it takes, and a checksum. Lines are only ever
-appended, a batch by one write, without a lock: processes that write at once do not wait for each other, also on a
-network disk, where locks are not to be relied on. What is damaged (a line cut off where the disk was full, two that run
-into each other) fails its checksum, and costs one measurement. Where there is no folder that can be written, all goes
-on without.
+There is one file per *place*: the device, the version of torch, the number of threads, and the switches that decide
+which kernels run. Each line holds one operator call as exact text, its cost, and a checksum. Lines are only ever
+appended, a batch with a single write and no lock, so processes that write at once do not wait for each other. This is
+safe on network disks too, where locks cannot be relied on. A damaged line (cut off because the disk was full, or run
+together with another) fails its checksum and costs one measurement. Where no folder can be written, nothing is kept.
 
-``AUTOREMAT_CACHE`` names another folder than the user's cache folder, or, as ``off``, none. Only operators of torch
-itself are kept: another one may be another by tomorrow, under the same name.
+``AUTOREMAT_CACHE`` names a folder other than the user's cache folder; ``off`` keeps nothing. Only torch's own operators
+are kept: an operator of someone else may do something different tomorrow under the same name.
 """
 
 from __future__ import annotations
@@ -32,28 +31,31 @@ import torch
 from autoremat.engines.torch.operators.signature import CallSignature, Items, TensorSpec
 
 VARIABLE: Final = "AUTOREMAT_CACHE"
-"""The variable of the environment that says where costs are kept."""
+"""The environment variable that says where costs are kept."""
 _OFF: Final = frozenset({"", "0", "off", "no", "none", "false"})
 _MOST_BYTES: Final = 2 << 20
-"""A larger file loses the older half of its lines; some 8,000 stay."""
+"""A larger file loses the older half of its lines.
+
+Some 8,000 lines stay.
+"""
 _OWN: Final = frozenset({"aten", "prims"})
-"""Where the operators are that change with the version of torch only."""
+"""Namespaces whose operators change only with the version of torch."""
 _LARGEST: Final = 1 << 50
-"""No operator takes more bytes."""
+"""More bytes than any operator takes."""
 
 
 class Cost(NamedTuple):
     """What one operator call takes.
 
     Attributes:
-        seconds: of one run.
-        scratch_bytes: what the kernel allocates beside its results.
-        made_bytes: of every storage that it makes, in the order of the results; empty where nothing has been run. Some
-            kernels leave their result in memory that was meant for more: the one number that ``mse_loss``,
-            ``smooth_l1_loss``, ``binary_cross_entropy`` or ``soft_margin_loss`` returns lies in as many bytes as the
-            prediction takes. Fake tensors do not tell.
-        runs: how often it was timed; 0 where the seconds are an estimate.
-        has_run: the bytes are those of a run.
+        seconds: duration of one run.
+        scratch_bytes: what the kernel allocates besides its results.
+        made_bytes: size of every storage that the call makes, in the order of the results; empty where nothing has been
+            run. Some kernels return a small result in the memory of a large temporary: in torch 2.13 the one number
+            that ``mse_loss``, ``smooth_l1_loss``, ``binary_cross_entropy`` or ``soft_margin_loss`` returns occupies as
+            many bytes as the prediction. Fake tensors do not show this.
+        runs: how often the call was timed; 0 if the seconds are an estimate.
+        has_run: whether the bytes come from a real run.
     """
 
     seconds: float
@@ -67,7 +69,7 @@ class Cost(NamedTuple):
 
 
 def place_of(device: torch.device) -> str:
-    """All that decides, beside a call itself, what the call takes."""
+    """Describe everything, besides the call itself, that decides its cost."""
     return " | ".join((*_machine(device.type, device.index), f"{torch.get_num_threads()} threads", *_switches()))
 
 
@@ -92,7 +94,8 @@ def _cpu_name() -> str:
 def _switches() -> tuple[str, ...]:
     try:
         precision = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses to say while older and newer switches contradict each other
+    # torch raises here while the older switches and ``fp32_precision`` contradict each other (ATen/Context.cpp, 2.13).
+    except RuntimeError:
         precision = "mixed"
     cudnn = torch.backends.cudnn
     return (
@@ -104,7 +107,7 @@ def _switches() -> tuple[str, ...]:
 
 
 def text_of(call: CallSignature) -> str | None:
-    """A call as text, another one for every other call; None for calls that are not kept."""
+    """Write a call as unique text; None for calls not kept."""
     if call.func.namespace not in _OWN:
         return None
     try:
@@ -139,7 +142,7 @@ def _short(thing: object) -> str:
 
 
 def folder() -> Path | None:
-    """Where costs are kept; None where they are not."""
+    """Return the folder of the cost files; None where nothing is kept."""
     named = os.environ.get(VARIABLE)
     if named is not None:
         return None if named.strip().lower() in _OFF else Path(named).expanduser()
@@ -149,10 +152,10 @@ def folder() -> Path | None:
 
 
 class Kept:
-    """What is kept of one place: read once, at the first question.
+    """The costs kept for one place, read at the first question.
 
     Args:
-        place: which.
+        place: the place, as text.
     """
 
     def __init__(self, place: str) -> None:
@@ -161,7 +164,7 @@ class Kept:
         self._read_from: Path | None = None
 
     def get(self, call: CallSignature) -> Cost | None:
-        """What a call takes, if it is known."""
+        """Return the cost of a call, if it is known."""
         path = self._path()
         if path != self._read_from:
             self._read_from, self._known = path, {} if path is None else _read(path, self._place)
@@ -169,7 +172,7 @@ class Kept:
         return None if text is None else self._known.get(text)
 
     def add(self, costs: Mapping[CallSignature, Cost]) -> None:
-        """Keep what calls take, for other processes."""
+        """Write the costs of calls, for other processes."""
         path = self._path()
         found = {text: cost for call, cost in costs.items() if (text := text_of(call)) is not None}
         if path is not None and found:
@@ -182,13 +185,13 @@ class Kept:
 
 
 def _file_name(place: str) -> str:
-    """A name that says what is in it, and another one for every other place."""
+    """Return a readable file name that is unique to the place."""
     words = re.sub(r"[^A-Za-z0-9.]+", "-", place.partition(" | deterministic")[0]).strip("-")
     return f"costs-{words[:100]}-{hashlib.sha256(place.encode()).hexdigest()[:12]}.jsonl"
 
 
 def _read(path: Path, place: str) -> dict[str, Cost]:
-    """All that can be read of a file; the later of two lines about one call."""
+    """Read every sound line of a file; later lines win."""
     try:
         with open(path, "rb") as file:
             file.seek(max(0, os.fstat(file.fileno()).st_size - 2 * _MOST_BYTES))
@@ -199,7 +202,7 @@ def _read(path: Path, place: str) -> dict[str, Cost]:
 
 
 def _parsed(line: bytes, place: str) -> tuple[str, Cost] | None:
-    """What a line says; None where it is damaged."""
+    """Parse a line; None where it is damaged."""
     checksum, _, content = line.partition(b" ")
     if checksum != _checksum(content, place):
         return None
@@ -219,14 +222,14 @@ def _line(text: str, cost: Cost, place: str) -> bytes:
 
 
 def _checksum(content: bytes, place: str) -> bytes:
-    """Of what a line says, and of the place, so that a line says nothing anywhere else."""
+    """Compute the checksum of a line, valid for this place only."""
     return f"{zlib.crc32(content, zlib.crc32(place.encode())):08x}".encode()
 
 
 def _append(path: Path, place: str, costs: Mapping[str, Cost]) -> None:
-    """Add lines, by one write: no other process's comes in between."""
+    """Add lines with one write, so no other process's lines come between."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A line break first: the line before may have been cut off.
+    # Start with a line break: the line before may have been cut off.
     batch = b"\n" + b"\n".join(_line(text, cost, place) for text, cost in costs.items()) + b"\n"
     fd = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
     try:
@@ -239,7 +242,10 @@ def _append(path: Path, place: str, costs: Mapping[str, Cost]) -> None:
 
 
 def _shorten(path: Path, place: str) -> None:
-    """Keep the newest lines; what others append meanwhile may be lost, and is measured once more."""
+    """Keep only the newest lines of a file.
+
+    Lines that other processes append meanwhile may be lost; they are measured once more.
+    """
     kept, size = [], 0
     for text, cost in reversed(_read(path, place).items()):
         kept.append(_line(text, cost, place))

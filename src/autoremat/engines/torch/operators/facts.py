@@ -1,7 +1,7 @@
 """What the recorder and the tape must know of every ATen operator.
 
-Most of it stands in the operator's schema (what it writes, which outputs alias which inputs, whether it draws random
-numbers). The rest, where schemas are silent, stands in the small tables here.
+Most of it is in the operator's schema: what it writes, which outputs alias which inputs, whether it draws random
+numbers. Where schemas are silent, the small tables in this file say the rest.
 """
 
 from __future__ import annotations
@@ -26,16 +26,26 @@ OVERWRITING: Final = frozenset(
     {"aten.bernoulli_", "aten.uniform_", "aten.normal_", "aten.random_", "aten.exponential_", "aten.geometric_",
      "aten.cauchy_", "aten.log_normal_", "aten.zero_", "aten.fill_", "aten.copy_"}
 )  # fmt: skip
-"""In-place operators that write every element of their first argument without looking at it."""
+"""In-place operators that overwrite their first argument without reading it.
+
+They write every element of it.
+"""
 
 BATCH_NORM: Final = frozenset({"aten.native_batch_norm", "aten.cudnn_batch_norm", "aten.miopen_batch_norm"})
-"""Write running mean and variance (arguments 3 and 4) when argument 5 (training) is true, undeclared in the schema."""
+"""Operators that write running statistics undeclared in their schema.
+
+Arguments 3 and 4 (running mean and variance) are written when argument 5 (training) is true; ``native_functions.yaml``
+of torch 2.13 marks neither as written.
+"""
 
 RUNNING_STATISTICS: Final = (3, 4)
 TRAINING: Final = 5
 
 FRESH_CONSTANT: Final = frozenset({"aten.lift_fresh", "aten.lift_fresh_copy", "aten.lift"})
-"""How ``torch.tensor(...)`` enters: its result existed before any operator ran."""
+"""The operators through which ``torch.tensor(...)`` enters.
+
+Their result existed before any operator ran.
+"""
 
 NEVER_AGAIN: Final = {
     "aten._cudnn_rnn": Once.OWN_STATE,
@@ -45,7 +55,7 @@ NEVER_AGAIN: Final = {
     "aten.record_stream": Once.EFFECT,
     "aten.linalg_lstsq": Once.OTHER_BITS,
 }
-"""ATen operators that must not run again, and why."""
+"""ATen operators that must not be rerun, and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +89,7 @@ class OpFacts:
     communicates: bool
 
     def written(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors among the arguments that this call writes, declared or not."""
+        """List the tensors that this call writes, declared or not."""
         if not (self.written_args or self.written_kwargs or self.batch_norm):
             return []
         found = [args[i] for i in self.written_args if i < len(args)]
@@ -90,11 +100,14 @@ class OpFacts:
 
 
 _FACTS: dict[int, tuple[torch._ops.OpOverload, OpFacts]] = {}
-"""By the address of the operator, which hashes faster than the operator itself and stays its own while it is here."""
+"""Facts by the address of the operator.
+
+An address hashes faster than the operator; the entry keeps the operator alive, so its address stays its own.
+"""
 
 
 def facts_of(func: torch._ops.OpOverload) -> OpFacts:
-    """The facts of one operator, looked up at every call of it, computed once."""
+    """Return the facts of one operator; computed once, then looked up."""
     known = _FACTS.get(id(func))
     if known is None:
         known = _FACTS[id(func)] = func, _read_facts(func)
@@ -102,7 +115,7 @@ def facts_of(func: torch._ops.OpOverload) -> OpFacts:
 
 
 def _read_facts(func: torch._ops.OpOverload) -> OpFacts:
-    """Read off the schema and the tables of this module."""
+    """Read the facts off the schema and the tables of this file."""
     schema, packet = func._schema, str(func.overloadpacket)
     arguments = schema.arguments
     written = [a.alias_info is not None and a.alias_info.is_write for a in arguments]
@@ -138,7 +151,7 @@ def _once(func: torch._ops.OpOverload, packet: str, writes: bool) -> Once | None
 
 
 def tensors_in(tree: Any) -> list[Tensor]:
-    """The tensors in operator arguments or results: nested tuples, lists and dicts, in order."""
+    """List the tensors in nested arguments or results, in order."""
     if type(tree) is Tensor:
         return [tree]
     if isinstance(tree, Tensor):
@@ -149,7 +162,7 @@ def tensors_in(tree: Any) -> list[Tensor]:
 
 
 def tensors_given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """The tensors among the arguments of an operator, in order."""
+    """List the tensors among the arguments of an operator, in order."""
     found: list[Tensor] = []
     _collect(args, found)
     if kwargs:

@@ -1,11 +1,12 @@
-"""What has made a tensor, as far as torch tells without doing anything.
+"""Asks which node made a tensor, without side effects.
 
-To tell what has made a view whose memory has been overwritten since, torch makes the view's node anew, there and then;
-in plain training that happens while the next call reads the view. Which of two nodes was made first decides in which
-order gradients are added up, and so their last bit. So nobody here asks that of such a view before the user's code has.
+A view whose memory has been overwritten has a stale ``grad_fn``, and torch rebuilds it when somebody reads it
+(``DifferentiableViewMeta`` in ``torch/csrc/autograd/variable.h``, 2.13). In plain training this happens while the next
+call reads the view. The order in which nodes are made decides the order in which gradients are added up, and so their
+last bit. So this file never reads ``grad_fn`` of such a view before the user's code has.
 
-Of what was viewed without gradients, and then overwritten with them, torch refuses to tell, though such a tensor may be
-read without gradients.
+If a view was taken without gradients and then overwritten with them, torch raises when ``grad_fn`` is read, although
+such a tensor may be read without gradients.
 """
 
 from __future__ import annotations
@@ -17,19 +18,23 @@ from torch import Tensor, nn
 
 
 def is_leaf(tensor: Tensor) -> bool:
-    """Whether nothing differentiable has made a tensor; False where asking might do something."""
+    """Tell whether nothing differentiable made a tensor; False if asking has effects."""
     return not tensor.requires_grad or (not _may_be_anew(tensor) and tensor.is_leaf)
 
 
 def node_of(tensor: Tensor) -> Any:
-    """The node of the graph that has made a tensor; None where there is none, or where asking might do something."""
+    """Return the node that made a tensor.
+
+    None where there is no node, or where asking would have effects.
+    """
     return None if not tensor.requires_grad or _may_be_anew(tensor) else tensor.grad_fn
 
 
 def node_made(tensor: Tensor) -> Any:
-    """The same for what a call has just made, overwritten or read: with gradients, its node is there.
+    """Return the node of a tensor that a call has just used.
 
-    None where torch refuses to say.
+    Right after a call made, overwrote or read a tensor with gradients enabled, its node exists. None where torch
+    refuses to say.
     """
     if not torch.is_grad_enabled():
         return node_of(tensor)
@@ -40,8 +45,11 @@ def node_made(tensor: Tensor) -> Any:
 
 
 def _may_be_anew(tensor: Tensor) -> bool:
-    """Whether torch may have to make the node of a tensor anew: never of a parameter, which may not be there yet."""
+    """Tell whether torch may rebuild the tensor's node when asked for it.
+
+    It never does so for a parameter, whose data may not exist yet.
+    """
     kind = type(tensor)
-    if kind is not Tensor and (kind is nn.Parameter or isinstance(tensor, nn.Parameter)):  # the last is slow
+    if kind is not Tensor and (kind is nn.Parameter or isinstance(tensor, nn.Parameter)):  # isinstance is slow
         return False
     return tensor._is_view() and tensor._version > 0

@@ -1,8 +1,8 @@
-"""DTensors and jagged nested tensors: in memory is a tensor inside, on which their operators run others.
+"""DTensors and jagged nested tensors: wrappers around a tensor in memory.
 
-So recorder and tape let it take its operators apart, see those on the tensors inside and the collectives between them,
-and treat a saved one as the tensor inside with a description. The offsets of a nested tensor, a few numbers, stay with
-its description.
+Their operators run other operators on the tensor inside. So recorder and tape let the wrapper decompose its operators,
+see those on the inner tensors and the collectives between them, and treat a saved wrapper as its inner tensor plus a
+description. The offsets of a nested tensor, a few numbers, stay with the description.
 """
 
 from __future__ import annotations
@@ -19,40 +19,47 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from autoremat.engines.torch.operators.history import is_leaf
 
 PLAIN: Final = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer})
-"""Types of tensors in which there is no other one: a look at the type is much the fastest."""
+"""Types of tensors that wrap no other tensor; comparing types is fastest."""
 
 
 def _class(module: str, name: str) -> Any:
-    """A class, if its module is loaded already: without it there are no objects of it."""
+    """Return a class if its module is loaded, else None.
+
+    A class whose module is not loaded has no instances.
+    """
     return getattr(sys.modules.get(module), name, None)
 
 
 def is_distributed(tensor: Any) -> bool:
-    """Whether this is a DTensor."""
+    """Tell whether this is a DTensor."""
     kind = _class("torch.distributed.tensor", "DTensor")
     return kind is not None and isinstance(tensor, kind)
 
 
 def is_jagged(tensor: Any) -> bool:
-    """Whether this is a nested tensor of the jagged layout."""
+    """Tell whether this is a nested tensor of the jagged layout."""
     kind = _class("torch.nested._internal.nested_tensor", "NestedTensor")
     return kind is not None and isinstance(tensor, kind)
 
 
 def has_inside(tensor: Any) -> bool:
-    """Whether in memory there is another tensor, inside this one."""
+    """Tell whether this tensor wraps another one, which is in memory."""
     return type(tensor) not in PLAIN and (is_jagged(tensor) or is_distributed(tensor))
 
 
 def prepare_jagged() -> None:
-    """Have torch make what its first nested tensor of the jagged layout would make: that is no part of a step."""
+    """Let torch make its global dummy for jagged tensors now.
+
+    The first nested tensor would make it (``_nt_view_dummy`` in ``torch/nested/_internal/nested_tensor.py``, 2.13), and
+    it is no part of a step.
+    """
     module = sys.modules.get("torch.nested._internal.nested_tensor")
     if module is not None and hasattr(module, "_nt_view_dummy"):
         module._nt_view_dummy()
 
 
 def knows_ragged_sizes(mode: FakeTensorMode) -> None:
-    """Let fake nested tensors of the jagged layout be made in this mode: their sizes are symbols."""
+    """Allow jagged fake tensors in this mode: their sizes are symbols."""
     if mode.shape_env is None:
         from torch.fx.experimental.symbolic_shapes import ShapeEnv  # takes half a second
 
@@ -61,14 +68,14 @@ def knows_ragged_sizes(mode: FakeTensorMode) -> None:
 
 
 def is_apart(tensor: Tensor) -> bool:
-    """Whether a tensor that autograd saves is to be kept as the tensor inside it."""
+    """Tell whether a saved tensor is kept as its inner tensor."""
     if is_jagged(tensor):
         return not (is_leaf(tensor) and tensor.requires_grad)
     return is_distributed(tensor) and not is_leaf(tensor)
 
 
 def is_taken_apart(types: Collection[type]) -> bool:
-    """Whether an operator on tensors of these classes runs others, on the tensors inside them."""
+    """Tell whether operators on these classes run others on inner tensors."""
     known = (
         _class("torch.distributed.tensor", "DTensor"),
         _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor"),
@@ -78,7 +85,10 @@ def is_taken_apart(types: Collection[type]) -> bool:
 
 
 def local_of(tensor: Tensor) -> Tensor:
-    """What is in memory of a DTensor, complete, or of a nested one; any other tensor itself."""
+    """Return the tensor in memory behind a DTensor or a jagged tensor.
+
+    That of a DTensor is complete: collectives are waited for. Any other tensor is returned as it is.
+    """
     if type(tensor) in PLAIN:
         return tensor
     if is_jagged(tensor):
@@ -89,21 +99,24 @@ def local_of(tensor: Tensor) -> Tensor:
 
 
 def _waited(pending: Any) -> Tensor:
-    """What a collective has made; fake tensors that are at work would wait for nothing."""
+    """Wait for what a collective makes, with modes disabled.
+
+    An active fake mode would wait for nothing.
+    """
     with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
         waited: Tensor = pending.trigger_wait()
     return waited
 
 
 def is_pending(tensor: Any) -> bool:
-    """Whether this stands for what a collective makes, until somebody needs it."""
+    """Tell whether this stands for the unfinished result of a collective."""
     kind = _class("torch.distributed._functional_collectives", "AsyncCollectiveTensor")
     return kind is not None and isinstance(tensor, kind)
 
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """All of a DTensor but its local tensor."""
+    """Everything about a DTensor but its local tensor."""
 
     mesh: Any
     context: Any
@@ -113,7 +126,7 @@ class Description:
 
     @staticmethod
     def of(tensor: Any) -> Description:
-        """The description of a DTensor."""
+        """Describe a DTensor."""
         _, (placements, meta, order, _) = tensor.__tensor_flatten__()
         context = (placements, meta, order, False)
         return Description(
@@ -121,13 +134,16 @@ class Description:
         )
 
     def around(self, local: Tensor) -> Tensor:
-        """The DTensor around another local tensor; no gradient."""
+        """Make the DTensor around another local tensor, without a gradient."""
         inner = {"_local_tensor": local, "device_mesh": self.mesh}
         return self.build(inner, self.context, self.size, self.stride)
 
 
 def distributed_like(tensor: Tensor, local: Tensor) -> Tensor:
-    """A DTensor like this one, around another local tensor; its gradient, if there is one, stays out."""
+    """Make a DTensor like this one around another local tensor.
+
+    The gradient, if there is one, is not copied.
+    """
     made = Description.of(tensor).around(local)
     if isinstance(tensor, nn.Parameter):
         made = nn.Parameter(made, requires_grad=tensor.requires_grad)
@@ -136,7 +152,7 @@ def distributed_like(tensor: Tensor, local: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Jagged:
-    """All of a jagged nested tensor but its values."""
+    """Everything about a jagged nested tensor but its values."""
 
     offsets: Tensor
     options: dict[str, Any]
@@ -144,17 +160,17 @@ class Jagged:
 
     @staticmethod
     def of(tensor: Any) -> Jagged:
-        """The description of a nested tensor."""
+        """Describe a nested tensor."""
         options = {"lengths": tensor._lengths, "_ragged_idx": tensor._ragged_idx}
         options["_metadata_cache"] = dict(tensor._metadata_cache)
         return Jagged(tensor._offsets, options, type(tensor))
 
     def around(self, values: Tensor) -> Tensor:
-        """The nested tensor around other values; no gradient."""
+        """Make the nested tensor around other values, without a gradient."""
         return self.build(values, self.offsets, **self.options)
 
     def converted(self, convert: Callable[[Tensor], Tensor]) -> Jagged:
-        """The same with converted offsets, lengths, and numbers that were read off them."""
+        """Convert the offsets, the lengths, and the numbers read off them."""
         lengths = self.options["lengths"]
         options: dict[str, Any] = {"lengths": lengths if lengths is None else convert(lengths)}
         options["_ragged_idx"] = self.options["_ragged_idx"]
@@ -163,13 +179,13 @@ class Jagged:
 
 
 def description_of(tensor: Tensor) -> Description | Jagged:
-    """All of a DTensor or a jagged nested tensor but what is in memory of it."""
+    """Describe everything about a DTensor or jagged tensor but its memory."""
     return Jagged.of(tensor) if is_jagged(tensor) else Description.of(tensor)
 
 
 @dataclass(frozen=True, slots=True)
 class PackedLocal:
-    """A saved tensor that is taken apart: what the tensor inside was packed as, and the rest."""
+    """A saved wrapper taken apart: its packed inner tensor and its description."""
 
     packed: Any
     description: Description | Jagged

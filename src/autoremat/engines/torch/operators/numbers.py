@@ -1,7 +1,7 @@
-"""Numbers of Python that autograd saves: the 0.5 of ``x * 0.5`` becomes a tensor of 8 bytes that no hook gets to see.
+"""Counts Python numbers that autograd saves out of reach of hooks.
 
-Whether an operator saves such a number stands in no schema; so it is called once, on tensors of one element, under the
-allocator's account.
+The 0.5 of ``x * 0.5`` becomes a tensor of 8 bytes that no saved-tensor hook sees (torch 2.13). No schema says whether
+an operator saves such a number, so each is called once, on tensors of one element, under the allocator's account.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _SAVED: Final[dict[Any, int]] = {}
 
 
 def saved_number_bytes(calls: Iterable[CallSignature]) -> int:
-    """Bytes of the numbers that all these calls, made with gradients, leave behind."""
+    """Add up the bytes of numbers that these calls, with gradients, save."""
     return sum(_of_call(c) for c in calls)
 
 
 def has_number(call: CallSignature) -> bool:
-    """Whether a number stands where the schema has a tensor."""
+    """Tell whether a number stands where the schema has a tensor."""
     declared = zip(call.args, call.func._schema.arguments, strict=False)
     return any(isinstance(given, Number) and argument.type.kind() == "TensorType" for given, argument in declared)
 
@@ -43,7 +43,7 @@ def _of_call(call: CallSignature) -> int:
 
 
 def _measured(call: CallSignature) -> int:
-    """What is allocated and stays beside the result."""
+    """Measure what a call allocates and keeps besides its result."""
     with _disable_current_modes(), torch.enable_grad():
         args, kwargs = thaw(call.args, _of_one_element), thaw(call.kwargs, _of_one_element)
         sizes, out = allocations_of(call.func, args, kwargs)

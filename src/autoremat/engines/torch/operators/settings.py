@@ -1,4 +1,7 @@
-"""What decides, beside its arguments, what an operator computes: torch's global switches and random generators."""
+"""Reads and restores global state that decides what operators compute.
+
+This is torch's global switches and the random generators.
+"""
 
 from __future__ import annotations
 
@@ -12,19 +15,22 @@ import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 _TINY = 5e-324
-"""A denormal number."""
+"""A denormal number, which tells whether torch flushes such numbers to zero."""
 
 _Pair = tuple[Callable[[], Any], Callable[[Any], object]]
 
 
 def _pairs(*names: str) -> list[_Pair]:
-    """Getter and setter of torch's switches, as far as this version of torch has them."""
+    """Return getters and setters of the switches that this torch has."""
     known = [n for n in names if hasattr(torch._C, f"_get_{n}")]
     return [(getattr(torch._C, f"_get_{n}"), getattr(torch._C, f"_set_{n}")) for n in known]
 
 
 def _older(read: Callable[[], Any], write: Callable[[Any], object]) -> _Pair:
-    """A switch of before ``fp32_precision``: torch refuses to read it while it contradicts the newer ones."""
+    """Wrap a switch that predates ``fp32_precision``.
+
+    torch refuses to read such a switch while it contradicts the newer ones (``ATen/Context.cpp``, 2.13).
+    """
 
     def read_if_possible() -> Any:
         try:
@@ -45,7 +51,10 @@ def _determinism() -> tuple[bool, bool]:
 
 
 _ON_GPU = torch.version.cuda is not None or torch.version.hip is not None
-"""Without these, torch has the switches of their libraries, but nothing that looks at them."""
+"""Whether this torch has CUDA or HIP.
+
+Without them torch has the switches of their libraries, but nothing reads these.
+"""
 _GPU_SWITCHES: tuple[_Pair, ...] = (
     *_pairs(
         "cudnn_enabled",
@@ -68,7 +77,7 @@ _SWITCHES: tuple[_Pair, ...] = (
     (_determinism, lambda value: torch.use_deterministic_algorithms(value[0], warn_only=value[1])),
     *_pairs("mkldnn_enabled", "mkldnn_deterministic", "nnpack_enabled"),
     *(_GPU_SWITCHES if _ON_GPU else ()),
-    # The older switches first: setting them sets newer ones, too.
+    # The older switches come first, because setting one of them also sets newer ones.
     _older(torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
     *(_older(get, put) for get, put in _pairs(*(("cudnn_allow_tf32",) if _ON_GPU else ()), "onednn_allow_tf32")),
     _precision("generic", "all"),
@@ -84,14 +93,17 @@ _READERS = [read for read, _ in _SWITCHES]
 
 
 class NumericSettings(NamedTuple):
-    """The switches at one moment, and whether gradients were enabled (mkldnn_rnn_layer asks for a workspace)."""
+    """The switches at one moment, and whether gradients were enabled.
+
+    Gradients matter because ``mkldnn_rnn_layer`` allocates a workspace only with them.
+    """
 
     values: tuple[Any, ...]
     grad_enabled: bool
 
     @staticmethod
     def now() -> NumericSettings:
-        """The switches as they are; the same object as last time where nothing has changed."""
+        """Read the switches; returns the last object if nothing has changed."""
         values, grad_enabled = tuple([read() for read in _READERS]), torch.is_grad_enabled()
         last = _LAST[grad_enabled]
         if last is None or last.values != values:
@@ -103,14 +115,14 @@ class NumericSettings(NamedTuple):
         if other is self:
             return
         torch._C._set_grad_enabled(other.grad_enabled)
-        if other.values is not self.values and other.values != self.values:  # as good as never
+        if other.values is not self.values and other.values != self.values:  # hardly ever true
             for (read, write), value in zip(_SWITCHES, other.values, strict=True):
                 if read() != value:  # some of the setters are slow
                     write(value)
 
 
 _LAST: list[NumericSettings | None] = [None, None]
-"""What was read last without and with gradients."""
+"""The settings read last, without and with gradients."""
 
 
 class RandomStates(NamedTuple):
@@ -122,7 +134,7 @@ class RandomStates(NamedTuple):
 
     @staticmethod
     def now() -> RandomStates:
-        """The states at this moment; takes some ten microseconds."""
+        """Read the states; takes some ten microseconds."""
         numpy_random = getattr(sys.modules.get("numpy"), "random", None)
         return RandomStates(
             tuple((g, state_of(g)) for g in _default_generators()),
@@ -131,7 +143,7 @@ class RandomStates(NamedTuple):
         )
 
     def restore(self) -> None:
-        """Put all of them back."""
+        """Restore the states of all generators."""
         for generator, state in self.torch:
             set_state(generator, state)
         random.setstate(self.python)
@@ -145,7 +157,10 @@ def _default_generators() -> Sequence[torch.Generator]:
 
 
 def state_of(generator: torch.Generator) -> bytearray:
-    """The state of a generator; not as a tensor, which would take part in the account of memory."""
+    """Return the state of a generator as bytes.
+
+    A tensor would appear in the account of memory.
+    """
     if torch._C._len_torch_dispatch_stack():  # a mode might make it a fake one
         with _disable_current_modes():
             return bytearray(generator.get_state().numpy())

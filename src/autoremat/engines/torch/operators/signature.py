@@ -1,4 +1,7 @@
-"""What makes two calls of an operator the same: the operator, its shapes, dtypes, strides and plain arguments."""
+"""Tells whether two calls of an operator are the same.
+
+They are if the operator, the shapes, dtypes and strides of the tensors, and all plain arguments are equal.
+"""
 
 from __future__ import annotations
 
@@ -33,16 +36,16 @@ class CallSignature(NamedTuple):
 
 
 def signature_of(func: torch._ops.OpOverload, args: Any, kwargs: Any) -> CallSignature:
-    """The signature of a call."""
+    """Return the signature of a call."""
     return CallSignature(func, freeze(tuple(args)), freeze(kwargs))
 
 
 def freeze(tree: Any) -> Any:
-    """Nested arguments as a hashable tree with ``TensorSpec`` in place of tensors."""
+    """Turn nested arguments into a hashable tree, tensors into ``TensorSpec``."""
     if isinstance(tree, Tensor):
         return spec_of(tree)
     if isinstance(tree, torch.Generator):
-        return None  # measuring must not draw from the user's
+        return None  # measuring must not draw from the user's generator
     if isinstance(tree, dict):
         return Items(dict, tuple((k, freeze(v)) for k, v in tree.items()))
     if isinstance(tree, list):
@@ -53,7 +56,7 @@ def freeze(tree: Any) -> Any:
 
 
 def thaw(tree: Any, make: Any) -> Any:
-    """The arguments of a frozen tree again, with ``make(spec)`` for every tensor."""
+    """Turn a frozen tree back into arguments, with ``make(spec)`` for every tensor."""
     if isinstance(tree, TensorSpec):
         return make(tree)
     if isinstance(tree, Items):
@@ -65,7 +68,10 @@ def thaw(tree: Any, make: Any) -> Any:
 
 
 def spec_of(tensor: Tensor) -> TensorSpec:
-    """The spec of a tensor; opaque layouts have no strides, and what is nested has no size either."""
+    """Return the spec of a tensor.
+
+    Opaque layouts have no strides; nested tensors have no size either.
+    """
     if tensor.is_nested:
         return TensorSpec(tensor.dtype, (), (), tensor.device)
     stride = tuple(tensor.stride()) if tensor.layout is torch.strided else ()

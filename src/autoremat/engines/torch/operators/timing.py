@@ -1,4 +1,7 @@
-"""Seconds and scratch bytes of operators: measured on the device, or estimated from FLOPs and bytes."""
+"""Finds seconds and scratch bytes of operators by measuring or estimating.
+
+A measurement runs the operator on the device; an estimate is made from FLOPs and bytes.
+"""
 
 from __future__ import annotations
 
@@ -25,44 +28,59 @@ Progress = Callable[[str, float], None]
 FREE: Final = Cost(0.0)
 
 _MIN_SECONDS: Final = 0.02
-"""A call is repeated until it has run for this long in all ..."""
+"""A call is timed again until its runs take this long."""
 _MAX_REPEATS: Final = 5
-"""... but not more often than this, ..."""
+"""A call is timed at most this often."""
 _MIN_REPEATS: Final = 3
-"""... nor, where it takes less than ``_LONG_SECONDS``, less often: once alone may be far too slow."""
+"""A call shorter than ``_LONG_SECONDS`` is timed at least this often.
+
+A single run may be far too slow.
+"""
 _LONG_SECONDS: Final = 0.5
 
 _STEPS: Final = 2.0
-"""Timing goes on for about as long as so many steps take, ..."""
+"""Timing goes on for about as long as this many steps take."""
 _LEAST_SECONDS: Final = 0.1
-"""... but at least for this long."""
+"""Timing goes on for at least this long."""
 _ONCE_SECONDS: Final = 1.0
-"""As long again, and for so long besides, other calls are timed once."""
+"""For as long again, plus this, further calls are timed once each."""
 
 _CACHE_BYTES: Final = 1 << 26
-"""Memory that is written before each timed call, so that caches hold nothing of its arguments; where there is room."""
+"""Memory written before each timed call, to flush the caches.
+
+It is less where there is less room.
+"""
 
 _DRAWN: Final = frozenset({torch.float64, torch.float32, torch.float16, torch.bfloat16})
-"""Types of which random numbers can be had without those of another type beside them."""
+"""Types whose random numbers need no temporary of another type."""
 
 _NEEDS_ITS_WORKSPACE: Final = frozenset({"aten._cudnn_rnn_backward", "aten.miopen_rnn_backward"})
-"""Read pointers or sizes out of a byte tensor that their forward wrote: on any other bytes they crash."""
+"""Operators that read pointers or sizes from a byte tensor.
+
+Their forward wrote it; on any other bytes they crash.
+"""
 
 _LSTM_BACKWARD: Final = "aten.mkldnn_rnn_layer_backward"
-"""So does this one, but its forward can be run for them."""
+"""Needs such a workspace too, but a forward can supply it."""
 
 _GROUPED: Final = frozenset({"aten._grouped_mm", "aten._scaled_grouped_mm"})
-"""Products with a tensor of offsets that says where each group ends: with zeros they would have nothing to do."""
+"""Matrix products with a tensor of offsets that end each group.
+
+With offsets of zero they would have nothing to do.
+"""
 
 _MEASURED: dict[tuple[CallSignature, str], Cost] = {}
-"""By call and place: what has been run, or was kept by another process."""
+"""By call and place: costs measured here or kept by another process."""
 _KEPT: dict[str, Kept] = {}
 _FACTORS: dict[Any, list[float]] = {}
-"""For every operator what it took, whenever it was timed, as a multiple of the estimate."""
+"""By operator: its timed seconds as multiples of the estimates."""
 
 
 class Rates(NamedTuple):
-    """What a device does in a second, roughly; only the ratio of operators to each other matters for a plan."""
+    """What a device does in a second, roughly.
+
+    For a plan only the ratio of operators to each other matters.
+    """
 
     flops: float
     bytes: float
@@ -76,30 +94,30 @@ def measure_all(
     signatures: Sequence[CallSignature | None], progress: Progress | None = None, *, room_bytes: int | None = None,
     most_bytes: int | None = None, outputs: Sequence[int] = (),
 ) -> list[Cost]:  # fmt: skip
-    """The cost of every call: of those that are not known, each distinct one is run alone, on random numbers.
+    """Return the cost of every call, running those that are not known.
 
-    All of them are run once, for what they allocate. Timing takes about as long as a few steps: the calls that seem to
-    take longest are timed first, several times each, others once; when the time is over, the seconds of the rest are
-    estimates, scaled by those of the first. A call that cannot run on random numbers is estimated, too. Random
-    generators are left as they were. Memory: the arguments (copies, of weights too), results and scratch of one call at
-    a time, and what is written in between to empty the caches. What is found out is kept for other processes
-    (``costs``).
+    Each distinct unknown call is run alone, on random numbers. All are run once, for what they allocate. Timing takes
+    about as long as a few steps: the calls that seem to take longest are timed first, several times each, then others
+    once. When the time is over, the seconds of the rest are estimates, scaled by what was timed. A call that cannot run
+    on random numbers is estimated, too. Random generators are left as they were. In memory at a time are the arguments
+    (copies, of weights too), results and scratch of one call, and the memory written to flush the caches. What is found
+    out is kept for other processes (``costs``).
 
     Args:
         signatures: the calls; None costs nothing.
         progress: told how far it is.
-        room_bytes: what all that should take at most: caches are emptied as far as there is room; None: no matter.
-        most_bytes: a call whose arguments and results take more is not run, but estimated; None: all are run.
+        room_bytes: what all this may take at most: caches are flushed as far as there is room; None: no limit.
+        most_bytes: a call whose arguments and results take more is estimated, not run; None: all are run.
         outputs: bytes that each call writes; for ``most_bytes``.
     """
     times, keys = Counter(s for s in signatures if s is not None), _Keys()
-    written = dict(zip(signatures, outputs, strict=False))  # all of them, or none
+    written = dict(zip(signatures, outputs, strict=False))  # outputs may be left out altogether
     known = {s: cost.seconds for s in times if (cost := _known(s, keys)) is not None}
     expected = {s: _expected_seconds(s) for s in times if s not in known}
     seconds = known | expected
     new = sorted(expected, key=expected.__getitem__, reverse=True)
     if room_bytes is not None:
-        room_bytes -= torch.get_rng_state().nbytes  # the generator's, put aside for as long as this takes
+        room_bytes -= torch.get_rng_state().nbytes  # the generator's state, saved meanwhile
     step_seconds = sum(n * seconds[s] for s, n in times.items())
     begin, limit = time.perf_counter(), max(_LEAST_SECONDS, _STEPS * step_seconds)
     found: dict[CallSignature, Cost] = {}
@@ -116,21 +134,24 @@ def measure_all(
 
 
 def known_all(signatures: Sequence[CallSignature | None], outputs: Sequence[int]) -> list[Cost]:
-    """The cost of every call without running any: what is known, here or by another process; the rest estimated."""
+    """Return the cost of every call without running any.
+
+    What is known, here or from another process, is used; the rest is estimated.
+    """
     return _costs(signatures, dict(zip(signatures, outputs, strict=True)), _Keys())
 
 
 def _costs(
     signatures: Sequence[CallSignature | None], written: Mapping[CallSignature | None, int], keys: _Keys
 ) -> list[Cost]:
-    """What is known of every call, the others estimated by it."""
+    """Return known costs, and estimates scaled by them for other calls."""
     found = {s: _known(s, keys) for s in dict.fromkeys(signatures) if s is not None}
     costs = {s: cost or _scaled(s, written.get(s, 0)) for s, cost in found.items()}
     return [FREE if s is None else costs[s] for s in signatures]
 
 
 def _known(signature: CallSignature, keys: _Keys) -> Cost | None:
-    """What has been run, or what another process has kept of it."""
+    """Return the cost of a call measured here or kept elsewhere."""
     key = keys.of(signature)
     if key is None:
         return None
@@ -159,13 +180,16 @@ def _kept(place: str) -> Kept:
 
 
 class _Keys:
-    """Under what calls are known; the place of a device is looked at once."""
+    """The keys under which calls are known; each device is described once."""
 
     def __init__(self) -> None:
         self._places: dict[torch.device, str] = {}
 
     def of(self, signature: CallSignature) -> tuple[CallSignature, str] | None:
-        """Calls with this key cost the same; None where nobody has used the device yet, or there is none."""
+        """Return a key that calls of equal cost share.
+
+        None where nobody has used the device yet, or where there is none.
+        """
         devices = {s.device for s in _specs(signature)}
         device = next((d for d in devices if d.type != "cpu"), torch.device("cpu"))
         if device.type == "meta" or (device.type == "cuda" and not torch.cuda.is_initialized()):
@@ -176,23 +200,26 @@ class _Keys:
 
 
 def _scaled(signature: CallSignature, output_bytes: int) -> Cost:
-    """An estimate, corrected by what has been measured."""
+    """Estimate a cost, corrected by what has been measured."""
     return estimate(signature, output_bytes)._replace(seconds=_expected_seconds(signature, output_bytes))
 
 
 def _taken_bytes(signature: CallSignature) -> int:
-    """What the arguments of a call take."""
+    """Add up the bytes of a call's arguments."""
     return sum(_extent(s) * s.dtype.itemsize for s in _specs(signature))
 
 
 def _expected_seconds(signature: CallSignature, output_bytes: int = 0) -> float:
-    """An estimate, corrected by what this operator has taken elsewhere, or operators in general have."""
+    """Estimate seconds, corrected by what operators have taken so far.
+
+    The correction is that of the same operator, or else of all operators.
+    """
     known = _FACTORS.get(signature.func) or [f for factors in _FACTORS.values() for f in factors]
     return estimate(signature, output_bytes).seconds * (median(known) if known else 1.0)
 
 
 def _learn(signature: CallSignature, cost: Cost) -> None:
-    """Correct the estimates of others by what an operator was timed to take."""
+    """Correct later estimates by what an operator was timed to take."""
     if cost.runs and (rough := estimate(signature, 0).seconds) > 0:
         _FACTORS.setdefault(signature.func, []).append(cost.seconds / rough)
 
@@ -200,7 +227,9 @@ def _learn(signature: CallSignature, cost: Cost) -> None:
 def estimate_all(
     signatures: Sequence[CallSignature | None], outputs: Sequence[int], backend: str | None = None
 ) -> list[Cost]:
-    """Roofline estimates: the larger of FLOPs and bytes over the device's rates, plus a launch.
+    """Make roofline estimates of calls.
+
+    The estimate is the larger of FLOPs and bytes over the device's rates, plus a launch.
 
     Args:
         signatures: the calls; None costs nothing.
@@ -211,7 +240,7 @@ def estimate_all(
 
 
 def estimate(signature: CallSignature, output_bytes: int, backend: str | None = None) -> Cost:
-    """The roofline estimate of one call."""
+    """Make the roofline estimate of one call."""
     specs = list(_specs(signature))
     device = backend or (specs[0].device.type if specs else "cpu")
     rates = _RATES.get(device, _RATES["cuda"])
@@ -221,7 +250,7 @@ def estimate(signature: CallSignature, output_bytes: int, backend: str | None = 
 
 @lru_cache(maxsize=4096)
 def _flops(signature: CallSignature) -> float:
-    """FLOPs by torch's own counter, on meta tensors; 0 for operators that it does not count."""
+    """Count FLOPs with torch's counter, on meta tensors; 0 if not counted."""
     from torch.utils.flop_counter import flop_registry
 
     count = flop_registry.get(signature.func.overloadpacket)
@@ -257,7 +286,10 @@ def _measure(signature: CallSignature, room_bytes: int | None, repeats: int) -> 
 
 
 def _measure_for_real(signature: CallSignature, room_bytes: int | None, repeats: int = _MAX_REPEATS) -> Cost:
-    """What a call takes, timed so often at most; 0: its seconds are estimated."""
+    """Measure a call, timed at most ``repeats`` times.
+
+    With 0 repeats its seconds are estimated.
+    """
     args, kwargs = thaw(signature.args, _random), thaw(signature.kwargs, _random)
     func = signature.func
     if str(func.overloadpacket) in _GROUPED:
@@ -267,7 +299,7 @@ def _measure_for_real(signature: CallSignature, room_bytes: int | None, repeats:
     cuda = any(s.device.type == "cuda" for s in _specs(signature))
     begin = time.perf_counter()
     scratch, made = (_memory_cuda if cuda else _memory_cpu)(func, args, kwargs)
-    if repeats == 0:  # watched, it takes longer than alone: so it was at most that
+    if repeats == 0:  # a watched run takes longer than one alone, so its time is an upper bound
         return Cost(min(_expected_seconds(signature, sum(made)), time.perf_counter() - begin), scratch, made)
     if repeats == 1:
         return Cost(_time_once(func, args, kwargs, cuda), scratch, made, 1)
@@ -280,7 +312,7 @@ def _measure_for_real(signature: CallSignature, room_bytes: int | None, repeats:
     while _asks_for_another(durations):
         flush.zero_()  # in a step, what an operator reads was written long ago
         durations.append(_time_once(func, args, kwargs, cuda))
-    # The least: whatever else the machine does can only add to the seconds.
+    # Take the least: whatever else the machine does can only add to the seconds.
     return Cost(min(durations), scratch, made, len(durations))
 
 
@@ -291,7 +323,10 @@ def _asks_for_another(durations: Sequence[float]) -> bool:
 
 
 def _fill_groups(args: Any, kwargs: Any) -> None:
-    """Ends of groups of equal size, along the rows of a matrix, the columns of the other, or what both sum over."""
+    """Fill in offsets that end groups of equal size.
+
+    The groups lie along the rows of one matrix, the columns of the other, or the dimension that both sum over.
+    """
     offsets = next((t for t in tensors_in((args, kwargs)) if t.dtype is torch.int32), None)
     if offsets is None:
         return
@@ -301,10 +336,10 @@ def _fill_groups(args: Any, kwargs: Any) -> None:
 
 
 def _with_workspace(args: Any) -> Any:
-    """The arguments of the backward of an LSTM layer, with the workspace of a forward."""
+    """Give the backward of an LSTM layer the workspace of a forward."""
     numbers = args[:7]
     reverse, mode, hidden, layers, biases, train, bidirectional, batch_sizes, batch_first = args[13:22]
-    with torch.enable_grad():  # else it leaves none
+    with torch.enable_grad():  # without gradients the forward leaves no workspace
         out = torch.ops.aten.mkldnn_rnn_layer.default(
             *numbers, reverse, batch_sizes, mode, hidden, layers, biases, bidirectional, batch_first, train
         )
@@ -327,7 +362,10 @@ def _time_once(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
 
 
 def _memory_cpu(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
-    """Bytes that the kernel allocates at its peak beyond what it makes, by the allocator's own account; and of that."""
+    """Measure a call's scratch and result bytes by the allocator's account.
+
+    The scratch is what the kernel allocates at its peak beyond its results.
+    """
     changes, out = allocations_of(func, args, kwargs)
     current = peak = 0
     for change in changes:
@@ -338,8 +376,11 @@ def _memory_cpu(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]
 
 
 def allocations_of(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
-    """What a call allocates on the CPU, and, as negative numbers, frees, in order; and its result."""
-    if torch.autograd._profiler_enabled():  # the user's: a thread has one at a time, another thread its own
+    """List what a call allocates on the CPU, and return its result.
+
+    The list is in order; what the call frees is negative.
+    """
+    if torch.autograd._profiler_enabled():  # the user's profiler is on; a thread has one, so use another thread
         with ThreadPoolExecutor(1) as thread:
             return thread.submit(_watched, func, args, kwargs).result()
     return _watched(func, args, kwargs)
@@ -347,7 +388,8 @@ def allocations_of(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
 
 def _watched(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
     config = ProfilerConfig(ProfilerState.CPU, False, True, False, False, False, _ExperimentalConfig())
-    torch.autograd._enable_profiler_legacy(config)  # the new profiler takes longer and writes to the terminal
+    # The legacy profiler: the newer one (Kineto, torch 2.13) takes longer and writes to the terminal.
+    torch.autograd._enable_profiler_legacy(config)
     try:
         out = func(*args, **kwargs)
     finally:
@@ -356,7 +398,7 @@ def _watched(func: Any, args: Any, kwargs: Any) -> tuple[list[int], Any]:
 
 
 def _memory_cuda(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...]]:
-    func(*args, **kwargs)  # libraries take a workspace at their first call, and keep it
+    func(*args, **kwargs)  # libraries allocate a workspace at their first call, and keep it
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -367,21 +409,22 @@ def _memory_cuda(func: Any, args: Any, kwargs: Any) -> tuple[int, tuple[int, ...
 
 
 def _made_bytes(out: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
-    """Bytes of every storage that the call made, in the order of its results."""
+    """List the bytes of every storage the call made, in result order."""
     old = {t.untyped_storage()._cdata for t in tensors_in((args, kwargs))}
     new = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors_in(out)}
     return tuple(n for address, n in new.items() if address not in old)
 
 
 def _extent(spec: TensorSpec) -> int:
-    """Elements from the first one of a tensor to its last one."""
+    """Count the elements from a tensor's first one to its last one."""
     return 1 + sum((n - 1) * s for n, s in zip(spec.size, spec.stride, strict=True)) if 0 not in spec.size else 0
 
 
 def _random(spec: TensorSpec) -> Tensor:
-    """A tensor of this spec: random where numbers matter for speed, zero where they index something.
+    """Make a tensor of this spec, filled for timing.
 
-    Between 0 and 1, as some operators ask of probabilities.
+    Floating-point numbers are random, because numbers may matter for speed, and between 0 and 1, as some operators ask
+    of probabilities. Integers are zero, because they may index something.
     """
     if spec.dtype in _DRAWN:
         base = torch.rand(_extent(spec), device=spec.device, dtype=spec.dtype)
@@ -394,7 +437,7 @@ def _random(spec: TensorSpec) -> Tensor:
 
 @contextmanager
 def _undisturbing() -> Iterator[None]:
-    """Leaves the random generators as they were; no autograd and no autocast inside."""
+    """Leave random generators alone; disable autograd and autocast inside."""
     devices = range(torch.cuda.device_count()) if torch.cuda.is_available() and torch.cuda.is_initialized() else ()
     below_autograd, no_autocast = torch._C._AutoDispatchBelowAutograd(), torch._C._DisableAutocast()
     with torch.random.fork_rng(devices=list(devices)), below_autograd, no_autocast:

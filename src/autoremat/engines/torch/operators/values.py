@@ -1,8 +1,8 @@
-"""Which value a tensor is a view of: storages, their versions and their numbers.
+"""Tells which value a tensor views: storages, versions, numbers.
 
-The recorder and the tape number values by the same rules, so that a plan made from a recording can be followed by a
-run: values made by operators count 0, 1, 2, ... in the order they are written, values from outside (parameters,
-inputs, constants) count -1, -2, ... in the order they are first met.
+The recorder and the tape number values by the same rules, so that a run can follow a plan made from a recording: values
+made by operators count 0, 1, 2, ... in the order they are written; values from outside (parameters, inputs, constants)
+count -1, -2, ... in the order they are first met.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from autoremat.engines.torch.operators.facts import OpFacts
 from autoremat.engines.torch.operators.local import PLAIN
 
 _new_tuple: Any = tuple.__new__
-"""Makes a named tuple in a third of the time."""
+"""Builds a named tuple in a third of the usual time."""
 _ROW = 512
-"""Numbers of eight bytes in a row of those whose sums stand for them ..."""
+"""Row length, in 8-byte numbers, for checksums of large memory."""
 _MANY = 1 << 16
-"""... where there are so many bytes."""
+"""From this many bytes on, row and column sums are checksummed."""
 
 
 class View(NamedTuple):
@@ -39,12 +39,15 @@ class View(NamedTuple):
 
     @staticmethod
     def of(tensor: Tensor) -> View:
-        """The view that this tensor is."""
+        """Return the view that this tensor is."""
         seen = tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset())
         return _new_tuple(View, (*seen, tensor.is_conj(), tensor.is_neg()))
 
     def on(self, storage: torch.UntypedStorage) -> Tensor:
-        """A tensor that looks at the storage in this way; no gradient, a version counter of its own."""
+        """Make a tensor that views the storage in this way.
+
+        It has no gradient, and a version counter of its own.
+        """
         tensor = torch.empty(0, dtype=self.dtype, device=storage.device)
         tensor.set_(storage, self.offset, self.size, self.stride)
         if self.conjugated:
@@ -53,7 +56,10 @@ class View(NamedTuple):
 
 
 def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
-    """The storage of an ordinary tensor; None for sparse, quantized, nested and wrapped tensors, which stay opaque."""
+    """Return the storage of an ordinary tensor.
+
+    None for sparse, quantized, nested and wrapped tensors, which stay opaque.
+    """
     if type(tensor) not in PLAIN and (torch.nn.parameter.is_lazy(tensor) or _wraps(tensor)):
         return None
     if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
@@ -64,22 +70,23 @@ def storage_of(tensor: Tensor) -> torch.UntypedStorage | None:
 
 
 def is_parameter(tensor: Tensor) -> bool:
-    """Whether this is a parameter, even one whose data an operator has made (``parameter.data = ...``).
+    """Tell whether a tensor is a leaf parameter.
 
-    Autograd saves such a leaf itself, so that its backward sees the data it has by then.
+    That includes one whose data an operator has made (``parameter.data = ...``). Autograd saves such a leaf itself, so
+    its backward sees the data that the parameter has by then.
     """
     kind = type(tensor)
     return kind is not Tensor and isinstance(tensor, torch.nn.Parameter) and tensor.is_leaf
 
 
 def _wraps(tensor: Tensor) -> bool:
-    """Whether the tensor is of a class that handles operators itself (fake tensors, which we know, excepted)."""
+    """Tell whether the tensor's class handles operators itself, fake tensors excepted."""
     fake = torch._subclasses.FakeTensor
     return not isinstance(tensor, fake) and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
 
 
 def fingerprint(storage: torch.UntypedStorage, part: slice = slice(None)) -> int:
-    """A number below 2**64 that tells the contents of some bytes of memory apart."""
+    """Return a checksum, below 2**64, of some bytes of memory."""
     if storage.device.type == "meta":
         return 0  # there are no contents
     whole = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)[part]
@@ -90,9 +97,11 @@ def fingerprint(storage: torch.UntypedStorage, part: slice = slice(None)) -> int
 
 
 def _checksum(address: int, n: int) -> int:
-    """A checksum of so many bytes; of many, that of the sums of rows and columns, which takes a fifth of the time.
+    """Compute the checksum of ``n`` bytes at an address.
 
-    By address: an array of NumPy on a tensor would make its storage one that the owner cannot resize any more.
+    For large memory it is the checksum of the sums of rows and columns, which takes a fifth of the time. The bytes are
+    read by address, because ``Tensor.numpy()`` makes the storage non-resizable for its owner
+    (``torch/csrc/utils/tensor_numpy.cpp``, torch 2.13).
     """
     rest = n % (8 * _ROW) if n >= _MANY and address % 8 == 0 else n
     found = zlib.crc32((ctypes.c_ubyte * rest).from_address(address + n - rest)) if rest else 0
@@ -121,14 +130,14 @@ class Seen(NamedTuple):
 
     @property
     def is_op(self) -> bool:
-        """Whether this was an op of the program, not merely another view."""
+        """Whether the call was an op of the program, not a view."""
         return bool(self.writes or self.effects)
 
 
 class ValueMap:
-    """Numbers of the storages met so far.
+    """The numbers of all storages met so far.
 
-    A storage is known by its address, kept from being used again by a weak reference (which keeps no data).
+    A storage is known by its address. A weak reference, which keeps no data, keeps the address from being reused.
     """
 
     def __init__(self) -> None:
@@ -138,19 +147,19 @@ class ValueMap:
         self.outside = 0
 
     def number(self, storage: torch.UntypedStorage) -> int:
-        """The value that the storage holds now; a storage never met is a value from outside."""
+        """Return the value in the storage; unknown storage is from outside."""
         known = self._known.get(storage._cdata)
         return known if known is not None else self.bind_outside(storage)
 
     def bind_made(self, storage: torch.UntypedStorage) -> int:
-        """A new value, made by an operator, that this storage holds from now on."""
+        """Number a new value that an operator has written into this storage."""
         number = self.made
         self.made += 1
         self._bind(storage, number)
         return number
 
     def bind_outside(self, storage: torch.UntypedStorage) -> int:
-        """A new value from outside that this storage holds."""
+        """Number a new value from outside that this storage holds."""
         self.outside += 1
         self._bind(storage, -self.outside)
         return -self.outside
@@ -166,18 +175,18 @@ class ValueMap:
             torch.UntypedStorage._free_weak_ref(reference)
 
     def living(self) -> Iterator[torch.UntypedStorage]:
-        """The storages met so far that something still refers to."""
+        """Yield the known storages that something still refers to."""
         for reference in list(self._weak_references):
             storage = torch.UntypedStorage._new_with_weak_ptr(reference)
             if storage is not None:
                 yield storage
 
     def rebind(self, storage: torch.UntypedStorage, number: int) -> None:
-        """Let this storage hold a value that has a number already."""
+        """Let this storage hold a value that already has a number."""
         self._bind(storage, number)
 
     def reads(self, tensors: Iterable[Tensor]) -> tuple[tuple[int, ...], bool]:
-        """Numbers of the values these tensors look at, each once; and whether any tensor was opaque."""
+        """Number the values these tensors view; tell whether any is opaque."""
         numbers: dict[int, None] = {}
         opaque = False
         known = self._known
@@ -198,7 +207,7 @@ class ValueMap:
         reads: tuple[tuple[int, ...], bool],
         outputs: Sequence[Tensor],
     ) -> Seen:
-        """Take note of a call that has just happened: number what it made and overwrote."""
+        """Number what a call has just made and overwritten."""
         numbers, opaque = reads
         writes: list[tuple[int, Tensor]] = []
         in_place: list[tuple[int, int]] = []

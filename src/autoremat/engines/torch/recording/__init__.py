@@ -1,1 +1,1 @@
-"""A step on fake tensors, operator by operator, byte by byte: what becomes a ``Program``."""
+"""Records a step on fake tensors, operator by operator, into a ``Program``."""

@@ -1,4 +1,4 @@
-"""From what a recording saw to a ``Program``."""
+"""Assembles a ``Program`` from a recording."""
 
 from __future__ import annotations
 
@@ -14,24 +14,24 @@ from autoremat.program import END, Once, Op, Program, Value
 from autoremat.program.once import Reason
 
 OPTIMIZER_STEP: Final = "optimizer step"
-"""Name of the last op of a program in whose account the optimizer's step is."""
+"""Name of the last op, which accounts for the optimizer's step."""
 
 
 def assemble(
     recording: Recording, name: str, costs: Sequence[Cost], *, optimizer_state_bytes: int = 0,
     optimizer_scratch_bytes: int = 0, beside: Mapping[str, int] | None = None, timing: str, recorded: str = "fake",
 ) -> Program:  # fmt: skip
-    """The program of a finished recording.
+    """Assemble the program of a finished recording.
 
     Args:
         recording: a finished one.
         name: name of the program.
         costs: seconds and scratch bytes of every recorded op.
         optimizer_state_bytes: resident state of the optimizer.
-        optimizer_scratch_bytes: what its step takes beside; makes a last op of the program.
-        beside: bytes of what else is always there, by what it is.
+        optimizer_scratch_bytes: temporaries of the optimizer's step; if there are any, the program gets a last op.
+        beside: bytes of whatever else is always resident, by label.
         timing: where the seconds come from.
-        recorded: on what: fake or real tensors.
+        recorded: ``fake`` or ``real``, the tensors of the recording.
     """
     device = main_device(recording.values)
     outside = sorted((n for n in recording.values if n < 0), reverse=True)
@@ -79,13 +79,16 @@ def assemble(
 
 
 def main_device(values: dict[int, RecordedValue]) -> torch.device:
-    """The device that the budget is for: the accelerator if one is in use."""
+    """Return the device the budget is for: the accelerator if used."""
     devices = {v.device for v in values.values()}
     return next((d for d in devices if d.type not in ("cpu", "meta")), torch.device("cpu"))
 
 
 def _names(recording: Recording, numbers: Sequence[int]) -> dict[int, str]:
-    """Names that a user knows: of a parameter its own, of what an op makes those of module and operator; each once."""
+    """Give every value a unique name that a user can recognise.
+
+    A parameter has its own name; what an op makes is named after module and operator.
+    """
     maker = {n: op for op in recording.ops for n in op.writes}
     names: dict[int, str] = {}
     taken: set[str] = set()
@@ -120,10 +123,10 @@ def _value(number: int, name: str, value: RecordedValue, device: torch.device) -
 
 
 def _reasons(recording: Recording) -> list[Reason | None]:
-    """For every op why it must not run again; None where it may."""
+    """Say for every op why it must not be rerun, if so."""
     taken_over_by = {old: i for i, op in enumerate(recording.ops) for _, old in op.in_place if not op.backward}
     benign = _overwritten_at_once(recording.ops)
-    lost: set[int] = set()  # overwritten in place and not to be had again
+    lost: set[int] = set()  # values overwritten in place that no rerun can make
     reasons: list[Reason | None] = []
     for op in recording.ops:
         reason = _reason(op, recording, lost, benign)
@@ -158,9 +161,10 @@ def _reason(op: RecordedOp, recording: Recording, lost: set[int], benign: set[in
 
 
 def _stale(op: RecordedOp, recording: Recording, *, skip: bool) -> Reason | None:
-    """Reads something from outside that the step overwrites (running statistics in training are not read).
+    """Find an input from outside that the step overwrites.
 
-    One overwritten before counts too: the next forward overwrites it again, perhaps before this one's backward.
+    Running statistics are not read in training. An input that was overwritten before the op counts too: the next
+    forward overwrites it again, perhaps before this step's backward.
     """
     if skip and op.effects:
         return None
@@ -171,7 +175,7 @@ def _stale(op: RecordedOp, recording: Recording, *, skip: bool) -> Reason | None
 
 
 def _overwritten_at_once(ops: Sequence[RecordedOp]) -> set[int]:
-    """Values of uninitialised memory that nothing reads before an operator overwrites all of it."""
+    """Find uninitialised values that are fully overwritten before they are read."""
     first_reader: dict[int, RecordedOp] = {}
     for op in ops:
         for n in op.reads:

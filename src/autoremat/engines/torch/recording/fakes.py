@@ -1,4 +1,4 @@
-"""The world of a step with fake tensors in place of its own."""
+"""Replaces a step's tensors by fake tensors while the step is recorded."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from autoremat.engines.torch.world.parallel import Parallel, whole_parameter
 
 @dataclass(frozen=True)
 class FakeWorld:
-    """Fake arguments, and what makes other tensors fake."""
+    """Fake arguments, and the function that makes other tensors fake."""
 
     args: Any
     kwargs: Any
@@ -30,7 +30,7 @@ class FakeWorld:
 
 
 _FAKE_TENSOR_LOG = logging.getLogger(FakeTensorMode.__module__)
-"""Where torch writes a traceback when an operator fails on fake tensors."""
+"""The log in which torch writes tracebacks of failures on fake tensors."""
 
 
 @contextmanager
@@ -38,9 +38,11 @@ def fake_world(
     modules: Sequence[nn.Module], args: Any, kwargs: Any, device: torch.device | str | None, parallel: Parallel,
     living: Living,
 ) -> Iterator[FakeWorld]:  # fmt: skip
-    """Modules and arguments with fake tensors for as long as the block runs."""
+    """Give modules and arguments fake tensors for the length of the block."""
     mode = _fake_mode_in(modules, args, kwargs) or FakeTensorMode(allow_non_fake_inputs=True)
-    mode._allow_unsafe_data_ptr_access = False  # compiled code that is handed an address must not be handed 0
+    # By default ``data_ptr()`` of a fake tensor is 0 (``torch/_subclasses/fake_tensor.py``, 2.13), and compiled code
+    # would use this address. So let it raise.
+    mode._allow_unsafe_data_ptr_access = False
     target = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     converted: dict[int, Tensor] = {}
     originals: list[Tensor] = []  # an id stays taken while its tensor lives
@@ -65,7 +67,10 @@ def fake_world(
         return converted[id(tensor)]
 
     def convert_argument(tensor: Tensor) -> Tensor:
-        """One with a history becomes a leaf: the graph that it comes from is no part of the callable."""
+        """Convert an argument, into a leaf if it has a history.
+
+        The graph that the argument comes from is no part of the callable.
+        """
         if is_leaf(tensor) or isinstance(tensor, FakeTensor) or id(tensor) in converted:
             return convert(tensor)
         originals.append(tensor)
@@ -84,7 +89,7 @@ def fake_world(
 
 @contextmanager
 def _quiet(log: logging.Logger) -> Iterator[None]:
-    """Without a word of this logger: what fails on fake tensors is recorded on real ones."""
+    """Silence a logger: what fails on fakes is recorded on real tensors."""
     before, log.disabled = log.disabled, True
     try:
         yield
@@ -103,7 +108,7 @@ def _make_whole(parallel: Parallel) -> None:
 
 
 def _placed(fake: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
-    """A fake tensor of the meta device as one of another device."""
+    """Move a fake tensor from the meta device to another device."""
     with mode, torch.no_grad():
         moved = torch.empty_strided(fake.size(), fake.stride(), dtype=fake.dtype, device=device)
     if isinstance(fake, nn.Parameter):

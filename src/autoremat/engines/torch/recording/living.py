@@ -1,6 +1,6 @@
-"""Fake tensors that outlive a recording in this process: who holds them.
+"""Names whoever holds fake tensors that outlive a recording here.
 
-A step that has one in its hands trains nothing, and says nothing. So whoever still holds one is named, in an error.
+A step that uses such a tensor trains nothing, and shows no error. So an error names every holder.
 """
 
 from __future__ import annotations
@@ -16,23 +16,26 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 _NAMED: Final = 3
-"""So many holders are named."""
+"""At most this many holders are named."""
 _LOOKED_AT: Final = 10_000
-"""A container with more items than this is not searched for the place of one."""
+"""A larger container is not searched for the item's position."""
 
 
 class Living:
-    """The fake tensors that a recording has made, as far as they still live."""
+    """The fake tensors of a recording that are still alive."""
 
     def __init__(self) -> None:
         self._made: list[weakref.ref[Tensor]] = []
 
     def note(self, tensors: Iterable[Tensor]) -> None:
-        """Take note of what an operator has returned."""
+        """Remember what an operator has returned."""
         self._made += [weakref.ref(t) for t in tensors if isinstance(t, FakeTensor)]
 
     def holders(self) -> list[str]:
-        """Who holds what is still there, in words, each once; to be asked when the recording is over."""
+        """Describe who holds the surviving tensors; call after the recording.
+
+        Each holder is named once.
+        """
         if not any(ref() is not None for ref in self._made):
             return []
         gc.collect()  # graphs have cycles
@@ -46,19 +49,22 @@ class Living:
 
 
 def let_go_of_frames(error: BaseException) -> None:
-    """Empty the frames that an error has passed through: the lines stay, what their variables held goes."""
+    """Empty the frames of an error: lines stay, their variables go."""
     for link in _chain(error):
         traceback.clear_frames(link.__traceback__)
 
 
 def let_go_of_lines(error: BaseException) -> None:
-    """Forget the frames altogether: an empty one still refers to its function, and that to what it was defined in."""
+    """Drop the frames of an error altogether.
+
+    Even an empty frame refers to its function, and the function to what it was defined in.
+    """
     for link in _chain(error):
         link.__traceback__ = None
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error and those behind it."""
+    """Yield an error and those behind it."""
     seen: set[int] = set()
     link: BaseException | None = error
     while link is not None and id(link) not in seen:
@@ -68,7 +74,7 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def _holders(thing: Any, ours: set[int]) -> Iterator[str]:
-    """Those that refer to a thing, without our own frames and lists."""
+    """Describe whatever refers to a thing, except our frames and lists."""
     for holder in gc.get_referrers(thing):
         if id(holder) in ours or isinstance(holder, weakref.ReferenceType):
             continue
@@ -78,7 +84,7 @@ def _holders(thing: Any, ours: set[int]) -> Iterator[str]:
 
 
 def _place(thing: Any, holder: Any, ours: set[int]) -> str:
-    """Where in a holder the thing is."""
+    """Describe where in its holder the thing is."""
     if isinstance(holder, Mapping) and type(holder) is dict:
         return _place_in_dict(thing, holder, ours)
     if isinstance(holder, types.FrameType):
@@ -109,7 +115,7 @@ def _place_in_dict(thing: Any, holder: dict[Any, Any], ours: set[int]) -> str:
 
 
 def _owned(holder: Any, ours: set[int], what: str) -> str:
-    """A container, and which attribute or variable it is, if one of these refers to it."""
+    """Describe a container, with the attribute or variable that holds it."""
     for owner in gc.get_referrers(holder):
         if id(owner) in ours or not isinstance(owner, dict):
             continue

@@ -1,8 +1,8 @@
-"""The recorder: sees every operator of a step, and when every storage dies.
+"""The recorder: sees every operator of a step, and every storage's death.
 
-It works below autograd and autocast (a ``TorchDispatchMode``). Its saved-tensor hooks keep nothing but metadata and
-hand out fresh memory when the backward asks, so that storages live exactly as long as Python and the autograd engine
-hold them: the lifetimes are those that a plan can reach.
+It works below autograd and autocast (a ``TorchDispatchMode``). Its saved-tensor hooks keep nothing but metadata, and
+hand out fresh memory when the backward asks, so storages live exactly as long as Python and the autograd engine hold
+them. These lifetimes are the ones that a plan can reach.
 """
 
 from __future__ import annotations
@@ -39,12 +39,15 @@ _LIBRARY = (
 )
 _TYPED_IN = ("<stdin>", "<ipython-input")
 ASKS_FOR_DEVICE = torch.ops.prim.device.default
-"""How autograd and kernels ask a fake tensor for its device."""
+"""The operator with which autograd and kernels ask for the device."""
 
 
 @dataclass(slots=True)
 class _Storage:
-    """A living storage: the value it holds now; for memory handed out on unpack also since when."""
+    """A living storage and the value that it holds now.
+
+    For memory handed out on unpack it also has the op since when.
+    """
 
     number: int
     ref: weakref.ref[Any] | None = None
@@ -52,7 +55,7 @@ class _Storage:
 
 
 class _Packed:
-    """What the recorder keeps of a saved tensor: no data."""
+    """The metadata that the recorder keeps of a saved tensor; no data."""
 
     __slots__ = ("__weakref__", "device", "module", "n", "number", "source", "unpacked", "view")
 
@@ -64,7 +67,7 @@ class _Packed:
 
 @dataclass
 class Recorder(TorchDispatchMode):
-    """Records the ops that run while it is active; ``hooks()`` is the pair for saved tensors.
+    """Records running ops; ``pack`` and ``unpack`` are its saved-tensor hooks.
 
     Args:
         blank: makes memory for an unpacked tensor: ``blank(size, stride, dtype, device)``.
@@ -85,7 +88,7 @@ class Recorder(TorchDispatchMode):
         _buffered_use_counts()
         self.backward = False
         self.call = -1
-        """The number of the call that runs now, where calls are recorded."""
+        """The number of the running call, where calls are recorded."""
         self._paused = False
         self._n_packed = 0
         self._storages: dict[int, _Storage] = {}
@@ -100,7 +103,7 @@ class Recorder(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No compiler wrapper around ``__torch_dispatch__``: we do not run under ``torch.compile``."""
+        """Skip the compiler's wrapper around ``__torch_dispatch__``: nothing here is compiled."""
         return False
 
     # ---- values from outside -------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Operators in this block are not recorded."""
+        """Record no operators in this block."""
         before, self._paused = self._paused, True
         try:
             yield
@@ -123,33 +126,33 @@ class Recorder(TorchDispatchMode):
             self._paused = before
 
     def accumulates(self, gradient: Tensor) -> None:
-        """Note that the backward has a gradient for a leaf now: it takes it, copies it, or adds it to one."""
+        """Note that the backward hands a leaf its gradient now."""
         storage = storage_of(local_of(gradient))
         number = None if storage is None else self.map.number(storage)
         if number in self.values:
             self._append(RecordedOp(ACCUMULATE, [number], (), (), True, None))
 
     def call_gradient(self, tensor: Tensor, name: str, module: str) -> None:
-        """Note that this tensor is the gradient of a leaf: of a parameter by name, of another one without."""
+        """Mark a tensor as a leaf's gradient; parameters give a name."""
         storage = storage_of(local_of(tensor))
         if storage is None:
             return
         value = self.values.get(self.map.number(storage))
-        if value is None:  # it was there before, or came up unseen
+        if value is None:  # the gradient existed before, or was made unseen
             return
         value.kind = "gradient"
         if name:
             value.label, value.module = label_of(name, value.text), module
 
     def leave_gradients(self, gradients: Sequence[Tensor]) -> None:
-        """Note that these gradients leave their memory as soon as they are complete."""
+        """Note that these gradients leave their memory once complete."""
         for storage in filter(None, map(storage_of, gradients)):
             value = self.values.get(self.map.number(storage))
             if value is not None:
                 value.forever, value.died = False, None
 
     def recording(self) -> Recording:
-        """What has been seen, as plain data."""
+        """Return what has been seen, as plain data."""
         return Recording(
             self.ops,
             self.values,
@@ -161,7 +164,7 @@ class Recorder(TorchDispatchMode):
 
     @contextmanager
     def seeded(self, outputs: list[Tensor]) -> Iterator[Callable[[], None]]:
-        """Yields a function that starts the backward pass from these outputs."""
+        """Yield a function that starts the backward from these outputs."""
         with self.paused():
             begin = backward_from(outputs)
         yield begin
@@ -171,12 +174,12 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: torch._ops.OpOverload, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Run one operator and take note of it."""
+        """Run one operator and record it."""
         kwargs = kwargs or {}
         if func is ASKS_FOR_DEVICE and type(args[0]) is FakeTensor:
             if not self._paused:
                 self._know_outside(args)
-            return args[0].device  # more than half of all that is heard, in a tenth of the time
+            return args[0].device  # a shortcut: more than half of all calls are this one
         if types and is_taken_apart(types):
             return NotImplemented
         if self._paused:
@@ -248,7 +251,7 @@ class Recorder(TorchDispatchMode):
         self.on_op(len(self.ops))
 
     def _know_empty_views(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor]) -> None:
-        """A view without elements of a fake tensor may get a storage of its own; it is a view nevertheless."""
+        """Treat an empty view as a view, even on its own storage."""
         for viewed, tensor in product(inputs[:1], outputs):
             own, base = storage_of(tensor), storage_of(viewed)
             if own is not None and base is not None and own._cdata != base._cdata and not tensor.numel():
@@ -263,11 +266,11 @@ class Recorder(TorchDispatchMode):
                     self.values[number] = RecordedValue.of(tensor, "constant", "input")
 
     def _is_accumulation(self, func: torch._ops.OpOverload, args: Any) -> bool:
-        """Whether this is the engine adding up two gradients that meet, which it does in place where it can.
+        """Tell whether this add is the engine accumulating gradients in place.
 
-        Seen from a dispatch mode the engine never adds in place (it takes care with tensor subclasses); without one
-        it does, if nothing else refers to the first gradient (``can_accumulate_inplace`` in input_buffer.cpp). A node
-        that has let go of its saved tensors is done: what is added from then on is added by the engine.
+        The engine adds in place if nothing else refers to the first gradient, but never under a dispatch mode, nor with
+        tensor subclasses (``can_accumulate_inplace`` in ``torch/csrc/autograd/input_buffer.cpp``, torch 2.13). A node
+        that has let go of its saved tensors is done: from then on only the engine adds.
         """
         if not self.backward or func is not torch.ops.aten.add.Tensor or self._open or torch.is_grad_enabled():
             return False
@@ -285,7 +288,7 @@ class Recorder(TorchDispatchMode):
         value.label = f"{op.module or op.name} {value.text}"
         self.values[number] = value
         known = self._storages.get(storage._cdata)
-        if known is not None:  # written in place: the old value ends here
+        if known is not None:  # the op wrote in place, so the old value ends here
             self.values[known.number].died = len(self.ops)
             known.number = number
         else:
@@ -297,7 +300,7 @@ class Recorder(TorchDispatchMode):
         entry.ref = weakref.ref(storage, lambda _: self._died(address))
 
     def revive(self, storage: torch.UntypedStorage, number: int) -> None:
-        """Somebody looks at a value again that seemed to be gone: from now on this is its memory."""
+        """Bring back a value that seemed gone: this is its memory."""
         self.map.rebind(storage, number)
         self.values[number].died = None
         self._watch(storage, _Storage(number))
@@ -312,7 +315,7 @@ class Recorder(TorchDispatchMode):
             self._is_used(entry.number, entry.unpacked_at)
 
     def _is_used(self, number: int, since: int) -> None:
-        """The backward has held a value from that op on until now, so it had to be there."""
+        """Let ops since then read the value, which the backward held."""
         for op in self.ops[since + 1 :]:
             if number not in op.reads and number not in op.writes:
                 op.reads.append(number)
@@ -341,10 +344,10 @@ class Recorder(TorchDispatchMode):
         return packed
 
     def _move_packed(self, in_place: Sequence[tuple[int, int]]) -> None:
-        """What was saved is what its memory holds in the end.
+        """Let what was saved stand for what its memory holds now.
 
-        Overwriting a saved tensor is an error of the user's that shows in the backward, unless it is another part of
-        the memory that is overwritten, with a version counter of its own (``unsafe_chunk``, ``tensor.data``).
+        Overwriting a saved tensor is a user's error that shows in the backward; except where another part of the
+        memory, with its own version counter, is overwritten (``unsafe_chunk``, ``tensor.data``).
         """
         if self.backward:
             return
@@ -361,9 +364,9 @@ class Recorder(TorchDispatchMode):
         number = self._packed_as.pop(key)
         self._packs_of[number].discard(key)
         asked_at = self._open.pop(key, None)
-        if asked_at is not None:  # its node is through, the sums over what was broadcast included
+        if asked_at is not None:  # its node is done, including sums over broadcast dimensions
             self._is_used(number, asked_at)
-        else:  # never asked for: plain training would have kept it until now
+        else:  # nobody asked for it: plain training would have kept it until now
             value = self.values[number]
             value.died = max(value.died or 0, len(self.ops))
 
@@ -393,18 +396,18 @@ class Recorder(TorchDispatchMode):
         return tensor
 
     def _blank_for(self, view: View, nbytes: int, device: torch.device) -> Tensor:
-        """Memory of a value for a tensor that looks at it; that tensor itself where it looks at all of it."""
+        """Make memory for a value; the tensor itself if it views everything."""
         if not view.offset and view.size.numel() * view.dtype.itemsize == nbytes and _is_whole(view.size, view.stride):
             return self.blank(view.size, view.stride, view.dtype, device)
         return self.blank((-(-nbytes // view.dtype.itemsize),), (1,), view.dtype, device)
 
     def hold(self, storage: torch.UntypedStorage, number: int) -> None:
-        """As long as this memory, handed out in a backward, is there, that value has to be."""
+        """Keep a value in memory while memory handed out for it lives."""
         self.map.rebind(storage, number)
         self._watch(storage, _Storage(number, unpacked_at=len(self.ops) - 1))
 
     def finish(self) -> None:
-        """Whatever still lives is held to the end of the step."""
+        """Hold whatever still lives to the end of the step."""
         for entry in self._storages.values():
             if entry.unpacked_at is None:
                 self.values[entry.number].forever = True
@@ -416,10 +419,10 @@ class Recorder(TorchDispatchMode):
 
 
 def backward_from(outputs: list[Tensor]) -> Callable[[], None]:
-    """What starts the backward pass from these outputs, as the user's loss would.
+    """Return what starts the backward from these outputs, as a loss would.
 
-    One number is a loss. Anything else is joined in a node whose backward makes the gradients, and nothing holds those
-    longer.
+    A single number is a loss. Anything else is joined in a node whose backward makes the gradients; nothing holds those
+    longer than it needs them.
     """
     if len(outputs) == 1 and outputs[0].numel() == 1:
         return outputs[0].backward
@@ -429,7 +432,10 @@ def backward_from(outputs: list[Tensor]) -> Callable[[], None]:
 
 
 class _Seed(torch.autograd.Function):
-    """Joins outputs into a scalar; its backward gives each of them a gradient of its size."""
+    """Joins outputs into a scalar; its backward makes their gradients.
+
+    Each output gets a gradient of its size.
+    """
 
     @staticmethod
     def forward(ctx: Any, *outputs: Tensor) -> Tensor:
@@ -442,12 +448,15 @@ class _Seed(torch.autograd.Function):
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill a stretch of memory, in any order of dimensions, without gaps and overlaps."""
+    """Tell whether the elements fill their memory without gaps or overlaps.
+
+    The dimensions may be in any order.
+    """
     return _is_whole(tensor.shape, tensor.stride())
 
 
 def _is_whole(shape: Sequence[int], strides: Sequence[int]) -> bool:
-    """The same of a tensor of this shape and these strides."""
+    """Tell the same of a tensor of this shape and strides."""
     expected = 1
     for size, stride in sorted(zip(shape, strides, strict=True), key=lambda d: (d[1], d[0])):
         if size == 1:
@@ -463,7 +472,7 @@ def _covers_storage(tensor: Tensor) -> bool:
 
 
 def _user_line() -> str:
-    """``file:line`` of the innermost frame that is neither torch's nor ours."""
+    """Return ``file:line`` of the innermost frame outside torch and autoremat."""
     frame = sys._getframe(1)
     while frame is not None:
         filename = frame.f_code.co_filename
@@ -475,7 +484,7 @@ def _user_line() -> str:
 
 
 def _in_python_function() -> bool:
-    """Whether a custom ``autograd.Function`` written in Python is running its backward."""
+    """Tell whether a custom ``autograd.Function`` runs its Python backward."""
     frame = sys._getframe(2)
     for _ in range(4):
         if frame is None:
@@ -487,12 +496,15 @@ def _in_python_function() -> bool:
 
 
 def _is_sole_owner(tensor: Tensor) -> bool:
-    """Whether nothing but the engine's buffer refers to the tensor and its storage."""
+    """Tell whether only the engine's buffer refers to tensor and storage."""
     return _use_counts(tensor) == _buffered_use_counts()
 
 
 def _use_counts(tensor: Tensor) -> tuple[int, int]:
-    """How many references there are to the tensor and to its storage, those of the caller included."""
+    """Count the references to the tensor and to its storage.
+
+    Those of the caller are included.
+    """
     storage = tensor.untyped_storage()
     counted: Any = tensor
     return counted._use_count(), torch._C._storage_Use_Count(storage._cdata)
@@ -500,9 +512,10 @@ def _use_counts(tensor: Tensor) -> tuple[int, int]:
 
 @lru_cache(maxsize=1)
 def _buffered_use_counts() -> tuple[int, int]:
-    """What ``_use_counts`` gives, in a dispatch mode, for a gradient to which only the engine's buffer refers.
+    """Measure ``_use_counts`` of a gradient that only the engine refers to.
 
-    The number depends on how torch passes arguments to Python, so it is read off a graph where the answer is known.
+    The number depends on how torch passes arguments to a dispatch mode, so it is read off a graph where the answer is
+    known.
     """
     counts: list[tuple[int, int]] = []
 
@@ -521,7 +534,11 @@ def _buffered_use_counts() -> tuple[int, int]:
 
 
 def _told_apart(out: Any) -> Any:
-    """Two tensors where a fake kernel returns one twice: the real one makes two, and torch's cache knows no better."""
+    """Clone a result that a fake kernel returns twice.
+
+    The real kernel makes two tensors. Fake kernels, and the cache of ``FakeTensorMode``
+    (``_subclasses/fake_tensor.py``, torch 2.13), may return one twice.
+    """
     if type(out) is not tuple:
         return out
     return tuple(

@@ -1,7 +1,7 @@
-"""What a recording has seen, as plain data: from here on neither the recorder nor the user's code is needed.
+"""Holds what a recording has seen, as plain data.
 
-So it can be sent from the process that recorded (``apart``), and everything that follows (measuring, assembling) is the
-same wherever that was.
+From here on neither the recorder nor the user's code is needed. So it can be sent from the process that recorded
+(``apart``), and everything that follows (measuring, assembling) is the same wherever that was.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from autoremat.engines.torch.operators.signature import CallSignature
 
 @dataclass(slots=True)
 class RecordedOp:
-    """One op as it was seen; numbers of values as in ``ValueMap``."""
+    """One op as it was seen; values are numbered as in ``ValueMap``."""
 
     name: str
     reads: list[int]
@@ -34,17 +34,17 @@ class RecordedOp:
     source: str = ""
     call: int = -1
     packed: int = -1
-    """Where the backward asks for one of the tensors that were saved, which one."""
+    """Which saved tensor the backward asks for here; -1 for other ops."""
 
     @property
     def is_ask(self) -> bool:
-        """Whether the backward asks for a saved tensor here, and nothing is done."""
+        """Whether the backward only asks for a saved tensor here."""
         return self.packed >= 0
 
 
 @dataclass(slots=True)
 class RecordedValue:
-    """One value as it was seen: its size, and until which op something held it."""
+    """One value as seen: its size, and until when it was held."""
 
     nbytes: int
     device: torch.device
@@ -56,11 +56,14 @@ class RecordedValue:
     died: int | None = None
     forever: bool = False
     available: int | None = None
-    """The op after which its call can hand it out, where calls are recorded."""
+    """The op after which a rerun of its call hands it out.
+
+    None where calls are not recorded.
+    """
 
     @staticmethod
     def of(tensor: Tensor, label: str, kind: str, module: str = "") -> RecordedValue:
-        """What a tensor that is made or met now stands for."""
+        """Describe the value that a tensor stands for now."""
         nbytes, dtype = tensor.untyped_storage().nbytes(), str(tensor.dtype).removeprefix("torch.")
         return RecordedValue(nbytes, tensor.device, label, kind, dtype, tuple(tensor.shape), module)
 
@@ -76,9 +79,9 @@ class Recording:
 
     Attributes:
         ops: in the order they ran.
-        values: by number; those from outside have negative ones.
+        values: by number; those from outside have negative numbers.
         made: how many values operators made.
-        changed_unseen: values that something changed which torch does not see.
+        changed_unseen: values that were changed by something torch does not see.
         overwritten: values from outside that the step overwrites.
         calls_with_numbers: calls with gradients where a number stands in place of a tensor.
     """
@@ -91,7 +94,11 @@ class Recording:
     calls_with_numbers: list[CallSignature]
 
     def take_sizes(self, made_bytes: Sequence[tuple[int, ...]]) -> None:
-        """Replace the sizes of fake memory by those that every op made when it really ran; () where it did not."""
+        """Replace sizes of fake memory by those of real runs.
+
+        Args:
+            made_bytes: for every op the sizes of what it made when it really ran; () where it did not run.
+        """
         real: dict[int, int] = {}
         for op, sizes in zip(self.ops, made_bytes, strict=True):
             overwriting = dict(op.in_place)

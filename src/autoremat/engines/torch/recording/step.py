@@ -1,4 +1,4 @@
-"""A step that is to be recorded, and where: in a process apart, or here."""
+"""Describes a step to record, and chooses the process that records it."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from autoremat.engines.torch.world.problems import FakesLeft, Scripted
 
 @dataclass(frozen=True)
 class Step:
-    """What is to be recorded."""
+    """A step to record."""
 
     fn: Any
     modules: Sequence[nn.Module]
@@ -33,7 +33,7 @@ class Step:
 
 
 def apart_or(here: Callable[[], Recording], work: Callable[[Progress | None], Recording], step: Step) -> Recording:
-    """Let a child do the work, or do it here."""
+    """Let a child process do the work, or do it here."""
     with suppress(CannotRunApart):
         if can_run_apart():
             done = run_apart(lambda progress: _without_what_cannot_be_sent(work(progress)), step.progress)
@@ -48,7 +48,10 @@ def apart_or(here: Callable[[], Recording], work: Callable[[Progress | None], Re
 
 
 def _without_what_cannot_be_sent(recording: Recording) -> Recording:
-    """The same without the arguments of operators that pickle does not know: those cannot be measured, then."""
+    """Remove arguments that pickle cannot send.
+
+    The operators that have such arguments cannot be measured then.
+    """
     if not can_be_sent(recording):
         for op in recording.ops:
             if not can_be_sent(op.signature):
@@ -58,7 +61,10 @@ def _without_what_cannot_be_sent(recording: Recording) -> Recording:
 
 
 def _with_what_is_here(recording: Recording) -> Recording:
-    """The same without calls of operators that the step has defined when it ran, which this process does not know."""
+    """Remove calls of operators that this process does not know.
+
+    The step has defined them in the child, while it ran.
+    """
     for op in recording.ops:
         if op.signature is not None and op.signature.func is None:
             op.signature = None
@@ -67,7 +73,10 @@ def _with_what_is_here(recording: Recording) -> Recording:
 
 
 def refuse_left(living: Living) -> None:
-    """Raise if somebody else holds fake tensors that the recording has made: nothing could be trained with them."""
+    """Raise if somebody still holds fake tensors of the recording.
+
+    Nothing could be trained with them.
+    """
     if holders := living.holders():
         raise FakesLeft(
             f"after the step was recorded on fake tensors, one is still held by {'; one by '.join(holders)}. A step "

@@ -1,4 +1,4 @@
-"""Real tensors under another identity."""
+"""Makes twins of real tensors: other tensors on the same memory."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from autoremat.engines.torch.operators.history import is_leaf
 class Twins:
     """Real tensors under another identity, on the same memory.
 
-    So that the backward of a recording meets no hooks of the user's on parameters (which may step an optimizer), does
-    not run into the graph that an input comes from, and that an input or a buffer that is overwritten with something
-    differentiable does not become part of the recording's graph.
+    They keep three things out of a recording: the user's hooks on parameters, which may step an optimizer; the graph
+    that an input comes from; and the user's own tensor, where an input or a buffer is overwritten with something
+    differentiable and would become part of the recording's graph.
     """
 
     def __init__(self) -> None:
         self._twins: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: set[int] = set()
-        """Those that are twins themselves, by identity."""
+        """The identities of the twins themselves."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """The twin of a tensor, always the same one; a twin itself."""
+        """Return the twin of a tensor, always the same one.
+
+        A twin is its own twin.
+        """
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or id(tensor) in self._own:
             return tensor
         if id(tensor) not in self._twins:

@@ -1,4 +1,4 @@
-"""From a recording to a program: what every operator costs, and what else there is."""
+"""Makes a program of a recording: adds costs and everything else."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from autoremat.engines.torch.world.devices import free_bytes
 from autoremat.program import Program
 
 _SHARE_OF_FREE: Final = 0.5
-"""What an operator may take, of what the device has left, that nobody has asked to be run."""
+"""Share of the free memory that an operator may take unasked."""
 
 
 @dataclass(frozen=True)
 class Whole:
-    """What a program has beside its recording."""
+    """What a program has besides its recording."""
 
     name: str
     recorded: str
@@ -27,14 +27,17 @@ class Whole:
     optimizer_scratch_bytes: int
     beside: Mapping[str, int]
     timing: str
-    """``measure`` or ``auto`` run operators, ``auto`` those that have room; ``estimate`` runs none, and asks nobody."""
+    """``measure``, ``auto`` or ``estimate``.
+
+    ``measure`` runs all operators, ``auto`` those that have room. ``estimate`` runs none, and looks up no known costs.
+    """
     has_numbers: bool
-    """Tensors are real: operators can be run."""
+    """Whether tensors are real, so that operators can be run."""
     limit: Callable[[Program], int] | None
     progress: Progress | None
 
     def program(self, recording: Recording) -> Program:
-        """The program, with operators measured or estimated."""
+        """Make the program, with operators measured or estimated."""
         signatures = [op.signature for op in recording.ops]
         written = [sum(recording.values[n].nbytes for n in op.writes) for op in recording.ops]
         if self.timing == "estimate":
@@ -51,7 +54,7 @@ class Whole:
         return self._with_real_sizes(recording, costs, "measured")
 
     def _with_real_sizes(self, recording: Recording, costs: Sequence[Cost], source: str) -> Program:
-        if self.recorded == "fake":  # sizes that depend on the data were seen on the real tensors
+        if self.recorded == "fake":  # a recording on real tensors has seen the real sizes
             recording.take_sizes([cost.made_bytes for cost in costs])
         return self._assembled(recording, costs, source)
 

@@ -1,1 +1,1 @@
-"""What is around a step: modules, devices, processes, memory. For all engines for torch."""
+"""What surrounds a step, for every torch engine: modules, devices, processes, memory."""

@@ -1,15 +1,15 @@
-"""A process of its own for what runs the user's code: whatever that changes, it changes there.
+"""Runs user code in a forked process, so that nothing changes here.
 
 ``run_apart`` forks. The child has everything that the parent has, as it is at that moment: objects, generators,
-counters, modules, random generators, real tensors. It runs the work, sends what comes of it through a pipe, and ends
-without a word to anybody. So nothing in the parent can have changed, wherever the user's code keeps its things.
+counters, modules, random generators, real tensors. It runs the work, sends the result through a pipe, and ends without
+any clean-up. So nothing in the parent can have changed, wherever the user's code keeps its state.
 
-Open files are the parent's, too; so the child opens those that are read once more, works on copies of those that are
-written, and has neither pipes, sockets nor a terminal. A file that Python opens by name to write to it is a copy in
-memory. What C code opens by name, and what other processes are asked to do, is done.
+Open files are shared with the parent. So the child opens files that are read once more, works on copies of files that
+are written, and has neither pipes, sockets nor a terminal. A file that Python code opens by name for writing becomes a
+copy in memory. What C code opens by name, or what the code asks other processes to do, does happen.
 
-The child's memory is its own: what it only reads it shares with the parent, and what it writes or makes (a recording
-on real tensors makes one operator's results at a time, and copies of what the step overwrites) it takes beside it.
+The child's memory is its own: it shares with the parent what it only reads, and takes memory for what it writes or
+makes. A recording on real tensors makes one operator's results at a time, and copies of what the step overwrites.
 """
 
 from __future__ import annotations
@@ -41,23 +41,29 @@ T = TypeVar("T")
 Report = Callable[[str, float], None]
 
 _COPIED_BYTES: Final = 64 << 20
-"""Of a file open for reading and writing the child has a copy, up to this size; a larger one is empty there."""
+"""Files open for reading and writing are copied up to this size.
+
+A larger one is empty in the child.
+"""
 _STUCK_SECONDS: Final = 120.0
-"""A child that has not worked for so long waits for something that only the parent could give it."""
+"""A child without progress for this long is given up.
+
+It waits for something that only the parent could give it.
+"""
 _SAID_BYTES: Final = 2000
-"""How much of the last words of a child that has died are told."""
+"""How much of a dead child's last words the error quotes."""
 
 
 class CannotRunApart(Exception):
-    """There is no way to run something in a process of its own here; nothing has been run."""
+    """A separate process cannot be used here; nothing has been run."""
 
 
 class RecordingDied(RuntimeError):
-    """The process in which a step was recorded has died; the message says how."""
+    """The process that recorded a step has died; the message says how."""
 
 
 class _InTheChild(Exception):
-    """The traceback of an error in the child, as text: the cause of the error in the parent."""
+    """The child's traceback as text: the cause of the parent's error."""
 
     def __str__(self) -> str:
         return f"\n\n{self.args[0]}"
@@ -68,12 +74,15 @@ class _Here:
 
     is_child = False
     cannot = False
-    """A child has found out that torch does not work in one."""
+    """A child has found out that torch fails in a child."""
     is_warm = False
 
 
 def can_run_apart() -> bool:
-    """Whether a fork is safe: no accelerator in use, no other thread, no other process of ours to talk to."""
+    """Tell whether a fork is safe here.
+
+    It is if no accelerator is in use, no other thread runs, and there is no other process of ours to talk to.
+    """
     if _Here.is_child or _Here.cannot or not sys.platform.startswith("linux") or not hasattr(os, "fork"):
         return False
     if threading.active_count() != 1 or threading.current_thread() is not threading.main_thread():
@@ -84,10 +93,10 @@ def can_run_apart() -> bool:
 
 
 def run_apart(work: Callable[[Report | None], T], progress: Report | None = None) -> T:
-    """Run ``work(report)`` in a child of this process and return what it returns.
+    """Run ``work(report)`` in a child process and return its result.
 
-    What it reports is passed on to ``progress``, what it warns of is warned of here, once. What it raises is raised
-    here, with its type where that can be sent.
+    What the work reports is passed on to ``progress``. Its warnings are issued here, once. Its errors are raised here,
+    with their type where that can be sent.
 
     Raises:
         CannotRunApart: no child could be made, or torch does not work in one; ``work`` has not been run.
@@ -97,7 +106,7 @@ def run_apart(work: Callable[[Report | None], T], progress: Report | None = None
     receiving, sending = os.pipe()
     said = os.memfd_create("autoremat")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of threads; there are none of Python's
+        warnings.simplefilter("ignore", DeprecationWarning)  # fork warns of threads; none of them is Python's
         try:
             pid = os.fork()
         except OSError as error:
@@ -116,7 +125,10 @@ def run_apart(work: Callable[[Report | None], T], progress: Report | None = None
 
 
 def _end(pid: int) -> None:
-    """Make sure that the child is gone: it has sent all that it had, or nobody wants it any more."""
+    """Make sure that the child is gone.
+
+    It has sent all that it had, or its result is no longer wanted.
+    """
     with suppress(ProcessLookupError):
         os.kill(pid, signal.SIGKILL)
     with suppress(ChildProcessError):
@@ -124,7 +136,7 @@ def _end(pid: int) -> None:
 
 
 def _warm_up() -> None:
-    """Import what torch imports with the first fake tensors, so that not every child does it."""
+    """Import what torch needs for fake tensors, once for all children."""
     if _Here.is_warm:
         return
     _Here.is_warm = True
@@ -136,14 +148,14 @@ def _warm_up() -> None:
 
 
 class _Parent:
-    """Listens to a child until it has said what came of its work."""
+    """Listens to a child until it has sent its result."""
 
     def __init__(self, pid: int, receiving: int, said: int, progress: Report | None) -> None:
         self._pid, self._receiving, self._said, self._progress = pid, receiving, said, progress
         self._worked, self._waited = -1, 0.0
 
     def outcome(self) -> Any:
-        """What the work returned; raises what it raised."""
+        """Return what the work returned; raise what it raised."""
         while True:
             head = self._read(8)
             kind, content = pickle.loads(self._read(struct.unpack("q", head)[0]))
@@ -173,7 +185,10 @@ class _Parent:
         return b"".join(parts)
 
     def _look_after(self) -> None:
-        """Give up a child that waits for something for good: a lock that a thread of the parent held, say."""
+        """Give up a child that waits for ever.
+
+        It may wait for a lock that a thread of the parent held.
+        """
         worked = _cpu_ticks(self._pid)
         self._waited = self._waited + 5.0 if worked == self._worked else 0.0
         self._worked = worked
@@ -185,8 +200,8 @@ class _Parent:
 
     def _died(self) -> RecordingDied:
         try:
-            end = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)  # its number stays its own until _end
-        except ChildProcessError:  # the program wants to know nothing of its children
+            end = os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)  # the process id stays taken until _end
+        except ChildProcessError:  # the program ignores SIGCHLD
             end = None
         if end is None:
             how = "has ended"
@@ -204,7 +219,7 @@ class _Parent:
 
 
 def _cpu_ticks(pid: int) -> int:
-    """What a process has worked so far."""
+    """Return the processor time that a process has used."""
     try:
         with open(f"/proc/{pid}/stat") as file:
             fields = file.read().rpartition(")")[2].split()
@@ -214,7 +229,7 @@ def _cpu_ticks(pid: int) -> int:
 
 
 def _warn_again(message: bytes, text: str, category: bytes, filename: str, line: int) -> None:
-    """Warn here of what the child has warned of, as if it came from the same line."""
+    """Repeat a child's warning here, as if from the same line."""
     try:
         said, kind = _loads(message), _loads(category)
     except Exception:  # noqa: BLE001 - a class that cannot be sent
@@ -225,7 +240,7 @@ def _warn_again(message: bytes, text: str, category: bytes, filename: str, line:
 
 
 def _error_of(pickled: bytes | None, name: str, text: str, trace: str, file: str) -> BaseException:
-    """The child's error, or, if it could not be sent, one that says what it was."""
+    """Rebuild the child's error, or one that says what it was."""
     error: BaseException | None = None
     if pickled is not None:
         with suppress(Exception):
@@ -242,7 +257,7 @@ def _error_of(pickled: bytes | None, name: str, text: str, trace: str, file: str
 
 
 def _be_child(work: Callable[[Report | None], Any], reports: bool, sending: int, said: int) -> None:
-    """Do the work, send what comes of it, and end; never returns."""
+    """Do the work, send the result, and end; never returns."""
     code = 1
     try:
         pipe = _Pipe(sending)
@@ -267,7 +282,7 @@ def _be_child(work: Callable[[Report | None], Any], reports: bool, sending: int,
 
 
 class _Pipe:
-    """What a child says to its parent."""
+    """Carries messages from a child to its parent."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
@@ -291,21 +306,21 @@ class _Pipe:
 
 
 def _settle_in(sending: int, said: int, pipe: _Pipe) -> None:
-    """Let go of what the child shares with the parent."""
+    """Detach the child from what it shares with the parent."""
     _Here.is_child = True
-    gc.freeze()  # what was there before is not the child's to clear away
+    gc.freeze()  # the child must not collect objects of the parent
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN if number == signal.SIGINT else signal.SIG_DFL)
     _unshare_files({sending, said})
     for fd in (1, 2):
         os.dup2(said, fd)
     _Copies().take_over()
-    torch.set_num_threads(1)  # the threads of the parent are not here, and OpenMP would wait for them
+    torch.set_num_threads(1)  # the parent's threads are not in the fork, and OpenMP would wait for them
     warnings.showwarning = pipe.warn  # type: ignore[assignment]
 
 
 def _obstacle() -> str:
-    """Why torch cannot work in this child; "" if it can."""
+    """Return why torch cannot work in this child; "" if it can."""
     try:
         with torch._C._DisableAutocast(), torch.inference_mode(False), torch.enable_grad():
             torch.ones(1, requires_grad=True).exp().backward()
@@ -318,7 +333,7 @@ def _obstacle() -> str:
 
 
 def _unshare_files(own: set[int]) -> None:
-    """Give the child its own of every open file: where it stands in one, and what it writes to it."""
+    """Give the child its own position and content of every open file."""
     import fcntl
 
     null = os.open(os.devnull, os.O_RDWR)
@@ -334,13 +349,13 @@ def _unshare_files(own: set[int]) -> None:
                 os.close(other)
             elif stat.S_ISFIFO(kind.st_mode) or stat.S_ISSOCK(kind.st_mode) or os.isatty(fd):
                 os.dup2(null, fd)
-        except OSError:  # the folder's own, closed by now; or one that cannot be opened again
+        except OSError:  # the descriptor of this listing, closed by now; or a file that cannot be opened again
             continue
     os.close(null)
 
 
 def _copy_of(fd: int, size: int, flags: int) -> int:
-    """A file that reads like this one, and stands where it stands."""
+    """Open a file that reads like this one, at the same position."""
     at = os.lseek(fd, 0, os.SEEK_CUR)
     mode = flags & os.O_ACCMODE
     if mode == os.O_RDONLY:
@@ -355,7 +370,10 @@ def _copy_of(fd: int, size: int, flags: int) -> int:
 
 
 class _Copies:
-    """Files that the child's code opens by name to write to: copies in memory, which it reads from then on."""
+    """Replaces files opened by name for writing with copies in memory.
+
+    The child reads these copies from then on.
+    """
 
     def __init__(self) -> None:
         self._open, self._fd_of = io.open, dict[str, int]()
@@ -392,7 +410,10 @@ class _Copies:
 
 
 def _operator(namespace: str, name: str, overload: str | None) -> Any:
-    """The operator, or the packet of all its overloads; None for one that only the child has defined."""
+    """Return an operator by name, or the packet of its overloads.
+
+    None for an operator that only the child has defined.
+    """
     try:
         packet = getattr(getattr(torch.ops, namespace), name)
         return packet if overload is None else getattr(packet, overload)
@@ -420,10 +441,13 @@ class _Pickler(pickle.Pickler):
 
 
 class _ErrorPickler(_Pickler):
-    """Sends classes of errors that were made inside functions by where they are: the parent has them, too."""
+    """Sends local error classes by identity: the parent has them, too.
+
+    A class that was made inside a function cannot be found by its name, but a fork keeps its address.
+    """
 
     def persistent_id(self, obj: Any) -> Any:
-        """Name a class that pickle cannot find by its name."""
+        """Name an error class that pickle cannot find by its name."""
         if isinstance(obj, type) and issubclass(obj, BaseException) and not _is_importable(obj):
             return obj.__qualname__, id(obj)
         return None
@@ -431,7 +455,7 @@ class _ErrorPickler(_Pickler):
 
 class _Unpickler(pickle.Unpickler):
     def persistent_load(self, pid: Any) -> Any:
-        """Find the class again among those that are here."""
+        """Find the error class again among those of this process."""
         pending: list[type] = [BaseException]
         while pending:
             found = pending.pop()
@@ -462,7 +486,7 @@ def _loads(data: bytes) -> Any:
 
 
 def can_be_sent(thing: Any) -> bool:
-    """Whether the parent can be given this."""
+    """Tell whether an object can be sent to the parent."""
     try:
         _dumps(thing)
     except Exception:  # noqa: BLE001 - whatever pickle does not know
@@ -471,7 +495,10 @@ def can_be_sent(thing: Any) -> bool:
 
 
 def _sendable(error: BaseException) -> tuple[bytes | None, str, str, str, str]:
-    """An error, if it can be sent and comes out as what it was; its name, words, traceback and file in any case."""
+    """Describe an error for sending: pickle, name, words, traceback, file.
+
+    The pickle is None if the error cannot be sent, or would come out as something else.
+    """
     trace = "".join(traceback.format_exception(error))
     file = traceback.extract_tb(error.__traceback__)[-1].filename
     try:

@@ -1,4 +1,7 @@
-"""Where the tensors of a step are: on one device, on none, on memory that torch does not know to be shared."""
+"""Checks where the tensors of a step are.
+
+They must be on one device, which is there, and share no memory without torch's knowledge.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from autoremat.engines.torch.world.problems import UnusableInput
 
 
 def check_target(device: torch.device | str) -> None:
-    """Refuse a device that is not there: autograd would end the process."""
+    """Refuse a device that is not there: autograd would abort the process."""
     try:
         kind = torch.device(device).type
         there = kind == "cpu" or torch.get_device_module(kind).is_available()
@@ -32,7 +35,7 @@ def check_target(device: torch.device | str) -> None:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a device has left, as far as anybody tells."""
+    """Return what a device has left, as far as known."""
     if device.type == "cuda" and torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -48,7 +51,7 @@ def _free_on_machine() -> int:
 
 
 def _free_in_group() -> int:
-    """What the group of processes that this one is in (a container's) is still allowed to take."""
+    """Return what the control group, such as a container, may still take."""
     with suppress(OSError, ValueError):  # no limit is the word "max"
         group = Path("/sys/fs/cgroup")
         return int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
@@ -56,7 +59,10 @@ def _free_in_group() -> int:
 
 
 def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
-    """Refuse models and inputs that are spread over several devices (scalars on the CPU are fine)."""
+    """Refuse models and inputs spread over several devices.
+
+    Scalars on the CPU are allowed.
+    """
     tensors = [t for _, _, t in named_tensors(modules)]
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
     devices = {str(t.device) for t in tensors}
@@ -68,14 +74,17 @@ def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
 
 
 def is_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> bool:
-    """Whether there are meta or fake tensors, so that no operator can be run."""
+    """Tell whether tensors are fake or on meta, so no operator runs."""
     tensors = [t for _, _, t in named_tensors(modules)]
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     return any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors)
 
 
 def refuse_shared_memory(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
-    """Raise if two storages lie on the same memory (of one NumPy array, say), which fake tensors would not know."""
+    """Raise if two storages lie on the same memory.
+
+    Two tensors on one NumPy array are an example; fake tensors would not know of it.
+    """
     if is_unreal(modules, args, kwargs):
         return
     tensors = [t for _, _, t in named_tensors(modules) if not nn.parameter.is_lazy(t)]

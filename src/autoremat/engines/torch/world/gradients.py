@@ -1,4 +1,4 @@
-"""Gradients that are there before a step: of a recording that found none, the program of the step that adds to them."""
+"""Derives programs of steps that find gradients from programs without any."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ from autoremat.engines.torch.world.modules import named_tensors
 from autoremat.program import END, Once, Op, Program, Value
 
 ACCUMULATE: Final = "accumulate"
-"""Name of the op that stands where the backward hands a leaf its gradient, which it reads."""
+"""Name of the op that reads a gradient and hands it over.
+
+It stands where the backward hands a leaf its gradient.
+"""
 _ADD: Final = "aten.add_.Tensor"
 _LABEL: Final = ".grad "
 _PASSES: Final = 3
@@ -23,7 +26,7 @@ _PASSES: Final = 3
 
 
 def gradients_there(modules: Sequence[nn.Module], left: Collection[str] = ()) -> dict[str, int]:
-    """Bytes of the gradients that are there now, by name of the parameter.
+    """Return the bytes of existing gradients, by parameter name.
 
     Memory that several share counts once, by the name of one that is among ``left``.
     """
@@ -31,7 +34,7 @@ def gradients_there(modules: Sequence[nn.Module], left: Collection[str] = ()) ->
 
 
 def gradients_found(program: Program) -> dict[str, int]:
-    """Bytes of the gradients that a step finds, by name of the parameter, in order."""
+    """Return the bytes of gradients a step finds, by parameter, in order."""
     return {v.label.split(_LABEL)[0]: v.nbytes for v in program.values if v.fixed and v.kind == "gradient"}
 
 
@@ -47,21 +50,24 @@ def _by_memory(modules: Sequence[nn.Module]) -> Iterator[tuple[list[str], int]]:
 
 
 def label_of(name: str, text: str) -> str:
-    """What the gradient of a parameter is called; ``text``: its type and shape."""
+    """Return the label of a parameter's gradient.
+
+    ``text`` is its type and shape.
+    """
     return f"{name}{_LABEL}{text}"
 
 
 def gradients_left(program: Program) -> dict[str, int]:
-    """Bytes of the gradients that the backward of a step makes and leaves, by name of the parameter."""
+    """Return the bytes of gradients the backward leaves, by parameter name."""
     return {name: program.values[v].nbytes for name, v in _left(program).items()}
 
 
 def with_gradients(program: Program, there: Mapping[str, int]) -> Program:
-    """The program of the same step where gradients are there before. O(program).
+    """Return the program of the same step with gradients already there.
 
-    They are in memory from the start, and what the backward makes is added to them and goes, in place of staying. So at
-    no moment less is there: a plan of this serves a step that finds fewer gradients, too. Ops and values keep their
-    places.
+    The gradients are in memory from the start; what the backward makes is added to them and goes, rather than stays. So
+    at no moment is less in memory: a plan of this program serves a step that finds fewer gradients, too. Ops and values
+    keep their places. O(program).
 
     Args:
         program: of a step that has found none, or some of them.
@@ -88,7 +94,7 @@ def with_gradients(program: Program, there: Mapping[str, int]) -> Program:
         ops[taking.begin] = add
         if taking.source == v:
             values[v] = replace(made, kind="temporary", held=taking.begin)
-        for i in range(taking.begin + 1, taking.end + 1):  # a copy that nobody makes now
+        for i in range(taking.begin + 1, taking.end + 1):  # the ops of a copy that is not made now
             ops[i] = replace(ops[i], reads=tuple(w for _, w in ops[i].in_place), seconds=0.0, scratch_bytes=0)
             for w in ops[i].writes:
                 values[w] = replace(values[w], nbytes=0, kind="temporary", held=None)
@@ -97,7 +103,10 @@ def with_gradients(program: Program, there: Mapping[str, int]) -> Program:
 
 @dataclass(frozen=True)
 class _Taking:
-    """How a leaf takes a gradient: as it is, or (``end`` behind ``begin``) by copying it in a few ops."""
+    """How a leaf takes a gradient.
+
+    It takes it as it is, or copies it in a few ops; then ``end`` is after ``begin``.
+    """
 
     source: int
     begin: int
@@ -105,7 +114,10 @@ class _Taking:
 
 
 def _taking(program: Program, v: int) -> _Taking:
-    """How a leaf has taken this gradient; of several that share its memory the last one."""
+    """Find how a leaf took this gradient.
+
+    If several share its memory, the last one counts.
+    """
     ops = program.ops
     taken_at = [i for i in program.readers[v] if ops[i].name == ACCUMULATE]
     if taken_at:
@@ -116,7 +128,7 @@ def _taking(program: Program, v: int) -> _Taking:
 
 
 def _left(program: Program) -> dict[str, int]:
-    """Gradients of parameters that the backward makes and leaves: the value, by name of the parameter."""
+    """Return the gradient values the backward makes and leaves, by parameter name."""
     if not any(op.name == ACCUMULATE for op in program.ops):
         return {}
     return {
@@ -133,7 +145,7 @@ def _resident(name: str, nbytes: int, like: Value) -> Value:
 
 
 def _seconds_per_byte(program: Program) -> float:
-    """What reading or writing a byte takes, by the op of this program that does it fastest."""
+    """Return the seconds per moved byte of the program's fastest op."""
     values = program.values
     moved = ((op.seconds, sum(values[v].nbytes for v in (*op.reads, *op.writes))) for op in program.ops)
     return min((seconds / nbytes for seconds, nbytes in moved if seconds and nbytes), default=0.0)

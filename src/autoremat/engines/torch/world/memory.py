@@ -1,4 +1,7 @@
-"""When the device runs out of memory in spite of the plan: notice it, make room, say what the plan accounts for."""
+"""Handles a device that runs out of memory despite the plan.
+
+It notices the refusal, makes room, and says what the plan accounts for.
+"""
 
 from __future__ import annotations
 
@@ -11,25 +14,28 @@ import torch
 from autoremat.program import Plan, simulate
 
 _MARKS = ("can't allocate memory", "not enough memory", "out of memory")
-"""How allocators without an exception of their own say it."""
+"""The words of allocators that have no exception of their own."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an allocator has refused."""
+    """Tell whether an error is an allocator's refusal."""
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and any(mark in str(error) for mark in _MARKS)
 
 
 def free_memory() -> None:
-    """Give back what nothing refers to any more."""
+    """Give back memory that nothing refers to any more."""
     gc.collect()
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         torch.cuda.empty_cache()
 
 
 def free_bytes() -> int:
-    """What the device has left, less a twentieth: on CUDA what its allocator could still have."""
+    """Return 95 % of what the device has left.
+
+    On CUDA that includes what the caching allocator has reserved and does not use.
+    """
     if torch.cuda.is_available():
         free, _ = torch.cuda.mem_get_info()
         return int(0.95 * (free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()))
@@ -37,7 +43,7 @@ def free_bytes() -> int:
 
 
 def without_frames(error: BaseException) -> BaseException:
-    """The error, and those behind it, without the frames they passed through and the tensors in them."""
+    """Drop the frames, and the tensors in them, from an error chain."""
     link: BaseException | None = error
     while link is not None:
         link.__traceback__ = None
@@ -46,7 +52,7 @@ def without_frames(error: BaseException) -> BaseException:
 
 
 def told(error: BaseException, plan: Plan | None) -> torch.OutOfMemoryError:
-    """The allocator's error with the plan's account of memory beside it."""
+    """Add the plan's account of memory to the allocator's error."""
     if plan is None or (isinstance(error, torch.OutOfMemoryError) and "autoremat" in str(error)):
         return error if isinstance(error, torch.OutOfMemoryError) else torch.OutOfMemoryError(str(error))
     program, timeline = plan.program, simulate(plan.program, plan.schedule)

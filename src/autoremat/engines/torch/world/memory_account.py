@@ -1,10 +1,10 @@
-"""The allocator's own account of one step: what was really in memory, whoever asked for it.
+"""Measures one step by the allocator's own account of memory.
 
 ``torch.profiler`` (``profile_memory=True``) reports every allocation and every release of PyTorch's CPU allocator with
-its address and size, temporaries inside kernels included. Their running sum, on top of what was resident before, is
-the memory of the step; on CPU it is the same to the byte from run to run. Nothing of autoremat is asked.
+its address and size, temporaries inside kernels included. Their running sum, on top of what was resident before, is the
+memory of the step; on CPU it is the same to the byte from run to run. Nothing of autoremat takes part.
 
-Not seen: memory that other libraries take for themselves (oneDNN's scratch pad, BLAS buffers).
+Not seen: memory that other libraries allocate for themselves (oneDNN's scratch pad, BLAS buffers).
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-# The profiler's start and stop lines would run through the progress display. Read when torch is imported.
+# Kineto (torch's profiler, 2.13) prints lines at start and stop, which would run through the progress display. It reads
+# this variable when torch is imported.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 
 import torch
@@ -51,13 +52,13 @@ class Account:
 
 
 def account(step: Callable[[], object], before_bytes: int = 0) -> Account:
-    """Run ``step`` once under the profiler and add up what the CPU allocator did.
+    """Run ``step`` once and add up what the CPU allocator did.
 
-    Blocks that existed before the step count to its end even if the step releases them: the allocator does not report
-    their sizes. So set gradients to ``None`` before the call, not in the step, and the account is exact.
+    Blocks that existed before the step count to its end even if the step releases them, because the profiler does not
+    report their sizes. So set gradients to ``None`` before the call, not in the step, and the account is exact.
 
     Args:
-        step: called once without arguments; its result is dropped before the account ends.
+        step: called once without arguments, under the profiler; its result is dropped before the account ends.
         before_bytes: what is resident before, usually ``resident(model, optimizer, *inputs)``.
     """
     gc.collect()
@@ -67,14 +68,21 @@ def account(step: Callable[[], object], before_bytes: int = 0) -> Account:
 
 
 def account_of(prof: profile, before_bytes: int) -> Account:
-    """What a profiler that has stopped (``profile_memory=True``) saw of the CPU allocator."""
+    """Add up what a stopped profiler saw of the CPU allocator.
+
+    The profiler must have run with ``profile_memory=True``.
+    """
     return _add_up(_events(prof), before_bytes)
 
 
 def measured_peak(step: Callable[[], object], *things: nn.Module | torch.optim.Optimizer | Tensor) -> int:
-    """The peak of one step by the allocator's own account, with what was resident of ``things`` before.
+    """Measure the peak of one step, on top of what was resident.
 
-    On CUDA from the caching allocator's statistics (written, not yet run).
+    On CPU by the profiler's account; on CUDA by the caching allocator's statistics (written, not yet run).
+
+    Args:
+        step: called once without arguments.
+        things: modules, optimizers and tensors that are resident before the step.
     """
     before = resident(*things)
     if not any(t.is_cuda for thing in things for t in _tensors(thing)):
@@ -88,7 +96,10 @@ def measured_peak(step: Callable[[], object], *things: nn.Module | torch.optim.O
 
 
 def _events(prof: profile) -> list[tuple[int, int, int]]:
-    """``(nanoseconds, address, bytes)`` of every allocation (positive) and release (negative) in time order."""
+    """List allocations (positive bytes) and releases (negative) in time order.
+
+    Each is ``(nanoseconds, address, bytes)``.
+    """
     found = []
     results: Any = prof.profiler
     stack = list(results.kineto_results.experimental_event_tree())
@@ -101,7 +112,7 @@ def _events(prof: profile) -> list[tuple[int, int, int]]:
 
 
 def _add_up(events: Iterable[tuple[int, int, int]], before_bytes: int) -> Account:
-    """Running sum over the blocks of this step; a release of any other block is left out."""
+    """Sum up the blocks of this step; other releases are left out."""
     alive: dict[int, int] = {}
     current, seconds, resident_bytes, start = before_bytes, [], [], None
     for nanoseconds, address, nbytes in events:
@@ -117,9 +128,10 @@ def _add_up(events: Iterable[tuple[int, int, int]], before_bytes: int) -> Accoun
 
 
 def resident(*things: nn.Module | torch.optim.Optimizer | Tensor) -> int:
-    """Bytes of the storages behind modules (parameters, buffers, gradients), optimizer states and tensors.
+    """Add up the bytes behind modules, optimizer states and tensors.
 
-    Each storage counts once, however many tensors view it; sparse tensors do not count.
+    Of a module these are parameters, buffers and gradients. Each storage counts once, however many tensors view it;
+    sparse tensors do not count.
     """
     storages = (storage_of(t) for thing in things for t in _tensors(thing))
     return sum({s.data_ptr(): s.nbytes() for s in storages if s is not None}.values())

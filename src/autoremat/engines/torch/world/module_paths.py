@@ -1,4 +1,4 @@
-"""Which module runs now."""
+"""Tells which module runs now."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class ModulePaths:
-    """Tells which module runs, while it is entered (by torch's global module hooks)."""
+    """Tracks the running module while entered, by torch's global module hooks."""
 
     def __init__(self, roots: Sequence[nn.Module]) -> None:
         self._names = {id(m): name for root in roots for name, m in root.named_modules()}
@@ -18,7 +18,7 @@ class ModulePaths:
         self._exits = ExitStack()
 
     def current(self) -> str:
-        """Path of the innermost module that runs now; "" outside all."""
+        """Return the path of the innermost running module; "" outside all."""
         return self._stack[-1] if self._stack else ""
 
     def __enter__(self) -> ModulePaths:

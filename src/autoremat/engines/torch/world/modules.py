@@ -1,8 +1,8 @@
-"""The user's world while a step is recorded: nothing in it may change.
+"""Finds the modules a step can reach and restores what recording changes.
 
 A recording runs the user's Python code once more. Here the modules that the code can reach get fake parameters and
-buffers for that time, and afterwards everything that the code may have changed is put back: module attributes,
-gradients of leaves, random generators of torch, Python and NumPy.
+buffers for that time. Afterwards everything that the code may have changed is put back: module attributes, gradients of
+leaves, random generators of torch, Python and NumPy.
 """
 
 from __future__ import annotations
@@ -28,17 +28,20 @@ from autoremat.engines.torch.operators.history import node_made
 Convert = Callable[[Tensor], Tensor]
 _CONTAINERS = (OrderedDict, dict, list, set, deque)
 DATA_SET_ITEMS: Final = 10_000
-"""What is in a container with more items than this is not looked at: it is data, and looking takes time."""
+"""A container with more items is taken for data and not searched."""
 LOOKED_AT_ITEMS: Final = 200_000
-"""So many things are looked at in all: what is behind them is not put back."""
+"""The search stops after this many objects; the rest is not restored."""
 _WITHOUT_INSIDE: Final = frozenset({int, float, bool, complex, str, bytes, type(None)})
-"""What data consist of, which nobody needs to look into."""
+"""Types of plain data, which contain nothing to search."""
 SMALL_ARRAY_BYTES: Final = 1 << 20
-"""NumPy arrays up to this size are put back after a recording: counters and histograms, not data sets."""
+"""NumPy arrays up to this size are restored after a recording.
+
+They are counters and histograms, not data sets.
+"""
 
 
 def reachable_modules(fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None) -> list[nn.Module]:
-    """The outermost modules that a callable can reach, without running it.
+    """Find the outermost modules a callable can reach, without running it.
 
     Looks at the callable itself, what it is bound to, its closure, defaults, partial arguments, the globals that its
     code names, at the arguments, and one level into objects that are neither modules nor tensors.
@@ -52,7 +55,7 @@ def reachable_modules(fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, An
 
 
 def _mentioned(fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any], depth: int = 3) -> Iterator[Any]:
-    """Objects that the callable or its arguments mention."""
+    """Yield the objects that the callable or its arguments mention."""
     yield fn
     yield from args
     yield from kwargs.values()
@@ -98,7 +101,10 @@ def _modules_of(thing: Any) -> Iterator[nn.Module]:
 
 
 def named_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, str, Tensor]]:
-    """``(name, kind, tensor)`` of all parameters and buffers; kind is ``parameter`` or ``buffer``."""
+    """Yield ``(name, kind, tensor)`` of all parameters and buffers.
+
+    The kind is ``parameter`` or ``buffer``.
+    """
     seen: set[int] = set()
     for module in modules:
         both = [("parameter", module.named_parameters()), ("buffer", module.named_buffers())]
@@ -113,7 +119,10 @@ def named_tensors(modules: Sequence[nn.Module]) -> Iterator[tuple[str, str, Tens
 def undisturbed(
     modules: Sequence[nn.Module], fn: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
 ) -> Iterator[None]:
-    """Put back, at the end, what the code can reach: module attributes, random generators, lists, dicts and sets."""
+    """Restore, at the end of the block, what the code can reach.
+
+    These are module attributes, random generators, lists, dicts and sets.
+    """
     with ExitStack() as stack:
         stack.enter_context(_generators_kept())
         stack.enter_context(without_caches())
@@ -126,7 +135,7 @@ def undisturbed(
 
 
 def _attributes(module: nn.Module) -> list[tuple[str, Any, Any]]:
-    """Name, object and, for containers, a shallow copy of every attribute."""
+    """List name, object and, for containers, a shallow copy of every attribute."""
     return [
         (k, v, _content(v) if isinstance(v, _CONTAINERS) else None) for k, v in vars(module).items()
     ]  # the containers of nn.Module itself (_parameters, _buffers, _modules) are among them
@@ -143,10 +152,10 @@ def _restore_attributes(module: nn.Module, attributes: list[tuple[str, Any, Any]
 
 
 def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
-    """What may change under the callable, and what the modules' attributes, code and hooks mention.
+    """List the objects that may change while the callable runs.
 
-    Containers, random generators, small arrays, attributes of the user's objects and classes, names that functions
-    share, caches of functions.
+    They are found from the callable, and from the modules' attributes, code and hooks: containers, random generators,
+    small arrays, attributes of the user's objects and classes, names that functions share, caches of functions.
     """
     pending = list(_mentioned(fn, args, kwargs))
     for module in {id(m): m for root in modules for m in root.modules()}.values():
@@ -167,7 +176,10 @@ def _mutable_things(modules: Sequence[nn.Module], fn: Any, args: Sequence[Any], 
 
 
 def _inside(thing: Any) -> list[Any] | None:
-    """What a thing that may change leads to; None for what cannot change, or is not the user's."""
+    """List what a mutable object leads to.
+
+    None for what cannot change, or does not belong to the user.
+    """
     if isinstance(thing, (*_CONTAINERS, tuple)):
         if isinstance(thing, tuple):
             return list(tuple.__iter__(thing))
@@ -191,22 +203,26 @@ def _inside(thing: Any) -> list[Any] | None:
 
 
 def _of_a_library(module: str | None) -> bool:
-    """Whether a class or function is Python's, torch's, NumPy's or ours: what they keep is not for us to put back."""
+    """Tell whether code is Python's, torch's, NumPy's or ours.
+
+    What such code keeps is not ours to restore.
+    """
     root = _root(module)
     return root != "__main__" and (root in sys.stdlib_module_names or root in ("torch", "numpy", "autoremat"))
 
 
 @functools.lru_cache(maxsize=4096)
 def _is_foreign(module: str | None) -> bool:
-    """Whether code is a library's, or of an installed file that knows nothing of torch, so that it keeps no tensors.
+    """Tell whether code is a library's, or keeps no tensors.
 
-    From one import to the next those would lead through all that is installed.
+    An installed file that does not know torch keeps none. From one import to the next such files would lead through
+    everything that is installed.
     """
     return _of_a_library(module) or (_is_installed(module) and not _knows_torch(module))
 
 
 def _is_installed(module: str | None) -> bool:
-    """Whether a file lies where installers put them."""
+    """Tell whether a file lies where installers put it."""
     file = getattr(sys.modules.get(module or ""), "__file__", None) or ""
     return not {"site-packages", "dist-packages"}.isdisjoint(Path(file).parts)
 
@@ -243,7 +259,7 @@ def _generator_types() -> tuple[type, ...]:
 
 
 def _way_back(thing: Any) -> tuple[Any, ...]:
-    """A function and its arguments that bring a container or generator back to its state of now."""
+    """Return a function, with arguments, that restores an object's present state."""
     if isinstance(thing, _CONTAINERS):
         return _refill, thing, _content(thing)
     if isinstance(thing, types.FunctionType):
@@ -254,17 +270,17 @@ def _way_back(thing: Any) -> tuple[Any, ...]:
         return _clear_if_used, thing, thing.cache_info().misses
     if isinstance(thing, bytearray) or _is_small_array(thing):
         return thing.__setitem__, slice(None) if isinstance(thing, bytearray) else ..., thing.copy()
-    if isinstance(thing, random.Random) and not isinstance(thing, random.SystemRandom):  # that one has no state
+    if isinstance(thing, random.Random) and not isinstance(thing, random.SystemRandom):  # SystemRandom has no state
         return thing.setstate, thing.getstate()
     if isinstance(thing, torch.Generator) or hasattr(thing, "set_state"):
         return thing.set_state, thing.get_state()
     if hasattr(thing, "bit_generator"):
         return setattr, thing.bit_generator, "state", thing.bit_generator.state
-    return (lambda: None,)  # only leads to other things
+    return (lambda: None,)  # the object itself needs nothing; it leads to others that do
 
 
 def _bindings(fn: types.FunctionType) -> tuple[list[tuple[types.CellType, Any]], dict[str, Any]]:
-    """What the names mean that a function shares with others: its closure, its module's globals."""
+    """Return what the names in a function's closure and globals mean."""
     cells = []
     for cell in fn.__closure__ or ():
         with suppress(ValueError):  # a name that is not bound yet
@@ -287,27 +303,30 @@ def _restore_class(cls: type, attributes: Mapping[str, Any]) -> None:
 
 
 def _clear_if_used(cached: Any, misses: int) -> None:
-    """Forget what a function has cached during the recording, and what it had cached before: it is made anew."""
+    """Clear a function's cache if the recording has used it.
+
+    What it had cached before the recording is lost, too, and is computed anew.
+    """
     if cached.cache_info().misses != misses:
         cached.cache_clear()
 
 
 def _plain(container: Any) -> Any:
-    """The class of Python's own that a container derives from, for its methods.
+    """Return the built-in class that a container derives from.
 
-    A subclass may do something else when it is read: load modules, make objects, count.
+    Its methods are used, because a subclass may do something else when it is read: load modules, make objects, count.
     """
     return next(base for base in (*_CONTAINERS, tuple) if isinstance(container, base))
 
 
 def _content(container: Any) -> list[Any]:
-    """What is in a container: items, or pairs of key and value."""
+    """List a container's items, or its pairs of key and value."""
     plain = _plain(container)
     return list(plain.items(container) if isinstance(container, dict) else plain.__iter__(container))
 
 
 def _refill(container: Any, content: list[Any]) -> None:
-    """Give a container its former content, if it has another one now."""
+    """Give a container its former content, if that has changed."""
     if _is_unchanged(container, content):
         return
     plain = _plain(container)
@@ -320,7 +339,10 @@ def _refill(container: Any, content: list[Any]) -> None:
 
 
 def _is_unchanged(container: Any, content: list[Any]) -> bool:
-    """Whether a container has the same objects as then, in the same order; one of millions takes no time."""
+    """Tell whether a container has the same objects in the same order.
+
+    It is fast even for millions of items.
+    """
     plain = _plain(container)
     if plain.__len__(container) != len(content):
         return False
@@ -333,7 +355,7 @@ def _is_unchanged(container: Any, content: list[Any]) -> bool:
 
 @contextmanager
 def _same_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Put the parameters' gradients back: the code may have let go of them (``optimizer.zero_grad()``)."""
+    """Restore gradients that the code may drop (``optimizer.zero_grad()``)."""
     kept = [(t, t.grad) for _, kind, t in named_tensors(modules) if kind == "parameter" and t.is_leaf]
     try:
         yield
@@ -344,14 +366,20 @@ def _same_gradients(modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def scripted_in(modules: Sequence[nn.Module]) -> str:
-    """The path of the first ScriptModule, which keeps its parameters in C++; "" if there is none."""
+    """Return the path of the first ScriptModule; "" without one.
+
+    A ScriptModule keeps its parameters in C++.
+    """
     named = (pair for root in modules for pair in root.named_modules())
     return next((name or type(m).__name__ for name, m in named if isinstance(m, torch.jit.ScriptModule)), "")
 
 
 @contextmanager
 def without_caches() -> Iterator[None]:
-    """What ``torch.nn.utils.parametrize.cached()`` has cached belongs to the outside, and fakes must not stay in it."""
+    """Set the cache of ``torch.nn.utils.parametrize.cached()`` aside for the block.
+
+    What it holds belongs to the outside, and no fake tensor must stay in it.
+    """
     before, parametrize._cache = parametrize._cache, {}
     try:
         yield
@@ -375,7 +403,10 @@ def _generators_kept() -> Iterator[None]:
 
 
 def swap_tensors(modules: Sequence[nn.Module], convert: Convert) -> None:
-    """Give the modules converted parameters and buffers, in place; ``undisturbed`` puts the old ones back."""
+    """Give modules converted parameters and buffers, in place.
+
+    ``undisturbed`` puts the old ones back.
+    """
     for module in {id(m): m for root in modules for m in root.modules()}.values():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
@@ -384,12 +415,16 @@ def swap_tensors(modules: Sequence[nn.Module], convert: Convert) -> None:
 
 
 def map_tensors(tree: Any, convert: Convert) -> Any:
-    """The same arguments with every tensor converted (tuples, lists, dicts and registered containers)."""
+    """Convert every tensor in arguments: tuples, lists, dicts, registered containers."""
     return torch.utils._pytree.tree_map_only(Tensor, convert, tree)
 
 
 def leaves_of(outputs: Sequence[Tensor], since: Any) -> list[Tensor]:
-    """The leaves that the graph behind these outputs accumulates gradients into.
+    """List the leaves whose gradients the outputs' graph accumulates.
+
+    Args:
+        outputs: tensors of the graph.
+        since: a node; the graph must not reach nodes that were made before it.
 
     Raises:
         RuntimeError: the graph reaches nodes that were made before the node ``since``.
@@ -415,12 +450,12 @@ def leaves_of(outputs: Sequence[Tensor], since: Any) -> list[Tensor]:
 
 @contextmanager
 def gradients_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Put the gradients of these leaves back at the end; until then their hooks (the user's) do not run."""
+    """Restore the gradients of leaves, and silence their hooks until then."""
     kept = [(leaf, leaf.grad, {name: t for name in _HOOKS if (t := getattr(leaf, name))}) for leaf in leaves]
     try:
         for leaf, _, hooks in kept:
             for name in hooks:
-                setattr(leaf, name, {})  # None would not reach those hooks that run after the gradient is there
+                setattr(leaf, name, {})  # None would leave the post-accumulate hooks in place
         yield
     finally:
         for leaf, grad, hooks in kept:
@@ -431,4 +466,4 @@ def gradients_kept(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 _HOOKS: Final = ("_backward_hooks", "_post_accumulate_grad_hooks")
-"""Where a tensor keeps its hooks."""
+"""Attributes in which a tensor keeps its hooks."""

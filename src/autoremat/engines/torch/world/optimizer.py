@@ -1,4 +1,4 @@
-"""What an optimizer needs: bytes that it keeps between steps, and bytes for as long as it takes one."""
+"""Finds the memory of an optimizer: its state, and its step's temporaries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class OptimizerBytes(NamedTuple):
 
     Attributes:
         state: kept between steps.
-        scratch: taken beside parameters, gradients and state at some moment of a step, the first or a later one.
+        scratch: the most that a step, the first or a later one, takes besides parameters, gradients and state.
     """
 
     state: int = 0
@@ -33,9 +33,10 @@ class OptimizerBytes(NamedTuple):
 
 
 def optimizer_bytes(optimizer: Any) -> OptimizerBytes:
-    """The memory of an optimizer: its state as it is, or as it will be after its first step, and its temporaries.
+    """Return the bytes of an optimizer's state and of its temporaries.
 
-    Two steps are taken by a copy of the optimizer on fake parameters: nothing is allocated or changed.
+    The state is that of now, or of after the first step. Two steps are taken by a copy of the optimizer on fake
+    parameters: nothing is allocated or changed.
 
     Args:
         optimizer: an optimizer, several that take turns, the number of bytes of a state, or None for no state.
@@ -64,7 +65,10 @@ def optimizer_bytes(optimizer: Any) -> OptimizerBytes:
 
 
 def _unwrapped(optimizer: Any) -> Any:
-    """The optimizer behind those of Accelerate and Lightning, which are none themselves but pass everything on."""
+    """Return the optimizer behind the wrappers of Accelerate and Lightning.
+
+    Those pass everything on, and are not optimizers themselves.
+    """
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     return optimizer
@@ -87,7 +91,10 @@ def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
 
 
 def _apart(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """What two steps say, taken where they leave nothing behind: in the optimizer's own attributes, for one."""
+    """Take two steps where they leave nothing behind.
+
+    An optimizer may change its own attributes, for one.
+    """
     with contextlib.suppress(CannotRunApart):
         if can_run_apart():
             return run_apart(lambda report: _two_steps(optimizer))
@@ -95,11 +102,16 @@ def _apart(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
 
 
 def _two_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """State and temporaries; the first step makes the state as it goes, later ones have it."""
+    """Return bytes of state and temporaries of two steps.
+
+    The first step makes the state as it goes; later ones find it.
+    """
     mode = FakeTensorMode()
     twin = _twin(optimizer, mode)
     step = type(optimizer).step
-    take = getattr(step, "__wrapped__", step)  # past the profiling wrapper, which knows the real optimizer only
+    # torch wraps ``step`` in a function that runs the user's hooks (``profile_hook_step`` in torch/optim/optimizer.py,
+    # 2.13): go past it.
+    take = getattr(step, "__wrapped__", step)
     peaks = []
     for _ in range(2):
         with mode, _Account() as account:
@@ -120,7 +132,7 @@ def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
 
 
 def _twin(optimizer: torch.optim.Optimizer, mode: FakeTensorMode) -> torch.optim.Optimizer:
-    """A copy without state, of parameters that have nothing but a size."""
+    """Copy an optimizer without its state, on parameters without memory."""
     groups = []
     for group in optimizer.param_groups:
         parameters = [_fake_parameter(local_of(p), mode) for p in group["params"] if p.requires_grad]
@@ -141,7 +153,10 @@ def _fake_parameter(parameter: Tensor, mode: FakeTensorMode) -> Tensor:
 
 
 class _Account(TorchDispatchMode):
-    """Bytes of the storages that operators make while the mode is on: now, and at most."""
+    """Counts the bytes of living storages made in this mode.
+
+    It also keeps their peak.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -151,7 +166,7 @@ class _Account(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        """Run one operator and count what it has made."""
+        """Run one operator and count what it made."""
         if func is torch.ops.aten._local_scalar_dense.default:
             return 0.5  # no size depends on it
         if facts_of(func).communicates:

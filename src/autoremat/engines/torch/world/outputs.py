@@ -1,4 +1,4 @@
-"""What a step returns that a backward pass could start from."""
+"""Finds what a backward pass could start from in a step's result."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from torch import Tensor
 
 
 def differentiable_outputs(result: Any) -> list[Tensor]:
-    """What a backward pass would start from."""
+    """List the outputs that a backward pass would start from.
+
+    That is the ``loss`` if there is one, else the only scalar that requires grad, else every tensor that does.
+    """
     loss = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
     if isinstance(loss, Tensor) and loss.requires_grad and loss.numel() == 1:
         return [loss]

@@ -1,12 +1,15 @@
-"""What ``torch.distributed`` does around a model: DistributedDataParallel, and FSDP2 (``fully_shard``).
+"""Deals with DistributedDataParallel and FSDP2 (``fully_shard``) around a model.
 
 Both do their work in the forward's Python code and in autograd hooks: they copy, gather, free and reduce parameters,
 buffers and gradients. None of that is the model's computation. So a recording leaves it out (the model has its whole
 parameters there, and nothing is sent), a run hides it from the tape, and the account has its bytes as a fixed value.
 
 With FSDP2 a *unit* is what is gathered and freed together. Where a unit frees its parameters after the forward, an
-operator that reads them may run again only between the unit's gathering in the backward and the end of its backward:
+operator that reads them may be rerun only between the unit's gathering in the backward and the end of its backward:
 when the backward asks for something that was saved inside the unit.
+
+The private names used here are those of ``torch/nn/parallel/distributed.py`` and
+``torch/distributed/fsdp/_fully_shard``, in the versions of torch that ``versions.py`` names.
 """
 
 from __future__ import annotations
@@ -26,7 +29,10 @@ _OF_GROUP = ("pre_forward", "post_forward", "unshard", "wait_for_unshard", "resh
 
 
 class NotSupported(RuntimeError):
-    """A way of training with several processes that cannot be planned; the message says which, and what to do."""
+    """This way of training with several processes cannot be planned.
+
+    The message says which one it is, and what to do.
+    """
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +43,7 @@ class Unit:
         group: FSDP2's own object.
         modules: the modules that ``fully_shard`` was called on.
         frees: whether the parameters are freed after the forward, and gathered again for the backward.
-        lasting: whether they, or their gradients, are in memory while other units are at work.
+        lasting: whether the parameters, or their gradients, are in memory while other units are at work.
     """
 
     group: Any
@@ -46,7 +52,10 @@ class Unit:
     lasting: bool
 
     def parameters(self) -> Iterator[tuple[nn.Module, str, Any]]:
-        """Module, name and FSDP2's own object of every parameter, under each of its names."""
+        """Yield module, name and FSDP2's object of every parameter.
+
+        A shared parameter comes under each of its names.
+        """
         for parameter in self.group.fsdp_params:
             info = parameter._module_info
             yield info.module, info.param_name, parameter
@@ -59,7 +68,7 @@ class Parallel:
     """What ``torch.distributed`` does around some modules.
 
     Attributes:
-        replicas: DistributedDataParallel modules that they are, or are in.
+        replicas: the DistributedDataParallel modules among the modules or around them.
         states: FSDP2's state of every module that has one.
         units: FSDP2's units.
         moving: module and name of the parameters whose gradients do not stay where the backward makes them, but move
@@ -76,7 +85,7 @@ class Parallel:
 
 
 def parallel_of(modules: Sequence[nn.Module]) -> Parallel:
-    """What is done around these modules and those inside them."""
+    """Find what is done around these modules and those inside."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return Parallel()
     inner = list({id(m): m for root in modules for m in root.modules()}.values())
@@ -124,7 +133,10 @@ def _units(states: Sequence[Any]) -> tuple[Unit, ...]:
 
 
 def groups_of(state: Any) -> list[Any]:
-    """The groups of parameters of a state; older versions of torch have one at most."""
+    """List a state's groups of parameters.
+
+    Versions of torch without ``_fsdp_param_groups`` have one group at most.
+    """
     groups = getattr(state, "_fsdp_param_groups", None)
     if groups is not None:
         return list(groups)
@@ -162,7 +174,10 @@ def check_supported(found: Parallel, modules: Sequence[nn.Module]) -> None:
 
 @contextmanager
 def absent(parallel: Parallel) -> Iterator[None]:
-    """In this block the modules compute what they compute, and nothing else is done around them."""
+    """Switch off what is done around the modules, within this block.
+
+    The modules themselves compute what they always compute.
+    """
     with ExitStack() as stack:
         for replica in parallel.replicas:
             replaced(stack, replica, "_pre_forward", lambda *args, **kwargs: (args, kwargs))
@@ -172,7 +187,7 @@ def absent(parallel: Parallel) -> Iterator[None]:
             replaced(stack, state, "_root_pre_forward", _inputs)
             replaced(stack, state, "_register_pre_backward_hook", _first)
             replaced(stack, state, "_states_to_forward_prefetch", [])
-            to_run = state._modules_to_run_forward  # its hooks know this very set
+            to_run = state._modules_to_run_forward  # FSDP2's hooks hold this very set
             stack.callback(to_run.update, set(to_run))
             stack.callback(to_run.clear)
         for unit in parallel.units:
@@ -182,7 +197,10 @@ def absent(parallel: Parallel) -> Iterator[None]:
 
 
 def hands_out_clones(replica: nn.parallel.DistributedDataParallel) -> bool:
-    """Whether DistributedDataParallel's next forward returns clones of what its module returns."""
+    """Tell whether DistributedDataParallel's next forward returns clones.
+
+    They are clones of what its module returns (``_DDPSink`` in ``torch/nn/parallel/distributed.py``, 2.13).
+    """
     first = replica.static_graph and not replica._static_graph_delay_allreduce_enqueued
     sink = (replica.find_unused_parameters and not replica.static_graph) or first
     return bool(sink and replica._ddp_sink_clone)
@@ -197,7 +215,7 @@ def _first(output: Any) -> Any:
 
 
 class _Clone(torch.autograd.Function):
-    """What ``_DDPSink`` does in the forward."""
+    """Does what ``_DDPSink`` of DistributedDataParallel does in the forward."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Any:
@@ -216,7 +234,7 @@ def _cloned(output: Any) -> Any:
 
 
 def whole_parameter(unit: Unit, parameter: Any) -> Tensor:
-    """A parameter of full size, as it is while it is gathered; what is in it means nothing."""
+    """Make a parameter of full size, as if gathered, with arbitrary content."""
     made = torch.empty(parameter._orig_size, dtype=_dtype(parameter), device=unit.group.device)
     return nn.Parameter(made, requires_grad=parameter.sharded_param.requires_grad)
 
@@ -229,11 +247,12 @@ def _dtype(parameter: Any) -> torch.dtype:
 
 
 def resident_bytes(parallel: Parallel) -> dict[str, int]:
-    """Bytes by what they are for: an upper bound, at any moment of a step.
+    """Bound the bytes at any moment of a step, by purpose.
 
-    Of DistributedDataParallel its buckets. Of FSDP2 the shards of parameters and gradients; whole parameters and
-    gradients of units that keep them; and, for the others, what is there at most while one is at work: its gathered
-    parameters beside those of the next one or the buffer that they come from, its gradients, the buffer of a reduction.
+    For DistributedDataParallel these are its buckets. For FSDP2 they are the shards of parameters and gradients; the
+    whole parameters and gradients of units that keep them; and, for the other units, the most that is in memory while
+    one of them is at work: its gathered parameters, together with those of the next unit or the buffer that they come
+    from, its gradients, and the buffer of a reduction.
     """
     found = {
         "buckets of DistributedDataParallel": sum(map(_bucket_bytes, parallel.replicas)),
@@ -244,10 +263,13 @@ def resident_bytes(parallel: Parallel) -> dict[str, int]:
 
 
 def _bucket_bytes(replica: nn.parallel.DistributedDataParallel) -> int:
-    """The buckets; of those that are the gradients themselves, what is not there as a gradient already."""
+    """Add up the buckets of a replica.
+
+    Where buckets are the gradients themselves, existing gradients are not counted again.
+    """
     parameters = [p for p in replica._module_parameters if p.requires_grad]
     total = sum(p.nbytes for p in parameters)
-    if replica.gradient_as_bucket_view:  # where there are gradients, they are counted as such
+    if replica.gradient_as_bucket_view:  # existing gradients are counted as gradients already
         total -= sum(p.nbytes for p in parameters if p.grad is not None)
     return total
 
@@ -270,13 +292,13 @@ def _gathered_bytes(units: Sequence[Unit]) -> int:
 
 
 def keeps_whole_gradients(unit: Unit) -> bool:
-    """Whether gradients wait, whole, for a later step that reduces them."""
+    """Tell whether whole gradients wait for a later step to reduce them."""
     waiting = any(p.unsharded_accumulated_grad is not None for p in unit.group.fsdp_params)
     return waiting or not unit.group.reduce_grads
 
 
 def _unit_bytes(unit: Unit) -> tuple[int, int, int]:
-    """Of a whole unit: its parameters, their gradients, and the gradients in the type that they are reduced in."""
+    """Return whole parameters, gradients, and gradients in the reduction's type, in bytes."""
     whole = gradients = reduced = 0
     for p in unit.group.fsdp_params:
         n = p.padded_sharded_param_size.numel() * unit.group.mesh_info.mesh.size()
@@ -293,7 +315,7 @@ def _unit_bytes(unit: Unit) -> tuple[int, int, int]:
 
 @contextmanager
 def hidden(parallel: Parallel) -> Iterator[None]:
-    """In this block no function mode hears what is done around the modules."""
+    """Hide what is done around the modules from function modes."""
     with ExitStack() as stack:
         for thing, names in (
             *((r, _OF_DDP) for r in parallel.replicas),
@@ -315,7 +337,7 @@ def _unseen(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def replaced(stack: ExitStack, thing: Any, name: str, value: Any) -> None:
-    """An attribute of this one object, until the stack unwinds."""
+    """Replace an attribute of this one object until the stack unwinds."""
     attributes: dict[str, Any] = vars(thing)
     if name in attributes:
         stack.callback(attributes.__setitem__, name, attributes[name])
@@ -325,7 +347,10 @@ def replaced(stack: ExitStack, thing: Any, name: str, value: Any) -> None:
 
 
 def signature(parallel: Parallel) -> tuple[Any, ...]:
-    """What may change from one step to the next and decides which operators run, or what is in memory."""
+    """Describe what may change between steps and matters to a plan.
+
+    It decides which operators run, or what is in memory.
+    """
     replicas = [(hands_out_clones(r), r.require_backward_grad_sync) for r in parallel.replicas]
     units = [(u.frees, keeps_whole_gradients(u)) for u in parallel.units]
     return (*replicas, *units)

@@ -1,4 +1,7 @@
-"""What no recording can deal with, in words; and what a step must not do inside."""
+"""Errors for steps that no recording can deal with.
+
+Also what must not happen inside a step.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 
 class UnusableInput(ValueError):
-    """Something about the model or its inputs that no recording can deal with; the message says what to do."""
+    """No recording can deal with the model or its inputs.
+
+    The message says why, and what to do.
+    """
 
 
 class NothingDifferentiable(UnusableInput):
@@ -23,22 +29,22 @@ class TrainsInside(UnusableInput):
 
 
 class Scripted(UnusableInput):
-    """A ScriptModule would have to be recorded in this process, which would change it."""
+    """A ScriptModule would be changed by recording it in this process."""
 
 
 class FakesLeft(UnusableInput):
-    """Something of the user's holds fake tensors after a recording in this process."""
+    """Something of the user's code still holds fake tensors after a recording."""
 
 
 NOTHING: Final = (
     "the callable returned nothing that requires grad, so there is no backward pass to plan for; return the loss (or "
     "the model's output), and check that some parameter has requires_grad=True"
 )
-"""What is told of a step without a backward pass."""
+"""The message for a step without a backward pass."""
 
 
 def refuse_training(has_trained: object, error: Exception | None = None) -> None:
-    """Raise if gradients came up within the callable."""
+    """Raise if gradients appeared within the callable."""
     if has_trained:
         raise TrainsInside(
             "the callable runs the backward pass inside, and autoremat plans the one that follows: return the loss "
@@ -48,7 +54,7 @@ def refuse_training(has_trained: object, error: Exception | None = None) -> None
 
 @contextmanager
 def no_optimizer() -> Iterator[None]:
-    """Within this block and in this thread, no optimizer takes a step: it would be one on fake gradients."""
+    """Refuse optimizer steps in this thread: gradients are fake here."""
     thread = threading.get_ident()
 
     def refuse(optimizer: Any, *_: Any) -> None:

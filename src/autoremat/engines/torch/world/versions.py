@@ -7,11 +7,14 @@ import warnings
 from typing import Final
 
 TESTED: Final = "2.11", "2.15"
-"""The oldest and the newest one. ``make versions`` runs the everyday tests with them and with some in between."""
+"""The oldest and the newest tested version.
+
+``make versions`` runs the everyday tests with both of them and with some in between.
+"""
 
 
 def warn_if_untested(version: str) -> None:
-    """Warn of a version of torch that is newer than all that autoremat is tested with."""
+    """Warn if this version of torch is newer than the tested ones."""
     oldest, newest = TESTED
     if _release(version) > _release(newest):
         warnings.warn(
@@ -23,6 +26,6 @@ def warn_if_untested(version: str) -> None:
 
 
 def _release(version: str) -> tuple[int, int]:
-    """The first two numbers of a version."""
+    """Return the first two numbers of a version."""
     major, minor = re.findall(r"\d+", version)[:2]
     return int(major), int(minor)
