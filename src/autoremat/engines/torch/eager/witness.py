@@ -60,7 +60,7 @@ class Witness:
         return None if self.shadow is None else self.shadow.saved.get(pack)
 
     def made(self, func: Any, args: Any, kwargs: Any, out: Any, packs: Sequence[int], call: int) -> None:
-        """Repeat a call that was just made on fake tensors."""
+        """Repeat, on fake tensors, a call that was just made."""
         if self.shadow is None:
             return
         try:
