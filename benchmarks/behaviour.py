@@ -1,7 +1,7 @@
 """What torch.utils.checkpoint and autoremat make of steps that are more than arithmetic: for docs/beside-checkpoint.md.
 
-The cases of tests/run/behaviour.py. Run: ``python benchmarks/behaviour.py``; half a minute. ``--write`` puts the table
-into the page.
+The cases of tests/engines/torch/eager/behaviour.py. Run: ``python benchmarks/behaviour.py``; half a minute.
+``--write`` puts the table into the page.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.section import write_section
-from tests.run.behaviour import CASES, COLUMNS, outcomes_of, row
+from tests.engines.torch.eager.behaviour import CASES, COLUMNS, outcomes_of, row
 
 
 def report() -> Iterator[str]:

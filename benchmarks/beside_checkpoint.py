@@ -26,7 +26,7 @@ from autoremat.demo.models import GPT, GPTConfig, ResNet, ResNetConfig, checkpoi
 from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.program import Plan
 from autoremat.show.text import format_bytes
-from tests.run.follow import following, recorded
+from tests.engines.torch.follow import following, recorded
 
 
 @dataclass(frozen=True)

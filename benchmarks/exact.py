@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from autoremat import Program, simulate, solve
 from tests.planner.random_graphs import layered
 
-DATA = Path(__file__).resolve().parents[1] / "tests" / "plan" / "data"
+DATA = Path(__file__).resolve().parents[1] / "tests" / "planner" / "data"
 SHARES = (0.1, 0.3, 0.5, 0.8)
 """Budgets: from the floor (0) to the plain peak (1)."""
 LIMIT_SECONDS = 120.0

@@ -19,7 +19,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from rich.progress import Progress
 
-from tests.run.fuzz import Outcome, Script, features, look_at, measured_scripts, scripts, smallest_failure
+from tests.engines.torch.eager.fuzz.draw import features, measured_scripts, scripts
+from tests.engines.torch.eager.fuzz.examine import Outcome
+from tests.engines.torch.eager.fuzz.scripts import Script
+from tests.engines.torch.eager.fuzz.search import look_at, smallest_failure
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "exactness.md"
 BEGIN, END = "<!-- benchmarks/fuzz.py -->", "<!-- end of fuzz.py -->"

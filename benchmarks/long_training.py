@@ -1,7 +1,7 @@
 """2,000 steps, plain and checkpointed: does anything pile up or drift away? For docs/exactness.md.
 
-Both trainings of tests/run/test_long_training.py, each in a process of its own, with a census every 50 steps: live
-tensors, Python objects and the memory of the process. Run: ``python benchmarks/long_training.py``; some minutes.
+Both trainings of tests/engines/torch/eager/long_training.py, each in a process of its own, with a census every 50
+steps: live tensors, Python objects and the memory of the process. Run: ``python benchmarks/long_training.py``.
 ``--write`` draws docs/images/long-training.png and puts the table into the page.
 """
 
@@ -20,7 +20,7 @@ from torch import Tensor
 
 import autoremat
 from benchmarks.section import DOCS, write_section
-from tests.run.test_long_training import STEPS, pair, train
+from tests.engines.torch.eager.long_training import STEPS, pair, train
 
 EVERY = 50
 SETTLED = 500

@@ -1,7 +1,7 @@
 """Every module of torch with everything computed again that may be, beside torch's checkpoint: for docs/exactness.md.
 
-The sweep of tests/run/test_modules.py, counted. Run: ``python benchmarks/modules.py``; about ten minutes. ``--quick``
-looks at two samples per module and mode; ``--write`` puts the tables into the page.
+The sweep of tests/engines/torch/eager/sweeps, counted. Run: ``python benchmarks/modules.py``; about ten minutes.
+``--quick`` looks at two samples per module and mode; ``--write`` puts the tables into the page.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.section import write_section
-from tests.run.module_sweep import DTYPES, MODULES, beside, cases, sweep
-from tests.run.sweep import Outcome, quiet
-from tests.run.torch_checkpoint import FORMS
+from tests.engines.torch.eager.sweeps.module_sweep import DTYPES, MODULES, beside, cases, sweep
+from tests.engines.torch.eager.sweeps.sweep import Outcome, quiet
+from tests.engines.torch.torch_checkpoint import FORMS
 
 Outcomes = dict[str, list[Outcome]]
 """By module."""

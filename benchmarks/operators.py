@@ -1,6 +1,6 @@
 """Every differentiable operator of torch, with everything computed again that may be: the figures of docs/exactness.md.
 
-The sweep of tests/run/test_operators.py, counted. Run: ``python benchmarks/operators.py``; about a quarter of an hour.
+The sweep of tests/engines/torch/eager/sweeps, counted. Run: ``python benchmarks/operators.py``; a quarter of an hour.
 ``--quick`` looks at fewer samples per operator and dtype; ``--write`` puts the tables into the page.
 """
 
@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 
 from benchmarks.section import write_section
-from tests.run.sweep import DTYPES, PLACES, Outcome, name_of, sweep, wrong_at
-from tests.run.test_operators import REFUSED, STEADY, UNSTEADY, operators_at
+from tests.engines.torch.eager.sweeps.choice import REFUSED, STEADY, UNSTEADY, operators_at
+from tests.engines.torch.eager.sweeps.sweep import DTYPES, PLACES, Outcome, name_of, sweep, wrong_at
 
 Outcomes = dict[tuple[str, torch.dtype], list[Outcome]]
 

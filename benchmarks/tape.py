@@ -28,7 +28,7 @@ from autoremat.engines.torch.eager.scripts import script_of
 from autoremat.engines.torch.eager.tape import Tape
 from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.program import Plan
-from tests.run.follow import recorded
+from tests.engines.torch.follow import recorded
 
 LAYERS = 60
 WIDTH = 16

@@ -1,8 +1,9 @@
-"""The laws of the house: which room may know which, no circles, no large classes; read from the source itself."""
+"""The laws of the house: which room may know which, no circles, nothing too large; read from the source itself."""
 
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -212,3 +213,40 @@ def test_classes_are_small() -> None:
     assert large.keys() == LARGER.keys(), "take a class that is small by now out of the table, and split a new one"
     grown = {name: size for name, size in large.items() if size[0] > LARGER[name][0] or size[1] > LARGER[name][1]}
     assert grown == {}
+
+
+# ---- tests -------------------------------------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+MOST_TEST_LINES = 400
+TEST_FILES = sorted(path.relative_to(TESTS) for path in TESTS.rglob("*.py"))
+OF_NO_ROOM = {
+    "gpu": "what only a CUDA device can tell: `make gpu` runs the folder",
+    "engines/torch/eager/attacks": "steps written to break the engine, by what they attack",
+    "engines/torch/eager/fuzz": "random programs: how they are drawn, run and judged",
+    "engines/torch/eager/sweeps": "all operators and modules of torch",
+}
+"""Folders of tests that mirror no folder of the package, and what they have instead."""
+
+
+def test_tests_mirror_the_package() -> None:
+    folders = {path.parent.as_posix() for path in TEST_FILES}
+    assert {folder for folder in folders if not (ROOT / folder).is_dir()} == OF_NO_ROOM.keys()
+
+
+def test_every_room_has_tests() -> None:
+    tested = {path.parent.as_posix() for path in TEST_FILES if path.name.startswith("test_")}
+    assert {room.replace(".", "/") for room in ALLOWED} - tested == set()
+
+
+def test_files_of_tests_are_small() -> None:
+    lines = {path.as_posix(): len((TESTS / path).read_text(encoding="utf-8").splitlines()) for path in TEST_FILES}
+    assert {name: n for name, n in lines.items() if n > MOST_TEST_LINES} == {}
+
+
+def test_helpers_come_from_helpers() -> None:
+    """A file of tests is imported by nobody, also not in the text of a script or by a benchmark."""
+    others = [path for folder in ("benchmarks", "docs", "examples") for path in (TESTS.parent / folder).glob("*.py")]
+    form = re.compile(r"^\s*(?:from|import)\s+tests\.(?:\w+\.)*test_|^\s*from\s+tests[.\w]*\s+import\s.*\btest_", re.M)
+    found = [path for path in (*map(TESTS.joinpath, TEST_FILES), *others) if form.search(path.read_text())]
+    assert found == []

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.run.compare import World, observe, same, seeded
+from tests.engines.torch.compare import World, observe, same, seeded
 
 EVERY_DEVICE = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=pytest.mark.slow), pytest.param("cuda", marks=pytest.mark.gpu)]

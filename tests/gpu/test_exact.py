@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from autoremat.demo.models import GPT, GPTConfig, ResNet, ResNetConfig
+from tests.engines.torch.compare import World, exact, quick
 from tests.gpu.common import EVERY_DEVICE, deterministic, generators, skip_unless_plain_repeats, world
-from tests.run.compare import World, exact, quick
 
 __all__ = ["quick"]  # a fixture
 

@@ -16,10 +16,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments
 
 import autoremat
-from tests.integrations.test_lightning import ROWS, WIDTH, Net
-from tests.integrations.test_lightning import pytestmark as lightnings
-from tests.integrations.test_transformers import examples, gpt2
-from tests.integrations.test_transformers import pytestmark as transformers_
+from tests.integrations.lightning_net import ROWS, WIDTH, Net
+from tests.integrations.lightning_net import pytestmark as lightnings
+from tests.integrations.transformers_models import examples, gpt2
+from tests.integrations.transformers_models import pytestmark as transformers_
 
 ROOT = Path(__file__).parents[2]
 BLOCKS = [

@@ -13,11 +13,11 @@ from autoremat.planner import SOLVERS, solve
 from autoremat.planner.constraints import constrain, kept_anyway, passing_values
 from autoremat.planner.search.tables import tables_of
 from autoremat.program import InfeasibleBudget, Once, Plan, Program, simulate, verify
+from tests.engines.torch.compare import same
 from tests.fixed import examples
 from tests.planner.brute_force import optimum
 from tests.planner.chains import Builder, chain, gpt
 from tests.planner.random_programs import literature_steps, recorded_steps, steps
-from tests.run.compare import same
 
 HUGE = 1 << 40
 

@@ -11,7 +11,7 @@ import pytest
 from autoremat.planner import solve
 from autoremat.planner.search.pool import Pool
 from autoremat.program import InfeasibleBudget, Program, simulate, verify
-from tests.planner.test_calls import layers
+from tests.planner.layers import layers
 
 DATA = Path(__file__).parent / "data"
 

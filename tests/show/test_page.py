@@ -27,7 +27,7 @@ from autoremat.show.residents import CATEGORIES, name_of, op_text
 from tests.planner.chains import gpt
 from tests.program.hand import chain, chain_plan
 from tests.show.large import large_plan
-from tests.show.test_explanation import placed, schedules
+from tests.show.placed import placed, schedules
 
 
 def data_of(page: str) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from autoremat.program import Program, Schedule, simulate
 from autoremat.show.residents import residents_at
 from autoremat.show.spans import spans_of
 from tests.program.hand import chain_plan, in_place
-from tests.show.test_explanation import placed, schedules
+from tests.show.placed import placed, schedules
 
 
 @given(st.data())
