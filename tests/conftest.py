@@ -8,7 +8,7 @@ from contextlib import suppress
 
 import pytest
 
-from tests.fixed import fixed_planning, fixed_seconds, is_thorough, seed
+from tests.fixed import MOST_EXAMPLES, fixed_planning, fixed_seconds, is_thorough, seed
 
 os.environ["AUTOREMAT_CACHE"] = "off"  # tests neither read nor write what the user's trainings have measured
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
@@ -16,7 +16,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refus
 with suppress(ModuleNotFoundError):  # the tests for a GPU do without it
     from hypothesis import settings
 
-    settings.register_profile("everyday", derandomize=True, database=None, deadline=None)
+    settings.register_profile("everyday", max_examples=MOST_EXAMPLES, derandomize=True, database=None, deadline=None)
     settings.register_profile("thorough", database=None, deadline=None, print_blob=True)
     settings.load_profile("thorough" if is_thorough() else "everyday")
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 from hypothesis import settings
 
 from autoremat.engines.torch.operators import timing
@@ -19,8 +20,11 @@ from autoremat.planner.bounds.stages import Table, Whole
 SEED_IS = "AUTOREMAT_SEED"
 """The variable that has the seed of random examples; without it examples are the same every time."""
 
+MOST_EXAMPLES = 15
+"""Of a property on an ordinary day; what costs as much as a search for a plan shows what it has to show in these."""
+
 MORE = 5
-"""How many times as many random examples as everyday ones."""
+"""How many times what was asked for, where examples are random."""
 
 LOOK_SECONDS = 1 / 1024
 """What passes from one look at the planner's clock to the next; sums of it are exact."""
@@ -52,9 +56,15 @@ def seed() -> int:
     return int(os.environ[SEED_IS])
 
 
-def examples(n: int) -> settings:
-    """So many examples of a property, the same every time; more, and random ones, where tests are to be thorough."""
-    return settings(max_examples=n * MORE if is_thorough() else n, deadline=None)
+def examples(n: int, *, everyday: int = MOST_EXAMPLES) -> settings:
+    """A few examples of a property, always the same; where tests are to be thorough random ones, ``MORE`` times n."""
+    return settings(max_examples=n * MORE if is_thorough() else min(n, everyday), deadline=None)
+
+
+def some_everyday(cases: Iterable[Any], every: int, *marks: pytest.MarkDecorator) -> list[Any]:
+    """Parameters of which every day one in so many is looked at, evenly spread; the others are slow, and marked so."""
+    rest = (pytest.mark.slow, *marks)
+    return [pytest.param(case, marks=() if i % every == 0 else rest) for i, case in enumerate(cases)]
 
 
 def random_seed(number: int) -> int:

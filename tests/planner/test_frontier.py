@@ -89,7 +89,7 @@ def test_a_program_without_a_choice_has_one_point():
 
 def test_plan_at_takes_the_cheapest_that_fits_and_a_bound_that_holds():
     program = chain(16)
-    found = frontier(program, points=4)
+    found = frontier(program, points=4, time_limit_seconds=3)
     for below, above in pairwise(found.points):
         plan = found.plan_at((below.budget_bytes + above.budget_bytes) // 2)
         assert plan.overhead in (below.overhead, above.overhead)
@@ -133,7 +133,7 @@ def test_progress_rises_and_ends_at_one():
 
 
 def test_the_words():
-    text = str(frontier(gpt(4, vocabulary=256), points=[0.4, 0.7, 1.0]))
+    text = str(frontier(gpt(4, vocabulary=256), points=[0.4, 0.7, 1.0], time_limit_seconds=3))
     lines = text.splitlines()
     assert lines[0].startswith("Frontier of gpt4: floor ")
     assert "plain peak" in lines[0]

@@ -30,7 +30,7 @@ def budget_at(program: Program, share: float) -> int:
     return max(1, floor + int(share * (plain - floor)))
 
 
-@examples(12)
+@examples(12, everyday=6)
 @given(program=steps(), share=SHARES)
 def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: float):
     budget = budget_at(program, share)
@@ -41,7 +41,7 @@ def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: fl
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@examples(8)
+@examples(8, everyday=4)
 @given(program=programs(max_ops=6))
 def test_every_solver_plans_the_plain_peak(solver: str, program: Program):
     plain = simulate(program).peak_bytes
@@ -55,7 +55,7 @@ def test_every_solver_plans_the_plain_peak(solver: str, program: Program):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@examples(8)
+@examples(8, everyday=4)
 @given(program=steps(), share=SHARES)
 def test_every_solver_is_lawful_at_every_budget_it_reaches(solver: str, program: Program, share: float):
     budget = budget_at(program, share)
@@ -69,7 +69,7 @@ def test_every_solver_is_lawful_at_every_budget_it_reaches(solver: str, program:
     assert plan.lower_bound <= plan.overhead + 1e-12
 
 
-@examples(15)
+@examples(15, everyday=6)
 @given(program=steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
 def test_the_same_plan_for_the_same_input(program: Program, share: float, solver: str):
     budget = budget_at(program, share)
@@ -84,7 +84,7 @@ def _outcome(program: Program, budget: int, solver: str) -> object:
         return error.floor_bytes
 
 
-@examples(12)
+@examples(12, everyday=6)
 @given(program=steps(), shares=st.tuples(SHARES, SHARES).map(sorted))
 def test_more_budget_never_costs_more(program: Program, shares: list[float]):
     less, more = (budget_at(program, share) for share in shares)

@@ -7,13 +7,14 @@ import weakref
 from math import inf
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoremat.planner import solve
 from autoremat.planner import solving as portfolio
 from autoremat.planner.search.pool import Pool
 from autoremat.program import InfeasibleBudget, Op, Program, Value, simulate, verify
+from tests.fixed import examples
 from tests.planner.chains import chain, gpt
 from tests.planner.random_calls import call_steps
 from tests.planner.random_programs import steps
@@ -69,7 +70,7 @@ def test_the_first_plan_is_found_without_a_pool_and_costs_little_more(budget, mo
     assert best.overhead - 1e-12 <= first.overhead <= 1.5 * best.overhead + 0.02
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.one_of(steps(), call_steps()), st.floats(0.3, 1.0))
 def test_the_first_plan_is_as_right_as_any_other(program, share):
     budget = int(share * simulate(program).peak_bytes)

@@ -157,9 +157,9 @@ def attempt(build: Callable[[], World], budget: int | float, steps: int) -> tupl
     return got, autoremat.stats(call), [str(w.message) for w in caught if "autoremat" in str(w.message)]
 
 
-def at_the_floor(build: Callable[[], World], steps: int) -> tuple[list[Any], Stats, list[str]]:
-    """A training under the smallest budget that all its plans fit into."""
-    budget = 1
+def at_the_floor(build: Callable[[], World], steps: int, known: int = 1) -> tuple[list[Any], Stats, list[str]]:
+    """A training under the smallest budget that all its plans fit into, where one of them has this floor."""
+    budget = known
     for _ in range(8):
         try:
             return attempt(build, budget, steps)
@@ -192,11 +192,14 @@ def exact(
     world = seeded(build)
     plain = observe(world, world.target, steps)
     warn = None in (deviates, unplanned) or deviates or unplanned or differs
+    floor = 1
     for budget in (*FRACTIONS, None):
         try:
-            got, stats, messages = attempt(build, budget, steps) if budget else at_the_floor(build, steps)
-        except autoremat.InfeasibleBudget:
+            got, stats, messages = attempt(build, budget, steps) if budget else at_the_floor(build, steps, floor)
+        except autoremat.InfeasibleBudget as error:
+            floor = error.floor_bytes
             continue
+        floor = stats.plan.floor_bytes if stats.plan else floor
         assert_same(got, plain)
         messages = [m for m in messages if not (waits and "wait for one backward" in m)]
         messages = [m for m in messages if "first backward has shown" not in m]  # the floor is that of the recording
