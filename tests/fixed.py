@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 from hypothesis import settings
 
 from autoremat.engines.torch.operators import timing
@@ -59,12 +58,6 @@ def seed() -> int:
 def examples(n: int, *, everyday: int = MOST_EXAMPLES) -> settings:
     """A few examples of a property, always the same; where tests are to be thorough random ones, ``MORE`` times n."""
     return settings(max_examples=n * MORE if is_thorough() else min(n, everyday), deadline=None)
-
-
-def some_everyday(cases: Iterable[Any], every: int, *marks: pytest.MarkDecorator) -> list[Any]:
-    """Parameters of which every day one in so many is looked at, evenly spread; the others are slow, and marked so."""
-    rest = (pytest.mark.slow, *marks)
-    return [pytest.param(case, marks=() if i % every == 0 else rest) for i, case in enumerate(cases)]
 
 
 def random_seed(number: int) -> int:

@@ -37,6 +37,12 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 WITH_JSON = "program-file.md"  # tests/program/test_json_format.py reads its JSON
 WITH_LIBRARIES = ("README.md", "docs/trainers.md")
 """Their blocks of ```py run in tests/integrations/test_blocks.py, with the libraries that they are about."""
+TAKE_LONG = [
+    f"docs/{name}.md"
+    for name in ("page", "questions", "solvers/chen-recursive", "explain", "real-training", "solvers/bounds", "limits",
+                 "program-file", "how/show")
+]  # fmt: skip
+"""Pages whose blocks take seconds: looked at by what guards."""
 WITH_OUTPUT = "real-training.md"
 """A block of text right after a block of Python is what that prints; ``...`` stands for any lines."""
 MANY_BYTES = re.compile(r"\b\d{1,3}(,\d{3})+\b")
@@ -75,7 +81,11 @@ def names_of_the_readme() -> dict[str, object]:
     return {"F": F, "torch": torch, "model": model, "batch": batch, "optimizer": torch.optim.Adam(model.parameters())}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def marks_of(page: Path) -> tuple[pytest.MarkDecorator, ...]:
+    return (pytest.mark.slow, pytest.mark.guard) if page_name(page) in TAKE_LONG else ()
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=page_name(p), marks=marks_of(p)) for p in PAGES])
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if page.name == WITH_JSON:  # the file that a reader brings

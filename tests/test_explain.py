@@ -28,6 +28,7 @@ def assert_exact(e: Explanation) -> None:
 SLOW = ("U-Net", "unrolled LSTM", "XOR MLP")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=str(c), marks=pytest.mark.slow if c.name in SLOW else ()) for c in CASES]
 )
@@ -80,6 +81,7 @@ class Net(nn.Module):
         return x.sum()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("apart", [True, False], ids=["in a child", "here"])
 @pytest.mark.parametrize("block", [Wide, nn.GELU, nn.Tanh, Shifted, lambda: nn.LayerNorm(16)])
 def test_what_checkpointing_a_block_by_hand_would_free_is_what_it_frees(

@@ -35,6 +35,7 @@ def fits(model: nn.Module, n: int, budget: int, overhead: float) -> bool:
         return False
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("overhead", [0.0, 0.1, 0.5])
 def test_the_largest_and_not_one_more(overhead: float):
     model = mlp()
@@ -67,6 +68,8 @@ def test_the_tries_say_what_happened():
         assert (t.peak_bytes > 20_000) == (t.overhead == float("inf"))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_plan_is_that_of_real_training():
     torch.manual_seed(0)
     model = mlp(8)
@@ -103,6 +106,7 @@ def test_most_is_the_end():
     assert max(t.n for t in found.tries) == 11
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "make_inputs",
     [

@@ -82,6 +82,7 @@ def by_decisions(program: Program) -> Program:
     return replace(program, abilities=Abilities("by decisions"))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("share", [0.8, 0.3, 0.0])
 @pytest.mark.parametrize("program", [chain(24), chain(7)], ids=["24", "7"])
 def test_auto_keeps_to_decisions(program: Program, share: float) -> None:

@@ -65,6 +65,8 @@ class LooksAtItsTensors(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_path_of_the_real_step_is_planned_not_that_on_fake_tensors() -> None:
     torch.manual_seed(0)
     x = torch.randn(512, WIDTH)
@@ -237,6 +239,8 @@ class Graph:
         self.x = torch.randn(n, WIDTH)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_larger_tensors_in_an_object_are_noticed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*blocks(6))

@@ -38,6 +38,7 @@ LOSSES: list[Callable[[Tensor, Tensor], Tensor]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("loss_of", LOSSES, ids=lambda f: f.__name__)
 def test_a_loss_keeps_the_memory_of_its_kernel(
     loss_of: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
@@ -100,6 +101,8 @@ def test_every_micro_step_is_within_the_budget(
     assert autoremat.stats(call).deviations == 0
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_thread_beside_does_not_change_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where another thread may draw, too, random calls that run again are checked; that takes no memory."""
     stop = threading.Event()
@@ -112,6 +115,8 @@ def test_a_thread_beside_does_not_change_the_peak(monkeypatch: pytest.MonkeyPatc
         thread.join()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_a_first_step_makes_on_demand_ends_where_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also calls that the plan, here the greedy's, does not make again: they took their output, too."""
     solve = Planning.solve

@@ -101,6 +101,8 @@ def budget_of(share: float, *batch: Any) -> int:
     return int(share * autoremat.plan(lambda: model(*batch), budget=1.0, timing="measure").plain_peak_bytes)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_flags_that_are_others_at_every_step_are_named_and_not_recorded_for_ever() -> None:
     x = torch.randn(ROWS, WIDTH)
     budget = budget_of(0.7, x, flags_of(63))
@@ -151,6 +153,7 @@ KINDS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(KINDS, min_size=12, max_size=30), st.sampled_from((0.6, 0.8)))
 @examples(2)
 def test_any_kinds_in_any_order(kinds: list[tuple[int, int, str, bool]], share: float) -> None:

@@ -76,6 +76,7 @@ def train(
     return states, peaks
 
 
+@pytest.mark.one_in(2, guard=True)
 @pytest.mark.parametrize(
     "share", [pytest.param(0.55, marks=pytest.mark.slow), 0.7, pytest.param(0.9, marks=pytest.mark.slow)]
 )
@@ -116,6 +117,8 @@ def test_a_loss_that_is_still_there_does_not_count() -> None:
     assert autoremat.stats(call).planned == 2  # without gradients, and with them
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_too_many_calls_are_told_in_words() -> None:
     net, batches = network(), data(4, 24)
     budget = autoremat.plan(lambda x: net(x).square().mean(), batches[0][0], budget=1.0).plain_peak_bytes

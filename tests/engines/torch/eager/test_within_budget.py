@@ -96,6 +96,8 @@ def check(case: Case, steps: int, which: slice) -> None:
 EVERYDAY = ("pre-activation ResNet",)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in EVERYDAY], ids=str)
 def test_two_budgets_for_three_steps(case: Case) -> None:
     check(case, 3, slice(0, 4, 3))

@@ -18,7 +18,7 @@ from tests.engines.torch.eager.fuzz.operations import GROUPS
 from tests.engines.torch.eager.fuzz.scripts import Do, Script, Step, Way
 from tests.engines.torch.eager.fuzz.search import look_at, smallest_failure
 from tests.engines.torch.eager.fuzz.uses import USES
-from tests.fixed import random_seed, some_everyday
+from tests.fixed import random_seed
 
 
 @pytest.fixture(autouse=True)
@@ -41,7 +41,8 @@ def counts(found: list[tuple[Script, Outcome]]) -> Counter[str]:
     return seen
 
 
-@pytest.mark.parametrize("number", some_everyday(range(8), 4, pytest.mark.guard))
+@pytest.mark.one_in(8, guard=True)
+@pytest.mark.parametrize("number", range(8))
 def test_random_programs_are_exact(number: int) -> None:
     found = look_at(scripts, 25, number)
     assert not smallest_failure(found), smallest_failure(found)
