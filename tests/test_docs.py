@@ -39,9 +39,10 @@ WITH_LIBRARIES = ("README.md", "docs/trainers.md")
 """Their blocks of ```py run in tests/integrations/test_blocks.py, with the libraries that they are about."""
 TAKE_LONG = [
     f"docs/{name}.md"
-    for name in ("page", "questions", "solvers/chen-recursive", "explain", "real-training", "solvers/bounds", "limits",
-                 "program-file", "how/show")
-]  # fmt: skip
+    for name in ("explain", "how/plan", "how/show", "limits", "page", "program-file", "questions", "real-training",
+                 "solvers/bounds", "solvers/chen", "solvers/chen-recursive", "solvers/dtr", "solvers/every-block",
+                 "solvers/greedy")
+] + ["src/autoremat/largest.py"]  # fmt: skip
 """Pages whose blocks take seconds: looked at by what guards."""
 WITH_OUTPUT = "real-training.md"
 """A block of text right after a block of Python is what that prints; ``...`` stands for any lines."""
@@ -82,6 +83,8 @@ def names_of_the_readme() -> dict[str, object]:
 
 
 def marks_of(page: Path) -> tuple[pytest.MarkDecorator, ...]:
+    if "integrations" in page.parts:  # their libraries take long to import
+        return (pytest.mark.slow,)
     return (pytest.mark.slow, pytest.mark.guard) if page_name(page) in TAKE_LONG else ()
 
 
@@ -204,7 +207,7 @@ EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>>" in path
 
 @pytest.mark.parametrize(
     "source",
-    [pytest.param(p, id=page_name(p), marks=pytest.mark.slow if "integrations" in p.parts else ()) for p in EXAMPLES],
+    [pytest.param(p, id=page_name(p), marks=marks_of(p)) for p in EXAMPLES],
 )
 def test_examples_of_docstrings_run(source: Path) -> None:
     module = ".".join(source.relative_to(ROOT / "src").with_suffix("").parts)

@@ -175,7 +175,7 @@ def test_what_does_not_go_together_says_so(given: dict[str, Any], message: str) 
 def test_notebooks_show_html() -> None:
     fn, tokens = gpt_step()
     plan = autoremat.plan(fn, tokens, budget="80%", solver="greedy")
-    for thing in (plan, autoremat.explain(plan), autoremat.frontier(plan.program, points=2)):
+    for thing in (plan, autoremat.explain(plan), autoremat.frontier(plan.program, points=2, time_limit_seconds=1)):
         page = thing._repr_html_()
         assert page.startswith("<pre")
         assert str(thing).split()[0] in page

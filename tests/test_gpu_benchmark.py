@@ -87,6 +87,8 @@ def test_a_whole_dry_run(tmp_path: Path) -> None:
             check_network(part, 5)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     results = dry_run(tmp_path / "gpu.json", "--seconds", "1", "--parts", "unet")
     assert "s are left of 1" in results["parts"]["unet"]["skipped"]

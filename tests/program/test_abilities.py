@@ -34,6 +34,7 @@ def able(program: Program, most_runs: int) -> Program:
     return replace(program, abilities=replace(program.abilities, most_runs=most_runs))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("most_runs", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.7, 0.4])
 def test_auto_obeys(most_runs: int, share: float) -> None:

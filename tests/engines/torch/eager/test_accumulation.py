@@ -294,7 +294,8 @@ def test_a_training_that_begins_with_gradients(records: Counted) -> None:
     assert (records.n, autoremat.stats(step).planned) == (1, 1)
 
 
-@pytest.mark.one_in(2, guard=True)
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_a_plan_that_is_given_serves_accumulation(accumulate: bool, records: Counted) -> None:
     plain = network()

@@ -58,6 +58,8 @@ def test_a_loss_keeps_the_memory_of_its_kernel(
     assert account(train, resident(model, x, y)).peak_bytes == plan.plain_peak_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize(
     ("precision", "budget", "looks"),
     [
@@ -162,6 +164,8 @@ class Reversible(torch.autograd.Function):
             return torch.autograd.grad(y, (x, ctx.w), gradient)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_is_handed_out_brings_back_nothing_that_nobody_waits_for() -> None:
     """What a call without gradients made on the way to what stays is not made again to be kept for nobody."""
     weights = [torch.randn(WIDTH, 4 * WIDTH, requires_grad=True) for _ in range(4)]

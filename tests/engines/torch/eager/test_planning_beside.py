@@ -103,6 +103,8 @@ def inputs() -> Tensor:
 # ---- in another process ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.real_seconds
 def test_another_process_finds_the_same_plan_as_this_one() -> None:
     program = chain(6)

@@ -96,6 +96,8 @@ def test_calls_that_wait_for_one_backward_share_the_budget(loss_of: Loss, share:
     assert max(peaks) <= 1.25 * budget  # nobody knows yet how many will come
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_calls_that_go_backward_at_once_have_the_budget_alone() -> None:
     net, batches = network(), data(4, 5)
     expected, plain_peaks = train(one_at_a_time, net, net, batches)

@@ -72,7 +72,8 @@ def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str) -> 
     assert stats.reruns > 0
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.usefixtures("deprecated")
 @pytest.mark.parametrize("is_optimized", [False, True])
 def test_all_that_scripted_parts_save_is_in_the_plan(is_optimized: bool) -> None:

@@ -228,7 +228,8 @@ def test_what_a_custom_function_saves_of_its_own_is_in_the_plan() -> None:
         assert torch.equal(p.grad, q.grad)
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("kind", [Blocks, Implicit])
 def test_the_second_plan_is_found_without_looking_for_all_others(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
