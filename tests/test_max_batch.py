@@ -121,6 +121,8 @@ def test_inputs_of_every_form(make_inputs: Callable[[int], Any]):
     assert autoremat.max_batch(mlp(), make_inputs, budget=20_000).batch > 1
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_model_on_meta():
     with torch.device("meta"):
         model = mlp()

@@ -66,7 +66,7 @@ def test_the_same_program_has_the_same_frontier():
 def test_budgets_can_be_named_and_are_sorted():
     program = chain(12)
     plain = simulate(program).peak_bytes
-    found = frontier(program, points=[0.75, "50%", plain, 1.0])
+    found = frontier(program, points=[0.75, "50%", plain, 1.0], time_limit_seconds=3)
     assert [p.budget_bytes for p in found.points] == [plain // 2, plain * 3 // 4, plain]
 
 
@@ -177,6 +177,8 @@ def test_a_program_takes_no_arguments():
         autoremat.frontier(chain(4), torch.ones(1), points=2)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_first_budget_does_not_take_the_time_of_all(monkeypatch: pytest.MonkeyPatch):
     """Where its search takes longer than it should, the others still have candidates to start from."""
     now, jobs = [0.0], [0]

@@ -368,6 +368,8 @@ def solve_floor(program: Program) -> int:
 # ---- asking beforehand -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_everything_that_plans_takes_it() -> None:
     model, x = network(), torch.randn(ROWS, WIDTH)
     gradients = sum(p.nbytes for p in model.parameters())

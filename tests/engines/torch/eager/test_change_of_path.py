@@ -300,6 +300,8 @@ class Seldom(nn.Module):
         return y.sin().square().mean()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_branch_taken_now_and_then_costs_no_recording() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(512, WIDTH), Seldom()

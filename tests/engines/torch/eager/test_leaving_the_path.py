@@ -120,6 +120,8 @@ class Refined(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_steps_that_leave_at_the_same_call_but_go_on_differently_are_not_recorded() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(64, WIDTH), Refined()
