@@ -60,6 +60,8 @@ def test_where_the_search_begins_makes_no_difference():
     assert found[2].tries[0].n == 5000
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_tries_say_what_happened():
     found = autoremat.max_batch(mlp(), rows, budget=20_000, overhead=0.05)
     assert [t.n for t in found.tries[:3]] == [1, 2, 4]
@@ -106,7 +108,8 @@ def test_most_is_the_end():
     assert max(t.n for t in found.tries) == 11
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize(
     "make_inputs",
     [

@@ -111,7 +111,7 @@ def _plan_or_floor(program: Program, budget: int) -> Plan | int:
         return error.floor_bytes
 
 
-@examples(80)
+@examples(80, everyday=8)
 @given(
     program=st.one_of(programs(max_ops=4), recorded_steps(2, 4), literature_steps(2, 4)),
     share=SHARES,
@@ -126,7 +126,7 @@ def test_no_schedule_is_below_the_lower_bound(program: Program, share: float, t:
     assert best <= solve(program, budget).overhead * program.seconds + 1e-9
 
 
-@examples(80)
+@examples(80, everyday=8)
 @given(program=st.one_of(programs(max_ops=4), recorded_steps(2, 4), literature_steps(2, 4)))
 def test_no_schedule_has_a_peak_below_the_bound_of_the_floor(program: Program):
     least = floor_bound(program)

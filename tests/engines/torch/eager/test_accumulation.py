@@ -145,6 +145,8 @@ def odd_loss(model: nn.Module) -> Step:
     return lambda x: model(x)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_gradients_that_are_copied_shared_or_summed() -> None:
     torch.manual_seed(0)
     plain, x = Odd(), torch.randn(ROWS, WIDTH)

@@ -263,6 +263,8 @@ class Cache:
     table: Tensor | None = None
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_the_first_step_caches_makes_no_deviation_of_the_second() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*blocks(6))

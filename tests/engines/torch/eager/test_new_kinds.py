@@ -253,6 +253,8 @@ def test_a_module_names_the_argument_of_its_forward() -> None:
         model(x, flags_of(AT_ONCE + 1))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_steps_that_are_not_recorded_count_what_autograd_has_saved_and_put_nothing_off() -> None:
     """Gradients that accumulate, and calls before one backward, as in steps with a plan."""
     x = torch.randn(ROWS, WIDTH)
