@@ -240,7 +240,6 @@ class Graph:
 
 
 @pytest.mark.slow
-@pytest.mark.guard
 def test_larger_tensors_in_an_object_are_noticed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*blocks(6))

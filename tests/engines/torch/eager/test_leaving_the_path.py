@@ -21,7 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:autoremat")
 
 
 @pytest.mark.slow
-@pytest.mark.guard
 @pytest.mark.parametrize("first", [4, 5, 6])
 def test_what_a_short_plan_keeps_can_go_when_the_path_is_longer(first: int) -> None:
     """The plan for so few layers keeps nearly everything; the steps after it have more of them."""
@@ -36,7 +35,6 @@ def test_what_a_short_plan_keeps_can_go_when_the_path_is_longer(first: int) -> N
 
 
 @pytest.mark.slow
-@pytest.mark.guard
 def test_being_wary_costs_no_byte_on_the_path() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(256, WIDTH), Rounds()

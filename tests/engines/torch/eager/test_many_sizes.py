@@ -86,7 +86,6 @@ def test_when_sizes_grow_a_plan_for_larger_ones_is_there_before_they_come() -> N
 
 
 @pytest.mark.slow
-@pytest.mark.guard
 def test_numbers_text_and_lists_do_not_make_new_kinds() -> None:
     model = gpt()
 

@@ -135,7 +135,6 @@ def test_a_kind_that_comes_back_often_has_a_plan_in_the_end() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.guard
 def test_sizes_that_decide_which_calls_are_made_do_not_make_plans_for_ever() -> None:
     def loss(model: Net, x: Tensor, *_: Any) -> Tensor:
         for _ in range(1 + len(x) // 8 % 4):

@@ -207,6 +207,7 @@ def test_an_interrupt_ends_the_child() -> None:
     main = os.getpid()
 
     def step(x: Tensor) -> Tensor:
+        time.sleep(0.5)  # until the parent waits: Python may miss a signal right before that, until the wait ends
         os.kill(main, signal.SIGINT)
         time.sleep(60)
         return x

@@ -58,7 +58,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 128), nn.Tanh(), nn.Linear(128, 1))
 
 
-@pytest.mark.one_in(7, guard=True)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_first_and_later_steps_take_what_was_said(name: str) -> None:
     """Of an Adam step on 200,000 parameters: within 2 % of what the allocator saw, and never less."""
