@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 
 import pytest
 
-from tests.fixed import fixed_planning, fixed_seconds, is_thorough, seed
+from tests.fixed import MOST_EXAMPLES, fixed_planning, fixed_seconds, is_thorough, seed
 
 os.environ["AUTOREMAT_CACHE"] = "off"  # tests neither read nor write what the user's trainings have measured
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refuses to be deterministic
@@ -16,9 +17,25 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS refus
 with suppress(ModuleNotFoundError):  # the tests for a GPU do without it
     from hypothesis import settings
 
-    settings.register_profile("everyday", derandomize=True, database=None, deadline=None)
+    settings.register_profile("everyday", max_examples=MOST_EXAMPLES, derandomize=True, database=None, deadline=None)
     settings.register_profile("thorough", database=None, deadline=None, print_blob=True)
     settings.load_profile("thorough" if is_thorough() else "everyday")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of the cases of a test marked ``one_in`` leave a few to every day; the others are slow, and guard if asked to."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("one_in")
+        if mark is None or item.get_closest_marker("slow"):
+            continue
+        name = item.nodeid.split("[")[0]
+        if seen[name] % mark.args[0]:
+            item.add_marker("slow")
+            if mark.kwargs.get("guard"):
+                item.add_marker("guard")
+        seen[name] += 1
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

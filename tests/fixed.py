@@ -19,8 +19,11 @@ from autoremat.planner.bounds.stages import Table, Whole
 SEED_IS = "AUTOREMAT_SEED"
 """The variable that has the seed of random examples; without it examples are the same every time."""
 
+MOST_EXAMPLES = 15
+"""Of a property on an ordinary day; what costs as much as a search for a plan shows what it has to show in these."""
+
 MORE = 5
-"""How many times as many random examples as everyday ones."""
+"""How many times what was asked for, where examples are random."""
 
 LOOK_SECONDS = 1 / 1024
 """What passes from one look at the planner's clock to the next; sums of it are exact."""
@@ -52,9 +55,9 @@ def seed() -> int:
     return int(os.environ[SEED_IS])
 
 
-def examples(n: int) -> settings:
-    """So many examples of a property, the same every time; more, and random ones, where tests are to be thorough."""
-    return settings(max_examples=n * MORE if is_thorough() else n, deadline=None)
+def examples(n: int, *, everyday: int = MOST_EXAMPLES) -> settings:
+    """A few examples of a property, always the same; where tests are to be thorough random ones, ``MORE`` times n."""
+    return settings(max_examples=n * MORE if is_thorough() else min(n, everyday), deadline=None)
 
 
 def random_seed(number: int) -> int:

@@ -122,6 +122,7 @@ def test_what_differs_when_it_runs_again_is_listed(monkeypatch: pytest.MonkeyPat
     assert all("test_check.py:" in line and line in str(found) for line in found.kept)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("budget", [0.9, 0.8])
 @pytest.mark.parametrize("seed", range(2))
 def test_what_differs_and_is_overwritten_is_kept_as_well(

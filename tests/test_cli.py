@@ -134,6 +134,7 @@ def test_nothing_of_a_meta_model_is_allocated(steps: Path) -> None:
     assert "8.00 TB" in result.output
 
 
+@pytest.mark.one_in(2, guard=True)
 @pytest.mark.parametrize("name", ["gpt", "resnet"])
 def test_the_examples_are_planned(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "path", sys.path[:])

@@ -38,6 +38,13 @@ PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
 WITH_JSON = "program-file.md"  # tests/program/test_json_format.py reads its JSON
 WITH_LIBRARIES = ("README.md", "docs/trainers.md")
 """Their blocks of ```py run in tests/integrations/test_blocks.py, with the libraries that they are about."""
+TAKE_LONG = [
+    f"docs/{name}.md"
+    for name in ("explain", "how/plan", "how/show", "limits", "page", "program-file", "questions", "real-training",
+                 "solvers/bounds", "solvers/chen", "solvers/chen-recursive", "solvers/dtr", "solvers/every-block",
+                 "solvers/greedy")
+] + ["src/autoremat/largest.py"]  # fmt: skip
+"""Pages whose blocks take seconds: looked at by what guards."""
 WITH_OUTPUT = "real-training.md"
 """A block of text right after a block of Python is what that prints; ``...`` stands for any lines."""
 MANY_BYTES = re.compile(r"\b\d{1,3}(,\d{3})+\b")
@@ -76,7 +83,13 @@ def names_of_the_readme() -> dict[str, object]:
     return {"F": F, "torch": torch, "model": model, "batch": batch, "optimizer": torch.optim.Adam(model.parameters())}
 
 
-@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def marks_of(page: Path) -> tuple[pytest.MarkDecorator, ...]:
+    if "integrations" in page.parts:  # their libraries take long to import
+        return (pytest.mark.slow,)
+    return (pytest.mark.slow, pytest.mark.guard) if page_name(page) in TAKE_LONG else ()
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, id=page_name(p), marks=marks_of(p)) for p in PAGES])
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     if page.name == WITH_JSON:  # the file that a reader brings
@@ -195,7 +208,7 @@ EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>>" in path
 
 @pytest.mark.parametrize(
     "source",
-    [pytest.param(p, id=page_name(p), marks=pytest.mark.slow if "integrations" in p.parts else ()) for p in EXAMPLES],
+    [pytest.param(p, id=page_name(p), marks=marks_of(p)) for p in EXAMPLES],
 )
 def test_examples_of_docstrings_run(source: Path) -> None:
     module = ".".join(source.relative_to(ROOT / "src").with_suffix("").parts)

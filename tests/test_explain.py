@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
+from autoremat.program import Plan
 from autoremat.show.explanation import Explanation
 from tests.zoo import CASES, Case
 
@@ -28,6 +30,7 @@ def assert_exact(e: Explanation) -> None:
 SLOW = ("U-Net", "unrolled LSTM", "XOR MLP")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     "case", [pytest.param(c, id=str(c), marks=pytest.mark.slow if c.name in SLOW else ()) for c in CASES]
 )
@@ -80,6 +83,7 @@ class Net(nn.Module):
         return x.sum()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("apart", [True, False], ids=["in a child", "here"])
 @pytest.mark.parametrize("block", [Wide, nn.GELU, nn.Tanh, Shifted, lambda: nn.LayerNorm(16)])
 def test_what_checkpointing_a_block_by_hand_would_free_is_what_it_frees(
@@ -101,6 +105,13 @@ def test_a_useless_checkpoint_is_named() -> None:
     assert "blocks.0 saves nothing, because its input (32.8 KB) would have to stay" in text
     assert "blocks.1.act saves nothing, because all that it keeps for the backward" in text
     assert "\n  blocks.1 saves" not in text
+
+
+@cache
+def planned() -> Plan:
+    """A plan of the step below; nobody changes it."""
+    fn, tokens = gpt_step()
+    return autoremat.plan(fn, tokens, budget="80%", solver="greedy")
 
 
 def gpt_step() -> tuple[Any, Tensor]:
@@ -143,6 +154,8 @@ def test_a_budget_explains_its_plan() -> None:
     assert "Checkpointing by hand" not in str(e)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_programs_and_plans_are_explained_as_they_are() -> None:
     fn, tokens = gpt_step()
     plan = autoremat.plan(fn, tokens, budget="70%", solver="greedy")
@@ -160,8 +173,7 @@ def test_programs_and_plans_are_explained_as_they_are() -> None:
     ],
 )
 def test_what_does_not_go_together_says_so(given: dict[str, Any], message: str) -> None:
-    fn, tokens = gpt_step()
-    plan = autoremat.plan(fn, tokens, budget=1.0)
+    plan, (fn, tokens) = planned(), gpt_step()
     with pytest.raises(TypeError, match=message):
         autoremat.explain(plan, **given)
     with pytest.raises(TypeError, match="a program stands for itself"):
@@ -171,9 +183,8 @@ def test_what_does_not_go_together_says_so(given: dict[str, Any], message: str) 
 
 
 def test_notebooks_show_html() -> None:
-    fn, tokens = gpt_step()
-    plan = autoremat.plan(fn, tokens, budget="80%", solver="greedy")
-    for thing in (plan, autoremat.explain(plan), autoremat.frontier(plan.program, points=2)):
+    plan = planned()
+    for thing in (plan, autoremat.explain(plan), autoremat.frontier(plan.program, points=2, time_limit_seconds=1)):
         page = thing._repr_html_()
         assert page.startswith("<pre")
         assert str(thing).split()[0] in page

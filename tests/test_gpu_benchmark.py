@@ -62,6 +62,8 @@ def check_host(part: dict[str, Any]) -> None:
     assert all("more_microseconds_per_operator" in v and v["within_budget"] for v in ours.values())
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_results_of_a_dry_run(tmp_path: Path) -> None:
     parts = ("gpt2-medium", "host", "unet", "hiding")
     results = dry_run(tmp_path / "gpu.json", "--budgets", "1", "--parts", ",".join(parts))
@@ -85,6 +87,8 @@ def test_a_whole_dry_run(tmp_path: Path) -> None:
             check_network(part, 5)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_does_not_fit_is_told(tmp_path: Path) -> None:
     results = dry_run(tmp_path / "gpu.json", "--seconds", "1", "--parts", "unet")
     assert "s are left of 1" in results["parts"]["unet"]["skipped"]

@@ -35,6 +35,7 @@ def fits(model: nn.Module, n: int, budget: int, overhead: float) -> bool:
         return False
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("overhead", [0.0, 0.1, 0.5])
 def test_the_largest_and_not_one_more(overhead: float):
     model = mlp()
@@ -59,6 +60,8 @@ def test_where_the_search_begins_makes_no_difference():
     assert found[2].tries[0].n == 5000
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_tries_say_what_happened():
     found = autoremat.max_batch(mlp(), rows, budget=20_000, overhead=0.05)
     assert [t.n for t in found.tries[:3]] == [1, 2, 4]
@@ -67,6 +70,8 @@ def test_the_tries_say_what_happened():
         assert (t.peak_bytes > 20_000) == (t.overhead == float("inf"))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_plan_is_that_of_real_training():
     torch.manual_seed(0)
     model = mlp(8)
@@ -103,6 +108,8 @@ def test_most_is_the_end():
     assert max(t.n for t in found.tries) == 11
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize(
     "make_inputs",
     [
@@ -117,6 +124,8 @@ def test_inputs_of_every_form(make_inputs: Callable[[int], Any]):
     assert autoremat.max_batch(mlp(), make_inputs, budget=20_000).batch > 1
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_model_on_meta():
     with torch.device("meta"):
         model = mlp()

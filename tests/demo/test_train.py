@@ -106,6 +106,8 @@ def test_an_account_without_events_has_the_peak_of_before() -> None:
     assert Account(5, (), ()).peak_bytes == 5
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_budget_below_the_floor_changes_nothing_of_the_training(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is refused at the end of a forward: which has drawn, and updated the statistics of batch norms."""
     monkeypatch.setattr(train, "BUDGETS", (0.05,))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoremat.planner import SOLVERS, frontier, solve
@@ -15,6 +15,7 @@ from autoremat.planner.search.search import Candidate, Search
 from autoremat.program import END, INSIDE, InfeasibleBudget, Once, Op, Program, Schedule, Value, simulate, verify
 from autoremat.show.residents import residents_at
 from autoremat.show.spans import spans_of
+from tests.fixed import examples
 from tests.planner.brute_force_calls import optimum_by_calls
 from tests.planner.layers import BACKWARD, layers
 from tests.planner.random_calls import call_steps
@@ -188,7 +189,7 @@ def drawn_candidate(data: st.DataObject, search: Search) -> Candidate:
     return search.evaluate("", (frozenset(droppable) - keep, *again))
 
 
-@settings(max_examples=100, deadline=None)
+@examples(100)
 @given(data=st.data(), program=call_steps())
 def test_any_order_of_stages_is_a_schedule_of_the_program_and_the_account_is_the_simulators(
     data: st.DataObject, program: Program
@@ -207,7 +208,7 @@ def test_any_order_of_stages_is_a_schedule_of_the_program_and_the_account_is_the
     assert by_stages.extra_seconds >= timeline.extra_seconds - 1e-9
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40)
 @given(data=st.data(), program=call_steps())
 def test_reports_count_what_the_simulator_counts(data: st.DataObject, program: Program):
     order = drawn_candidate(data, Search(program)).account.order.tolist()
@@ -218,7 +219,7 @@ def test_reports_count_what_the_simulator_counts(data: st.DataObject, program: P
         assert sum(s.nbytes for s in spans if s.begin <= p <= s.end) + program.ops[i].scratch_bytes == during[p]
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25, everyday=8)
 @given(program=call_steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
 def test_plans_of_calls_are_lawful(program: Program, share: float, solver: str):
     budget = budget_at(program, share)
@@ -233,14 +234,14 @@ def test_plans_of_calls_are_lawful(program: Program, share: float, solver: str):
     assert plan.candidates is not None
 
 
-@settings(max_examples=8, deadline=None)
+@examples(8)
 @given(program=call_steps(7), shares=st.tuples(SHARES, SHARES).map(sorted))
 def test_more_budget_never_costs_more(program: Program, shares: list[float]):
     less, more = (budget_at(program, share) for share in shares)
     assert solve(program, more).overhead <= solve(program, less).overhead + 1e-12
 
 
-@settings(max_examples=40, deadline=None)
+@examples(40, everyday=6)
 @given(program=call_steps(4), share=SHARES)
 def test_no_schedule_of_calls_is_below_the_bound_nor_cheaper_than_brute_force(program: Program, share: float):
     budget = budget_at(program, share)
@@ -250,7 +251,7 @@ def test_no_schedule_of_calls_is_below_the_bound_nor_cheaper_than_brute_force(pr
     assert best <= solve(program, budget).overhead * program.seconds + 1e-9
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25, everyday=6)
 @given(program=call_steps(4), share=SHARES)
 def test_what_exact_claims_is_so(program: Program, share: float):
     """Where overhead and bound of the exact solver agree, that is the optimum of brute force."""
@@ -262,7 +263,7 @@ def test_what_exact_claims_is_so(program: Program, share: float):
         assert plan.overhead * program.seconds == pytest.approx(best)
 
 
-@settings(max_examples=25, deadline=None)
+@examples(25)
 @given(program=steps(), share=SHARES, solver=st.sampled_from([s for s in SOLVERS if s not in ("auto", "exact")]))
 def test_a_solver_reaches_the_floor_that_it_names(program: Program, share: float, solver: str):
     budget = max(1, program.fixed_bytes + int(share * (simulate(program).peak_bytes - program.fixed_bytes)))

@@ -34,7 +34,7 @@ from tests.planner.chains import bytes_of_slots, chain, gpt, steps, uniform_step
 from tests.planner.random_programs import steps as random_steps
 from tests.strategies import programs
 
-LARGE = [(100, 10, 322), (250, 25, 723), (1000, 10, 4636)]
+LARGE = [(100, 10, 322), (250, 25, 723), pytest.param(1000, 10, 4636, marks=pytest.mark.slow)]
 
 
 def forward_steps(program: Program, schedule: Schedule) -> int:

@@ -167,6 +167,7 @@ def step_of(model: torch.nn.Module):
     return loss_fn
 
 
+@pytest.mark.one_in(3, guard=True)
 @pytest.mark.parametrize(
     ("options", "again", "never"),
     [

@@ -63,7 +63,9 @@ def test_the_future_is_not_known():
     assert gone[0] == gone[1] == gone[2] != []
 
 
-@pytest.mark.parametrize("share", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0.8, 0.5)), 0.3])
+@pytest.mark.slow
+@pytest.mark.guard
+@pytest.mark.parametrize("share", [*(pytest.param(s, marks=pytest.mark.slow) for s in (0.5, 0.3)), 0.8])
 def test_dtr_keeps_within_the_budget(share: float):
     for program in (gpt(6, vocabulary=256), uniform_steps(40)):
         budget = int(share * simulate(program).peak_bytes)

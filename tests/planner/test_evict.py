@@ -56,7 +56,7 @@ def test_no_walk_below_what_one_op_needs():
     assert walk(chain(3), 400) is not None
 
 
-@pytest.mark.parametrize("n", [4, 8, pytest.param(16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (8, 16))])
 def test_the_floor_of_a_chain_of_blocks_is_what_one_op_of_the_backward_needs(n: int):
     """Boundaries are dropped and made again, block after block: the floor does not grow with the number of blocks."""
     program = blocks(n)

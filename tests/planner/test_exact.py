@@ -36,10 +36,17 @@ def is_cheapest(program: Program, plan: Plan) -> bool:
     return outcome.is_cheapest and outcome.schedule == plan.schedule
 
 
+LARGE = pytest.mark.slow, pytest.mark.guard
+
+
 @pytest.mark.parametrize("solver", ["auto", "exact"])
 @pytest.mark.parametrize(
-    ("layers", "budget", "runs"), [(8, 7.0, 20), (8, 5.0, 22), (8, 4.0, 26), (16, 10.8, 41), (16, 7.2, 44)]
-)
+    ("layers", "budget", "runs"),
+    [
+        (8, 7.0, 20), (8, 5.0, 22), pytest.param(8, 4.0, 26, marks=LARGE),
+        *(pytest.param(16, *of, marks=LARGE) for of in ((10.8, 41), (7.2, 44))),
+    ],
+)  # fmt: skip
 def test_the_optima_of_checkmates_unit_chain(solver: str, layers: int, budget: float, runs: int):
     program = checkmate_chain(layers, UNIT)
     plan = solve(program, int(budget * UNIT), solver=solver)
@@ -48,9 +55,10 @@ def test_the_optima_of_checkmates_unit_chain(solver: str, layers: int, budget: f
     assert is_cheapest(program, plan)
 
 
+@pytest.mark.parametrize("seeds", [range(3), pytest.param(range(3, 15), marks=LARGE)], ids=["some", "more"])
 @pytest.mark.parametrize("make", [graph, layered])
-def test_equal_to_brute_force_on_graphs_of_ten_ops(make):
-    for seed in range(15):
+def test_equal_to_brute_force_on_graphs_of_ten_ops(make, seeds):
+    for seed in seeds:
         program = make(seed, 10)
         budget = budget_between(program, 0.7 * random.Random(seed).random())
         plan = solve(program, budget, solver="exact")
@@ -83,7 +91,7 @@ def test_equal_to_brute_force_with_scratch_holds_and_overwriting(program: Progra
     assert is_cheapest(program, plan)
 
 
-@examples(20)
+@examples(20, everyday=8)
 @given(program=recorded_steps(3, 5), share=st.floats(0.0, 0.8))
 def test_recorded_steps_run_again_only_where_the_tape_can(program: Program, share: float):
     budget = budget_between(program, share)

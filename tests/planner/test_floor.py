@@ -61,7 +61,9 @@ def test_it_is_a_budget_however_little_time_there_is(name: str) -> None:
         assert caught.value.floor_bytes == floor
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize(
+    "name", [*(pytest.param(n, marks=(pytest.mark.slow, pytest.mark.guard)) for n in ("calls", "GPT")), "ResNet"]
+)
 def test_what_a_plan_made_at_once_names_is_a_budget(name: str) -> None:
     program = RECORDED[name]
     floor, plain = floor_of(program), simulate(program).peak_bytes

@@ -66,7 +66,7 @@ def test_the_same_program_has_the_same_frontier():
 def test_budgets_can_be_named_and_are_sorted():
     program = chain(12)
     plain = simulate(program).peak_bytes
-    found = frontier(program, points=[0.75, "50%", plain, 1.0])
+    found = frontier(program, points=[0.75, "50%", plain, 1.0], time_limit_seconds=3)
     assert [p.budget_bytes for p in found.points] == [plain // 2, plain * 3 // 4, plain]
 
 
@@ -89,7 +89,7 @@ def test_a_program_without_a_choice_has_one_point():
 
 def test_plan_at_takes_the_cheapest_that_fits_and_a_bound_that_holds():
     program = chain(16)
-    found = frontier(program, points=4)
+    found = frontier(program, points=4, time_limit_seconds=3)
     for below, above in pairwise(found.points):
         plan = found.plan_at((below.budget_bytes + above.budget_bytes) // 2)
         assert plan.overhead in (below.overhead, above.overhead)
@@ -133,7 +133,7 @@ def test_progress_rises_and_ends_at_one():
 
 
 def test_the_words():
-    text = str(frontier(gpt(4, vocabulary=256), points=[0.4, 0.7, 1.0]))
+    text = str(frontier(gpt(4, vocabulary=256), points=[0.4, 0.7, 1.0], time_limit_seconds=3))
     lines = text.splitlines()
     assert lines[0].startswith("Frontier of gpt4: floor ")
     assert "plain peak" in lines[0]
@@ -177,6 +177,8 @@ def test_a_program_takes_no_arguments():
         autoremat.frontier(chain(4), torch.ones(1), points=2)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_first_budget_does_not_take_the_time_of_all(monkeypatch: pytest.MonkeyPatch):
     """Where its search takes longer than it should, the others still have candidates to start from."""
     now, jobs = [0.0], [0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,6 +32,7 @@ def test_a_polynomial_is_bounded_from_above(coefficients: list[int], n: int, bet
     assert grown_number(value(n), value(middle), between, further) >= value(last) * (1 - 0.02 * 3 * further) - 4
 
 
+@cache
 def gpt_step(n: int, rows: int = 4) -> Program:
     torch.manual_seed(0)
     model = GPT(GPTConfig(blocks=2, width=32, context=256))
@@ -37,6 +40,7 @@ def gpt_step(n: int, rows: int = 4) -> Program:
     return record_step(lambda: F.cross_entropy(model(x).flatten(0, 1), x.flatten()), (), {}, None, "estimate")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("sizes", [(40, 60, 90), (64, 66, 132), (16, 100, 150)])
 def test_a_real_step_takes_no_more_than_foreseen(sizes: tuple[int, int, int]) -> None:
     small, large, largest = map(gpt_step, sizes)
@@ -48,7 +52,7 @@ def test_a_real_step_takes_no_more_than_foreseen(sizes: tuple[int, int, int]) ->
 
 
 def test_other_steps_foresee_nothing() -> None:
-    assert grown(gpt_step(16), gpt_step(16), 1.0, 2.0) is None
+    assert grown(gpt_step(40), gpt_step(40), 1.0, 2.0) is None
     x = torch.ones(4, requires_grad=True)
     other = record_step(lambda: x.sin().sum(), (), {}, None, "estimate")
-    assert grown(other, gpt_step(16), 2.0, 2.0) is None
+    assert grown(other, gpt_step(40), 2.0, 2.0) is None

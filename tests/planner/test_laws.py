@@ -30,7 +30,7 @@ def budget_at(program: Program, share: float) -> int:
     return max(1, floor + int(share * (plain - floor)))
 
 
-@examples(12)
+@examples(12, everyday=6)
 @given(program=steps(), share=SHARES)
 def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: float):
     budget = budget_at(program, share)
@@ -41,7 +41,7 @@ def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: fl
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@examples(8)
+@examples(8, everyday=4)
 @given(program=programs(max_ops=6))
 def test_every_solver_plans_the_plain_peak(solver: str, program: Program):
     plain = simulate(program).peak_bytes
@@ -55,7 +55,7 @@ def test_every_solver_plans_the_plain_peak(solver: str, program: Program):
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@examples(8)
+@examples(8, everyday=4)
 @given(program=steps(), share=SHARES)
 def test_every_solver_is_lawful_at_every_budget_it_reaches(solver: str, program: Program, share: float):
     budget = budget_at(program, share)
@@ -69,7 +69,7 @@ def test_every_solver_is_lawful_at_every_budget_it_reaches(solver: str, program:
     assert plan.lower_bound <= plan.overhead + 1e-12
 
 
-@examples(15)
+@examples(15, everyday=6)
 @given(program=steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
 def test_the_same_plan_for_the_same_input(program: Program, share: float, solver: str):
     budget = budget_at(program, share)
@@ -84,7 +84,7 @@ def _outcome(program: Program, budget: int, solver: str) -> object:
         return error.floor_bytes
 
 
-@examples(12)
+@examples(12, everyday=6)
 @given(program=steps(), shares=st.tuples(SHARES, SHARES).map(sorted))
 def test_more_budget_never_costs_more(program: Program, shares: list[float]):
     less, more = (budget_at(program, share) for share in shares)
@@ -111,7 +111,7 @@ def _plan_or_floor(program: Program, budget: int) -> Plan | int:
         return error.floor_bytes
 
 
-@examples(80)
+@examples(80, everyday=8)
 @given(
     program=st.one_of(programs(max_ops=4), recorded_steps(2, 4), literature_steps(2, 4)),
     share=SHARES,
@@ -126,7 +126,7 @@ def test_no_schedule_is_below_the_lower_bound(program: Program, share: float, t:
     assert best <= solve(program, budget).overhead * program.seconds + 1e-9
 
 
-@examples(80)
+@examples(80, everyday=8)
 @given(program=st.one_of(programs(max_ops=4), recorded_steps(2, 4), literature_steps(2, 4)))
 def test_no_schedule_has_a_peak_below_the_bound_of_the_floor(program: Program):
     least = floor_bound(program)

@@ -7,13 +7,14 @@ import weakref
 from math import inf
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from autoremat.planner import solve
 from autoremat.planner import solving as portfolio
 from autoremat.planner.search.pool import Pool
 from autoremat.program import InfeasibleBudget, Op, Program, Value, simulate, verify
+from tests.fixed import examples
 from tests.planner.chains import chain, gpt
 from tests.planner.random_calls import call_steps
 from tests.planner.random_programs import steps
@@ -58,6 +59,7 @@ def test_the_greedy_is_reported_beside_the_plan():
     assert plan.overhead <= min(overhead for peak, overhead in rows.values() if peak <= plan.budget_bytes)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("budget", [0.8, 0.5, 0.3])
 def test_the_first_plan_is_found_without_a_pool_and_costs_little_more(budget, monkeypatch):
     best = solve(gpt(4, vocabulary=256), budget)
@@ -69,7 +71,7 @@ def test_the_first_plan_is_found_without_a_pool_and_costs_little_more(budget, mo
     assert best.overhead - 1e-12 <= first.overhead <= 1.5 * best.overhead + 0.02
 
 
-@settings(max_examples=20)
+@examples(20)
 @given(st.one_of(steps(), call_steps()), st.floats(0.3, 1.0))
 def test_the_first_plan_is_as_right_as_any_other(program, share):
     budget = int(share * simulate(program).peak_bytes)
@@ -150,6 +152,7 @@ def test_the_same_call_gives_the_same_plan_whatever_was_asked_before():
     assert solve(program, budget).schedule == first.schedule
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("make", [lambda: gpt(3), lambda: chain(24)], ids=["GPT", "chain"])
 def test_what_is_found_for_one_budget_is_forgotten_before_the_next(make):
     """What a search for one budget finds must not get into the pool that all budgets start from."""

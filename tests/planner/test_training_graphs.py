@@ -10,6 +10,7 @@ from benchmarks.training_graphs import NETWORKS, training_graph
 SMALL = ("FCN-8", "layered 35")
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", SMALL)
 @pytest.mark.parametrize("share", [0.9, 0.8])
 def test_the_gap_is_small(name: str, share: float) -> None:

@@ -34,6 +34,7 @@ def able(program: Program, most_runs: int) -> Program:
     return replace(program, abilities=replace(program.abilities, most_runs=most_runs))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("most_runs", [1, 2, 3])
 @pytest.mark.parametrize("share", [0.7, 0.4])
 def test_auto_obeys(most_runs: int, share: float) -> None:
@@ -82,6 +83,7 @@ def by_decisions(program: Program) -> Program:
     return replace(program, abilities=Abilities("by decisions"))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("share", [0.8, 0.3, 0.0])
 @pytest.mark.parametrize("program", [chain(24), chain(7)], ids=["24", "7"])
 def test_auto_keeps_to_decisions(program: Program, share: float) -> None:

@@ -90,7 +90,7 @@ def every_result(program: Program) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
-@examples(6)
+@examples(6, everyday=3)
 @given(program=st.one_of(steps(), call_steps()), share=st.floats(0, 1))
 def test_plans_of_every_solver_are_carried_out(solver: str, program: Program, share: float) -> None:
     program = scaled(program)

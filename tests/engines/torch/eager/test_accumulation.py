@@ -93,6 +93,8 @@ def test_plain_steps_that_find_gradients_take_what_was_said(case: Case) -> None:
     assert [measured(step, model, *inputs) for _ in range(3)] == [first, later, later]
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @by_case(EVERYDAY)
 def test_the_floor_of_accumulation_is_a_budget_for_all_of_it(case: Case, records: Counted) -> None:
     torch.manual_seed(0)
@@ -143,6 +145,8 @@ def odd_loss(model: nn.Module) -> Step:
     return lambda x: model(x)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_gradients_that_are_copied_shared_or_summed() -> None:
     torch.manual_seed(0)
     plain, x = Odd(), torch.randn(ROWS, WIDTH)
@@ -205,6 +209,7 @@ def nothing(model: nn.Module, step: int) -> None:
     pass
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize(
     ("between", "to_none"),
     [
@@ -249,6 +254,7 @@ class Experts(nn.Module):
         return sum((e(x).tanh() for e in self.experts), x).square().mean()
 
 
+@pytest.mark.slow
 def test_gradients_of_any_of_the_experts_make_no_new_kinds(records: Counted) -> None:
     torch.manual_seed(0)
     plain = Experts()
@@ -264,6 +270,8 @@ def test_gradients_of_any_of_the_experts_make_no_new_kinds(records: Counted) -> 
     assert (records.n, stats.planned, stats.deviations, stats.unplanned) == (1, 2, 0, 0)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_batches_of_many_lengths_are_accumulated(records: Counted) -> None:
     """What is known of sizes without gradients is known of sizes with them."""
     plain = network()
@@ -288,6 +296,8 @@ def test_a_training_that_begins_with_gradients(records: Counted) -> None:
     assert (records.n, autoremat.stats(step).planned) == (1, 1)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("accumulate", [False, True])
 def test_a_plan_that_is_given_serves_accumulation(accumulate: bool, records: Counted) -> None:
     plain = network()
@@ -360,6 +370,8 @@ def solve_floor(program: Program) -> int:
 # ---- asking beforehand -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_everything_that_plans_takes_it() -> None:
     model, x = network(), torch.randn(ROWS, WIDTH)
     gradients = sum(p.nbytes for p in model.parameters())

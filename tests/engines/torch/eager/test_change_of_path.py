@@ -65,6 +65,8 @@ class LooksAtItsTensors(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_path_of_the_real_step_is_planned_not_that_on_fake_tensors() -> None:
     torch.manual_seed(0)
     x = torch.randn(512, WIDTH)
@@ -237,6 +239,7 @@ class Graph:
         self.x = torch.randn(n, WIDTH)
 
 
+@pytest.mark.slow
 def test_larger_tensors_in_an_object_are_noticed() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*blocks(6))
@@ -259,6 +262,8 @@ class Cache:
     table: Tensor | None = None
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_the_first_step_caches_makes_no_deviation_of_the_second() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(*blocks(6))
@@ -296,6 +301,8 @@ class Seldom(nn.Module):
         return y.sin().square().mean()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_branch_taken_now_and_then_costs_no_recording() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(512, WIDTH), Seldom()

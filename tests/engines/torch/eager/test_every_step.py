@@ -38,6 +38,7 @@ LOSSES: list[Callable[[Tensor, Tensor], Tensor]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("loss_of", LOSSES, ids=lambda f: f.__name__)
 def test_a_loss_keeps_the_memory_of_its_kernel(
     loss_of: Callable[[Tensor, Tensor], Tensor], monkeypatch: pytest.MonkeyPatch
@@ -57,6 +58,8 @@ def test_a_loss_keeps_the_memory_of_its_kernel(
     assert account(train, resident(model, x, y)).peak_bytes == plan.plain_peak_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize(
     ("precision", "budget", "looks"),
     [
@@ -100,6 +103,8 @@ def test_every_micro_step_is_within_the_budget(
     assert autoremat.stats(call).deviations == 0
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_thread_beside_does_not_change_the_peak(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where another thread may draw, too, random calls that run again are checked; that takes no memory."""
     stop = threading.Event()
@@ -112,6 +117,8 @@ def test_a_thread_beside_does_not_change_the_peak(monkeypatch: pytest.MonkeyPatc
         thread.join()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_a_first_step_makes_on_demand_ends_where_it_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also calls that the plan, here the greedy's, does not make again: they took their output, too."""
     solve = Planning.solve
@@ -157,6 +164,8 @@ class Reversible(torch.autograd.Function):
             return torch.autograd.grad(y, (x, ctx.w), gradient)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_is_handed_out_brings_back_nothing_that_nobody_waits_for() -> None:
     """What a call without gradients made on the way to what stays is not made again to be kept for nobody."""
     weights = [torch.randn(WIDTH, 4 * WIDTH, requires_grad=True) for _ in range(4)]

@@ -20,6 +20,7 @@ from tests.engines.torch.eager.paths import WIDTH, Rounds, both, budget_of, grad
 pytestmark = pytest.mark.filterwarnings("ignore:autoremat")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", [4, 5, 6])
 def test_what_a_short_plan_keeps_can_go_when_the_path_is_longer(first: int) -> None:
     """The plan for so few layers keeps nearly everything; the steps after it have more of them."""
@@ -33,6 +34,7 @@ def test_what_a_short_plan_keeps_can_go_when_the_path_is_longer(first: int) -> N
     assert max(peaks) <= budget
 
 
+@pytest.mark.slow
 def test_being_wary_costs_no_byte_on_the_path() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(256, WIDTH), Rounds()
@@ -116,6 +118,8 @@ class Refined(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_steps_that_leave_at_the_same_call_but_go_on_differently_are_not_recorded() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(64, WIDTH), Refined()
@@ -164,6 +168,7 @@ def of_inner_steps(model: nn.Module, x: Tensor) -> Tensor:
     return torch.func.functional_call(model, weights, (x,)).square().mean()
 
 
+@pytest.mark.one_in(4, guard=True)
 @pytest.mark.parametrize("loss_of", [of_second_derivatives, of_inner_steps])
 @pytest.mark.parametrize("share", [0.05, 0.6])
 def test_passes_within_the_forward_are_in_the_plan(
@@ -201,6 +206,8 @@ class Turning(nn.Module):
         return x.square().mean()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.filterwarnings("ignore:autoremat")
 @pytest.mark.parametrize("above", [1.4, 1.8])
 def test_a_step_that_leaves_its_path_half_way_is_within_a_budget_well_above_the_floor(above: float) -> None:

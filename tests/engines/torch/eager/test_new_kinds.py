@@ -101,6 +101,8 @@ def budget_of(share: float, *batch: Any) -> int:
     return int(share * autoremat.plan(lambda: model(*batch), budget=1.0, timing="measure").plain_peak_bytes)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_flags_that_are_others_at_every_step_are_named_and_not_recorded_for_ever() -> None:
     x = torch.randn(ROWS, WIDTH)
     budget = budget_of(0.7, x, flags_of(63))
@@ -132,6 +134,7 @@ def test_a_kind_that_comes_back_often_has_a_plan_in_the_end() -> None:
     assert after.deviations <= OFTEN
 
 
+@pytest.mark.slow
 def test_sizes_that_decide_which_calls_are_made_do_not_make_plans_for_ever() -> None:
     def loss(model: Net, x: Tensor, *_: Any) -> Tensor:
         for _ in range(1 + len(x) // 8 % 4):
@@ -151,6 +154,7 @@ KINDS = st.tuples(
 )
 
 
+@pytest.mark.slow
 @given(st.lists(KINDS, min_size=12, max_size=30), st.sampled_from((0.6, 0.8)))
 @examples(2)
 def test_any_kinds_in_any_order(kinds: list[tuple[int, int, str, bool]], share: float) -> None:
@@ -248,6 +252,8 @@ def test_a_module_names_the_argument_of_its_forward() -> None:
         model(x, flags_of(AT_ONCE + 1))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_steps_that_are_not_recorded_count_what_autograd_has_saved_and_put_nothing_off() -> None:
     """Gradients that accumulate, and calls before one backward, as in steps with a plan."""
     x = torch.randn(ROWS, WIDTH)

@@ -54,6 +54,8 @@ def of_file() -> dict[str, object]:
     return names
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_it_is_followed_bit_for_bit_and_within_its_budget(path: Path) -> None:
     names = of_file()
     plain, mine, x = names["model"](), names["model"](), names["batch"]()  # type: ignore[operator]

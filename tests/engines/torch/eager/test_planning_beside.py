@@ -103,6 +103,8 @@ def inputs() -> Tensor:
 # ---- in another process ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.real_seconds
 def test_another_process_finds_the_same_plan_as_this_one() -> None:
     program = chain(6)
@@ -309,6 +311,8 @@ def test_a_model_is_copied_and_pickled_while_a_plan_is_looked_for() -> None:
         torch.save(mine.state_dict(), buffer)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.real_seconds
 def test_two_models_are_trained_beside_a_search() -> None:
     """One search at a time; both models get their better plan in the end, and both are exact."""

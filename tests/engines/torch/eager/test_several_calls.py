@@ -76,6 +76,7 @@ def train(
     return states, peaks
 
 
+@pytest.mark.one_in(2, guard=True)
 @pytest.mark.parametrize(
     "share", [pytest.param(0.55, marks=pytest.mark.slow), 0.7, pytest.param(0.9, marks=pytest.mark.slow)]
 )
@@ -95,6 +96,8 @@ def test_calls_that_wait_for_one_backward_share_the_budget(loss_of: Loss, share:
     assert max(peaks) <= 1.25 * budget  # nobody knows yet how many will come
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_calls_that_go_backward_at_once_have_the_budget_alone() -> None:
     net, batches = network(), data(4, 5)
     expected, plain_peaks = train(one_at_a_time, net, net, batches)
@@ -116,6 +119,8 @@ def test_a_loss_that_is_still_there_does_not_count() -> None:
     assert autoremat.stats(call).planned == 2  # without gradients, and with them
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_too_many_calls_are_told_in_words() -> None:
     net, batches = network(), data(4, 24)
     budget = autoremat.plan(lambda x: net(x).square().mean(), batches[0][0], budget=1.0).plain_peak_bytes

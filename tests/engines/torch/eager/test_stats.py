@@ -105,6 +105,7 @@ def test_calls_without_a_plan_of_theirs_are_fallbacks() -> None:
 # --- The measured peak ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("with_optimizer", [False, True])
 @pytest.mark.parametrize("budget", [0.7, "100%"])
 def test_the_measured_peak_is_the_plans_to_the_byte(budget: float | str, with_optimizer: bool) -> None:

@@ -72,6 +72,8 @@ def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str) -> 
     assert stats.reruns > 0
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.usefixtures("deprecated")
 @pytest.mark.parametrize("is_optimized", [False, True])
 def test_all_that_scripted_parts_save_is_in_the_plan(is_optimized: bool) -> None:
@@ -125,6 +127,8 @@ print(digest.hexdigest())
 """
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_scripted_parts_are_exact() -> None:
     """In processes of their own: TorchScript computes otherwise once it has optimized a function."""
     root = Path(__file__).parents[4]
@@ -192,6 +196,7 @@ def test_tools_work_as_on_the_plain_module(tool: Callable[[nn.Module, Tensor], T
 # ---- training inside of the callable ---------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(5)
 @pytest.mark.parametrize("returns", ["loss", "item", "detached"])
 @pytest.mark.parametrize("with_optimizer", [True, False])
 def test_a_whole_training_step_is_refused_and_nothing_harmed(way: str, returns: str, with_optimizer: bool) -> None:

@@ -90,6 +90,7 @@ def peaks(net: nn.Module, call: Callable[[Tensor], Tensor], steps: int = 3) -> l
     return found
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("kind", [Blocks, Implicit])
 def test_what_code_in_the_backward_takes_is_in_the_plan(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
@@ -110,6 +111,8 @@ def test_what_code_in_the_backward_takes_is_in_the_plan(kind: type[nn.Module]) -
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_graph_that_a_hook_goes_through_is_kept() -> None:
     torch.manual_seed(0)
     net = Implicit()
@@ -202,6 +205,8 @@ class KeepsItsResult(torch.autograd.Function):
         return gradient * y * between + x
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_a_custom_function_saves_of_its_own_is_in_the_plan() -> None:
     torch.manual_seed(0)
     plain = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
@@ -227,6 +232,8 @@ def test_what_a_custom_function_saves_of_its_own_is_in_the_plan() -> None:
         assert torch.equal(p.grad, q.grad)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("kind", [Blocks, Implicit])
 def test_the_second_plan_is_found_without_looking_for_all_others(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch

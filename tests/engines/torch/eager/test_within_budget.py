@@ -96,6 +96,8 @@ def check(case: Case, steps: int, which: slice) -> None:
 EVERYDAY = ("pre-activation ResNet",)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("case", [c for c in CASES if str(c) in EVERYDAY], ids=str)
 def test_two_budgets_for_three_steps(case: Case) -> None:
     check(case, 3, slice(0, 4, 3))
@@ -124,6 +126,8 @@ def test_the_plain_peak_is_predicted(case: Case) -> None:
     assert measured_peak(model, case.loss(model), inputs, 0) == plan.plain_peak_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_numbers_that_autograd_saves_are_in_the_account() -> None:
     torch.manual_seed(0)
     layers, x = nn.ModuleList(nn.Linear(64, 64) for _ in range(6)), torch.randn(128, 64)

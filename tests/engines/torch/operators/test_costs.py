@@ -133,6 +133,8 @@ for i in range(100):
 """
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_four_processes_write_at_once(kept: Path) -> None:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     writers = [subprocess.Popen([sys.executable, "-c", WRITER, str(k)], env=env) for k in range(4)]
@@ -237,6 +239,8 @@ def test_a_process_that_knows_nothing_has_nothing_to_measure(kept: Path, monkeyp
     assert first.measured_share == plan.program.measured_share == 1.0
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_steps_without_numbers_are_filled_in(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = watched(monkeypatch)
 

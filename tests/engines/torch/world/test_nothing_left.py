@@ -61,6 +61,7 @@ def as_data(state: Any) -> Any:
     return [as_data(v) for v in state] if isinstance(state, (list, tuple)) else state
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("name", PLACES)
 def test_nothing_is_left_wherever_a_step_keeps_its_things(name: str, tmp_path: Path) -> None:
@@ -206,6 +207,7 @@ def test_an_interrupt_ends_the_child() -> None:
     main = os.getpid()
 
     def step(x: Tensor) -> Tensor:
+        time.sleep(0.5)  # until the parent waits: Python may miss a signal right before that, until the wait ends
         os.kill(main, signal.SIGINT)
         time.sleep(60)
         return x

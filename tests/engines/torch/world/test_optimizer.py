@@ -58,6 +58,7 @@ def network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(256, 512), nn.Tanh(), nn.Linear(512, 128), nn.Tanh(), nn.Linear(128, 1))
 
 
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_first_and_later_steps_take_what_was_said(name: str) -> None:
     """Of an Adam step on 200,000 parameters: within 2 % of what the allocator saw, and never less."""
@@ -102,6 +103,7 @@ def halfway(plan: autoremat.Plan) -> int:
     return (plan.floor_bytes + plan.plain_peak_bytes) // 2
 
 
+@pytest.mark.one_in(8, guard=True)
 @pytest.mark.parametrize("to_none", [True, False])
 @pytest.mark.parametrize("name", ["SGD", "Adam", "Adam, foreach", "Adam, fused"])
 def test_whole_steps_stay_within_the_budget(name: str, to_none: bool) -> None:
@@ -179,6 +181,7 @@ class EightBits(optim.Optimizer):
             p.add_(momentum, alpha=-0.1)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("declared", [True, False])
 def test_a_state_of_bytes_stays_within_the_budget(declared: bool) -> None:
     """Declared as a number, or found by a step on fake parameters."""

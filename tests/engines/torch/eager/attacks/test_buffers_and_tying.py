@@ -127,6 +127,7 @@ def test_tied_weights() -> None:
     exact(lambda: training(Tied(), torch.randint(32, (ROWS,)), loss=lambda y: -y[:, 3].mean()))
 
 
+@pytest.mark.one_in(3, guard=True)
 @pytest.mark.parametrize("momentum", [0.1, None])
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("track", [True, False])
@@ -146,6 +147,7 @@ def test_batch_norm(momentum: float | None, train: bool, track: bool) -> None:
     exact(build, steps=3)
 
 
+@pytest.mark.one_in(2, guard=True)
 @pytest.mark.parametrize("train", [True, False])
 def test_instance_norm_with_running_statistics(train: bool) -> None:
     def build() -> World:

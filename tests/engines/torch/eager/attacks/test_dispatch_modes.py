@@ -164,6 +164,7 @@ FORMULAS = {
 """Reductions whose gradients torch computes otherwise where a dispatch mode is active."""
 
 
+@pytest.mark.one_in(7, guard=True)
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("direct", [False, True], ids=["", "of the input"])
 def test_gradients_in_the_forward_that_torch_computes_otherwise(name: str, direct: bool) -> None:

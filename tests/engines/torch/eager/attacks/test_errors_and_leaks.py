@@ -169,9 +169,9 @@ def test_number_of_tensors_stays_level_over_300_steps() -> None:
 def test_planning_leaves_no_tensors_behind() -> None:
     world = seeded(lambda: training(net()))
     world.step(world.target)
-    autoremat.plan(net(), data(), budget=0.9)
+    autoremat.plan(net(), data(), budget=0.9, time_limit_seconds=0.1)
     gc.collect()
     before = tensors_alive()
-    autoremat.plan(net(), data(), budget=0.9)
+    autoremat.plan(net(), data(), budget=0.9, time_limit_seconds=0.1)
     gc.collect()
     assert tensors_alive() == before

@@ -45,6 +45,7 @@ def test_several_outputs_and_a_loss_from_two_of_three() -> None:
     check_step(step, Three)
 
 
+@pytest.mark.one_in(4, guard=True)
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 1, 0), (1, 2, 0)])
 @pytest.mark.parametrize("retain", [True, False])
 def test_outputs_backpropagated_one_by_one_in_any_order(order: tuple[int, ...], retain: bool) -> None:

@@ -122,6 +122,7 @@ def test_a_forward_that_leaves_something_behind_is_not_tried_again(between: Any)
     assert autoremat.stats(model).retries == 0
 
 
+@pytest.mark.one_in(3, guard=True)
 @pytest.mark.parametrize("in_module", [True, False])
 @pytest.mark.parametrize("rows", [(64, 64, 64), (64, 96)], ids=str)
 def test_several_forwards_in_one_autocast_region(rows: tuple[int, ...], in_module: bool) -> None:

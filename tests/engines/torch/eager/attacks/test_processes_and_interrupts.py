@@ -123,6 +123,8 @@ PRELUDE = """
 """
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_fork_after_use_and_data_loader_workers_beside() -> None:
     script = """
     assert same()
@@ -155,6 +157,7 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+@pytest.mark.one_in(2, guard=True)
 @pytest.mark.parametrize("where", ["recording", "forward", "backward", "planning"])
 def test_ctrl_c(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It leaves nothing behind, and the next step is exact."""

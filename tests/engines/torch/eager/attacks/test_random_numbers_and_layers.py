@@ -34,6 +34,7 @@ def test_every_dropout_and_random_layer() -> None:
     check_body(lambda i, h: modules[i](h * 2).sin(), steps=3)
 
 
+@pytest.mark.one_in(2, guard=True)
 @pytest.mark.parametrize("test", ["rrelu", "rnn"])
 def test_random_layers_beside_a_thread(test: str) -> None:
     """Where another thread may draw, numbers drawn again are compared: those that are final when they are saved.
@@ -186,6 +187,7 @@ def test_autocast_inside_the_forward() -> None:
 # ---- layers ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.one_in(3, guard=True)
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
 @pytest.mark.parametrize("packed", [False, True])
 def test_recurrent_layers(kind: Any, packed: bool) -> None:

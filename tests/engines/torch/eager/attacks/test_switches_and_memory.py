@@ -69,6 +69,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.one_in(5, guard=True)
 @pytest.mark.parametrize("forward", [True, False])
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_switch_thrown_between_forward_and_backward(switch: str, forward: bool) -> None:

@@ -198,6 +198,7 @@ def test_hook_runs_once_for_a_parameter_used_inside_and_outside() -> None:
     assert torch.equal(*found)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("retain", [True, False])
 @pytest.mark.parametrize("times", [1, 2])
 def test_backward_inside_a_backward(retain: bool, times: int) -> None:

@@ -32,6 +32,7 @@ def test_an_input_overwritten_with_something_differentiable_leaves_the_graph_of_
     assert examine(Script(body, steps=(Step(),) * 2, way=Way(seed=seed))).wrong == []
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("apart", [True, False], ids=["in a child", "here"])
 @pytest.mark.parametrize("branch", [False, True], ids=["fake", "real"])
 def test_a_tensor_of_a_closure_is_no_part_of_the_graph_of_the_recording(
@@ -273,6 +274,7 @@ def test_a_view_of_whose_history_torch_does_not_tell(budget) -> None:
     assert (stats.unplanned, stats.deviations) == (0, 0)
 
 
+@pytest.mark.one_in(13)
 @pytest.mark.parametrize(
     "way", [Way("nothing", 0), Way("nothing", 1), Way("online"), Way("measured"), Way("random", 3)]
 )
