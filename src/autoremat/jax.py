@@ -1,0 +1,270 @@
+"""autoremat for JAX: ``checkpoint``, ``fit``, ``plan``, ``explain``, ``frontier``, ``max_batch``.
+
+A function is recorded on types and shapes, planned, and given a gradient that follows the plan; XLA compiles that like
+any other code. This module never imports torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar, overload
+
+try:
+    import jax
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        "autoremat.jax needs an engine, and jax is not installed; run: pip install 'autoremat[jax]'", name=error.name
+    ) from error
+
+from autoremat.engines.jax.compiler import BarriersRemoved, Memory, compiler_options, keeps_barriers, memory
+from autoremat.engines.jax.planning import Given, Wishes, budget_bytes, plan_within
+from autoremat.engines.jax.steps import record_step
+from autoremat.engines.jax.wrapping import checkpointed
+from autoremat.planner import Frontier
+from autoremat.planner import frontier as frontier_of
+from autoremat.planner.constraints import Patterns
+from autoremat.program import InfeasibleBudget, Plan, Program
+from autoremat.program.units import Budget
+from autoremat.show.explanation import Explanation, explanation_of
+
+__all__ = [
+    "BarriersRemoved",
+    "InfeasibleBudget",
+    "Memory",
+    "checkpoint",
+    "compiler_options",
+    "explain",
+    "frontier",
+    "keeps_barriers",
+    "memory",
+    "plan",
+]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+@overload
+def checkpoint(
+    fn: F, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
+    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+) -> F: ...  # fmt: skip
+@overload
+def checkpoint(
+    fn: None = None, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
+    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+) -> Callable[[F], F]: ...  # fmt: skip
+def checkpoint(
+    fn: Any = None, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
+    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+) -> Any:  # fmt: skip
+    """Make the gradient of a function fit into a memory budget.
+
+    The result is called and differentiated like the function: under ``jax.grad``, ``jax.value_and_grad``, ``jax.jit``,
+    ``jax.vmap``, ``jax.shard_map``, and the gradients of Flax and Equinox. When JAX traces it for a gradient, function
+    and gradient are recorded on types and shapes and planned: what stays for the backward, and what is computed again,
+    when. The same operations run on the same numbers, so gradients are equal but for XLA's rounding. What JAX traces
+    again is planned again; the same step is planned once.
+
+    The plan counts bytes as XLA would, which is an estimate: ``fit`` compiles, reads XLA's own account, and tightens. It
+    sees the shapes that JAX shows it: one example under ``vmap`` around it, one shard under ``shard_map``, the whole
+    array where ``jit`` is given sharded arrays. On CPU, compile with ``compiler_options()``: a warning says so.
+
+    Args:
+        fn: any function of pytrees that JAX can differentiate, with or without auxiliary outputs; left out, the result
+            is a decorator. Arrays that it closes over are arguments like the others.
+        budget: the peak of function and gradient, arguments and gradients included: ``"10GiB"``, ``"512MB"``, a number
+            of bytes, or a fraction of the plain peak (``0.5``, ``"50%"``). Left out, ``fit`` finds it.
+        static_argnums: positions of arguments that are handed on untouched. Whatever is no array is so anyway.
+        keep: patterns (``fnmatch``) on named scopes or operations; what these make is never computed again.
+        recompute: the same; what these make does not stay from the forward into the backward.
+        time_limit_seconds: the longest that making a plan may take.
+
+    Raises:
+        ValueError: a budget that cannot be read. When the function is traced: no budget outside of ``fit``, an effect
+            (``jax.debug.print``), a pattern that matches nothing.
+        TypeError: when traced, a function that changes an argument in place, or forward mode.
+        InfeasibleBudget: when traced, no known plan fits; names the smallest budget that does.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, autoremat.jax
+        >>> def loss(weights, x):
+        ...     for w in weights:
+        ...         x = jnp.tanh(x @ w)
+        ...     return x.sum()
+        >>> weights, x = [jnp.eye(64)] * 8, jnp.ones((512, 64))
+        >>> step = jax.jit(
+        ...     jax.grad(autoremat.jax.checkpoint(loss, budget="80%")), compiler_options=autoremat.jax.compiler_options()
+        ... )
+        >>> len(step(weights, x))
+        8
+    """
+    if budget is not None:
+        _read(budget)
+    if fn is None:
+        return functools.partial(
+            checkpoint, budget=budget, static_argnums=static_argnums, keep=keep, recompute=recompute,
+            time_limit_seconds=time_limit_seconds,
+        )  # fmt: skip
+    if not callable(fn):
+        raise TypeError(f"autoremat.jax.checkpoint takes a function, got {type(fn).__name__}")
+    if hasattr(fn, "__wrapped_by_autoremat__"):
+        raise ValueError(f"{getattr(fn, '__name__', 'this')} is checkpointed by autoremat already")
+    static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
+    return checkpointed(fn, Wishes(budget, keep, recompute, time_limit_seconds), static)
+
+
+def plan(
+    fn: Callable[..., Any],
+    *args: Any,
+    budget: Given,
+    argnums: int | Sequence[int] = 0,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+    **kwargs: Any,
+) -> Plan:
+    """Plan the gradient of a function without running anything.
+
+    Args:
+        fn: as for ``checkpoint``; checkpointed or not.
+        *args: its positional arguments, or ``jax.ShapeDtypeStruct`` in their place.
+        budget: as for ``checkpoint``.
+        argnums: positions of the arguments to differentiate, as for ``jax.grad``.
+        keep: as for ``checkpoint``.
+        recompute: as for ``checkpoint``.
+        time_limit_seconds: the longest that planning may take, recording excluded.
+        **kwargs: keyword arguments of the function.
+
+    Raises:
+        ValueError: a budget that cannot be read, nothing to differentiate, an effect, a pattern that matches nothing.
+        InfeasibleBudget: no known plan fits.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, autoremat.jax
+        >>> def loss(weights, x):
+        ...     for w in weights:
+        ...         x = jnp.tanh(x @ w)
+        ...     return x.sum()
+        >>> shape = jax.ShapeDtypeStruct((64, 64), "float32")
+        >>> plan = autoremat.jax.plan(loss, [shape] * 8, jax.ShapeDtypeStruct((512, 64), "float32"), budget="80%")
+        >>> plan.peak_bytes <= 0.8 * plan.plain_peak_bytes
+        True
+    """
+    _read(budget)
+    program = record_step(fn, args, kwargs, argnums).program
+    return plan_within(
+        program, budget_bytes(budget, program), Wishes(budget, keep, recompute, time_limit_seconds)
+    )
+
+
+def explain(
+    step: Plan | Program | Callable[..., Any],
+    *args: Any,
+    budget: Given | None = None,
+    argnums: int | Sequence[int] = 0,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    time_limit_seconds: float = 10.0,
+    **kwargs: Any,
+) -> Explanation:
+    """Where the peak of a function and its gradient stands and what fills it.
+
+    Without a budget that of plain differentiation, with one that of the plan.
+
+    Args:
+        step: a function, as for ``plan``; a program; or a plan.
+        *args: as for ``plan``.
+        budget: as for ``plan``; None explains plain differentiation.
+        argnums: as for ``plan``.
+        keep: as for ``plan``; together with a budget.
+        recompute: as for ``plan``; together with a budget.
+        time_limit_seconds: the longest that planning may take, recording excluded.
+        **kwargs: keyword arguments of the function.
+
+    Raises:
+        TypeError: arguments beside a program or a plan, a budget beside a plan, constraints without a budget.
+        ValueError: as ``plan``.
+        InfeasibleBudget: no known plan fits.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, autoremat.jax
+        >>> why = autoremat.jax.explain(lambda w, x: jnp.tanh(x @ w).sum(), jnp.eye(64), jnp.ones((512, 64)))
+        >>> sum(why.categories.values()) == why.peak_bytes
+        True
+    """
+    if budget is None and (keep or recompute):
+        raise TypeError("keep= and recompute= are wishes for a plan: give a budget with them")
+    if isinstance(step, Plan):
+        if args or kwargs or budget is not None:
+            raise TypeError("a plan stands for itself: its program and its budget are in it")
+        return explanation_of(step.program, step)
+    program = _program_of(step, args, kwargs, argnums)
+    if budget is None:
+        return explanation_of(program)
+    wishes = Wishes(budget, keep, recompute, time_limit_seconds)
+    return explanation_of(program, plan_within(program, budget_bytes(_read(budget), program), wishes))
+
+
+def frontier(
+    program_or_fn: Program | Callable[..., Any],
+    *args: Any,
+    points: int | Sequence[Given] = 16,
+    argnums: int | Sequence[int] = 0,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    time_limit_seconds: float = 60.0,
+    **kwargs: Any,
+) -> Frontier:
+    """Overhead against peak over the whole range of budgets, before anything is run.
+
+    Args:
+        program_or_fn: a program, or a function, as for ``plan``.
+        *args: as for ``plan``.
+        points: how many budgets, the floor and the plain peak included; or the budgets themselves.
+        argnums: as for ``plan``.
+        keep: as for ``plan``.
+        recompute: as for ``plan``.
+        time_limit_seconds: the longest that planning may take, all budgets together, recording excluded.
+        **kwargs: keyword arguments of the function.
+
+    Raises:
+        TypeError: arguments beside a program.
+        ValueError: as ``plan``; fewer than two points.
+        InfeasibleBudget: one of the budgets named is below the floor.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, autoremat.jax
+        >>> def loss(weights, x):
+        ...     for w in weights:
+        ...         x = jnp.tanh(x @ w)
+        ...     return x.sum()
+        >>> frontier = autoremat.jax.frontier(loss, [jnp.eye(64)] * 4, jnp.ones((512, 64)), points=3)
+        >>> [p.overhead for p in frontier.points] == sorted((p.overhead for p in frontier.points), reverse=True)
+        True
+    """
+    program = _program_of(program_or_fn, args, kwargs, argnums)
+    return frontier_of(
+        program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds
+    )
+
+
+def _program_of(
+    step: Program | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], argnums: int | Sequence[int]
+) -> Program:
+    """The program itself, or that of the function."""
+    if not isinstance(step, Program):
+        return record_step(step, args, kwargs, argnums).program
+    if args or kwargs:
+        raise TypeError("a program stands for itself: arguments are for a function")
+    return step
+
+
+def _read(budget: Given) -> Given:
+    """The budget, if it is one that makes sense here."""
+    if Budget.read(budget).is_auto:
+        raise ValueError(
+            'a budget of "auto" would have to ask the device what is free, which JAX allocates ahead of time: give a size '
+            'such as "10GiB", or a share of the plain peak such as 0.5'
+        )
+    return budget
