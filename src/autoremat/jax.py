@@ -7,7 +7,7 @@ any other code. This module never imports torch.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 try:
@@ -18,8 +18,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from autoremat.engines.jax.compiler import BarriersRemoved, Memory, compiler_options, keeps_barriers, memory
-from autoremat.engines.jax.planning import Given, Wishes, budget_bytes, plan_within
+from autoremat.engines.jax.fitting import Fitted, fitted
+from autoremat.engines.jax.planning import Given, Wishes, budget_bytes, planned
 from autoremat.engines.jax.steps import record_step
+from autoremat.engines.jax.variants import Variants
 from autoremat.engines.jax.wrapping import checkpointed
 from autoremat.planner import Frontier
 from autoremat.planner import frontier as frontier_of
@@ -30,11 +32,13 @@ from autoremat.show.explanation import Explanation, explanation_of
 
 __all__ = [
     "BarriersRemoved",
+    "Fitted",
     "InfeasibleBudget",
     "Memory",
     "checkpoint",
     "compiler_options",
     "explain",
+    "fit",
     "frontier",
     "keeps_barriers",
     "memory",
@@ -152,10 +156,7 @@ def plan(
         True
     """
     _read(budget)
-    program = record_step(fn, args, kwargs, argnums).program
-    return plan_within(
-        program, budget_bytes(budget, program), Wishes(budget, keep, recompute, time_limit_seconds)
-    )
+    return _plan_of(record_step(fn, args, kwargs, argnums), Wishes(budget, keep, recompute, time_limit_seconds))
 
 
 def explain(
@@ -199,11 +200,18 @@ def explain(
         if args or kwargs or budget is not None:
             raise TypeError("a plan stands for itself: its program and its budget are in it")
         return explanation_of(step.program, step)
-    program = _program_of(step, args, kwargs, argnums)
-    if budget is None:
-        return explanation_of(program)
+    if budget is not None:
+        _read(budget)
     wishes = Wishes(budget, keep, recompute, time_limit_seconds)
-    return explanation_of(program, plan_within(program, budget_bytes(_read(budget), program), wishes))
+    if isinstance(step, Program):
+        program = _program_of(step, args, kwargs, argnums)
+        plan = None if budget is None else wishes.solve(program, budget_bytes(budget, program))
+        return explanation_of(program, plan)
+    variants = record_step(step, args, kwargs, argnums)
+    if budget is None:
+        return explanation_of(variants.plain.program)
+    plan = _plan_of(variants, wishes)
+    return explanation_of(plan.program, plan)
 
 
 def frontier(
@@ -249,12 +257,72 @@ def frontier(
     )
 
 
+def fit(
+    step: Callable[..., Any],
+    *args: Any,
+    budget: int | str,
+    donate_argnums: int | Sequence[int] = (),
+    static_argnums: int | Sequence[int] = (),
+    compiler_options: Mapping[str, Any] | None = None,
+    most_tries: int = 4,
+) -> Fitted:
+    """Compile a whole train step within a budget, by XLA's own account.
+
+    The step is compiled as plain training first. What it takes beyond the budget its checkpointed functions are to save:
+    they are planned again, the step is compiled again, its memory is read, until it fits. The best step that fits is
+    kept, and none above the budget is ever returned.
+
+    Args:
+        step: the train step. It differentiates a function that went through ``checkpoint`` without a budget (a budget
+            given there is not looked at here).
+        *args: its arguments, or ``jax.ShapeDtypeStruct`` in their place.
+        budget: of the step in all, arguments, outputs and temporaries: bytes, or a size such as ``"10GiB"``; on several
+            devices, of each.
+        donate_argnums: as for ``jax.jit``; the state that the step replaces is there twice otherwise.
+        static_argnums: as for ``jax.jit``.
+        compiler_options: further ones, as for ``jax.jit``. Those that keep barriers are added where they are needed.
+        most_tries: how many further steps are compiled before it gives up.
+
+    Returns:
+        ``fitted(*args)`` runs the step; ``fitted.memory`` is XLA's account, ``fitted.plans`` what was planned, and
+        ``print(fitted)`` lists every try.
+
+    Raises:
+        InfeasibleBudget: no step that was compiled fits; names the smallest total that was measured.
+        ValueError: a budget that cannot be read or is a share; nothing in the step is checkpointed.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, autoremat.jax
+        >>> def loss(weights, x):
+        ...     for w in weights:
+        ...         x = jnp.tanh(x @ w)
+        ...     return x.sum()
+        >>> loss = autoremat.jax.checkpoint(loss)
+        >>> def train_step(weights, x):
+        ...     return [w - 0.1 * g for w, g in zip(weights, jax.grad(loss)(weights, x))]
+        >>> weights, x = [jnp.eye(64)] * 8, jnp.ones((512, 64))
+        >>> step = autoremat.jax.fit(train_step, weights, x, budget="1.5MB", donate_argnums=0)
+        >>> step.memory.total_bytes <= 1_500_000
+        True
+    """
+    found = Budget.read(_read(budget))
+    if found.nbytes is None:
+        raise ValueError(f"fit needs a budget in bytes, not {budget!r}: what plain training takes, only XLA can tell")
+    jit_options = {"donate_argnums": donate_argnums, "static_argnums": static_argnums}
+    return fitted(step, args, found.nbytes, jit_options, compiler_options or {}, most_tries)
+
+
+def _plan_of(variants: Variants, wishes: Wishes) -> Plan:
+    """The plan of a step within a budget."""
+    return planned(variants, wishes).plan
+
+
 def _program_of(
     step: Program | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], argnums: int | Sequence[int]
 ) -> Program:
     """The program itself, or that of the function."""
     if not isinstance(step, Program):
-        return record_step(step, args, kwargs, argnums).program
+        return record_step(step, args, kwargs, argnums).plain.program
     if args or kwargs:
         raise TypeError("a program stands for itself: arguments are for a function")
     return step

@@ -7,7 +7,7 @@ can be applied to single numbers, what XLA counts for it, what its types and par
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -16,12 +16,14 @@ import jax
 import numpy as np
 from jax.extend import core
 
-from autoremat.engines.jax.graph import CALLS, Equation, graph_of
+from autoremat.engines.jax.graph import CALLS, Equation, Graph, graph_of
 from autoremat.program import Once
 
 _LAUNCH_SECONDS: Final = 2e-6
 _REDUCED_FLOPS: Final = 1.5
 """FLOPs for each number read, up to which what makes one number out of many is a plain reduction."""
+
+_TRANSCENDENTAL_FLOPS: Final = 10
 
 
 class Kind(Enum):
@@ -40,11 +42,13 @@ class Facts:
     Attributes:
         kind: for fusion.
         flops: floating-point operations.
+        is_cheap: whether it is simple arithmetic, place by place, that readers may as well do for themselves.
         once: why it must not run again; None when it may.
     """
 
     kind: Kind
     flops: float
+    is_cheap: bool = False
     once: Once | None = None
 
 
@@ -100,6 +104,7 @@ def abstract(aval: Any) -> jax.ShapeDtypeStruct:
 
 
 _FACTS: dict[str, Facts] = {}
+_REMEMBERED: Final = 4096
 
 
 def facts_of(equation: Equation) -> Facts:
@@ -108,10 +113,25 @@ def facts_of(equation: Equation) -> Facts:
     types = ", ".join(f"{v.aval.str_short()}{'!' if isinstance(v, core.Literal) else ''}" for v in eqn.invars)
     key = f"{eqn.primitive} {eqn.params} {types} {[w < 0 for w in equation.writes]}"
     if key not in _FACTS:
-        once = _once(eqn)
-        flops = _flops(equation)
-        _FACTS[key] = Facts(_kind(equation, flops) if once is None else Kind.OTHER, flops, once)
+        while len(_FACTS) >= _REMEMBERED:
+            _FACTS.pop(next(iter(_FACTS)))
+        _FACTS[key] = _found(equation)
     return _FACTS[key]
+
+
+def _found(equation: Equation) -> Facts:
+    eqn = equation.eqn
+    once = _once(eqn)
+    if once is not None:
+        return Facts(Kind.OTHER, float(sum(elements(v.aval) for v in eqn.outvars)), once=once)
+    if any(True for _ in core.jaxprs_in_params(eqn.params)):
+        return Facts(Kind.POINTWISE if _is_pointwise_inside(eqn) else Kind.OTHER, _inner_flops(eqn))
+    counts = _counts_of_numbers(eqn)
+    if counts is not None:
+        work = counts.flops + _TRANSCENDENTAL_FLOPS * counts.transcendentals
+        return Facts(Kind.POINTWISE, work * elements(eqn.outvars[0].aval), is_cheap=not counts.transcendentals)
+    flops = _flops(equation)
+    return Facts(_kind_of_one(eqn, flops), flops)
 
 
 # ---- may it run again? ----------------------------------------------------------------------------------------------
@@ -168,43 +188,52 @@ def _has_callback(eqn: Any) -> bool:
 # ---- what does it take? ---------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
+class Counts:
+    """What XLA counts for code that has not been compiled."""
+
+    flops: float
+    transcendentals: float
+
+
+def _counted(jaxpr: Any, types: Sequence[jax.ShapeDtypeStruct]) -> tuple[Counts, Sequence[Any]]:
+    """XLA's counts for a jaxpr applied to arrays of these types, and the types of its results."""
+    lowered = jax.jit(lambda *xs: jax.core.eval_jaxpr(jaxpr, (), *xs)).lower(*types)
+    found = lowered.cost_analysis() or {}
+    return Counts(found.get("flops") or 0.0, found.get("transcendentals") or 0.0), jax.tree.leaves(lowered.out_info)
+
+
 def _flops(equation: Equation) -> float:
-    """Floating-point operations, inner loops included as often as they run where that is known."""
-    eqn = equation.eqn
-    inner = list(core.jaxprs_in_params(eqn.params))
-    if inner:
-        return _trips(eqn) * sum(inside_flops(jaxpr) for jaxpr in inner)
-    out = sum(elements(v.aval) for v in eqn.outvars)
-    if _is_applied_to_numbers(eqn):
-        return float(out)
+    """Floating-point operations of an equation without any inside."""
     try:
-        specs = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.alone.invars]
-        counted = jax.jit(lambda *xs: jax.core.eval_jaxpr(equation.alone, (), *xs)).lower(*specs).cost_analysis()
+        types = [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.alone.invars]
+        return _counted(equation.alone, types)[0].flops
     except Exception:  # noqa: BLE001 - what cannot stand alone (in a mesh, say) is counted by what it makes
-        return float(out)
-    return float((counted or {}).get("flops") or 0.0)
+        return float(sum(elements(v.aval) for v in equation.eqn.outvars))
+
+
+def _inner_flops(eqn: Any) -> float:
+    """The same of one with equations inside: a loop's body as often as it runs, where that is known."""
+    length = eqn.params.get("length")
+    trips = length if isinstance(length, int) else 1
+    return trips * sum(inside_flops(jaxpr) for jaxpr in core.jaxprs_in_params(eqn.params))
 
 
 def inside_flops(jaxpr: Any) -> float:
     """FLOPs of all equations of a jaxpr."""
-    graph = graph_of(core.ClosedJaxpr(jaxpr, [None] * len(jaxpr.constvars)))
-    return sum(facts_of(e).flops for e in graph.equations)
+    return sum(facts_of(e).flops for e in _graph_of(jaxpr).equations)
 
 
-def _trips(eqn: Any) -> int:
-    """How often a loop's body runs; once where that is not known."""
-    length = eqn.params.get("length")
-    return length if isinstance(length, int) else 1
+def _graph_of(jaxpr: Any) -> Graph:
+    return graph_of(core.ClosedJaxpr(jaxpr, [None] * len(jaxpr.constvars)))
 
 
 # ---- how is it fused? -----------------------------------------------------------------------------------------------
 
 
-def _kind(equation: Equation, flops: float) -> Kind:
-    eqn = equation.eqn
-    if is_pointwise(eqn):
-        return Kind.POINTWISE
-    if len(eqn.outvars) != 1 or len(eqn.invars) > 1 or any(True for _ in core.jaxprs_in_params(eqn.params)):
+def _kind_of_one(eqn: Any, flops: float) -> Kind:
+    """The kind of an equation that does not work place by place."""
+    if len(eqn.outvars) != 1 or len(eqn.invars) > 1:
         return Kind.OTHER
     read, made = sum(elements(v.aval) for v in eqn.invars), elements(eqn.outvars[0].aval)
     if not flops and (made >= read or not eqn.invars):
@@ -212,27 +241,31 @@ def _kind(equation: Equation, flops: float) -> Kind:
     return Kind.REDUCTION if made < read and flops <= _REDUCED_FLOPS * read else Kind.OTHER
 
 
-def is_pointwise(eqn: Any) -> bool:
-    """Whether every number of the results is made of the numbers at the same place."""
-    inner = [graph_of(core.ClosedJaxpr(j, [None] * len(j.constvars))) for j in core.jaxprs_in_params(eqn.params)]
-    if not inner:
-        return _is_applied_to_numbers(eqn)
-    return _trips(eqn) == 1 and "jvp" in "".join(eqn.params) and all(
-        is_pointwise(e.eqn) or all(not v.aval.shape for v in e.eqn.invars) for graph in inner for e in graph.equations
-    )  # fmt: skip
+def _is_pointwise_inside(eqn: Any) -> bool:
+    """Whether a custom rule or a call, no loop and no choice, has nothing inside but what works place by place."""
+    shapes = {v.aval.shape for v in (*eqn.invars, *eqn.outvars) if v.aval.shape}
+    inner = list(core.jaxprs_in_params(eqn.params))
+    if len(shapes) > 1 or len(inner) != 1 or len(inner[0].invars) != len(eqn.invars) or "length" in eqn.params:
+        return False
+    return all(
+        facts_of(e).kind is Kind.POINTWISE or all(not v.aval.shape for v in e.eqn.invars)
+        for e in _graph_of(inner[0]).equations
+    )
 
 
-def _is_applied_to_numbers(eqn: Any) -> bool:
-    """Whether it is applied to arrays of one shape, and can be applied to single numbers with the same parameters."""
+def _counts_of_numbers(eqn: Any) -> Counts | None:
+    """What it takes for one number, if it is applied to arrays of one shape and can be applied to single numbers.
+
+    None where it cannot, with the same parameters: then it does not work place by place.
+    """
     shapes = {v.aval.shape for v in eqn.outvars} | {v.aval.shape for v in eqn.invars if v.aval.shape}
-    if len(shapes) != 1 or not eqn.invars or any(v.aval.shape for v in eqn.outvars if v.aval.shape not in shapes):
-        return False
+    if len(shapes) != 1 or not eqn.invars:
+        return None
     if any(jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.extended) for v in (*eqn.invars, *eqn.outvars)):
-        return False
+        return None
+    alone = Equation(eqn, (), tuple(range(len(eqn.outvars)))).alone
     try:
-        alone = Equation(eqn, (), tuple(range(len(eqn.outvars)))).alone
-        numbers = [jax.ShapeDtypeStruct((), v.aval.dtype) for v in alone.invars]
-        made = jax.eval_shape(lambda *xs: jax.core.eval_jaxpr(alone, (), *xs), *numbers)
+        counts, made = _counted(alone, [jax.ShapeDtypeStruct((), v.aval.dtype) for v in alone.invars])
     except Exception:  # noqa: BLE001 - whatever says no
-        return False
-    return all(one.shape == () for one in made)
+        return None
+    return counts if all(one.shape == () for one in made) else None

@@ -7,15 +7,17 @@ made large from little, such as a broadcast bias, is made again in every reader.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
 from autoremat.engines.jax.facts import Kind, facts_of, nbytes
-from autoremat.engines.jax.graph import Equation, Graph
+from autoremat.engines.jax.graph import Graph
 
 _GROWTH: Final = 4
 """How many times larger than what it reads a value is that every reader makes for itself."""
+_SAME: Final = 1.25
+"""The same where it takes simple arithmetic: then what is read could be kept as well as what is made of it."""
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,16 @@ class Group:
         reads: values from outside.
         writes: values that something outside reads, or that are outputs.
         is_late: whether one of them depends on a cotangent.
+        is_simple: whether XLA would rather do it again inside of those that read it than keep what it makes.
+        copied: what is laid out anew for one that runs by itself, such as a matrix product.
     """
 
     members: tuple[int, ...]
     reads: tuple[int, ...]
     writes: tuple[int, ...]
     is_late: bool
+    is_simple: bool = False
+    copied: tuple[int, ...] = ()
 
 
 def groups_of(graph: Graph, late_inputs: Sequence[int]) -> tuple[Group, ...]:
@@ -49,7 +55,10 @@ def groups_of(graph: Graph, late_inputs: Sequence[int]) -> tuple[Group, ...]:
         reads = tuple(dict.fromkeys(r for e in equations for r in e.operands if r not in made))
         own = {w for m in members[head] if m == head or _is_only_in(m, head, members) for w in graph.equations[m].results}
         writes = tuple(sorted(w for w in own if w in outputs or read_by.get(w, set()) - {head}))
-        groups.append(Group(members[head], reads, writes, any(late[m] for m in members[head])))
+        heads = {h for w in writes for h in read_by.get(w, set()) - {head}}
+        is_simple = outputs.isdisjoint(writes) and _is_simple(graph, members[head], reads, writes, heads)
+        copied = tuple(sorted(made - set(writes))) if facts_of(graph.equations[head]).kind is Kind.OTHER else ()
+        groups.append(Group(members[head], reads, writes, any(late[m] for m in members[head]), is_simple, copied))
     return tuple(groups)
 
 
@@ -85,32 +94,41 @@ def _joined(graph: Graph) -> list[int]:
 
 
 def _shared_out(graph: Graph, head: Sequence[int]) -> dict[int, tuple[int, ...]]:
-    """The members of each group; what is made large from little is in every group that reads it."""
+    """The members of each group; what every reader makes for itself is in all groups that read it."""
     outputs = {o for o in graph.outputs if isinstance(o, int)}
     readers = _readers(graph)
     members: dict[int, set[int]] = {}
     for k, h in enumerate(head):
         members.setdefault(h, set()).add(k)
     belongs = {k: {h} for h, group in members.items() for k in group}
-    for k in sorted(members, reverse=True):
-        equation = graph.equations[k]
-        if members[k] != {k} or not outputs.isdisjoint(equation.results) or not _grows(graph, equation):
+    for h in sorted(members, reverse=True):
+        results = graph.equations[h].results
+        into = {g for w in results for r in readers.get(w, ()) for g in belongs[r]}
+        if not into or not outputs.isdisjoint(results) or not _is_made_anew(graph, members[h], h):
             continue
-        into = {h for w in equation.results for r in readers.get(w, ()) for h in belongs[r]}
-        if not into:
-            continue
-        for h in into:
-            members[h].add(k)
-        belongs[k] = into
-        del members[k]
+        for g in into:
+            members[g] |= members[h]
+        for m in members.pop(h):
+            belongs[m] = belongs[m] - {h} | into
     return {h: tuple(sorted(group)) for h, group in members.items()}
 
 
-def _grows(graph: Graph, equation: Equation) -> bool:
-    """Whether an equation makes much of little, by laying out alone."""
+def _is_made_anew(graph: Graph, group: set[int], head: int) -> bool:
+    """Whether every reader makes for itself what a group makes, because it is much of little, by laying out alone."""
+    equation = graph.equations[head]
     read = sum(nbytes(graph.avals[r]) for r in equation.operands)
-    return facts_of(equation).kind is Kind.LAYOUT and _GROWTH * read <= sum(
-        nbytes(graph.avals[w]) for w in equation.results
+    written = sum(nbytes(graph.avals[w]) for w in equation.results)
+    return len(group) == 1 and facts_of(equation).kind is Kind.LAYOUT and _GROWTH * read <= written
+
+
+def _is_simple(graph: Graph, group: Sequence[int], reads: Sequence[int], writes: Sequence[int], heads: set[int]) -> bool:
+    """Whether readers could as well do for themselves what a group does: little work, no more to read than to write."""
+    facts = [facts_of(graph.equations[m]) for m in group]
+    read, written = (sum(nbytes(graph.avals[v]) for v in values) for values in (reads, writes))
+    return (
+        all(f.is_cheap or f.kind is Kind.LAYOUT for f in facts)
+        and read <= _SAME * written
+        and all(facts_of(graph.equations[h]).kind is not Kind.OTHER for h in heads)
     )
 
 

@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Final
 
+from autoremat.engines.jax.variants import Planned, Variants
 from autoremat.planner import solve
 from autoremat.planner.constraints import Patterns
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
@@ -34,6 +35,21 @@ class Wishes:
     recompute: Patterns = ()
     time_limit_seconds: float = 10.0
 
+    def solve(self, program: Program, nbytes: int) -> Plan:
+        """The plan of a program within so many bytes.
+
+        Raises:
+            InfeasibleBudget: no known plan fits.
+        """
+        key = program, nbytes, _hashable(self.keep), _hashable(self.recompute)
+        if key not in _PLANS:
+            while len(_PLANS) >= _REMEMBERED:
+                _PLANS.pop(next(iter(_PLANS)))
+            _PLANS[key] = solve(
+                program, nbytes, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.time_limit_seconds
+            )
+        return _PLANS[key]
+
 
 _PLANS: dict[tuple[Program, int, Patterns, Patterns], Plan] = {}
 
@@ -45,23 +61,6 @@ def budget_bytes(budget: Given, program: Program) -> int:
         ValueError: a budget that cannot be read, or ``"auto"``: JAX does not say what a device has left to give.
     """
     return Budget.read(budget).in_bytes(simulate(program).peak_bytes)
-
-
-def plan_within(program: Program, nbytes: int, wishes: Wishes) -> Plan:
-    """The plan of a program within so many bytes.
-
-    Raises:
-        InfeasibleBudget: no known plan fits.
-    """
-    key = program, nbytes, _hashable(wishes.keep), _hashable(wishes.recompute)
-    if key not in _PLANS:
-        while len(_PLANS) >= _REMEMBERED:
-            _PLANS.pop(next(iter(_PLANS)))
-        _PLANS[key] = solve(
-            program, nbytes, keep=wishes.keep, recompute=wishes.recompute,
-            time_limit_seconds=wishes.time_limit_seconds,
-        )  # fmt: skip
-    return _PLANS[key]
 
 
 def _hashable(patterns: Patterns) -> Patterns:
@@ -82,17 +81,20 @@ class Allowance:
     plans: list[Plan] = field(default_factory=list)
     is_at_the_floor: bool = True
 
-    def plan(self, program: Program, wishes: Wishes) -> Plan:
+    def planned(self, variants: Variants, wishes: Wishes) -> Planned:
         """The plan that is allowed, or the smallest that there is."""
+        program = variants.plain.program
         plain = simulate(program).peak_bytes
         nbytes = program.fixed_bytes + int(self.share * (plain - program.fixed_bytes))
         try:
-            plan = plan_within(program, nbytes, wishes)
+            found = variants.planned(nbytes, wishes.solve)
         except InfeasibleBudget as error:
-            plan = plan_within(program, error.floor_bytes, wishes)
-        self.is_at_the_floor &= plan.budget_bytes > nbytes
-        self.plans.append(plan)
-        return plan
+            found = variants.planned(error.floor_bytes, wishes.solve)
+            self.is_at_the_floor &= True
+        else:
+            self.is_at_the_floor = False
+        self.plans.append(found.plan)
+        return found
 
 
 _ALLOWANCE: ContextVar[Allowance | None] = ContextVar("allowance", default=None)
@@ -113,8 +115,8 @@ def allowed(allowance: Allowance) -> Iterator[None]:
         _ALLOWANCE.reset(token)
 
 
-def planned(program: Program, wishes: Wishes) -> Plan:
-    """The plan of a recorded step: within what ``fit`` allows, or within the user's budget.
+def planned(variants: Variants, wishes: Wishes) -> Planned:
+    """The plan of a step: within what ``fit`` allows, or within the user's budget.
 
     Raises:
         InfeasibleBudget: no known plan fits.
@@ -122,10 +124,11 @@ def planned(program: Program, wishes: Wishes) -> Plan:
     """
     allowance = _ALLOWANCE.get()
     if allowance is not None:
-        return allowance.plan(program, wishes)
+        return allowance.planned(variants, wishes)
+    program = variants.plain.program
     if wishes.budget is None:
         raise ValueError(
             f"{program.name} is checkpointed without a budget, which only autoremat.jax.fit can find: give one "
             '(autoremat.jax.checkpoint(fn, budget="10GiB")), or compile the train step with autoremat.jax.fit'
         )
-    return plan_within(program, budget_bytes(wishes.budget, program), wishes)
+    return variants.planned(budget_bytes(wishes.budget, program), wishes.solve)

@@ -186,11 +186,18 @@ class _Assembly:
         seconds = self._machine.seconds(sum(f.flops for f in facts), moved)
         once = Once.BACKWARD if group.is_late else next((f.once for f in facts if f.once), None)
         inner = (inner_peak_bytes(e.eqn) for e, f in zip(equations, facts, strict=True) if f.kind is Kind.OTHER)
+        scratch = max(inner, default=0) + sum(nbytes(self._graph.avals[v]) for v in group.copied)
         return Op(
             _name(equations), tuple(self.index[r] for r in group.reads), tuple(self.index[w] for w in group.writes),
-            seconds, max(inner, default=0), "backward" if group.is_late else "forward", once, module=module,
-            source=source_of(last), rerun_seconds=0.0 if once is None and self._dead.issuperset(group.writes) else None,
+            seconds, scratch, "backward" if group.is_late else "forward", once, module=module,
+            source=source_of(last), rerun_seconds=None if once is not None else self._again_seconds(group),
         )  # fmt: skip
+
+    def _again_seconds(self, group: Group) -> float | None:
+        """Seconds of a further run, where that takes less than the first."""
+        if self._dead.issuperset(group.writes):
+            return 0.0
+        return self._machine.seconds(0, 0) if group.is_simple else None
 
     def _argument(self, k: int) -> str:
         return self._names.arguments[k] if k < len(self._names.arguments) else f"argument {k}"

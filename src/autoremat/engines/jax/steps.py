@@ -8,14 +8,14 @@ from typing import Any
 import jax
 
 from autoremat.engines.jax.facts import is_inexact
-from autoremat.engines.jax.recording import Recorded, record
+from autoremat.engines.jax.variants import Variants
 from autoremat.engines.jax.wrapping import trace
 
 
 def record_step(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], argnums: int | Sequence[int] = 0,
     static: Sequence[int] = (),
-) -> Recorded:  # fmt: skip
+) -> Variants:  # fmt: skip
     """The step of a function and its gradient with respect to some of its arguments.
 
     Raises:
@@ -36,7 +36,7 @@ def record_step(
         raise ValueError(
             f"nothing to differentiate: argnums={argnums} names no array of floating-point numbers of {traced.names.step}"
         )
-    return record(traced.flat, avals, is_differentiated, traced.names)
+    return Variants(traced.closed, avals, is_differentiated, traced.names)
 
 
 def _described(tree: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
+from jax.extend import core
 from jax.tree_util import register_dataclass
 
 from autoremat.engines.jax.arguments import Arguments, Results
@@ -17,7 +18,8 @@ from autoremat.engines.jax.compiler import warn_of_removed_barriers
 from autoremat.engines.jax.facts import is_inexact, unplannable_effects
 from autoremat.engines.jax.lowering import Lowered
 from autoremat.engines.jax.planning import Wishes, is_fitting, planned
-from autoremat.engines.jax.recording import Flat, Names, Recorded, record
+from autoremat.engines.jax.recording import Names
+from autoremat.engines.jax.variants import Variants
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -37,14 +39,14 @@ class Traced:
     """A call of a user's function, traced: what it closes over is an argument like the others.
 
     Attributes:
-        flat: all arrays to all results.
+        closed: all arrays to all results, as a jaxpr without constants.
         arrays: what to call it with.
         positions: of the argument that each of the last arrays belongs to; those before are closed over.
         names: of arrays and results.
         results: puts results together.
     """
 
-    flat: Flat
+    closed: Any
     arrays: list[Any]
     positions: tuple[int, ...]
     names: Names
@@ -68,12 +70,15 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], s
             "return what it needs as an auxiliary output and have the effect outside"
         )
     n = len(closed.consts)
-
-    def flat(*arrays: Any) -> list[Any]:
-        return list(jax.core.eval_jaxpr(closed.jaxpr, arrays[:n], *arrays[n:]))
-
     names = Names(name, (*(f"constant {k}" for k in range(n)), *arguments.array_paths), results.paths)
-    return Traced(flat, [*closed.consts, *arguments.arrays], arguments.array_positions, names, results)
+    return Traced(_without_constants(closed), [*closed.consts, *arguments.arrays], arguments.array_positions, names, results)
+
+
+def _without_constants(closed: Any) -> Any:
+    """The same with its constants as the first arguments."""
+    jaxpr = closed.jaxpr
+    invars = (*jaxpr.constvars, *jaxpr.invars)
+    return core.ClosedJaxpr(core.Jaxpr((), invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects), ())
 
 
 def checkpointed(fn: F, wishes: Wishes, static: Sequence[int] = ()) -> F:
@@ -83,7 +88,7 @@ def checkpointed(fn: F, wishes: Wishes, static: Sequence[int] = ()) -> F:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         traced = trace(fn, args, kwargs, static)
         try:
-            outs = _with_own_gradient(traced.flat, traced.names, wishes)(*traced.arrays)
+            outs = _with_own_gradient(traced.closed, traced.names, wishes)(*traced.arrays)
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
@@ -101,13 +106,13 @@ _NO_FORWARD_MODE = (
 )
 
 
-def _with_own_gradient(flat: Flat, names: Names, wishes: Wishes) -> Any:
+def _with_own_gradient(closed: Any, names: Names, wishes: Wishes) -> Any:
     """``custom_vjp`` of a flat function: planned when JAX tells which arguments are differentiated."""
 
     def forward(*primals: Any) -> tuple[list[Any], Saved]:
         values = [p.value for p in primals]
         is_differentiated = [p.perturbed and is_inexact(p.value) for p in primals]
-        lowered = lowered_for(flat, [jax.typeof(v) for v in values], is_differentiated, names, wishes)
+        lowered = lowered_for(closed, [jax.typeof(v) for v in values], is_differentiated, names, wishes)
         outs, passed, kept = lowered.forward(values)
         return outs, Saved(passed, kept, lowered)
 
@@ -117,7 +122,7 @@ def _with_own_gradient(flat: Flat, names: Names, wishes: Wishes) -> Any:
         gradients = iter(saved.lowered.backward(saved.passed, saved.kept, given))
         return tuple(next(gradients) if d else None for d in recorded.is_differentiated)
 
-    rule = jax.custom_vjp(flat)
+    rule = jax.custom_vjp(lambda *arrays: list(jax.core.eval_jaxpr(closed.jaxpr, (), *arrays)))
     rule.defvjp(forward, backward, symbolic_zeros=True)
     return rule
 
@@ -130,11 +135,11 @@ def _full(cotangent: Any) -> Any:
 
 
 def lowered_for(
-    flat: Flat, avals: Sequence[Any], is_differentiated: Sequence[bool], names: Names, wishes: Wishes
+    closed: Any, avals: Sequence[Any], is_differentiated: Sequence[bool], names: Names, wishes: Wishes
 ) -> Lowered:
     """Record, plan, and make ready to run."""
-    recorded: Recorded = record(flat, avals, is_differentiated, names)
-    lowered = Lowered(recorded, planned(recorded.program, wishes).schedule)
+    found = planned(Variants(closed, avals, is_differentiated, names), wishes)
+    lowered = Lowered(found.recorded, found.plan.schedule)
     if lowered.n_fences and not is_fitting():
         warn_of_removed_barriers()
     return lowered
