@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Final
 
 import jax
 from jax.extend import core, source_info_util
 from jax.extend.core import primitives
+
+source_info_util.register_exclusion(str(Path(__file__).parent))  # lines of code are the user's
 
 CALLS: Final = {
     primitives.jit_p: "jaxpr",

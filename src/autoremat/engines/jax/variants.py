@@ -62,14 +62,18 @@ class Variants:
         Raises:
             InfeasibleBudget: there is none.
         """
-        if not self._has_scans:
-            return Planned(self.plain, solve(self.plain.program, nbytes))
+        plain = self.plain.program
+        if not self._has_scans or simulate(plain).peak_bytes <= nbytes:
+            return Planned(self.plain, solve(plain, nbytes))
         prices = self.prices()
-        k = self._first_that_fits(prices, nbytes)
-        found = [p for p in (self._tried(price, nbytes, solve) for price in prices[max(0, k - 1) : k + 1]) if p]
+        looked_at = self._bisected(prices, nbytes)
+        fitting = [price for price, peak in looked_at.items() if peak <= nbytes]
+        lowest = min(looked_at, key=lambda price: (looked_at[price], price))
+        best = min(fitting, default=lowest)
+        before = max((p for p in prices if p < best), default=best)
+        found = [p for p in (self._tried(price, nbytes, solve) for price in (before, best)) if p]
         if not found:
-            dearest = self.at(prices[-1])
-            found = [Planned(dearest, solve(dearest.program, nbytes))]
+            found = [Planned(self.at(lowest), solve(self.at(lowest).program, nbytes))]
         return min((self._compared(p) for p in found), key=lambda p: p.plan.overhead)
 
     def prices(self) -> list[float]:
@@ -79,16 +83,22 @@ class Variants:
         step = max(1, len(edges) // _MOST_PRICES)
         return [0.0, *edges[::-step][::-1]]
 
-    def _first_that_fits(self, prices: Sequence[float], nbytes: int) -> int:
-        """The first price at which the step fits as it is; the number of prices where there is none. O(log prices)."""
-        low, high = 0, len(prices)
-        while low < high:
-            middle = (low + high) // 2
-            if simulate(self.at(prices[middle]).program).peak_bytes <= nbytes:
+    def _bisected(self, prices: Sequence[float], nbytes: int) -> dict[float, int]:
+        """Peaks of the step as it is, at prices on the way to the lowest at which it fits. O(log prices) recordings.
+
+        Peaks hardly ever grow with the price: what is estimated for a scan alone is not quite what the step takes.
+        """
+        peaks = dict[float, int]()
+        low, high = 0, len(prices) - 1
+        while True:
+            middle = high if not peaks else (low + high) // 2
+            peaks[prices[middle]] = simulate(self.at(prices[middle]).program).peak_bytes
+            if peaks[prices[middle]] <= nbytes:
                 high = middle
             else:
                 low = middle + 1
-        return low
+            if low >= high:
+                return peaks
 
     def _tried(self, price: float, nbytes: int, solve: Solve) -> Planned | None:
         try:
