@@ -30,7 +30,6 @@ class Group:
         writes: values that something outside reads, or that are outputs.
         is_late: whether one of them depends on a cotangent.
         is_simple: whether XLA would rather do it again inside of those that read it than keep what it makes.
-        copied: what is laid out anew for one that runs by itself, such as a matrix product.
     """
 
     members: tuple[int, ...]
@@ -38,7 +37,6 @@ class Group:
     writes: tuple[int, ...]
     is_late: bool
     is_simple: bool = False
-    copied: tuple[int, ...] = ()
 
 
 def groups_of(graph: Graph, late_inputs: Sequence[int]) -> tuple[Group, ...]:
@@ -57,8 +55,7 @@ def groups_of(graph: Graph, late_inputs: Sequence[int]) -> tuple[Group, ...]:
         writes = tuple(sorted(w for w in own if w in outputs or read_by.get(w, set()) - {head}))
         heads = {h for w in writes for h in read_by.get(w, set()) - {head}}
         is_simple = outputs.isdisjoint(writes) and _is_simple(graph, members[head], reads, writes, heads)
-        copied = tuple(sorted(made - set(writes))) if facts_of(graph.equations[head]).kind is Kind.OTHER else ()
-        groups.append(Group(members[head], reads, writes, any(late[m] for m in members[head]), is_simple, copied))
+        groups.append(Group(members[head], reads, writes, any(late[m] for m in members[head]), is_simple))
     return tuple(groups)
 
 

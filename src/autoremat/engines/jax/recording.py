@@ -186,7 +186,7 @@ class _Assembly:
         seconds = self._machine.seconds(sum(f.flops for f in facts), moved)
         once = Once.BACKWARD if group.is_late else next((f.once for f in facts if f.once), None)
         inner = (inner_peak_bytes(e.eqn) for e, f in zip(equations, facts, strict=True) if f.kind is Kind.OTHER)
-        scratch = max(inner, default=0) + sum(nbytes(self._graph.avals[v]) for v in group.copied)
+        scratch = max(inner, default=0)
         return Op(
             _name(equations), tuple(self.index[r] for r in group.reads), tuple(self.index[w] for w in group.writes),
             seconds, scratch, "backward" if group.is_late else "forward", once, module=module,
