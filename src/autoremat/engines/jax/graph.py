@@ -24,6 +24,12 @@ CALLS: Final = {
 differentiates once more must find them."""
 
 
+def jaxpr_of(inputs: Sequence[Any], outputs: Sequence[Any], eqns: Sequence[Any], effects: Any) -> Any:
+    """A jaxpr of these equations, without constants."""
+    names = tuple(f"a{k}" for k in range(len(inputs))), tuple(f"r{k}" for k in range(len(outputs)))
+    return core.Jaxpr((), inputs, outputs, eqns, effects, core.DebugInfo("jit", "autoremat", *names))
+
+
 @dataclass(frozen=True, eq=False)
 class Constant:
     """A number or an array that stands in a jaxpr, in the place of a value."""
@@ -67,7 +73,7 @@ class Equation:
         eqn = self.eqn
         operands = tuple(dict.fromkeys(v for v in eqn.invars if not isinstance(v, core.Literal)))
         results = [v for v, w in zip(eqn.outvars, self.writes, strict=True) if w >= 0]
-        return core.Jaxpr((), operands, results, [eqn], eqn.effects)
+        return jaxpr_of(operands, results, [eqn], eqn.effects)
 
     def run(self, known: Sequence[Any]) -> list[Any]:
         """Its results, given what it reads; from it alone, so that rules, scopes and contexts are JAX's own."""

@@ -16,6 +16,7 @@ from jax.tree_util import register_dataclass
 from autoremat.engines.jax.arguments import Arguments, Results
 from autoremat.engines.jax.compiler import warn_of_removed_barriers
 from autoremat.engines.jax.facts import is_inexact, unplannable_effects
+from autoremat.engines.jax.graph import jaxpr_of
 from autoremat.engines.jax.lowering import Lowered
 from autoremat.engines.jax.planning import Wishes, is_fitting, planned
 from autoremat.engines.jax.recording import Names
@@ -78,7 +79,7 @@ def _without_constants(closed: Any) -> Any:
     """The same with its constants as the first arguments."""
     jaxpr = closed.jaxpr
     invars = (*jaxpr.constvars, *jaxpr.invars)
-    return core.ClosedJaxpr(core.Jaxpr((), invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects), ())
+    return core.ClosedJaxpr(jaxpr_of(invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects), ())
 
 
 def checkpointed(fn: F, wishes: Wishes, static: Sequence[int] = ()) -> F:
