@@ -19,6 +19,7 @@ ALLOWED = {
     "planner": {"program"},
     "show": {"program"},
     "engines.numpy": {"program"},
+    "engines.jax": {"program", "planner"},
     "engines.torch.operators": {"program"},
     "engines.torch.world": {"program", "engines.torch.operators"},
     "engines.torch.recording": {"program", "engines.torch.operators", "engines.torch.world"},

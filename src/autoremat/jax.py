@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any, TypeVar, overload
 
-try:
-    import jax
-except ModuleNotFoundError as error:
+if find_spec("jax") is None:
     raise ModuleNotFoundError(
-        "autoremat.jax needs an engine, and jax is not installed; run: pip install 'autoremat[jax]'", name=error.name
-    ) from error
+        "autoremat.jax needs an engine, and jax is not installed; run: pip install 'autoremat[jax]'", name="jax"
+    )
 
 from autoremat.engines.jax.compiler import BarriersRemoved, Memory, compiler_options, keeps_barriers, memory
 from autoremat.engines.jax.fitting import Fitted, fitted
@@ -70,8 +69,8 @@ def checkpoint(
     when. The same operations run on the same numbers, so gradients are equal but for XLA's rounding. What JAX traces
     again is planned again; the same step is planned once.
 
-    The plan counts bytes as XLA would, which is an estimate: ``fit`` compiles, reads XLA's own account, and tightens. It
-    sees the shapes that JAX shows it: one example under ``vmap`` around it, one shard under ``shard_map``, the whole
+    The plan counts bytes as XLA would, which is an estimate: ``fit`` compiles, reads XLA's own account, and tightens.
+    It sees the shapes that JAX shows it: one example under ``vmap`` around it, one shard under ``shard_map``, the whole
     array where ``jit`` is given sharded arrays. On CPU, compile with ``compiler_options()``: a warning says so.
 
     Args:
@@ -91,15 +90,15 @@ def checkpoint(
         InfeasibleBudget: when traced, no known plan fits; names the smallest budget that does.
 
     Example:
-        >>> import jax, jax.numpy as jnp, autoremat.jax
+        >>> import jax, jax.numpy as jnp, warnings, autoremat.jax
         >>> def loss(weights, x):
         ...     for w in weights:
         ...         x = jnp.tanh(x @ w)
         ...     return x.sum()
         >>> weights, x = [jnp.eye(64)] * 8, jnp.ones((512, 64))
-        >>> step = jax.jit(
-        ...     jax.grad(autoremat.jax.checkpoint(loss, budget="80%")), compiler_options=autoremat.jax.compiler_options()
-        ... )
+        >>> warnings.simplefilter("ignore", autoremat.jax.BarriersRemoved)  # the options keep them
+        >>> gradient = jax.grad(autoremat.jax.checkpoint(loss, budget="80%"))
+        >>> step = jax.jit(gradient, compiler_options=autoremat.jax.compiler_options())
         >>> len(step(weights, x))
         8
     """
@@ -252,9 +251,7 @@ def frontier(
         True
     """
     program = _program_of(program_or_fn, args, kwargs, argnums)
-    return frontier_of(
-        program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds
-    )
+    return frontier_of(program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds)
 
 
 def fit(
@@ -268,9 +265,9 @@ def fit(
 ) -> Fitted:
     """Compile a whole train step within a budget, by XLA's own account.
 
-    The step is compiled as plain training first. What it takes beyond the budget its checkpointed functions are to save:
-    they are planned again, the step is compiled again, its memory is read, until it fits. The best step that fits is
-    kept, and none above the budget is ever returned.
+    The step is compiled as plain training first. What it takes beyond the budget its checkpointed functions are to
+    save: they are planned again, the step is compiled again, its memory is read, until it fits. The best step that fits
+    is kept, and none above the budget is ever returned.
 
     Args:
         step: the train step. It differentiates a function that went through ``checkpoint`` without a budget (a budget
@@ -332,7 +329,7 @@ def _read(budget: Given) -> Given:
     """The budget, if it is one that makes sense here."""
     if Budget.read(budget).is_auto:
         raise ValueError(
-            'a budget of "auto" would have to ask the device what is free, which JAX allocates ahead of time: give a size '
-            'such as "10GiB", or a share of the plain peak such as 0.5'
+            'a budget of "auto" would have to ask the device what is free, and JAX takes its memory ahead of time: '
+            'give a size such as "10GiB", or a share of the plain peak such as 0.5'
         )
     return budget

@@ -91,8 +91,7 @@ def norm(x: jax.Array, gain: jax.Array) -> jax.Array:
 def block(x: jax.Array, p: dict[str, jax.Array], n_heads: int = 4) -> jax.Array:
     size, length, width = x.shape
     q, k, v = (
-        part.reshape(size, length, n_heads, width // n_heads)
-        for part in jnp.split(norm(x, p["g1"]) @ p["qkv"], 3, -1)
+        part.reshape(size, length, n_heads, width // n_heads) for part in jnp.split(norm(x, p["g1"]) @ p["qkv"], 3, -1)
     )
     scores = jnp.einsum("bthd,bshd->bhts", q, k) / np.sqrt(width // n_heads).astype(np.float32)
     scores = jnp.where(jnp.tril(jnp.ones((length, length), bool)), scores, -1e9)

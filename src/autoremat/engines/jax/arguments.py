@@ -85,8 +85,8 @@ class Arguments:
             return
         changed = [p for p, a, b in zip(self.paths, leaves, now, strict=False) if a is not b] or ["its structure"]
         raise TypeError(
-            f"the checkpointed function changes its argument in place ({', '.join(changed[:3])}), and autoremat.jax calls "
-            "it with copies: what it changes would be lost. Return the new state instead, as an auxiliary output "
+            f"the checkpointed function changes its argument in place ({', '.join(changed[:3])}), and autoremat.jax "
+            "calls it with copies: what it changes would be lost. Return the new state instead, as an auxiliary output "
             "(for Flax NNX: split the module outside, merge it inside with copy=True, split it there again and return "
             "the state)"
         )

@@ -126,7 +126,9 @@ def compiler_options(options: Options | None = None) -> dict[str, Any]:
     given = dict(options or {})
     if keeps_barriers(given):
         return given
-    passes = ",".join(str(o["xla_disable_hlo_passes"]) for o in (given, KEEPS_BARRIERS) if "xla_disable_hlo_passes" in o)
+    passes = ",".join(
+        str(o["xla_disable_hlo_passes"]) for o in (given, KEEPS_BARRIERS) if "xla_disable_hlo_passes" in o
+    )
     helped = given | {"xla_disable_hlo_passes": passes}
     return helped if keeps_barriers(helped) else given
 

@@ -1,7 +1,7 @@
 """What is known of an equation: its bytes, FLOPs and seconds, how XLA fuses it, and whether it may run again.
 
-Nothing here goes by the name of a primitive. What an equation does is found out by asking for its properties: whether it
-can be applied to single numbers, what XLA counts for it, what its types and parameters are.
+Nothing here goes by the name of a primitive. What an equation does is found out by asking for its properties: whether
+it can be applied to single numbers, what XLA counts for it, what its types and parameters are.
 """
 
 from __future__ import annotations
@@ -174,10 +174,13 @@ def _only_says_it_varies(eqn: Any) -> bool:
     """One operand, one result of its type, and nothing new but that it varies along more axes."""
     if eqn.effects or len(eqn.invars) != 1 or len(eqn.outvars) != 1:
         return False
-    before, after = (
-        getattr(getattr(v.aval, "manual_axis_type", None), "varying", frozenset()) for v in (*eqn.invars, *eqn.outvars)
-    )
-    return eqn.invars[0].aval.shape == eqn.outvars[0].aval.shape and before < after
+    before, after = eqn.invars[0].aval, eqn.outvars[0].aval
+    return before.shape == after.shape and _varying(before) < _varying(after)
+
+
+def _varying(aval: Any) -> frozenset[str]:
+    """The axes of a mesh along which it differs."""
+    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
 
 
 def _has_callback(eqn: Any) -> bool:

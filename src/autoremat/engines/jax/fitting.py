@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 import jax
@@ -91,11 +92,16 @@ class Fitted:
 def _lines(tries: Sequence[Try], chosen: Try | None) -> list[str]:
     base = tries[0].flops or 1.0
     return [
-        f"  {k:>2}  allowed {t.share:>6.1%}  total {format_bytes(t.memory.total_bytes):>9}  FLOPs x {t.flops / base:.3f}  "
-        f"extra time {t.overhead:+.1%}{'  plain' if not k else ''}{'' if t.fits else '  above the budget'}"
-        f"{'  chosen' if t is chosen else ''}"
+        f"  {k:>2}  allowed {t.share:>6.1%}  total {format_bytes(t.memory.total_bytes):>9}  "
+        f"FLOPs x {t.flops / base:.3f}  extra time {t.overhead:+.1%}"
+        + "".join(f"  {word}" for word in _words(k, t, chosen))
         for k, t in enumerate(tries)
     ]
+
+
+def _words(k: int, tried: Try, chosen: Try | None) -> list[str]:
+    words = {"plain": not k, "above the budget": not tried.fits, "chosen": tried is chosen}
+    return [word for word, is_so in words.items() if is_so]
 
 
 def fitted(
@@ -197,7 +203,7 @@ class _Search:
     @property
     def _is_loosened(self) -> bool:
         """Whether one try has had more room than the one before."""
-        return any(b.share > a.share for a, b in zip(self.tries, self.tries[1:], strict=False))
+        return any(b.share > a.share for a, b in pairwise(self.tries))
 
     def _tighter(self, last: Try, over: float) -> float | None:
         if self.best is not None:  # the one with more room did not fit

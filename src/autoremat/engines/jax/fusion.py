@@ -7,7 +7,7 @@ made large from little, such as a broadcast bias, is made again in every reader.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -51,7 +51,9 @@ def groups_of(graph: Graph, late_inputs: Sequence[int]) -> tuple[Group, ...]:
         equations = [graph.equations[m] for m in members[head]]
         made = {w for e in equations for w in e.results}
         reads = tuple(dict.fromkeys(r for e in equations for r in e.operands if r not in made))
-        own = {w for m in members[head] if m == head or _is_only_in(m, head, members) for w in graph.equations[m].results}
+        own = {
+            w for m in members[head] if m == head or _is_only_in(m, head, members) for w in graph.equations[m].results
+        }
         writes = tuple(sorted(w for w in own if w in outputs or read_by.get(w, set()) - {head}))
         heads = {h for w in writes for h in read_by.get(w, set()) - {head}}
         is_simple = outputs.isdisjoint(writes) and _is_simple(graph, members[head], reads, writes, heads)
@@ -118,7 +120,9 @@ def _is_made_anew(graph: Graph, group: set[int], head: int) -> bool:
     return len(group) == 1 and facts_of(equation).kind is Kind.LAYOUT and _GROWTH * read <= written
 
 
-def _is_simple(graph: Graph, group: Sequence[int], reads: Sequence[int], writes: Sequence[int], heads: set[int]) -> bool:
+def _is_simple(
+    graph: Graph, group: Sequence[int], reads: Sequence[int], writes: Sequence[int], heads: set[int]
+) -> bool:
     """Whether readers could as well do for themselves what a group does: little work, no more to read than to write."""
     facts = [facts_of(graph.equations[m]) for m in group]
     read, written = (sum(nbytes(graph.avals[v]) for v in values) for values in (reads, writes))

@@ -102,12 +102,12 @@ class Loop:
             return after, (ys, c)
 
         count = length // segments[0]
-        carry, (ys, begins) = lax.scan(segment, list(carry), main, length=count, reverse=self.shape.is_reversed)
+        last, (ys, begins) = lax.scan(segment, list(carry), main, length=count, reverse=self.shape.is_reversed)
         ys = [_joined(y) for y in ys]
         if not length % segments[0]:
-            return carry, ys, (begins, None)
-        after, more = self._plain(consts, carry, rest, length % segments[0])
-        return after, self._concatenated(ys, more), (begins, carry)
+            return last, ys, (begins, None)
+        after, more = self._plain(consts, last, rest, length % segments[0])
+        return after, self._concatenated(ys, more), (begins, last)
 
     def _plain(self, consts: Arrays, carry: Arrays, xs: Arrays, length: int) -> tuple[list[Any], list[Any]]:
         def once(c: Any, x: Any) -> Any:
@@ -123,10 +123,8 @@ class Loop:
             outs, _, kept = self.choice.body.forward([*consts, *c, *x])
             return outs[: self.shape.n_carry], (outs[self.shape.n_carry :], kept, _some(c, self._carried))
 
-        carry, (ys, kept, carried) = lax.scan(
-            once, list(carry), list(xs), length=length, reverse=self.shape.is_reversed
-        )
-        return carry, ys, (kept, carried)
+        last, (ys, kept, carried) = lax.scan(once, list(carry), list(xs), length=length, reverse=self.shape.is_reversed)
+        return last, ys, (kept, carried)
 
     # ---- backward ---------------------------------------------------------------------------------------------------
 
@@ -172,7 +170,8 @@ class Loop:
             state, more = again(state, rest, begin_of_rest, of_rest, length % segments[0])
 
         def segment(state: Any, given: Any) -> Any:
-            return again(state, *given, segments[0])
+            x, begin, of_y = given
+            return again(state, x, begin, of_y, segments[0])
 
         state, of_xs = lax.scan(
             segment, state, (main, begins, of_main), length=length // segments[0], reverse=not self.shape.is_reversed
@@ -195,14 +194,18 @@ class Loop:
             of_consts, of_carry, of_x = ([next(found) for w in wanted if w] for wanted in self._wanted)
             return (of_carry, [s + g for s, g in zip(sums, of_consts, strict=True)]), of_x
 
-        return lax.scan(once, state, (list(xs), *stacked, list(of_ys)), length=length, reverse=not self.shape.is_reversed)
+        return lax.scan(
+            once, state, (list(xs), *stacked, list(of_ys)), length=length, reverse=not self.shape.is_reversed
+        )
 
     def _cotangents(self, of_carry: Arrays, of_y: Arrays) -> list[Any]:
         """Cotangents of the body's results; those of a carry that nothing depends on are zero."""
         recorded, n = self.choice.body.recorded, self.shape.n_carry
         known = iter(of_carry)
         given = []
-        for out, takes, wanted in zip(recorded.graph.outputs[:n], recorded.takes_cotangent, self._wanted[1], strict=False):
+        for out, takes, wanted in zip(
+            recorded.graph.outputs[:n], recorded.takes_cotangent, self._wanted[1], strict=False
+        ):
             if takes:
                 aval = recorded.graph.avals[out] if isinstance(out, int) else jax.typeof(out.value)
                 given.append(next(known) if wanted else jnp.zeros(aval.shape, aval.dtype))

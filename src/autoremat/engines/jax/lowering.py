@@ -25,8 +25,13 @@ Memory = dict[int, Any]
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
-    """Runs of the backward, one after the other: positions ``begin`` to ``end`` of the order, all of them further runs
-    or all of them first ones."""
+    """Runs of the backward, one after the other, all of them further runs or all of them first ones.
+
+    Attributes:
+        begin: position of the first one in the order.
+        end: the position behind the last one.
+        is_again: whether they are further runs.
+    """
 
     begin: int
     end: int
@@ -55,7 +60,9 @@ class Lowered:
         """The values that the backward reads or hands out."""
         groups, order = self.recorded.groups, self.schedule.order
         read = {v for i in order[self.cut :] for v in groups[i].reads}
-        return frozenset(read | {o for o in self.recorded.graph.outputs[self.recorded.n_outputs :] if isinstance(o, int)})
+        return frozenset(
+            read | {o for o in self.recorded.graph.outputs[self.recorded.n_outputs :] if isinstance(o, int)}
+        )
 
     @cached_property
     def kept(self) -> tuple[int, ...]:

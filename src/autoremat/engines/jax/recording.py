@@ -101,7 +101,9 @@ def record(fn: Flat, avals: Sequence[Any], is_differentiated: Sequence[bool], na
     def joint(*flat: Any) -> list[Any]:
         arguments, cotangents = flat[: len(given)], iter(flat[len(given) :])
         outs, pull = jax.vjp(_of_some(fn, arguments, is_differentiated), *_some(arguments, is_differentiated))
-        full = [next(cotangents) if t else np.zeros(o.shape, jax.dtypes.float0) for o, t in zip(outs, takes, strict=True)]
+        full = [
+            next(cotangents) if t else np.zeros(o.shape, jax.dtypes.float0) for o, t in zip(outs, takes, strict=True)
+        ]
         return [*outs, *pull(full)]
 
     closed = jax.make_jaxpr(joint)(*given, *[abstract(a) for a, t in zip(made, takes, strict=True) if t])
@@ -170,7 +172,9 @@ class _Assembly:
             kind = "gradient" if k >= n_outputs else ""
             label = f"{known} {_type_text(aval)}"
             self.values.append(
-                Value(f"out{k}", nbytes(aval), fixed=True, kind=kind, label=label, dtype=str(aval.dtype), shape=aval.shape)
+                Value(
+                    f"out{k}", nbytes(aval), fixed=True, kind=kind, label=label, dtype=str(aval.dtype), shape=aval.shape
+                )
             )
 
     def add_ahead(self, groups: Sequence[Group]) -> None:

@@ -1,8 +1,8 @@
 """What a scan stacks for its backward, by price; and into what segments it is cut.
 
-A byte that goes from the forward of an iteration to its backward costs as often as the scan is long. So the body is cut at
-prices: for each, a minimum cut says what is kept. Beside that, a scan may be cut into segments: then only the carry at the
-beginning of each segment stays, and a segment runs forward once more ahead of its backward; segments of segments
+A byte that goes from the forward of an iteration to its backward costs as often as the scan is long. So the body is cut
+at prices: for each, a minimum cut says what is kept. Beside that, a scan may be cut into segments: then only the carry
+at the beginning of each segment stays, and a segment runs forward once more ahead of its backward; segments of segments
 likewise. A *choice* is one of both.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, Final
 
 from autoremat.engines.jax.facts import nbytes
@@ -22,8 +23,10 @@ from autoremat.planner.search.unrolled import unroll
 from autoremat.program import Schedule, simulate
 
 _PRICES: Final = 12
-_LEVELS: Final = 3
-"""How deep segments are nested at most, the iterations themselves included."""
+_ALL_OF_ONE: Final = 64
+"""Iterations up to which all segments are tried, without segments inside."""
+_ALL_OF_TWO: Final = 24
+"""The same with segments inside."""
 
 
 @dataclass(frozen=True)
@@ -151,14 +154,16 @@ def _bytes_of(length: int, segments: tuple[int, ...], kept: Kept, carry_bytes: i
 
 
 def ladders(length: int) -> Iterator[tuple[int, ...]]:
-    """Lengths of segments to try: none; all of one level; those of more levels whose parts are about equal."""
+    """Lengths of segments to try: none; one level; two levels.
+
+    All there are of a short scan; of a longer one those that divide it, and those whose parts are about equal.
+    """
     yield ()
-    for size in _sizes(length):
-        yield (size,)
-    for levels in range(3, _LEVELS + 1):
-        for first in _near(length, length ** ((levels - 1) / levels)):
-            for second in _near(first, math.sqrt(first)):
-                yield (first, second)
+    for first in range(2, length // 2 + 1) if length <= _ALL_OF_ONE else _sizes(length):
+        yield (first,)
+    for first in range(4, length // 2 + 1) if length <= _ALL_OF_TWO else _near(length, length ** (2 / 3)):
+        for second in range(2, first // 2 + 1) if length <= _ALL_OF_TWO else _near(first, math.sqrt(first)):
+            yield (first, second)
 
 
 def _sizes(length: int) -> list[int]:
@@ -187,7 +192,7 @@ def breakpoints(choices: Sequence[Choice]) -> list[float]:
         while len(hull) > 1 and _price_between(hull[-2], hull[-1]) <= _price_between(hull[-1], choice):
             hull.pop()
         hull.append(choice)
-    edges = [_price_between(a, b) for a, b in zip(hull, hull[1:], strict=False)]
+    edges = [_price_between(a, b) for a, b in pairwise(hull)]
     return sorted(edge * (1 + 1e-9) for edge in edges)
 
 

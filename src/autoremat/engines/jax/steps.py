@@ -34,7 +34,8 @@ def record_step(
     is_differentiated = [c and is_inexact(a) for c, a in zip(is_chosen, avals, strict=True)]
     if not any(is_differentiated):
         raise ValueError(
-            f"nothing to differentiate: argnums={argnums} names no array of floating-point numbers of {traced.names.step}"
+            f"nothing to differentiate: argnums={argnums} names no array of floating-point numbers of "
+            f"{traced.names.step}"
         )
     return Variants(traced.closed, avals, is_differentiated, traced.names)
 

@@ -1,7 +1,7 @@
 """One step, recorded at a price: what its scans keep depends on what a byte costs, and what it takes, on that.
 
-Of all prices the lowest is looked for at which the step fits without any further runs outside of its scans; beside it, the
-next lower one, with further runs. The faster one of the two is the plan.
+Of all prices the lowest is looked for at which the step fits without any further runs outside of its scans; beside it,
+the next lower one, with further runs. The faster one of the two is the plan.
 """
 
 from __future__ import annotations

@@ -72,7 +72,9 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], s
         )
     n = len(closed.consts)
     names = Names(name, (*(f"constant {k}" for k in range(n)), *arguments.array_paths), results.paths)
-    return Traced(_without_constants(closed), [*closed.consts, *arguments.arrays], arguments.array_positions, names, results)
+    return Traced(
+        _without_constants(closed), [*closed.consts, *arguments.arrays], arguments.array_positions, names, results
+    )
 
 
 def _without_constants(closed: Any) -> Any:
@@ -102,8 +104,8 @@ def checkpointed(fn: F, wishes: Wishes, static: Sequence[int] = ()) -> F:
 
 _NO_FORWARD_MODE = (
     "{0} is checkpointed, and JAX differentiates it in forward mode (jvp, jacfwd, linearize): what is kept for the "
-    "backward has no meaning there. Use the function without autoremat.jax.checkpoint for that; the forward mode of its "
-    "gradient (a Hessian-vector product by jvp of grad) works"
+    "backward has no meaning there. Use the function without autoremat.jax.checkpoint for that; the forward mode of "
+    "its gradient (a Hessian-vector product by jvp of grad) works"
 )
 
 
