@@ -28,6 +28,7 @@ from autoremat.planner.constraints import Patterns
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget
 from autoremat.show.explanation import Explanation, explanation_of
+from autoremat.sizes import MaxBatch, check_limits, nothing_fits, refuse_constant, search, tried
 
 __all__ = [
     "BarriersRemoved",
@@ -40,6 +41,7 @@ __all__ = [
     "fit",
     "frontier",
     "keeps_barriers",
+    "max_batch",
     "memory",
     "plan",
 ]
@@ -307,6 +309,70 @@ def fit(
         raise ValueError(f"fit needs a budget in bytes, not {budget!r}: what plain training takes, only XLA can tell")
     jit_options = {"donate_argnums": donate_argnums, "static_argnums": static_argnums}
     return fitted(step, args, found.nbytes, jit_options, compiler_options or {}, most_tries)
+
+
+def max_batch(
+    fn: Callable[..., Any],
+    make_args: Callable[[int], Sequence[Any]],
+    *,
+    budget: int | str,
+    overhead: float = 0.5,
+    start: int = 1,
+    most: int = 1 << 24,
+    argnums: int | Sequence[int] = 0,
+    keep: Patterns = (),
+    recompute: Patterns = (),
+    time_limit_seconds: float = 5.0,
+) -> MaxBatch:
+    """The largest ``n`` for which the gradient of ``fn(*make_args(n))`` has a plan within the budget.
+
+    Nothing of the size of the arguments is computed: shapes suffice. ``start`` is doubled until it does not fit, then
+    the gap is halved.
+
+    Args:
+        fn: as for ``plan``.
+        make_args: called with ``n``; returns the arguments as a tuple, arrays or ``jax.ShapeDtypeStruct``.
+        budget: bytes, as an int or as ``"10GiB"``, for function and gradient.
+        overhead: the largest overhead allowed, as a fraction of the plain step's seconds.
+        start: the size to begin with; a good guess saves time.
+        most: the largest size of interest.
+        argnums: as for ``plan``.
+        keep: as for ``checkpoint``.
+        recompute: as for ``checkpoint``.
+        time_limit_seconds: the longest that planning one size may take, recording excluded.
+
+    Raises:
+        InfeasibleBudget: not even ``n = 1`` fits.
+        ValueError: a budget that is malformed or a share; the memory does not depend on ``n``; as ``plan``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, autoremat.jax
+        >>> def loss(w, x):
+        ...     return jnp.tanh(jnp.tanh(x @ w) @ w).sum()
+        >>> def make_args(n):
+        ...     return jax.ShapeDtypeStruct((64, 64), "float32"), jax.ShapeDtypeStruct((n, 64), "float32")
+        >>> found = autoremat.jax.max_batch(loss, make_args, budget="200KB", most=1024)
+        >>> found.plan.peak_bytes <= 200_000, found.batch > 1
+        (True, True)
+    """
+    _read(budget)
+    check_limits(budget, overhead, start, most)
+    wishes = Wishes(budget, keep, recompute, time_limit_seconds)
+    results: dict[int, Plan | InfeasibleBudget] = {}
+
+    def fits(n: int) -> bool:
+        try:
+            results[n] = _plan_of(record_step(fn, tuple(make_args(n)), {}, argnums), wishes)
+        except InfeasibleBudget as error:
+            results[n] = error
+        return tried(n, results[n], overhead).fits
+
+    best = search(fits, start, most)
+    found = results.get(best)
+    if not isinstance(found, Plan):
+        raise nothing_fits(results[1], overhead)
+    refuse_constant(results, best, most)
+    return MaxBatch(best, found, tuple(tried(n, result, overhead) for n, result in results.items()))
 
 
 def _plan_of(variants: Variants, wishes: Wishes) -> Plan:
