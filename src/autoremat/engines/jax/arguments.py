@@ -81,15 +81,20 @@ class Arguments:
     def _refuse_changes(self, leaves: Sequence[Any], after: Any) -> None:
         """A function works on copies of mutable arguments: what it changes there would be lost without a word."""
         now, tree = jax.tree.flatten(after)
-        if tree == self.tree and all(a is b for a, b in zip(leaves, now, strict=True)):
+        if tree == self.tree and all(map(_is_same, leaves, now)):
             return
-        changed = [p for p, a, b in zip(self.paths, leaves, now, strict=False) if a is not b] or ["its structure"]
+        changed = [p for p, a, b in zip(self.paths, leaves, now, strict=False) if not _is_same(a, b)] or ["its form"]
         raise TypeError(
             f"the checkpointed function changes its argument in place ({', '.join(changed[:3])}), and autoremat.jax "
             "calls it with copies: what it changes would be lost. Return the new state instead, as an auxiliary output "
             "(for Flax NNX: split the module outside, merge it inside with copy=True, split it there again and return "
             "the state)"
         )
+
+
+def _is_same(before: Any, after: Any) -> bool:
+    """Whether a leaf is what it was."""
+    return before is after or not (is_array(before) or is_array(after) or before != after)
 
 
 def _parameter_names(fn: Callable[..., Any], n: int) -> list[str]:
@@ -114,6 +119,7 @@ class Results:
     """What a function returned, put aside while it was traced: its arrays come back another way."""
 
     leaves: tuple[Any, ...] = ()
+    arrays: tuple[bool, ...] = ()
     paths: tuple[str, ...] = ()
     tree: Any = None
 
@@ -122,11 +128,11 @@ class Results:
         flat, self.tree = tree_flatten_with_path(result)
         self.leaves = tuple(leaf if not is_array(leaf) else None for _, leaf in flat)
         self.paths = tuple(f"output{keystr(path)}" for path, leaf in flat if is_array(leaf))
-        self._is_array = [is_array(leaf) for _, leaf in flat]
+        self.arrays = tuple(is_array(leaf) for _, leaf in flat)
         return [leaf for _, leaf in flat if is_array(leaf)]
 
     def put(self, arrays: Sequence[Any]) -> Any:
         """A result of the same form with other arrays."""
         rest = iter(arrays)
-        leaves = [next(rest) if a else leaf for leaf, a in zip(self.leaves, self._is_array, strict=True)]
+        leaves = [next(rest) if a else leaf for leaf, a in zip(self.leaves, self.arrays, strict=True)]
         return jax.tree.unflatten(self.tree, leaves)

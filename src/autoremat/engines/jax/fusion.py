@@ -7,6 +7,7 @@ made large from little, such as a broadcast bias, is made again in every reader.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -46,23 +47,18 @@ def groups_of(graph: Graph, late_inputs: Sequence[int]) -> tuple[Group, ...]:
     order = sorted(members, key=lambda head: (any(late[m] for m in members[head]), head))
     outputs = {o for o in graph.outputs if isinstance(o, int)}
     read_by = _readers_of_values(graph, members)
+    homes = Counter(m for group in members.values() for m in group)
     groups = []
     for head in order:
         equations = [graph.equations[m] for m in members[head]]
         made = {w for e in equations for w in e.results}
         reads = tuple(dict.fromkeys(r for e in equations for r in e.operands if r not in made))
-        own = {
-            w for m in members[head] if m == head or _is_only_in(m, head, members) for w in graph.equations[m].results
-        }
+        own = {w for m in members[head] if homes[m] == 1 for w in graph.equations[m].results}
         writes = tuple(sorted(w for w in own if w in outputs or read_by.get(w, set()) - {head}))
         heads = {h for w in writes for h in read_by.get(w, set()) - {head}}
         is_simple = outputs.isdisjoint(writes) and _is_simple(graph, members[head], reads, writes, heads)
         groups.append(Group(members[head], reads, writes, any(late[m] for m in members[head]), is_simple))
     return tuple(groups)
-
-
-def _is_only_in(member: int, head: int, members: Mapping[int, Sequence[int]]) -> bool:
-    return all(member not in others for other, others in members.items() if other != head)
 
 
 def _late(graph: Graph, late_inputs: Sequence[int]) -> list[bool]:
