@@ -19,6 +19,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,7 @@ TAKE_LONG = [
 """Pages whose blocks take seconds: looked at by what guards."""
 WITH_OUTPUT = "real-training.md"
 """A block of text right after a block of Python is what that prints; ``...`` stands for any lines."""
+WITH_JAX = re.compile(r"\bimport (autoremat\.)?jax\b")
 MANY_BYTES = re.compile(r"\b\d{1,3}(,\d{3})+\b")
 """Bytes, which differ a little between versions of torch."""
 BLOCK_AND_OUTPUT = re.compile(r"^```python\n(.*?)^```(?:\n\n```text\n(.*?)^```)?", re.M | re.S)
@@ -99,6 +101,8 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(log, "level", log.level)
     names: dict[str, object] = {"__name__": "docs"} | (names_of_the_readme() if page.name == "README.md" else {})
     for block, shown in BLOCK_AND_OUTPUT.findall(page.read_text()):
+        if WITH_JAX.search(block) and find_spec("jax") is None:
+            pytest.skip("needs jax")
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
             exec(compile(block, str(page), "exec"), names)
@@ -212,6 +216,8 @@ EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>>" in path
 )
 def test_examples_of_docstrings_run(source: Path) -> None:
     module = ".".join(source.relative_to(ROOT / "src").with_suffix("").parts)
+    if "jax" in module.split("."):
+        pytest.importorskip("jax")
     ran = doctest.testmod(import_module(module))
     assert ran.attempted > 0
     assert ran.failed == 0

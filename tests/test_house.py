@@ -22,6 +22,7 @@ ALLOWED = {
     "show": {"program"},
     "engines": {"program"},
     "engines.numpy": {"program"},
+    "engines.jax": {"program", "planner"},
     "engines.torch.operators": {"program"},
     "engines.torch.world": {"program", "engines.torch.operators"},
     "engines.torch.recording": {"program", "engines.torch.operators", "engines.torch.world"},

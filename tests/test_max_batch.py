@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.largest import MaxBatch
+from autoremat.sizes import MaxBatch
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*fake tensor.*")
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from math import inf
 from typing import Any
 
 import torch
@@ -22,44 +21,11 @@ from autoremat.engines.torch.operators.values import View, storage_of
 from autoremat.engines.torch.world.apart import CannotRunApart, RecordingDied, can_be_sent, can_run_apart, run_apart
 from autoremat.engines.torch.world.modules import undisturbed
 from autoremat.engines.torch.world.problems import UnusableInput
-from autoremat.planner import parse_budget, solve
+from autoremat.planner import solve
 from autoremat.planner.constraints import Patterns
-from autoremat.planner.refusals import with_message
 from autoremat.program import InfeasibleBudget, Plan, Program
-from autoremat.program.units import format_bytes
 from autoremat.show.progress import progress_bar
-
-
-@dataclass(frozen=True)
-class Try:
-    """One size that was tried.
-
-    Attributes:
-        n: the size.
-        fits: whether there is a plan within the budget and the overhead allowed.
-        peak_bytes: the peak of the plan; where no plan is within the budget, of the smallest schedule known.
-        overhead: of the plan; infinite where no plan is within the budget.
-    """
-
-    n: int
-    fits: bool
-    peak_bytes: int
-    overhead: float
-
-
-@dataclass(frozen=True)
-class MaxBatch:
-    """The largest size that fits.
-
-    Attributes:
-        batch: the size; the next one, ``batch + 1``, does not fit or is beyond ``most``.
-        plan: its plan.
-        tries: every size that was looked at, in that order.
-    """
-
-    batch: int
-    plan: Plan
-    tries: tuple[Try, ...]
+from autoremat.sizes import MaxBatch, check_limits, nothing_fits, refuse_constant, search, tried
 
 
 def max_batch(
@@ -108,7 +74,7 @@ def max_batch(
         >>> found.plan.peak_bytes <= 10_000_000, found.plan.overhead <= 0.1, found.batch > 1
         (True, True, True)
     """
-    _check(budget, overhead, start, most)
+    check_limits(budget, overhead, start, most)
     results: dict[int, Plan | InfeasibleBudget] = {}
     with progress_bar() as progress:
 
@@ -122,67 +88,14 @@ def max_batch(
                 )  # fmt: skip
             except InfeasibleBudget as error:
                 results[n] = error
-            return _tried(n, results[n], overhead).fits
+            return tried(n, results[n], overhead).fits
 
-        best = _search(fits, start, most)
+        best = search(fits, start, most)
     plan = results.get(best)
     if not isinstance(plan, Plan):
-        raise _nothing_fits(results[1], overhead)
-    _refuse_constant(results, best, most)
-    return MaxBatch(best, plan, tuple(_tried(n, result, overhead) for n, result in results.items()))
-
-
-def _search(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """Find the largest ``n`` up to ``most`` that fits.
-
-    It is 0 when not even 1 fits. Takes O(log n) tries, by doubling, then halving.
-    """
-    low, high = 0, start
-    while high <= most and fits(high):
-        low, high = high, 2 * high
-    high = min(high, most + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
-
-
-def _tried(n: int, result: Plan | InfeasibleBudget, overhead: float) -> Try:
-    if isinstance(result, InfeasibleBudget):
-        return Try(n, False, result.floor_bytes, inf)
-    return Try(n, result.overhead <= overhead, result.peak_bytes, result.overhead)
-
-
-def _nothing_fits(result: Plan | InfeasibleBudget, overhead: float) -> InfeasibleBudget:
-    """Make the error from what came of ``n = 1``."""
-    if isinstance(result, InfeasibleBudget):
-        return with_message(result, f"not even n = 1 fits: {result}")
-    return InfeasibleBudget(
-        f"not even n = 1 fits: within {format_bytes(result.budget_bytes)} it takes {result.overhead:+.1%} time (no "
-        f"plan can be below {result.lower_bound:+.1%}), and overhead={overhead} allows {overhead:+.1%}; give a larger "
-        "budget or allow more overhead",
-        budget_bytes=result.budget_bytes,
-        floor_bytes=result.floor_bytes,
-    )
-
-
-def _refuse_constant(results: Mapping[int, Plan | InfeasibleBudget], best: int, most: int) -> None:
-    peaks = {r.plain_peak_bytes for r in results.values() if isinstance(r, Plan)}
-    if best == most and len(results) > 1 and len(peaks) == 1:
-        raise ValueError(
-            f"everything from n = {min(results)} to {most} fits and needs the same {format_bytes(*peaks)}: does "
-            "make_inputs(n) make use of n?"
-        )
-
-
-def _check(budget: int | str, overhead: float, start: int, most: int) -> None:
-    if isinstance(budget, float) or (isinstance(budget, str) and budget.strip().endswith("%")):
-        raise ValueError(f"max_batch needs a budget in bytes, not {budget!r}: the plain peak grows with the batch")
-    parse_budget(budget, 1 << 62)
-    if not overhead >= 0:
-        raise ValueError(f"overhead is the largest share of extra time allowed, 0 or more; got {overhead!r}")
-    if not 1 <= start <= most:
-        raise ValueError(f"start must be at least 1 and at most most={most}; got {start}")
+        raise nothing_fits(results[1], overhead)
+    refuse_constant(results, best, most)
+    return MaxBatch(best, plan, tuple(tried(n, result, overhead) for n, result in results.items()))
 
 
 def _recorded(

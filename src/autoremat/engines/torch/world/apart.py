@@ -106,7 +106,8 @@ def run_apart(work: Callable[[Report | None], T], progress: Report | None = None
     receiving, sending = os.pipe()
     said = os.memfd_create("autoremat")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # fork warns of threads; none of them is Python's
+        warnings.simplefilter("ignore", DeprecationWarning)  # of threads; there are none of Python's
+        warnings.simplefilter("ignore", RuntimeWarning)  # of JAX's threads, where it is loaded; the child calls no JAX
         try:
             pid = os.fork()
         except OSError as error:

@@ -1,0 +1,1 @@
+"""Tests of the engine for JAX; skipped where there is none."""

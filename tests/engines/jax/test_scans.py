@@ -1,0 +1,205 @@
+"""Scans: every choice gives the gradients of JAX; the choices are those that brute force finds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+jax = pytest.importorskip("jax")
+
+import jax.numpy as jnp  # noqa: E402 - jax is optional
+from jax import lax  # noqa: E402
+
+import autoremat.jax as aj  # noqa: E402
+from autoremat.engines.jax import scans, variants  # noqa: E402
+from autoremat.engines.jax.scans import Choice  # noqa: E402
+from autoremat.engines.jax.steps import record_step  # noqa: E402
+from tests.engines.jax.models import (  # noqa: E402
+    MIB,
+    OPTIONS,
+    QUIET,
+    error,
+    gpt_parameters,
+    recurrence,
+    recurrence_parameters,
+    scanned_gpt,
+    stacked,
+    tokens,
+)
+
+pytestmark = pytest.mark.filterwarnings(QUIET)
+WIDTH = 8
+
+
+def everything(length: int, *, reverse: bool = False, nested: bool = False) -> tuple[Callable[..., Any], Any, Any]:
+    """A scan with carries of all kinds, random keys, results, and another scan inside."""
+    keys = jax.random.split(jax.random.key(0), length)
+    w = jax.random.normal(jax.random.key(1), (WIDTH, WIDTH)) * 0.3
+    xs = jax.random.normal(jax.random.key(2), (length, 4, WIDTH))
+
+    def body(w: Any, carry: Any, x: Any) -> Any:
+        h, count, untouched, total = carry
+        x, key = x
+        z = 0.5 * h + jnp.tanh(h @ w + x) + 0.01 * count * jnp.sin(untouched)
+        z = z * jax.random.bernoulli(key, 0.8, z.shape)
+        if nested:
+            z, _ = lax.scan(lambda c, t: (jnp.sin(c @ w) + t * c, None), z, jnp.arange(3.0) * 0.1)
+        return (z, count + 1, untouched * 0.99, total + z.sum()), z.mean(0)
+
+    def fn(w: Any, xs: Any) -> Any:
+        first = jnp.zeros((4, WIDTH)), 0, jnp.ones((4, WIDTH)), 0.0
+        (h, _, _, total), ys = lax.scan(lambda c, x: body(w, c, x), first, (xs, keys), reverse=reverse)
+        return (h**2).mean() + 0.1 * total + (ys * jnp.arange(length)[:, None]).sum()
+
+    return fn, w, xs
+
+
+CASES = [
+    (7, (), {}), (7, (3,), {}), (12, (4,), {}), (12, (6, 2), {}), (13, (6, 3), {"reverse": True}),
+    (7, (2,), {"reverse": True}), (5, (2,), {"nested": True}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("keeps", ["little", "much"])
+@pytest.mark.parametrize(("length", "segments", "options"), CASES, ids=str)
+def test_every_choice_gives_the_same_gradients(
+    length: int, segments: tuple[int, ...], options: dict[str, bool], keeps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forced(choices: list[Choice], price: float) -> Choice:
+        return Choice(segments, choices[0 if keeps == "little" else -1].body, 0, 0.0)
+
+    with jax.enable_x64(True):
+        fn, w, xs = everything(length, **options)
+        expected = jax.jit(jax.grad(fn, argnums=(0, 1)))(w, xs)
+        monkeypatch.setattr(variants, "chosen", forced)
+        found = jax.jit(jax.grad(aj.checkpoint(fn, budget=1.0), argnums=(0, 1)))(w, xs)
+        assert error(found, expected) <= 1e-12
+
+
+def test_a_carry_that_nothing_depends_on_has_no_gradient() -> None:
+    fn, w, xs = everything(3)
+    step = record_step(fn, (w, xs), {})
+    step.prices()
+    ((_, wanted, _),) = step._choices
+    assert list(wanted) == [True, True, False, False, True, False, False]
+
+
+def all_choices(length: int, carry: int, stack: int, transient: int, forward: float) -> Iterator[tuple[int, float]]:
+    """Bytes and seconds of all ladders of at most three levels."""
+    lengths = range(2, length // 2 + 1)
+    for segments in ((), *((a,) for a in lengths), *((a, b) for a in lengths for b in range(2, a // 2 + 1))):
+        parts, size = 0, length
+        for segment in segments:
+            parts, size = parts + -(-size // segment) * carry, segment
+        yield parts + size * stack + transient, length * len(segments) * forward
+
+
+@pytest.mark.parametrize("length", range(4, 25))
+def test_ladders_are_as_good_as_the_best_of_all(length: int) -> None:
+    """Bytes at the same number of levels, against brute force."""
+    kept = scans.Kept(None, 3, 5, 0.0)  # type: ignore[arg-type]
+    found = [(scans._bytes_of(length, s, kept, 1, 0), length * len(s)) for s in scans.ladders(length)]
+    known = list(all_choices(length, 1, 3, 5, 1.0))
+    for seconds in {s for _, s in known}:
+        best = min(b for b, s in known if s == seconds)
+        mine = min(b for b, s in found if s == seconds)
+        assert mine == best
+
+
+@pytest.mark.parametrize("length", [31, 64, 97, 1000, 1024])
+def test_ladders_of_long_scans_are_nearly_as_good(length: int) -> None:
+    kept = scans.Kept(None, 3, 5, 0.0)  # type: ignore[arg-type]
+    for levels, limit in ((1, 1.0), (2, 1.2)):
+        best = min(b for b, s in all_choices(length, 1, 3, 5, 1.0) if s == levels * length)
+        mine = min(scans._bytes_of(length, s, kept, 1, 0) for s in scans.ladders(length) if len(s) == levels)
+        assert best <= mine <= limit * best + 3
+
+
+def test_prices_lead_from_all_to_nothing() -> None:
+    fn, w, xs = everything(12)
+    step = record_step(fn, (w, xs), {})
+    prices = step.prices()
+    assert prices[0] == 0
+    assert prices == sorted(prices)
+    ((_, choices),) = step._choices.values()
+    picked = [scans.chosen(choices, price) for price in prices]
+    assert [c.nbytes for c in picked] == sorted((c.nbytes for c in picked), reverse=True)
+    assert [c.extra_seconds for c in picked] == sorted(c.extra_seconds for c in picked)
+
+
+def test_what_communicates_is_not_in_segments() -> None:
+    """A collective runs once, whatever is kept."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = jax.sharding.PartitionSpec()
+
+    def fn(w: Any, xs: Any) -> Any:
+        return lax.scan(lambda c, x: (jnp.sin(lax.pmean(c, "d") @ w + x), None), xs[0], xs)[0].sum()
+
+    def traced(f: Callable[..., Any]) -> str:
+        one = jax.shard_map(jax.grad(f), mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
+        return str(jax.make_jaxpr(one)(jnp.eye(4), jnp.ones((16, 2, 4))))
+
+    tight = traced(aj.checkpoint(fn, budget=0.99))
+    assert tight.count("psum") == traced(fn).count("psum")
+
+
+def test_a_scan_of_one_iteration_and_of_none() -> None:
+    def fn(x: Any) -> Any:
+        return lax.scan(lambda c, t: (jnp.sin(c) * t, c), x, jnp.ones(1))[0] + lax.scan(
+            lambda c, t: (jnp.sin(c) * t, c), x, jnp.ones(0)
+        )[0]  # fmt: skip
+
+    assert jax.grad(aj.checkpoint(fn, budget=1.0))(0.5) == jax.grad(fn)(0.5)
+
+
+# ---- figures ---------------------------------------------------------------------------------------------------------
+
+
+def temporaries(fn: Callable[..., Any], args: Any, options: dict[str, str] | None) -> tuple[Any, float]:
+    compiled = jax.jit(jax.grad(fn)).lower(*args).compile(compiler_options=options)
+    return compiled(*args), aj.memory(compiled).temporaries_bytes / MIB
+
+
+def within(fn: Callable[..., Any], args: Any, mib: float) -> Callable[..., Any]:
+    """The function with so much beside what is fixed."""
+    fixed = aj.plan(fn, *args, budget=1.0).program.fixed_bytes
+    return aj.checkpoint(fn, budget=fixed + int(mib * MIB))
+
+
+def test_a_long_recurrence_takes_a_twentieth_by_the_default_options() -> None:
+    args = recurrence_parameters(64), jax.random.normal(jax.random.key(1), (1024, 32, 64))
+    expected, plain = temporaries(recurrence, args, None)
+    found, mib = temporaries(within(recurrence, args, 1.2), args, None)
+    assert plain > 24
+    assert mib <= 1.2
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("budget", "limit"), [(120, 110), (80, 77), (40, 32)])
+def test_a_gpt_of_twelve_scanned_layers(budget: int, limit: int) -> None:
+    args = stacked(gpt_parameters(12, 128, 512, 128)), tokens(8, 128, 512)
+    expected, plain = temporaries(scanned_gpt, args, OPTIONS)
+    found, mib = temporaries(within(scanned_gpt, args, budget), args, OPTIONS)
+    assert plain > 280
+    assert mib <= limit
+    assert error(found, expected) <= 2e-6
+
+
+def test_the_same_step_is_traced_to_the_same_code() -> None:
+    fn, w, xs = everything(6)
+    texts = {jax.jit(jax.grad(aj.checkpoint(fn, budget=0.9))).lower(w, xs).as_text() for _ in range(2)}
+    assert len(texts) == 1
+
+
+def test_choices_are_no_worse_than_any_of_the_same_kind() -> None:
+    fn, w, xs = everything(12)
+    step = record_step(fn, (w, xs), {})
+    step.prices()
+    ((_, choices),) = step._choices.values()
+    for smaller, larger in itertools.pairwise(choices):
+        assert smaller.nbytes < larger.nbytes
+        assert smaller.extra_seconds > larger.extra_seconds
