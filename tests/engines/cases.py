@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ class Case:
         plain: runs the step without the engine; returns all numbers that it leaves, by name.
         under: the same with what the engine has made of a plan.
         measured: the peak of such a run in bytes, by an account that is not ours.
+        agree: whether two runs have left the same.
     """
 
     step: Any
@@ -26,6 +28,7 @@ class Case:
     plain: Callable[[], Numbers]
     under: Callable[[Callable[..., Any]], Numbers]
     measured: Callable[[Callable[..., Any]], int]
+    agree: Callable[[Numbers, Numbers], bool] = dict.__eq__
 
 
 def of_numpy() -> Case:
@@ -102,7 +105,46 @@ def of_torch_eager() -> Case:
     return Case(Step(loss), Step(lambda: other(x).sum()), lambda: trained(loss), trained, measured)
 
 
-CASES: dict[str, Callable[[], Case]] = {"numpy": of_numpy, "torch.eager": of_torch_eager}
+def of_jax() -> Case:
+    """A stack of layers; XLA fuses otherwise under a plan, so gradients are equal to its rounding."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import autoremat.jax
+    from autoremat.engines.jax.engine import Step
+
+    keys = jax.random.split(jax.random.key(0), 17)
+    weights = [jax.random.normal(k, (32, 32)) / 6 for k in keys[1:]]
+    x = jax.random.normal(keys[0], (1024, 32))
+
+    def loss(weights: list[Any], x: Any) -> Any:
+        for w in weights:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    def compiled(run: Callable[..., Any]) -> Any:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", autoremat.jax.BarriersRemoved)  # the options below keep them
+            lowered = jax.jit(lambda weights, x: run(weights, x)).lower(weights, x)
+        return lowered.compile(compiler_options=autoremat.jax.compiler_options())
+
+    def numbers(run: Callable[..., Any]) -> Numbers:
+        return {str(k): np.asarray(a).tobytes() for k, a in enumerate(jax.tree.leaves(compiled(run)(weights, x)))}
+
+    def agree(one: Numbers, other: Numbers) -> bool:
+        pairs = [(np.frombuffer(one[k], np.float32), np.frombuffer(other[k], np.float32)) for k in one]
+        largest = max(np.abs(a).max() for a, _ in pairs[1:])
+        return one.keys() == other.keys() and all(np.abs(a - b).max() <= 2e-6 * max(largest, 1.0) for a, b in pairs)
+
+    plain = jax.value_and_grad(loss)
+    return Case(
+        Step(loss, (weights, x)), Step(lambda w, x: jnp.sum(jnp.sin(x @ w[0])), (weights, x)), lambda: numbers(plain),
+        numbers, lambda run: autoremat.jax.memory(compiled(run)).total_bytes, agree,
+    )  # fmt: skip
+
+
+CASES: dict[str, Callable[[], Case]] = {"jax": of_jax, "numpy": of_numpy, "torch.eager": of_torch_eager}
 """By the name of the engine."""
-FRAMEWORKS = {"torch.eager": "torch"}
+FRAMEWORKS = {"jax": "jax", "torch.eager": "torch"}
 """What an engine needs that may not be installed."""

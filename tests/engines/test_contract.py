@@ -54,13 +54,13 @@ def test_a_plan_gives_the_numbers_of_the_plain_step_within_its_budget(name: str,
     run = engine.carry_out(case.step, plan)
     expected = case.plain()
     for _ in range(2):
-        assert case.under(run) == expected
+        assert case.agree(case.under(run), expected)
     measured = case.measured(run)
-    assert measured <= plan.budget_bytes
     if engine.abilities.ordered:
-        assert measured <= simulate(program, plan.schedule).peak_bytes
+        assert measured <= simulate(program, plan.schedule).peak_bytes <= plan.budget_bytes
     if share < 1:
-        assert measured < simulate(program).peak_bytes
+        everything = engine.carry_out(case.step, solve(program, 1.0, time_limit_seconds=1.0))
+        assert measured < case.measured(everything)
         assert any(n > 1 for n in plan.schedule.runs_of.values())
 
 
