@@ -373,6 +373,8 @@ def test_arguments_are_templates_without_memory() -> None:
     assert Made  # what stands for a tensor of the step in real templates
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_was_made_again_stays_until_the_plan_drops_it() -> None:
     """Its last handle may go before a later call that is made again reads it."""
     torch.manual_seed(0)

@@ -61,7 +61,7 @@ def as_data(state: Any) -> Any:
     return [as_data(v) for v in state] if isinstance(state, (list, tuple)) else state
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.usefixtures("forked")
 @pytest.mark.parametrize("name", PLACES)
 def test_nothing_is_left_wherever_a_step_keeps_its_things(name: str, tmp_path: Path) -> None:
