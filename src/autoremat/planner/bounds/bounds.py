@@ -47,6 +47,10 @@ _LOOKED_AT: Final = 80_000
 _STEPS: Final = 24
 """Steps of the bisection."""
 
+_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 6, 48, 20.0, 8
+"""Moments of the linear program all along: at first, at most; the longest it may take; by how much twice as many moments
+take longer."""
+
 _LARGEST_WHOLE: Final = 2500
 """Ops up to which an integer program over two moments is worth its time."""
 
@@ -68,7 +72,7 @@ def lower_bound(program: Program, budget_bytes: int, *, deadline: float = inf) -
 
     The schedules meant are all that run every op in program order plus further runs of repeatable ops anywhere. Never
     negative; 0.0 for a program without seconds. About a hundred minimum cuts and a linear program; stops at
-    ``deadline`` (on ``clock.now``) with what it has.
+    ``deadline`` (on ``clock.worked``) with what it has.
     """
     best, moments = cut_bound(program, budget_bytes, deadline=deadline)
     return max(best, closer_bound(program, budget_bytes, moments, deadline=deadline))
@@ -90,7 +94,8 @@ def closer_bound(program: Program, budget_bytes: int, moments: list[int], *, dea
     if not moments:
         return 0.0
     together = _together(program, budget_bytes, moments, deadline)
-    return _as_share(program, max(together, _whole(program, budget_bytes, moments, deadline)))
+    whole = _whole(program, budget_bytes, moments, deadline)
+    return _as_share(program, max(together, whole, _all_along(program, budget_bytes, deadline)))
 
 
 def _as_share(program: Program, seconds: float) -> float:
@@ -147,7 +152,7 @@ def _ranked(program: Program, budget_bytes: int, deadline: float) -> list[tuple[
     """Moments with a bound for each, best first; the price of the first one is good enough to compare them."""
     weights, price, found = _Weights(program), 0.0, list[tuple[float, int]]()
     for t in _moments(program):
-        if clock.now() > deadline:
+        if clock.is_over(deadline):
             break
         moment = _Moment(program, t)
         if not price:
@@ -178,7 +183,7 @@ def _best_price(moment: _Moment, weights: _Weights, budget_bytes: int, deadline:
     best, best_price, low, high = 0.0, 0.0, 0.0, 0.0
     price = _first_price(moment.program, moment.network)
     for _ in range(_STEPS):
-        if clock.now() > deadline:
+        if clock.is_over(deadline):
             break
         bound, slope = _cut_at(moment, weights, budget_bytes, price)
         if bound > best:
@@ -210,20 +215,40 @@ def _first_price(program: Program, network: Network) -> float:
 def _together(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:
     """Seconds that any schedule needs because of what fits at several moments, one after the other."""
     count = min(_TOGETHER, _LARGEST // len(program.ops))
-    if count < 2 or not ranked or clock.now() > deadline:
+    if count < 2 or not ranked or clock.is_over(deadline):
         return 0.0
     table = _stages(program, budget_bytes, _spread(ranked, count)).table
-    found = table.relax(min(_MOST_SECONDS, deadline - clock.now()))
+    found = table.relax(min(_MOST_SECONDS, deadline - clock.worked()))
     return found.cost * _unit(program) if found and found.cost < inf else 0.0
+
+
+def _all_along(program: Program, budget_bytes: int, deadline: float) -> float:
+    """The same at moments all along where the plain program is above the budget, more of them while there is work left.
+
+    Where nothing is forward and nothing backward, other values fill the memory at other moments.
+    """
+    above = [t for t, nbytes in enumerate(simulate(program).resident_bytes) if nbytes > budget_bytes]
+    best, count = 0.0, _FIRST_ALONG
+    while count <= min(_MOST_ALONG, len(above)) and not clock.is_over(deadline):
+        begin = clock.worked()
+        found = _stages(program, budget_bytes, [above[len(above) * k // count] for k in range(count)]).table.relax(
+            min(_MOST_ALONG_SECONDS, deadline - begin)
+        )
+        if not found or found.cost == inf:
+            break
+        best, count = max(best, found.cost * _unit(program)), 2 * count
+        if _GROWTH * (clock.worked() - begin) > deadline - clock.worked():
+            break
+    return best
 
 
 def _whole(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:
     """The same with ops that cannot run half a time, and at fewer moments."""
-    if len(program.ops) > _LARGEST_WHOLE or not ranked or clock.now() > deadline:
+    if len(program.ops) > _LARGEST_WHOLE or not ranked or clock.is_over(deadline):
         return 0.0
     count = max(2, min(_TOGETHER, _WHOLE // len(program.ops)))
     table = _stages(program, budget_bytes, _spread(ranked, count)).table
-    found = table.solve(min(_MOST_SECONDS, deadline - clock.now()), nodes=_NODES)
+    found = table.solve(min(_MOST_SECONDS, deadline - clock.worked()), nodes=_NODES)
     return found.bound * _unit(program) * (1 - _TOLERANCE) if found.bound < inf else 0.0
 
 

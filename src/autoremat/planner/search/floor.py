@@ -14,6 +14,7 @@ from dataclasses import replace
 from autoremat.planner.search.account import Ints
 from autoremat.planner.search.calls import planned_as
 from autoremat.planner.search.classics import Classics
+from autoremat.planner.search.intervals import Intervals, is_open
 from autoremat.planner.search.memo import per_program
 from autoremat.planner.search.search import Candidate, Entry, Search
 from autoremat.planner.search.tables import open_tables_of
@@ -22,6 +23,8 @@ from autoremat.planner.solvers.segments import boundaries, crossing
 from autoremat.program import Program
 
 _NESTED = (2, 3, 4, 6, 8, 12, 20, 32)
+_WALKED = 100
+"""Ops beyond which walks take long and find nothing lower than annealing, where any op may run again anywhere."""
 _SHAVED = 3
 """How many of the lowest peaks are shaved as far down as it goes."""
 
@@ -89,6 +92,10 @@ class Floor:
         for entry in search.leveled[:_SHAVED]:
             search.shave(search.recall(entry), 0, rounds=40)
             yield True
+        if is_open(self._even):
+            yield from (True for _ in Intervals(search, self._even).lowering())
+            if len(self._even.ops) > _WALKED:
+                return
         everywhere = open_tables_of(planned_as(self._even))
         for tables in [search.tables] if everywhere is None else [search.tables, everywhere]:
             Walks(search, tables).find_floor()

@@ -35,6 +35,13 @@ _MOST_KNOWN = 100_000
 """How many candidates to keep, times ops: small programs meet the same candidates again and again."""
 
 
+_LOOK_SECONDS, _RUN_SECONDS = 4e-4, 3e-6
+"""What a look at a candidate counts as work: in any case, and for each of its runs."""
+
+_RETURN_SECONDS = 4e-5
+"""What an estimate of the cost of a return counts as work."""
+
+
 def no_noise() -> float:
     """Scores as they are."""
     return 1.0
@@ -136,6 +143,7 @@ class Search:
             dropped = dropped[:-1]
         known = self._known.get(dropped)
         candidate = replace(known, name=name) if known else self._look_at(name, dropped)
+        _spend(candidate)
         self.note(candidate)
         return candidate
 
@@ -159,6 +167,7 @@ class Search:
         """The candidate with the given further runs as they are."""
         self.evaluations += 1
         candidate = self._candidate(name, (), runs, walked=True)
+        _spend(candidate)
         self.note(candidate)
         return candidate
 
@@ -217,7 +226,7 @@ class Search:
         current = lowest = start
         stuck = 0
         for _ in range(rounds):
-            if current.peak_bytes <= target_bytes or stuck >= 8 or clock.now() > deadline:
+            if current.peak_bytes <= target_bytes or stuck >= 8 or clock.is_over(deadline):
                 break
             drops = self._drops(current, target_bytes, byte_time)
             if not drops:
@@ -236,6 +245,7 @@ class Search:
             cost = self._cost_of_return(current, v, gap_end)
             size = self.tables.values[v].nbytes * ((gap_end - gap_begin) if byte_time else 1)
             options.append((cost / size * self.noise(), v, level))
+        clock.spend(_RETURN_SECONDS * len(options))
         freed, chosen = 0, list[tuple[int, int]]()
         for score, v, level in sorted(options):
             if freed >= wanted or score == float("inf"):
@@ -299,7 +309,7 @@ class Search:
         best, refused = start, set[tuple[int, int]]()
         size = 1 << 30
         for _ in range(rounds):
-            if clock.now() > deadline:
+            if clock.is_over(deadline):
                 break
             picks = self._picks(best, budget_bytes, refused)[:size]
             if not picks:
@@ -332,6 +342,10 @@ class Search:
                 picks.append((v, level))
                 taken.add(v)
         return picks
+
+
+def _spend(candidate: Candidate) -> None:
+    clock.spend(_LOOK_SECONDS + _RUN_SECONDS * len(candidate.account.order))
 
 
 def _insert(frontier: list[Entry], entry: Entry) -> bool:
