@@ -48,8 +48,8 @@ _STEPS: Final = 24
 """Steps of the bisection."""
 
 _FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 6, 48, 20.0, 8
-"""Moments of the linear program all along: at first, at most; the longest it may take; by how much twice as many moments
-take longer."""
+"""Moments of the linear program all along, at first and at most; the work it may take; how many times as much twice as
+many moments take."""
 
 _LARGEST_WHOLE: Final = 2500
 """Ops up to which an integer program over two moments is worth its time."""

@@ -84,7 +84,7 @@ class Annealing:
         self.best = Annealed(None, float("inf"), 0)
 
     def run(self, enough: Callable[[], bool]) -> Annealed:
-        """All steps, or until it is enough, which is asked after every batch of steps. O(runs) array operations each."""
+        """All steps, or until it is enough, which is asked after every batch. O(runs) array operations each."""
         course, done = self._course, 0
         while done < course.steps and not enough():
             heat = course.hot * (course.cold / course.hot) ** (done / course.steps)
@@ -95,6 +95,10 @@ class Annealing:
                 self._price /= 1.08
             done += _BATCH
         return Annealed(self.best.runs, self.best.extra_seconds, done)
+
+    def fits(self) -> bool:
+        """Whether something within the budget has been found."""
+        return self.best.runs is not None
 
     def _batch(self, heat: float) -> float:
         """Some steps at one temperature and price; the share of them that were within the budget."""
@@ -202,9 +206,9 @@ class Annealing:
             i, found = state.facts.producer[v], state.accesses[v]
             source = late * state.n + i
             p = bisect_left(found, key)
-            if late > state.facts.after[i] and source > found[p - 1] and not state.lasts(v, key):
-                if self._rnd() < _ALONG:
-                    self._drop(source, depth - 1)
+            may_run = late > state.facts.after[i] and source > found[p - 1] and not state.lasts(v, key)
+            if may_run and self._rnd() < _ALONG:
+                self._drop(source, depth - 1)
 
     def _keep(self, key: int) -> None:
         """Take a further run back, and those that only fed it."""
@@ -219,7 +223,7 @@ class Annealing:
                 self._keep(maker)
 
     def _move(self, key: int) -> None:
-        """Make a value again for another of its uses: an earlier one, or a later one with the copy before kept longer."""
+        """Make a value again for another of its uses: an earlier one, or a later one, kept up to the one before."""
         state, n, i = self._state, self._state.n, key % self._state.n
         found = state.accesses[state.facts.writes[i][0]]
         p = bisect_left(found, key)

@@ -130,20 +130,16 @@ class Executor:
         t = course.tables
         self.course, self.rules, self.tables = course, rules, t
         self.runs: list[tuple[int, int]] = []
-        self.failed = False
-        self.now = 0
-        self.bytes = 0
+        self.failed, self.now, self.bytes = False, 0, 0
         self.resident: dict[int, None] = {}
         self.droppable = frozenset(t.droppable)
         self.size = [v.nbytes for v in t.values]
         self._seconds = list(t.seconds)
-        self._writes = [op.writes for op in t.ops]
         self.busy_until = [-1] * len(t.values)
         self.protected: set[int] = set()
         self._queue: list[tuple[float, int]] = []
         self._sources: dict[int, int] = {}
-        self._sources_at = -_STALE
-        self._changes = self._scored = 0
+        self._sources_at, self._changes, self._scored = -_STALE, 0, 0
         self._most_runs = min(10 * len(t.ops), max(2 * len(t.ops), _MOST_RUNS))
 
     # -- walking -------------------------------------------------------------------------------------------------------
@@ -246,8 +242,8 @@ class Executor:
                 self._leave(v)
         else:
             self._evict(limit - others)
-        self.failed |= self.bytes + others > self.rules.most_bytes or len(self.runs) > self._most_runs
-        self.failed |= self._scored > self.rules.most_scores or clock.is_over()
+        is_hopeless = len(self.runs) > self._most_runs or self._scored > self.rules.most_scores
+        self.failed |= is_hopeless or self.bytes + others > self.rules.most_bytes or clock.is_over()
 
     def _evict(self, limit: int) -> None:
         """Evict some of what is idle until the rest fits."""
@@ -285,10 +281,10 @@ class Executor:
             self._sources, self._sources_at = self._uses_as_source(), self.now
             self._changes = 0
         now, busy, protected, score = self.now, self.busy_until, self.protected, self._score
-        found = sorted(((score(v), v) for v in self.resident if busy[v] < now and v not in protected), reverse=True)
-        self._scored += len(found)
-        clock.spend(_SCORE_SECONDS * len(found))
-        return found
+        idle = [v for v in self.resident if busy[v] < now and v not in protected]
+        self._scored += len(idle)
+        clock.spend(_SCORE_SECONDS * len(idle))
+        return sorted(((score(v), v) for v in idle), reverse=True)
 
     def _idle(self, value: int) -> bool:
         return value not in self.protected and self.busy_until[value] < self.now
@@ -328,7 +324,7 @@ class Executor:
             if i >= now:
                 continue
             due = NEVER
-            for w in self._writes[i]:
+            for w in tables.ops[i].writes:
                 if w not in resident and not kept[w] and now > until[w]:
                     due = min(due, first_start(w, now - 1), soonest.get(w, NEVER))
             if due < NEVER:

@@ -74,7 +74,7 @@ class Intervals:
         while taken < most and gap > _LAST_STEP * plain:
             start = self._plain.with_runs(runs, int(peak - gap))
             annealing = Annealing(start, Course(most // 8, seed, cold=0.3, price=10.0))
-            found = annealing.run(lambda a=annealing: a.best.runs is not None)
+            found = annealing.run(annealing.fits)
             taken, seed = taken + found.steps, seed + 1
             if found.runs is None:
                 gap /= 2

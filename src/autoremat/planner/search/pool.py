@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,9 +16,10 @@ from autoremat.planner.search.classics import Classics
 from autoremat.planner.search.floor import floor_of
 from autoremat.planner.search.greed import greedy
 from autoremat.planner.search.intervals import Intervals, is_open
+from autoremat.planner.search.jobs import Job, Jobs
 from autoremat.planner.search.min_cut import Pricer
 from autoremat.planner.search.search import Candidate, Entry, Search, no_noise
-from autoremat.planner.search.tables import open_tables_of
+from autoremat.planner.search.tables import Tables, open_tables_of
 from autoremat.planner.search.walks import Walks
 from autoremat.planner.solvers.every_block import block_of
 from autoremat.planner.solvers.segments import boundaries
@@ -37,10 +38,6 @@ _RUNGS = 16
 _SEED = 20160421
 _MISSES = 8
 """After how many walks without success the rest of the disturbances is left to shave and fill."""
-
-
-Job = Callable[[float], None]
-"""Finds candidates; is told a deadline."""
 
 
 @dataclass(frozen=True)
@@ -70,29 +67,20 @@ class Pool:
         self._floor = floor_of(program)
         self._from_the_floor: list[Entry] = []
         """What was looked at to find it; the lowest peak first."""
-        self._cuts, self._rest = list(self._cut_work()), list(self._rest_of_the_work())
-        self._found: dict[Job, tuple[list[Entry], float]] = {}
-        """What each job has found, as far as they have run, and how much work that was."""
-        self._shared = False
+        self._jobs = Jobs(self._search, [*self._cut_work(), *self._rest_of_the_work()])
         self._intervals = Intervals(self._search, program) if is_open(program) else None
         self._base: tuple[Entry, ...] = ()
 
     # -- the pool ------------------------------------------------------------------------------------------------------
 
-    def grow(
-        self, deadline: float, progress: Callable[[str, float], None], enough: Callable[[], bool],
-        known: Sequence[Entry] = (),
-    ) -> None:  # fmt: skip
-        """Make candidates until there are enough, or until the deadline, beside those that are known.
+    def grow(self, deadline: float, progress: Callable[[str, float], None], enough: Callable[[], bool]) -> None:
+        """Make candidates until there are enough, or until the deadline.
 
-        Starts from nothing else each time and takes what a job found before from its record; so the pool is the same
+        Starts from nothing each time and takes what a job found before from its record; so the pool is the same
         whichever budgets have been asked for before.
         """
         self._restart()
-        for entry in known:
-            self._search.remember(entry)
-        self._run_until(self._cuts, deadline, progress, enough)
-        self._run_until(self._rest, deadline, progress, enough)
+        self._jobs.run(deadline, enough, lambda share: progress("pool of candidates", 0.6 * share))
         self._base = tuple(self._search.frontier)
 
     def _restart(self) -> None:
@@ -101,41 +89,16 @@ class Pool:
         for entry in self._look_for_the_floor():
             self._search.remember(entry)
 
-    def _run_until(
-        self, jobs: list[Job], deadline: float, progress: Callable[[str, float], None], enough: Callable[[], bool]
-    ) -> None:
-        """The jobs in order, until there are enough candidates or until the deadline."""
-        for k, job in enumerate(jobs):
-            if enough() or (clock.is_over(deadline) and not (self._shared and job in self._found)):
-                return
-            share = k / len(jobs)
-            progress("pool of candidates", 0.4 * share if jobs is self._cuts else 0.4 + 0.2 * share)
-            self._run(job, deadline)
-
-    def _run(self, job: Job, deadline: float) -> None:
-        """Run a job, or take what it has found before from its record."""
-        if job in self._found:
-            entries, seconds = self._found[job]
-            for entry in entries:
-                self._search.remember(entry)
-            clock.spend(0.0 if self._shared else seconds)
-            return
-        begin, self._search.found = clock.worked(), []
-        job(deadline)
-        if not clock.has_cut():
-            self._found[job] = self._search.found, clock.worked() - begin
-        self._search.found = []  # what is found for one budget is not the pool's
-
     @contextmanager
     def shared(self, limit: float, progress: Callable[[str, float], None]) -> Iterator[None]:
         """Make candidates for so long which cost the budgets that are asked for meanwhile nothing more."""
-        self._shared = True
+        self._jobs.are_free = True
         try:
             with clock.limited(limit):
                 self.grow(clock.worked() + limit, progress, lambda: False)
             yield
         finally:
-            self._shared = False
+            self._jobs.are_free = False
 
     def floor_bytes(self, progress: Callable[[str, float], None]) -> int:
         """The smallest budget that ``solve`` takes."""
@@ -165,7 +128,7 @@ class Pool:
     def _segmentations(self) -> list[tuple[int, ...]]:
         """Cuts from one segment to one per op, about twelve counts, with equal and with shrinking segments."""
         tables = self._search.tables
-        found: dict[tuple[int, ...], None] = {(): None, self._block_cuts(): None}
+        found: dict[tuple[int, ...], None] = {(): None, _block_cuts(tables): None}
         count = 2.0
         ratio = max(1.3, (len(tables.early) / 2) ** (1 / 11)) if len(tables.early) > 2 else 2.0
         while count <= len(tables.early):
@@ -173,11 +136,6 @@ class Pool:
                 found[boundaries(tables, round(count), tapered=tapered)] = None
             count *= ratio
         return list(found)
-
-    def _block_cuts(self) -> tuple[int, ...]:
-        blocks = block_of(self._search.tables)
-        early = self._search.tables.early
-        return tuple(b for a, b in pairwise(early) if blocks[a] != blocks[b])
 
     def _priced(self, pricer: Pricer, price: float, cuts: tuple[int, ...]) -> Job:
         return lambda deadline: _ignore(self._search.keeping("min-cut", pricer.keep(price, cuts)))
@@ -221,7 +179,9 @@ class Pool:
             self._restart()
             steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, bound * program.seconds)
             annealed = self._search.frontier
-        self.grow(begin + 0.6 * limit, progress, done, annealed)
+        self.grow(begin + 0.6 * limit, progress, (lambda: True) if annealed and done() else done)
+        for entry in annealed:
+            self._search.remember(entry)
         greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.7 * limit)
         if solver == "auto":
             progress("search", 0.7)
@@ -347,6 +307,11 @@ class Pool:
         shaved = self._search.shave(candidate, target_bytes, deadline=deadline)
         if shaved.peak_bytes <= budget_bytes:
             self._search.fill(shaved, budget_bytes, deadline=deadline)
+
+
+def _block_cuts(tables: Tables) -> tuple[int, ...]:
+    blocks = block_of(tables)
+    return tuple(b for a, b in pairwise(tables.early) if blocks[a] != blocks[b])
 
 
 def found_by_greedy(program: Program, budget_bytes: int) -> Found | None:

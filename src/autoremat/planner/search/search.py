@@ -143,7 +143,6 @@ class Search:
             dropped = dropped[:-1]
         known = self._known.get(dropped)
         candidate = replace(known, name=name) if known else self._look_at(name, dropped)
-        _spend(candidate)
         self.note(candidate)
         return candidate
 
@@ -167,7 +166,6 @@ class Search:
         """The candidate with the given further runs as they are."""
         self.evaluations += 1
         candidate = self._candidate(name, (), runs, walked=True)
-        _spend(candidate)
         self.note(candidate)
         return candidate
 
@@ -183,6 +181,7 @@ class Search:
 
     def note(self, candidate: Candidate) -> None:
         """Take note of a candidate that was looked at."""
+        clock.spend(_LOOK_SECONDS + _RUN_SECONDS * len(candidate.account.order))
         self.remember(candidate.entry)
 
     def remember(self, entry: Entry) -> None:
@@ -196,8 +195,7 @@ class Search:
     def recall(self, entry: Entry) -> Candidate:
         """The candidate of an entry."""
         if entry.runs is not None:
-            runs = list(entry.runs)
-            return self._candidate(entry.name, (), runs, walked=True)
+            return self._candidate(entry.name, (), list(entry.runs), walked=True)
         return self.evaluate(entry.name, entry.dropped)
 
     def best_within(self, budget_bytes: int) -> Entry | None:
@@ -342,10 +340,6 @@ class Search:
                 picks.append((v, level))
                 taken.add(v)
         return picks
-
-
-def _spend(candidate: Candidate) -> None:
-    clock.spend(_LOOK_SECONDS + _RUN_SECONDS * len(candidate.account.order))
 
 
 def _insert(frontier: list[Entry], entry: Entry) -> bool:
