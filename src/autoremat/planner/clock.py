@@ -15,6 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from math import inf
 
+_LOOK_WORK, _LOOK_CALLS = 0.02, 50
+"""After how much work, or how many questions, real time is looked at again."""
+
 
 class _Meter(threading.local):
     """Of one thread: the work so far, when time is over, and whether that has ended something."""
@@ -23,6 +26,14 @@ class _Meter(threading.local):
         self.seconds = 0.0
         self.end = inf
         self.has_cut = False
+        self.next_look, self.calls = 0.0, 0
+
+    def look(self) -> None:
+        """Look at real time, now and then."""
+        self.calls += 1
+        if self.seconds >= self.next_look or self.calls >= _LOOK_CALLS:
+            self.next_look, self.calls = self.seconds + _LOOK_WORK, 0
+            self.has_cut |= now() > self.end
 
 
 _METER = _Meter()
@@ -45,8 +56,8 @@ def spend(seconds: float) -> None:
 
 def is_over(deadline: float = inf) -> bool:
     """Whether the work has come to a point on ``worked``, or time is over."""
-    if now() > _METER.end:
-        _METER.has_cut = True
+    if not _METER.has_cut:
+        _METER.look()
     return _METER.has_cut or _METER.seconds > deadline
 
 
@@ -65,7 +76,7 @@ def limited(seconds: float) -> Iterator[None]:
         False
     """
     end, had_cut = _METER.end, _METER.has_cut
-    _METER.end, _METER.has_cut = min(end, now() + seconds), False
+    _METER.end, _METER.has_cut, _METER.next_look = min(end, now() + seconds), False, 0.0
     try:
         yield
     finally:

@@ -17,7 +17,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from math import exp
 
+from autoremat.planner import clock
 from autoremat.planner.search.retention import Retention, Runs
+
+STEPS_A_SECOND = 15_000
+"""Steps that count as a second of work."""
 
 _BATCH = 250
 """Steps from one look at temperature and price to the next."""
@@ -94,6 +98,7 @@ class Annealing:
             elif within > 0.5:
                 self._price /= 1.08
             done += _BATCH
+            clock.spend(_BATCH / STEPS_A_SECOND)
         return Annealed(self.best.runs, self.best.extra_seconds, done)
 
     def fits(self) -> bool:

@@ -11,15 +11,12 @@ from collections.abc import Callable, Iterator
 from autoremat.planner import clock
 from autoremat.planner.bounds.bounds import floor_bound
 from autoremat.planner.constraints import passing_values
-from autoremat.planner.search.annealing import Annealed, Annealing, Course
+from autoremat.planner.search.annealing import STEPS_A_SECOND, Annealed, Annealing, Course
 from autoremat.planner.search.retention import Retention, Runs
 from autoremat.planner.search.search import Search
 from autoremat.program import Program
 
 _NAME = "annealing"
-
-_STEPS_A_SECOND = 15_000
-"""Steps that count as a second of work."""
 
 _SHARES = (0.65, 0.35)
 """How the steps are divided: one search from the program as it is, then one from the best that is known."""
@@ -59,7 +56,7 @@ class Intervals:
         for k in range(_MOST_ROUNDS):
             if done() or clock.is_over() or (k >= len(_SHARES) and not self._is_far(budget_bytes, bound_seconds)):
                 break
-            steps = int(_STEPS_A_SECOND * work * _SHARES[k % len(_SHARES)])
+            steps = int(STEPS_A_SECOND * work * _SHARES[k % len(_SHARES)])
             best = self._best(budget_bytes) if k % 2 else None
             start = self._plain.with_runs(best or [], budget_bytes)
             course = Course(steps, k, hot=0.5, price=1.0) if best else Course(steps, k)
@@ -84,7 +81,6 @@ class Intervals:
 
     def _anneal(self, start: Retention, course: Course, enough: Callable[[], bool]) -> Annealed:
         found = Annealing(start, course).run(enough)
-        clock.spend(found.steps / _STEPS_A_SECOND)
         if found.runs is not None:
             self._search.look(_NAME, found.runs)
         return found
