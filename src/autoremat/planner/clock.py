@@ -83,6 +83,17 @@ def limited(seconds: float) -> Iterator[None]:
         _METER.end, _METER.has_cut = end, had_cut
 
 
+@contextmanager
+def aside() -> Iterator[None]:
+    """Within it, work counts nowhere, and no limit cuts it."""
+    known = _METER.seconds, _METER.end, _METER.has_cut
+    _METER.end, _METER.has_cut = inf, False
+    try:
+        yield
+    finally:
+        _METER.seconds, _METER.end, _METER.has_cut = known
+
+
 def left() -> float:
     """Real seconds up to the limit of time."""
     return max(0.0, _METER.end - now())

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from autoremat.planner import clock
 from autoremat.planner.constraints import Patterns, constrain, explained
 from autoremat.planner.refusals import infeasible
-from autoremat.planner.solving import WORK_SECONDS, _pool_of, _silent, solve
+from autoremat.planner.search.floor import floor_of
+from autoremat.planner.solving import LIMIT_SECONDS, _pool_of, _silent, solve
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.program.units import parse_budget
 
@@ -166,7 +167,8 @@ _AT_LEAST = 0.25
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
     """A plan per budget, by rising budget."""
     end, pool, progress = clock.now() + limit, _pool_of(program), progress or _silent
-    budgets = _budgets(points, pool.floor_bytes(_part(progress, 0.0, 0.05)), simulate(program).peak_bytes)
+    progress("floor", 0.0)
+    budgets = _budgets(points, floor_of(program).nbytes, simulate(program).peak_bytes)
     plans = []
     n = len(budgets)
     with pool.shared(_FOR_ALL * limit, _part(progress, 0.05, 0.1)):
@@ -174,7 +176,7 @@ def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, p
             share = max((end - clock.now()) / (n - k), _AT_LEAST * limit / n)
             part = _part(progress, 0.1 + 0.9 * k / n, 0.1 + 0.9 * (k + 1) / n, f"budget {k + 1} of {n}, ")
             plans.append(
-                solve(program, budget_bytes, time_limit_seconds=share, effort=limit / n / WORK_SECONDS, progress=part)
+                solve(program, budget_bytes, time_limit_seconds=share, effort=limit / n / LIMIT_SECONDS, progress=part)
             )
     progress("done", 1.0)
     return plans

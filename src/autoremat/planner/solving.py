@@ -34,8 +34,11 @@ if TYPE_CHECKING:
 SOLVERS: Final = ("auto", "exact", "greedy", *NAMES)
 """Names that ``solve`` accepts as ``solver``."""
 
-WORK_SECONDS: Final = 10.0
+_WORK_SECONDS: Final = 7.0
 """The work of an effort of 1, in seconds of a nominal machine."""
+
+LIMIT_SECONDS: Final = 10.0
+"""The limit of time that goes with it."""
 
 _FAR: Final = 0.1
 """The gap to the bound that a plan does not have without saying so."""
@@ -86,8 +89,8 @@ def solve(
             where the backward asks for it. What must not run again stays all the same.
         time_limit_seconds: when to stop looking for a better plan. Where that cuts the work short, ``Plan.stopped``
             says so; else the plan depends on nothing but the program, the budget and the effort.
-        effort: how much work to do, whatever the machine and whatever else it does: 1.0 is about half of what fits into
-            ten seconds of a quiet one. None: as much as goes with the time limit, a tenth of its seconds.
+        effort: how much work to do, whatever the machine and whatever else it does: 1.0 is most of what fits into ten
+            seconds of a quiet one. None: as much as goes with the time limit, a tenth of its seconds.
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
         first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
             looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
@@ -105,7 +108,7 @@ def solve(
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
-    effort = time_limit_seconds / WORK_SECONDS if effort is None else effort
+    effort = time_limit_seconds / LIMIT_SECONDS if effort is None else effort
     if keep or recompute:
         limited = constrain(program, keep, recompute)
         try:
@@ -115,7 +118,7 @@ def solve(
             raise explained(error, keep, recompute) from None
         return replace(plan, program=program)
     with clock.limited(time_limit_seconds):
-        plan = _solved(program, budget, solver, effort * WORK_SECONDS, progress or _silent, first=first)
+        plan = _solved(program, budget, solver, effort * _WORK_SECONDS, progress or _silent, first=first)
         return replace(plan, stopped=f"after {time_limit_seconds:g} s, the limit of time") if clock.has_cut() else plan
 
 

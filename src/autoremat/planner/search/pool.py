@@ -100,14 +100,10 @@ class Pool:
         finally:
             self._jobs.are_free = False
 
-    def floor_bytes(self, progress: Callable[[str, float], None]) -> int:
-        """The smallest budget that ``solve`` takes."""
-        progress("floor", 0.0)
-        return self._floor.nbytes
-
     def _look_for_the_floor(self) -> list[Entry]:
-        if not self._from_the_floor:
-            self._from_the_floor = self._floor.entries(self._search.accountant.extra_seconds_of)
+        """What was looked at; where time is over, no more than it took to know that the budget is accepted."""
+        if not (self._floor.is_done and self._from_the_floor):
+            self._from_the_floor = self._floor.entries(self._search.accountant.extra_seconds_of, clock.is_over)
         return self._from_the_floor
 
     def _cut_work(self) -> Iterator[Job]:
@@ -160,10 +156,10 @@ class Pool:
         """
         bound, moments = 0.0, list[int]()
         progress("floor", 0.0)
-        floor = self._look_for_the_floor()[0]
-        begin = clock.worked()
-        if solver == "auto" and budget_bytes < floor.peak_bytes:
+        if solver == "auto" and not self._floor.is_within(budget_bytes):
+            floor = self._look_for_the_floor()[0]
             return Found("", None, self._schedule(program, floor), floor.peak_bytes, 0.0, ())
+        begin = clock.worked()
         if budget_bytes < simulate(program).peak_bytes:
             progress("lower bound", 0.0)
             bound, moments = cut_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
@@ -176,12 +172,13 @@ class Pool:
         annealed, steps = list[Entry](), 0
         if solver == "auto" and self._intervals:
             progress("annealing", 0.0)
-            self._restart()
+            self._search.frontier, self._search.leveled = [], []
             steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, bound * program.seconds)
             annealed = self._search.frontier
         self.grow(begin + 0.6 * limit, progress, (lambda: True) if annealed and done() else done)
         for entry in annealed:
             self._search.remember(entry)
+        floor = self._look_for_the_floor()[0]
         greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.7 * limit)
         if solver == "auto":
             progress("search", 0.7)
