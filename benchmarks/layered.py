@@ -6,7 +6,7 @@ layers, near and far; 100, 250, 500 and 1,000 nodes with as many edges as theirs
 long after they were made all along the program, and memory has no one peak. Sizes and durations are drawn evenly.
 
 Budgets are shares of the plain peak. Effort is what ``solve`` is asked for, the same on every machine; seconds are
-those of the processor, for the limit of time, too. The last column is what a plan says that ended early (``Plan.stopped``).
+those of the processor, for the limit of time, too. The last column is what a plan says that ended early.
 Run: ``python benchmarks/layered.py [NODES ...]``; some minutes.
 """
 

@@ -110,10 +110,9 @@ def test_what_annealing_finds_is_within_the_budget_and_the_same_every_time() -> 
     program = layered_graph(100, 1)
     plain = Retention(program)
     budget = int(0.85 * plain.peak_bytes)
-    first, second, other = (Annealing(plain.with_runs([], budget), Course(5000, seed)).run(never) for seed in (0, 0, 1))
+    first, second = (Annealing(plain.with_runs([], budget), Course(8000)).run(never) for _ in range(2))
     assert first == second
     assert first.runs is not None
-    assert first.runs != other.runs
     timeline = simulate(program, schedule_of(program, plain.with_runs(first.runs, budget)))
     assert timeline.peak_bytes <= budget
     assert timeline.extra_seconds == pytest.approx(first.extra_seconds)

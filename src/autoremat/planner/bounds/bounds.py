@@ -51,11 +51,17 @@ _FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 6, 48, 20.0, 8
 """Moments of the linear program all along, at first and at most; the work it may take; how many times as much twice as
 many moments take."""
 
+_LARGEST_ALONG: Final = 24_000
+"""Moments times ops up to which that is worth it."""
+
 _LARGEST_WHOLE: Final = 2500
 """Ops up to which an integer program over two moments is worth its time."""
 
 _WHOLE: Final = 1200
 """Moments times ops up to which it takes more than two moments."""
+
+_WHOLE_ANYWHERE: Final = 60
+"""The same where nothing is forward and nothing backward: more moments tell more there, and take no real seconds."""
 
 _NODES: Final = 100
 """Nodes of the search for it."""
@@ -94,8 +100,12 @@ def closer_bound(program: Program, budget_bytes: int, moments: list[int], *, dea
     if not moments:
         return 0.0
     together = _together(program, budget_bytes, moments, deadline)
-    whole = _whole(program, budget_bytes, moments, deadline)
-    return _as_share(program, max(together, whole, _all_along(program, budget_bytes, deadline)))
+    is_divided = any(op.phase == "backward" for op in program.ops)
+    if is_divided or len(program.ops) <= _WHOLE_ANYWHERE:
+        together = max(together, _whole(program, budget_bytes, moments, deadline))
+    if not is_divided:
+        together = max(together, _all_along(program, budget_bytes, deadline))
+    return _as_share(program, together)
 
 
 def _as_share(program: Program, seconds: float) -> float:
@@ -229,7 +239,7 @@ def _all_along(program: Program, budget_bytes: int, deadline: float) -> float:
     """
     above = [t for t, nbytes in enumerate(simulate(program).resident_bytes) if nbytes > budget_bytes]
     best, count = 0.0, _FIRST_ALONG
-    while count <= min(_MOST_ALONG, len(above)) and not clock.is_over(deadline):
+    while count <= min(_MOST_ALONG, len(above), _LARGEST_ALONG // len(program.ops)) and not clock.is_over(deadline):
         begin = clock.worked()
         found = _stages(program, budget_bytes, [above[len(above) * k // count] for k in range(count)]).table.relax(
             min(_MOST_ALONG_SECONDS, deadline - begin)
