@@ -47,9 +47,12 @@ _LOOKED_AT: Final = 80_000
 _STEPS: Final = 24
 """Steps of the bisection."""
 
-_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 6, 48, 20.0, 8
+_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 10, 40, 20.0, 6
 """Moments of the linear program all along, at first and at most; the work it may take; how many times as much twice as
 many moments take."""
+
+_LOOKS_EVERY: Final = 3
+"""From every how manieth of them on it looks at all later ones together: that makes it much larger."""
 
 _LARGEST_ALONG: Final = 24_000
 """Moments times ops up to which that is worth it."""
@@ -238,12 +241,13 @@ def _all_along(program: Program, budget_bytes: int, deadline: float) -> float:
     Where nothing is forward and nothing backward, other values fill the memory at other moments.
     """
     above = [t for t, nbytes in enumerate(simulate(program).resident_bytes) if nbytes > budget_bytes]
-    best, count = 0.0, _FIRST_ALONG
-    while count <= min(_MOST_ALONG, len(above), _LARGEST_ALONG // len(program.ops)) and not clock.is_over(deadline):
+    most = min(_MOST_ALONG, len(above), _LARGEST_ALONG // len(program.ops))
+    best, count = 0.0, min(most, _FIRST_ALONG)
+    while 0 < count <= most and not clock.is_over(deadline):
         begin = clock.worked()
-        found = _stages(program, budget_bytes, [above[len(above) * k // count] for k in range(count)]).table.relax(
-            min(_MOST_ALONG_SECONDS, deadline - begin)
-        )
+        moments = [above[len(above) * k // count] for k in range(count)]
+        table = _stages(program, budget_bytes, moments, looks_every=_LOOKS_EVERY).table
+        found = table.relax(min(_MOST_ALONG_SECONDS, deadline - begin))
         if not found or found.cost == inf:
             break
         best, count = max(best, found.cost * _unit(program)), 2 * count
@@ -262,10 +266,10 @@ def _whole(program: Program, budget_bytes: int, ranked: list[int], deadline: flo
     return found.bound * _unit(program) * (1 - _TOLERANCE) if found.bound < inf else 0.0
 
 
-def _stages(program: Program, budget_bytes: int, moments: list[int]) -> Stages:
+def _stages(program: Program, budget_bytes: int, moments: list[int], *, looks_every: int = 1) -> Stages:
     ends = sorted({*moments, len(program.ops) - 1})
     stages = Stages(program, budget_bytes, ends, unit_seconds=_unit(program))
-    for w in range(1, len(ends)):
+    for w in range(looks_every, len(ends), looks_every):
         stages.since(w)
     return stages
 

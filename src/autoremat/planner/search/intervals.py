@@ -21,8 +21,8 @@ _NAME = "annealing"
 _SHARES = (0.65, 0.35)
 """How the steps are divided: one search from the program as it is, then one from the best that is known."""
 
-_FAR, _MOST_ROUNDS = 0.1, 8
-"""The gap to the bound beyond which searches go on, as a share of the program's seconds; for how many of them."""
+_MOST_ROUNDS = 8
+"""Of searches, where the best found stays far from the bound."""
 
 _FLOOR_STEPS, _MOST_FLOOR_STEPS = 160, 40_000
 """Of looking for the floor, for each op and in all; for one budget an eighth of that."""
@@ -48,13 +48,18 @@ class Intervals:
     def __init__(self, search: Search, program: Program) -> None:
         self._search = search
         self._plain = Retention(program)
-        self._seconds, self._least = program.seconds, floor_bound(program)
+        self._least = floor_bound(program)
 
-    def around(self, budget_bytes: int, work: float, done: Callable[[], bool], bound_seconds: float) -> int:
-        """Search within a budget for so much work, for more where the gap to the bound stays wide; the steps taken."""
+    def around(
+        self, budget_bytes: int, work: float, done: Callable[[], bool], far_seconds: float, deadline: float
+    ) -> int:
+        """Search within a budget for so much work, up to the deadline while the best takes longer than ``far_seconds``.
+
+        Returns the number of steps.
+        """
         taken = 0
         for k in range(_MOST_ROUNDS):
-            if done() or clock.is_over() or (k >= len(_SHARES) and not self._is_far(budget_bytes, bound_seconds)):
+            if done() or clock.is_over(deadline) or (k >= len(_SHARES) and not self._is_far(budget_bytes, far_seconds)):
                 break
             steps = int(STEPS_A_SECOND * work * _SHARES[k % len(_SHARES)])
             best = self._best(budget_bytes) if k % 2 else None
@@ -91,6 +96,6 @@ class Intervals:
         runs = self._search.recall(best).runs if best else []
         return runs if runs and all(late > self._plain.facts.after[op] for late, op in runs) else None
 
-    def _is_far(self, budget_bytes: int, bound_seconds: float) -> bool:
+    def _is_far(self, budget_bytes: int, far_seconds: float) -> bool:
         best = self._search.best_within(budget_bytes)
-        return best is None or best.extra_seconds - bound_seconds > _FAR * self._seconds
+        return best is None or best.extra_seconds > far_seconds

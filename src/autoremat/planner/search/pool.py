@@ -30,6 +30,8 @@ _LARGE_PROGRAM = 6000
 _WALKS_FIRST = 500
 """Programs with more ops are walked before what is much above the budget is shaved: that takes longer by then."""
 _NEAR_ENOUGH = 0.0005
+_FAR = 0.1
+"""The gap beyond which annealing goes on."""
 _INTERVALS_SHARE, _BOUND_SHARE = 0.5, 0.2
 """Of the work, where any op may run again anywhere: for annealing, and for the bound in the end."""
 _CLOSE = 0.0025
@@ -173,7 +175,8 @@ class Pool:
         if solver == "auto" and self._intervals:
             progress("annealing", 0.0)
             self._search.frontier, self._search.leveled = [], []
-            steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, bound * program.seconds)
+            far = (bound + _FAR) * program.seconds
+            steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, far, begin + 0.75 * limit)
             annealed = self._search.frontier
         self.grow(begin + 0.6 * limit, progress, (lambda: True) if annealed and done() else done)
         for entry in annealed:
