@@ -63,8 +63,8 @@ _LARGEST_WHOLE: Final = 2500
 _WHOLE: Final = 1200
 """Moments times ops up to which it takes more than two moments."""
 
-_WHOLE_ANYWHERE: Final = 60
-"""The same where nothing is forward and nothing backward: more moments tell more there, and take no real seconds."""
+_SMALL_ANYWHERE: Final = 60
+"""Ops up to which the telling moments get both where nothing is backward; beyond, moments all along tell more."""
 
 _NODES: Final = 100
 """Nodes of the search for it."""
@@ -102,13 +102,13 @@ def closer_bound(program: Program, budget_bytes: int, moments: list[int], *, dea
     """The part of ``lower_bound`` that looks at several moments at once, about a second for a thousand ops."""
     if not moments:
         return 0.0
-    together = _together(program, budget_bytes, moments, deadline)
-    is_divided = any(op.phase == "backward" for op in program.ops)
-    if is_divided or len(program.ops) <= _WHOLE_ANYWHERE:
-        together = max(together, _whole(program, budget_bytes, moments, deadline))
+    is_divided, best = any(op.phase == "backward" for op in program.ops), 0.0
+    if is_divided or len(program.ops) <= _SMALL_ANYWHERE:
+        together = _together(program, budget_bytes, moments, deadline)
+        best = max(together, _whole(program, budget_bytes, moments, deadline))
     if not is_divided:
-        together = max(together, _all_along(program, budget_bytes, deadline))
-    return _as_share(program, together)
+        best = max(best, _all_along(program, budget_bytes, deadline))
+    return _as_share(program, best)
 
 
 def _as_share(program: Program, seconds: float) -> float:

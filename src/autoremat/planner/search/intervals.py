@@ -18,7 +18,7 @@ from autoremat.program import Program
 
 _NAME = "annealing"
 
-_SHARES = (0.65, 0.35)
+_SHARES = (0.8, 0.2)
 """How the steps are divided: one search from the program as it is, then one from the best that is known."""
 
 _MOST_ROUNDS = 8
@@ -65,7 +65,7 @@ class Intervals:
             best = self._best(budget_bytes) if k % 2 else None
             start = self._plain.with_runs(best or [], budget_bytes)
             course = Course(steps, k, hot=0.5, price=1.0) if best else Course(steps, k)
-            taken += self._anneal(start, course, lambda: done() or clock.is_over()).steps
+            taken += self._anneal(start, course, lambda: done() or clock.is_over(deadline)).steps
         return taken
 
     def lowering(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ _WALKS_FIRST = 500
 _NEAR_ENOUGH = 0.0005
 _FAR = 0.1
 """The gap beyond which annealing goes on."""
-_INTERVALS_SHARE, _BOUND_SHARE = 0.5, 0.2
+_INTERVALS_SHARE, _BOUND_SHARE = 0.5, 0.3
 """Of the work, where any op may run again anywhere: for annealing, and for the bound in the end."""
 _CLOSE = 0.0025
 """The gap beyond which a closer look at the bound is worth its time."""
@@ -176,7 +176,7 @@ class Pool:
             progress("annealing", 0.0)
             self._search.frontier, self._search.leveled = [], []
             far = (bound + _FAR) * program.seconds
-            steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, far, begin + 0.75 * limit)
+            steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, far, begin + 0.7 * limit)
             annealed = self._search.frontier
         self.grow(begin + 0.6 * limit, progress, (lambda: True) if annealed and done() else done)
         for entry in annealed:
