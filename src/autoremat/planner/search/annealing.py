@@ -34,6 +34,10 @@ _DEEP = 3
 
 _ALONG = 0.15
 
+_LEAST_TURN, _RISE, _RISEN = 1.08, 300.0, 0.3
+"""The price changes by that factor after a batch; in a short search by more, so that it can rise so many times in so
+large a part of it."""
+
 _DEAREST = 1e6
 """The price beyond which nothing changes any more, in the price of a mean byte."""
 
@@ -90,13 +94,14 @@ class Annealing:
     def run(self, enough: Callable[[], bool]) -> Annealed:
         """All steps, or until it is enough, which is asked after every batch. O(runs) array operations each."""
         course, done = self._course, 0
+        turn = max(_LEAST_TURN, _RISE ** (_BATCH / max(_BATCH, _RISEN * course.steps)))
         while done < course.steps and not enough():
             heat = course.hot * (course.cold / course.hot) ** (done / course.steps)
             within = self._batch(heat * self._unit)
             if within < 0.2 and self._price < _DEAREST * self._dear:
-                self._price *= 1.08
+                self._price *= turn
             elif within > 0.5:
-                self._price /= 1.08
+                self._price /= turn
             done += _BATCH
             clock.spend(_BATCH / STEPS_A_SECOND)
         return Annealed(self.best.runs, self.best.extra_seconds, done)
