@@ -21,10 +21,13 @@ _NAME = "annealing"
 _SHARES = (0.8, 0.2)
 """How the steps are divided: one search from the program as it is, then one from the best that is known."""
 
+_MOST_STEPS = 300
+"""For each op, of the searches within one budget: small programs need no more."""
+
 _MOST_ROUNDS = 8
 """Of searches, where the best found stays far from the bound."""
 
-_FLOOR_STEPS, _MOST_FLOOR_STEPS = 160, 40_000
+_FLOOR_STEPS, _MOST_FLOOR_STEPS = 100, 40_000
 """Of looking for the floor, for each op and in all; for one budget an eighth of that."""
 
 _LAST_STEP = 0.002
@@ -57,11 +60,11 @@ class Intervals:
 
         Returns the number of steps.
         """
-        taken = 0
+        taken, most = 0, min(int(STEPS_A_SECOND * work), _MOST_STEPS * self._plain.n)
         for k in range(_MOST_ROUNDS):
             if done() or clock.is_over(deadline) or (k >= len(_SHARES) and not self._is_far(budget_bytes, far_seconds)):
                 break
-            steps = int(STEPS_A_SECOND * work * _SHARES[k % len(_SHARES)])
+            steps = int(most * _SHARES[k % len(_SHARES)])
             best = self._best(budget_bytes) if k % 2 else None
             start = self._plain.with_runs(best or [], budget_bytes)
             course = Course(steps, k, hot=0.5, price=1.0) if best else Course(steps, k)
