@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from autoremat.planner import solve
+from autoremat.planner.search.floor import Floor
 from autoremat.planner.search.pool import Pool
 from autoremat.program import InfeasibleBudget, Program, simulate, verify
 from tests.planner.layers import layers
@@ -37,7 +38,7 @@ def timed_anew(program: Program, seed: int) -> Program:
 
 
 def floor_of(program: Program) -> int:
-    return Pool(program).floor_bytes(lambda what, share: None)
+    return Floor(program).nbytes
 
 
 @pytest.mark.parametrize("name", RECORDED)

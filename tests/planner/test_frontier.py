@@ -15,6 +15,7 @@ from matplotlib.image import imread
 import autoremat
 from autoremat.planner import clock, frontier, solve
 from autoremat.planner.frontiers import reached
+from autoremat.planner.search.jobs import Jobs
 from autoremat.planner.search.pool import Pool
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate, verify
 from autoremat.show.plots import frontier_plot
@@ -182,9 +183,9 @@ def test_a_program_takes_no_arguments():
 def test_the_first_budget_does_not_take_the_time_of_all(monkeypatch: pytest.MonkeyPatch):
     """Where its search takes longer than it should, the others still have candidates to start from."""
     now, jobs = [0.0], [0]
-    run, improve = Pool._run, Pool._improve
+    run, improve = Jobs._run, Pool._improve
 
-    def run_in_a_second(self: Pool, job: Any, deadline: float) -> None:
+    def run_in_a_second(self: Jobs, job: Any, deadline: float) -> None:
         jobs[0] += job not in self._found
         now[0] += job not in self._found
         run(self, job, deadline)
@@ -194,10 +195,10 @@ def test_the_first_budget_does_not_take_the_time_of_all(monkeypatch: pytest.Monk
         now[0] += 1000
 
     monkeypatch.setattr(clock, "now", lambda: now[0])
-    monkeypatch.setattr(Pool, "_run", run_in_a_second)
+    monkeypatch.setattr(Jobs, "_run", run_in_a_second)
     monkeypatch.setattr(Pool, "_improve", take_all_time)
     program = gpt(2, vocabulary=256)
     pool = Pool(program)
-    enough = len(pool._rest) + 12
+    enough = len(list(pool._rest_of_the_work())) + 12
     frontier(program, points=12, time_limit_seconds=10 * enough)
     assert jobs[0] >= 1.9 * enough

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from autoremat.planner import clock
 from autoremat.planner.constraints import Patterns, constrain, explained
 from autoremat.planner.refusals import infeasible
-from autoremat.planner.solving import _pool_of, _silent, solve
+from autoremat.planner.search.floor import floor_of
+from autoremat.planner.solving import LIMIT_SECONDS, _pool_of, _silent, solve
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.program.units import parse_budget
 
@@ -165,16 +166,18 @@ _AT_LEAST = 0.25
 
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
     """A plan per budget, by rising budget."""
-    begin, progress = clock.now(), progress or _silent
-    end, pool = begin + limit, _pool_of(program)
-    budgets = _budgets(points, pool.floor_bytes(_part(progress, 0.0, 0.05)), simulate(program).peak_bytes)
-    pool.grow(begin + _FOR_ALL * limit, _part(progress, 0.05, 0.1), lambda: False)  # the first must not take all time
+    end, pool, progress = clock.now() + limit, _pool_of(program), progress or _silent
+    progress("floor", 0.0)
+    budgets = _budgets(points, floor_of(program).nbytes, simulate(program).peak_bytes)
     plans = []
     n = len(budgets)
-    for k, budget_bytes in enumerate(budgets):
-        share = max((end - clock.now()) / (n - k), _AT_LEAST * limit / n)
-        part = _part(progress, 0.1 + 0.9 * k / n, 0.1 + 0.9 * (k + 1) / n, f"budget {k + 1} of {n}, ")
-        plans.append(solve(program, budget_bytes, time_limit_seconds=share, progress=part))
+    with pool.shared(_FOR_ALL * limit, _part(progress, 0.05, 0.1)):
+        for k, budget_bytes in enumerate(budgets):
+            share = max((end - clock.now()) / (n - k), _AT_LEAST * limit / n)
+            part = _part(progress, 0.1 + 0.9 * k / n, 0.1 + 0.9 * (k + 1) / n, f"budget {k + 1} of {n}, ")
+            plans.append(
+                solve(program, budget_bytes, time_limit_seconds=share, effort=limit / n / LIMIT_SECONDS, progress=part)
+            )
     progress("done", 1.0)
     return plans
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from math import inf
 from typing import TYPE_CHECKING, Final
 
 from autoremat.planner import clock
@@ -32,6 +33,15 @@ if TYPE_CHECKING:
 
 SOLVERS: Final = ("auto", "exact", "greedy", *NAMES)
 """Names that ``solve`` accepts as ``solver``."""
+
+_WORK_SECONDS: Final = 7.0
+"""The work of an effort of 1, in seconds of a nominal machine."""
+
+LIMIT_SECONDS: Final = 10.0
+"""The limit of time that goes with it."""
+
+_FAR: Final = 0.1
+"""The gap to the bound that a plan does not have without saying so."""
 
 _FIRST_SHARE: Final = 0.25
 """Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
@@ -62,6 +72,7 @@ def solve(
     keep: Patterns = (),
     recompute: Patterns = (),
     time_limit_seconds: float = 10.0,
+    effort: float | None = None,
     progress: Callable[[str, float], None] | None = None,
     first: bool = False,
 ) -> Plan:
@@ -76,8 +87,10 @@ def solve(
         keep: patterns on module paths or names of ops; what these ops make is never computed again.
         recompute: the same; what these ops make does not stay from the forward into the backward, and is computed again
             where the backward asks for it. What must not run again stays all the same.
-        time_limit_seconds: when to stop looking for a better plan. Where the limit is not hit, the plan depends on
-            nothing but the program and the budget.
+        time_limit_seconds: when to stop looking for a better plan. Where that cuts the work short, ``Plan.stopped``
+            says so; else the plan depends on nothing but the program, the budget and the effort.
+        effort: how much work to do, whatever the machine and whatever else it does: 1.0 is most of what fits into ten
+            seconds of a quiet one. None: as much as goes with the time limit, a tenth of its seconds.
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
         first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
             looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
@@ -95,44 +108,63 @@ def solve(
     """
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
+    effort = time_limit_seconds / LIMIT_SECONDS if effort is None else effort
     if keep or recompute:
         limited = constrain(program, keep, recompute)
         try:
-            plan = solve(limited, budget, solver=solver, time_limit_seconds=time_limit_seconds, progress=progress,
-                         first=first)  # fmt: skip
+            plan = solve(limited, budget, solver=solver, time_limit_seconds=time_limit_seconds, effort=effort,
+                         progress=progress, first=first)  # fmt: skip
         except InfeasibleBudget as error:
             raise explained(error, keep, recompute) from None
         return replace(plan, program=program)
+    with clock.limited(time_limit_seconds):
+        plan = _solved(program, budget, solver, effort * _WORK_SECONDS, progress or _silent, first=first)
+        return replace(plan, stopped=f"after {time_limit_seconds:g} s, the limit of time") if clock.has_cut() else plan
+
+
+def _solved(
+    program: Program,
+    budget: int | float | str,
+    solver: str,
+    work: float,
+    progress: Callable[[str, float], None],
+    *,
+    first: bool,
+) -> Plan:
+    """The plan that so much work finds, in seconds of a nominal machine."""
     plain_peak = simulate(program).peak_bytes
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in NAMES:
-        return _classic(program, budget_bytes, solver, plain_peak, clock.now() + time_limit_seconds)
+        return _classic(program, budget_bytes, solver, plain_peak, clock.worked() + work)
     optimum = _optimum(program, budget_bytes, plain_peak) if solver == "auto" else None
     if optimum:
-        (progress or _silent)("done", 1.0)
+        progress("done", 1.0)
         return optimum
     early = _first_plan(program, budget_bytes, plain_peak) if first and solver == "auto" else None
     if early:
         return early
-    begin, share = clock.now(), _FIRST_SHARE if solver == "exact" else 1.0
+    begin, share = clock.worked(), _FIRST_SHARE if solver == "exact" else 1.0
     found = _pool_of(program).solve(
-        program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * time_limit_seconds,
-        progress or _silent,
-    )  # fmt: skip
-    deadline = begin + time_limit_seconds
+        program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * work, progress
+    )
+    deadline = begin + work
     if solver == "exact":
         found = _made_exact(program, budget_bytes, found, deadline)
     elif solver == "auto":
-        look = _exact_look(program, found) * time_limit_seconds
+        look = _exact_look(program, found) * work
         if look:
-            found = _made_exact(program, budget_bytes, found, min(deadline, clock.now() + look))
+            found = _made_exact(program, budget_bytes, found, min(deadline, clock.worked() + look))
     if found.schedule is None:
         lowest = found.lowest or Schedule.plain(program)
         raise infeasible(program, budget_bytes, lowest, solver=solver)
-    return _plan(
+    plan = _plan(
         program, found.schedule, budget_bytes, plain_peak, found.floor_bytes, found.lower_bound,
         solver if solver == "exact" else found.name, found.candidates,
     )  # fmt: skip
+    if solver == "auto" and plan.overhead - plan.lower_bound > _FAR:
+        steps = f"{found.steps:,} steps of annealing" if found.steps else "the work that goes with the effort"
+        return replace(plan, stopped=f"after {steps}, far from the bound; a larger effort may find a better plan")
+    return plan
 
 
 def classics_of(
@@ -142,13 +174,14 @@ def classics_of(
 
     Keep everything is left out, and so is what finds nothing else. None is begun after the time limit.
     """
-    end, found = clock.now() + time_limit_seconds, []
-    for name in NAMES:
-        if name != "keep-everything" and clock.now() < end:
-            timeline = simulate(program, _made_by(name, program, budget_bytes, end))
-            overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
-            if timeline.extra_seconds or timeline.peak_bytes <= budget_bytes:
-                found.append((name, timeline.peak_bytes, overhead))
+    found = []
+    with clock.limited(time_limit_seconds):
+        for name in NAMES:
+            if name != "keep-everything" and not clock.is_over():
+                timeline = simulate(program, _made_by(name, program, budget_bytes, inf))
+                overhead = timeline.extra_seconds / program.seconds if program.seconds else 0.0
+                if timeline.extra_seconds or timeline.peak_bytes <= budget_bytes:
+                    found.append((name, timeline.peak_bytes, overhead))
     return tuple(found)
 
 
@@ -191,7 +224,7 @@ def _made_exact_by_calls(program: Program, budget_bytes: int, found: Found, dead
     """
     from autoremat.planner.search.optimum import exact
 
-    now, known = clock.now(), found.schedule
+    now, known = clock.worked(), found.schedule
     by_stages = exact(folded_of(program), budget_bytes, deadline=now + (deadline - now) / 2).schedule
     by_ops = exact(program, budget_bytes, deadline=deadline)
     total = program.seconds or 1.0

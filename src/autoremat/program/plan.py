@@ -32,6 +32,7 @@ class Plan:
         solver: name of the solver whose schedule this is.
         candidates: ``(solver, peak_bytes, overhead)`` of the other schedules that were looked at.
         floor_lower_bound_bytes: no schedule at all has a smaller peak than this; 0 when nothing is known.
+        stopped: when and why the search ended before it was done, as a part of a sentence; "" where it was done.
     """
 
     program: Program
@@ -45,6 +46,7 @@ class Plan:
     solver: str
     candidates: tuple[tuple[str, int, float], ...] = ()
     floor_lower_bound_bytes: int = 0
+    stopped: str = ""
 
     def __str__(self) -> str:
         """The plan in a few lines that a person can read."""

@@ -59,6 +59,7 @@ def _costs(plan: Plan) -> list[str]:
         f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest known peak{below}",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
         f"  plain step  {seconds:>9}  {timing}{without}",
+        *([f"  stopped     {plan.stopped}"] if plan.stopped else []),
     ]
 
 

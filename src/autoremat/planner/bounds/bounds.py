@@ -47,11 +47,24 @@ _LOOKED_AT: Final = 80_000
 _STEPS: Final = 24
 """Steps of the bisection."""
 
+_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 10, 40, 20.0, 6
+"""Moments of the linear program all along, at first and at most; the work it may take; how many times as much twice as
+many moments take."""
+
+_LOOKS_EVERY: Final = 3
+"""From every how manieth of them on it looks at all later ones together: that makes it much larger."""
+
+_LARGEST_ALONG: Final = 24_000
+"""Moments times ops up to which that is worth it."""
+
 _LARGEST_WHOLE: Final = 2500
 """Ops up to which an integer program over two moments is worth its time."""
 
 _WHOLE: Final = 1200
 """Moments times ops up to which it takes more than two moments."""
+
+_SMALL_ANYWHERE: Final = 60
+"""Ops up to which the telling moments get both where nothing is backward; beyond, moments all along tell more."""
 
 _NODES: Final = 100
 """Nodes of the search for it."""
@@ -68,7 +81,7 @@ def lower_bound(program: Program, budget_bytes: int, *, deadline: float = inf) -
 
     The schedules meant are all that run every op in program order plus reruns of repeatable ops anywhere. Never
     negative; 0.0 for a program without seconds. About a hundred minimum cuts and a linear program; stops at
-    ``deadline`` (on ``clock.now``) with what it has.
+    ``deadline`` (on ``clock.worked``) with what it has.
     """
     best, moments = cut_bound(program, budget_bytes, deadline=deadline)
     return max(best, closer_bound(program, budget_bytes, moments, deadline=deadline))
@@ -89,8 +102,13 @@ def closer_bound(program: Program, budget_bytes: int, moments: list[int], *, dea
     """The part of ``lower_bound`` that looks at several moments at once, about a second for a thousand ops."""
     if not moments:
         return 0.0
-    together = _together(program, budget_bytes, moments, deadline)
-    return _as_share(program, max(together, _whole(program, budget_bytes, moments, deadline)))
+    is_divided, best = any(op.phase == "backward" for op in program.ops), 0.0
+    if is_divided or len(program.ops) <= _SMALL_ANYWHERE:
+        together = _together(program, budget_bytes, moments, deadline)
+        best = max(together, _whole(program, budget_bytes, moments, deadline))
+    if not is_divided:
+        best = max(best, _all_along(program, budget_bytes, deadline))
+    return _as_share(program, best)
 
 
 def _as_share(program: Program, seconds: float) -> float:
@@ -147,7 +165,7 @@ def _ranked(program: Program, budget_bytes: int, deadline: float) -> list[tuple[
     """Moments with a bound for each, best first; the price of the first one is good enough to compare them."""
     weights, price, found = _Weights(program), 0.0, list[tuple[float, int]]()
     for t in _moments(program):
-        if clock.now() > deadline:
+        if clock.is_over(deadline):
             break
         moment = _Moment(program, t)
         if not price:
@@ -178,7 +196,7 @@ def _best_price(moment: _Moment, weights: _Weights, budget_bytes: int, deadline:
     best, best_price, low, high = 0.0, 0.0, 0.0, 0.0
     price = _first_price(moment.program, moment.network)
     for _ in range(_STEPS):
-        if clock.now() > deadline:
+        if clock.is_over(deadline):
             break
         bound, slope = _cut_at(moment, weights, budget_bytes, price)
         if bound > best:
@@ -210,27 +228,48 @@ def _first_price(program: Program, network: Network) -> float:
 def _together(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:
     """Seconds that any schedule needs because of what fits at several moments, one after the other."""
     count = min(_TOGETHER, _LARGEST // len(program.ops))
-    if count < 2 or not ranked or clock.now() > deadline:
+    if count < 2 or not ranked or clock.is_over(deadline):
         return 0.0
     table = _stages(program, budget_bytes, _spread(ranked, count)).table
-    found = table.relax(min(_MOST_SECONDS, deadline - clock.now()))
+    found = table.relax(min(_MOST_SECONDS, deadline - clock.worked()))
     return found.cost * _unit(program) if found and found.cost < inf else 0.0
+
+
+def _all_along(program: Program, budget_bytes: int, deadline: float) -> float:
+    """The same at moments all along where the plain program is above the budget, more of them while there is work left.
+
+    Where nothing is forward and nothing backward, other values fill the memory at other moments.
+    """
+    above = [t for t, nbytes in enumerate(simulate(program).resident_bytes) if nbytes > budget_bytes]
+    most = min(_MOST_ALONG, len(above), _LARGEST_ALONG // len(program.ops))
+    best, count = 0.0, min(most, _FIRST_ALONG)
+    while 0 < count <= most and not clock.is_over(deadline):
+        begin = clock.worked()
+        moments = [above[len(above) * k // count] for k in range(count)]
+        table = _stages(program, budget_bytes, moments, looks_every=_LOOKS_EVERY).table
+        found = table.relax(min(_MOST_ALONG_SECONDS, deadline - begin))
+        if not found or found.cost == inf:
+            break
+        best, count = max(best, found.cost * _unit(program)), 2 * count
+        if _GROWTH * (clock.worked() - begin) > deadline - clock.worked():
+            break
+    return best
 
 
 def _whole(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:
     """The same with ops that cannot run half a time, and at fewer moments."""
-    if len(program.ops) > _LARGEST_WHOLE or not ranked or clock.now() > deadline:
+    if len(program.ops) > _LARGEST_WHOLE or not ranked or clock.is_over(deadline):
         return 0.0
     count = max(2, min(_TOGETHER, _WHOLE // len(program.ops)))
     table = _stages(program, budget_bytes, _spread(ranked, count)).table
-    found = table.solve(min(_MOST_SECONDS, deadline - clock.now()), nodes=_NODES)
+    found = table.solve(min(_MOST_SECONDS, deadline - clock.worked()), nodes=_NODES)
     return found.bound * _unit(program) * (1 - _TOLERANCE) if found.bound < inf else 0.0
 
 
-def _stages(program: Program, budget_bytes: int, moments: list[int]) -> Stages:
+def _stages(program: Program, budget_bytes: int, moments: list[int], *, looks_every: int = 1) -> Stages:
     ends = sorted({*moments, len(program.ops) - 1})
     stages = Stages(program, budget_bytes, ends, unit_seconds=_unit(program))
-    for w in range(1, len(ends)):
+    for w in range(looks_every, len(ends), looks_every):
         stages.since(w)
     return stages
 

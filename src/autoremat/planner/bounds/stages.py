@@ -33,6 +33,12 @@ Floats = npt.NDArray[np.float64]
 
 _INFEASIBLE: Final = 2
 
+_ENTRIES_A_SECOND: Final = 3e8
+"""Entries of the matrix times steps of the simplex algorithm that a second of work goes through."""
+
+_COLUMN_SECONDS: Final = 1e-4
+"""What a column of an integer program counts as work."""
+
 ZERO: Final = 0
 ONE: Final = 1
 """Two columns that are always 0 and 1, so that every quantity is a column."""
@@ -109,8 +115,10 @@ class Table:
         from scipy.optimize import linprog
 
         matrix, box = self.matrix(), np.stack([self.low, self.high], axis=1)
-        options = dict(clock.relaxation_limits(seconds))
-        found = linprog(self.cost, A_ub=matrix, b_ub=self.most, bounds=box, method="highs", options=options)
+        per_step = max(1, matrix.nnz) / _ENTRIES_A_SECOND
+        options = {**clock.relaxation_limits(clock.left()), "maxiter": _whole_number(seconds / per_step)}
+        found = linprog(self.cost, A_ub=matrix, b_ub=self.most, bounds=box, method="highs-ds", options=options)
+        clock.spend(per_step * found.nit)
         if found.status == _INFEASIBLE:
             return Relaxed(inf, np.zeros(len(self.cost)))
         if found.status != 0:
@@ -134,7 +142,8 @@ class Table:
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        limits = {**clock.search_limits(seconds), "mip_rel_gap": 0.0}
+        limits = {**clock.search_limits(min(seconds, clock.left())), "mip_rel_gap": 0.0}
+        clock.spend(min(seconds, _COLUMN_SECONDS * len(self.cost)))
         found = milp(
             np.array(self.cost),
             integrality=np.array(self.whole),
@@ -146,6 +155,10 @@ class Table:
             return Whole(inf, None)
         bound = found.mip_dual_bound
         return Whole(bound if bound is not None and bound > -inf else 0.0, found.x)
+
+
+def _whole_number(number: float) -> int:
+    return int(min(1e9, max(1.0, number)))
 
 
 @dataclass

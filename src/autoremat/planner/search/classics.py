@@ -19,6 +19,9 @@ from autoremat.planner.solvers.dtr import dtr_runs
 from autoremat.planner.solvers.revolve import fewest_slots, revolve_plans, revolve_runs
 from autoremat.planner.solvers.rotor import MOST_BLOCKS, rotor_plans
 
+_CLASSICS_SECONDS = 0.05
+"""What the dynamic programming of one of them counts as work, beside the looks at its plans."""
+
 
 class Classics:
     """The classics' plans for one program; what they find is remembered by the search."""
@@ -44,11 +47,12 @@ class Classics:
         if self._search.tables.passing:
             return
         for name, plans in self._plans(budget_bytes, deadline):
+            clock.spend(_CLASSICS_SECONDS)
             looks = [(self._search.look(name, runs), runs) for runs in plans]
             fitting = [(look.rank, runs) for look, runs in looks if look.peak_bytes <= budget_bytes]
             if fitting:
                 self._search.reuse(name, min(fitting)[1], budget_bytes)
-            if clock.now() > deadline:
+            if clock.is_over(deadline):
                 return
 
     def _plans(self, budget_bytes: int, deadline: float) -> Iterator[tuple[str, Iterable[Runs]]]:

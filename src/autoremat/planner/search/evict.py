@@ -18,6 +18,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
+from autoremat.planner import clock
 from autoremat.planner.search.tables import NEVER, Tables
 from autoremat.program import Op
 
@@ -26,6 +27,9 @@ _STALE = 24
 
 _FARTHEST = 100
 """How many missing ops a score looks at."""
+
+_SCORE_SECONDS = 2.5e-5
+"""What a score counts as work."""
 
 _MOST_RUNS = 6000
 """How many reruns make a walk hopeless; on programs of other sizes twice to ten times their ops."""
@@ -42,6 +46,7 @@ class Rules:
         dropped: values that leave right after the forward has used them, whatever the room.
         most_bytes: the walk is given up where an op needs more than that, whatever leaves.
         noise: factor on every score, for variety.
+        most_scores: the walk is given up after so many scores; it thrashes.
     """
 
     limit_bytes: int
@@ -50,6 +55,7 @@ class Rules:
     dropped: frozenset[int] = frozenset()
     most_bytes: int = NEVER
     noise: Callable[[], float] = lambda: 1.0
+    most_scores: int = NEVER
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,20 +130,16 @@ class Executor:
         t = course.tables
         self.course, self.rules, self.tables = course, rules, t
         self.runs: list[tuple[int, int]] = []
-        self.failed = False
-        self.now = 0
-        self.bytes = 0
+        self.failed, self.now, self.bytes = False, 0, 0
         self.resident: dict[int, None] = {}
         self.droppable = frozenset(t.droppable)
         self.size = [v.nbytes for v in t.values]
         self._seconds = list(t.seconds)
-        self._writes = [op.writes for op in t.ops]
         self.busy_until = [-1] * len(t.values)
         self.protected: set[int] = set()
         self._queue: list[tuple[float, int]] = []
         self._sources: dict[int, int] = {}
-        self._sources_at = -_STALE
-        self._changes = 0
+        self._sources_at, self._changes, self._scored = -_STALE, 0, 0
         self._most_runs = min(10 * len(t.ops), max(2 * len(t.ops), _MOST_RUNS))
 
     # -- walking -------------------------------------------------------------------------------------------------------
@@ -240,7 +242,8 @@ class Executor:
                 self._leave(v)
         else:
             self._evict(limit - others)
-        self.failed |= self.bytes + others > self.rules.most_bytes or len(self.runs) > self._most_runs
+        is_hopeless = len(self.runs) > self._most_runs or self._scored > self.rules.most_scores
+        self.failed |= is_hopeless or self.bytes + others > self.rules.most_bytes or clock.is_over()
 
     def _evict(self, limit: int) -> None:
         """Evict some of what is idle until the rest fits."""
@@ -278,7 +281,10 @@ class Executor:
             self._sources, self._sources_at = self._uses_as_source(), self.now
             self._changes = 0
         now, busy, protected, score = self.now, self.busy_until, self.protected, self._score
-        return sorted(((score(v), v) for v in self.resident if busy[v] < now and v not in protected), reverse=True)
+        idle = [v for v in self.resident if busy[v] < now and v not in protected]
+        self._scored += len(idle)
+        clock.spend(_SCORE_SECONDS * len(idle))
+        return sorted(((score(v), v) for v in idle), reverse=True)
 
     def _idle(self, value: int) -> bool:
         return value not in self.protected and self.busy_until[value] < self.now
@@ -318,7 +324,7 @@ class Executor:
             if i >= now:
                 continue
             due = NEVER
-            for w in self._writes[i]:
+            for w in tables.ops[i].writes:
                 if w not in resident and not kept[w] and now > until[w]:
                     due = min(due, first_start(w, now - 1), soonest.get(w, NEVER))
             if due < NEVER:

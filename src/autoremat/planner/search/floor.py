@@ -11,9 +11,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
+from autoremat.planner import clock
 from autoremat.planner.search.account import Ints
 from autoremat.planner.search.calls import planned_as
 from autoremat.planner.search.classics import Classics
+from autoremat.planner.search.intervals import Intervals, is_open
 from autoremat.planner.search.memo import per_program
 from autoremat.planner.search.search import Candidate, Entry, Search
 from autoremat.planner.search.tables import open_tables_of
@@ -22,6 +24,8 @@ from autoremat.planner.solvers.segments import boundaries, crossing
 from autoremat.program import Program
 
 _NESTED = (2, 3, 4, 6, 8, 12, 20, 32)
+_SMALL = 100
+"""Ops beyond which all else takes long and finds nothing lower than annealing, where any op may run again anywhere."""
 _SHAVED = 3
 """How many of the lowest peaks are shaved as far down as it goes."""
 
@@ -37,6 +41,9 @@ class Floor:
 
     Args:
         program: whose.
+
+    Attributes:
+        is_done: nothing is left to look at.
     """
 
     def __init__(self, program: Program) -> None:
@@ -44,10 +51,11 @@ class Floor:
         self._even = replace(program, ops=tuple(replace(op, seconds=1.0, rerun_seconds=None) for op in program.ops))
         self._search = _Heard(self._even)
         self._work = self._steps()
+        self.is_done = False
 
     def is_within(self, budget_bytes: int) -> bool:
         """Whether a budget is accepted. Looks no further than that takes."""
-        while self.met_bytes > budget_bytes and next(self._work, False):
+        while self.met_bytes > budget_bytes and self._look():
             pass
         return self.met_bytes <= budget_bytes
 
@@ -59,20 +67,30 @@ class Floor:
     @property
     def nbytes(self) -> int:
         """The smallest budget that is accepted."""
-        for _ in self._work:
+        while self._look():
             pass
         return self.met_bytes
 
-    def entries(self, extra_seconds_of: Callable[[Ints], float]) -> list[Entry]:
+    def entries(
+        self, extra_seconds_of: Callable[[Ints], float], will_do: Callable[[], bool] = lambda: False
+    ) -> list[Entry]:
         """All that were looked at, the lowest peak first.
 
         Args:
             extra_seconds_of: what the reruns of an order take on the program itself.
+            will_do: asked before each step whether what has been looked at so far will do.
         """
-        for _ in self._work:
+        while not will_do() and self._look():
             pass
         found = [replace(entry, extra_seconds=extra_seconds_of(order)) for entry, order in self._search.heard]
         return sorted(found, key=lambda e: (e.peak_bytes, e.extra_seconds))
+
+    def _look(self) -> bool:
+        """Do one step of the work, whatever the time; False where all is done."""
+        if not self.is_done:
+            with clock.aside():
+                self.is_done = not next(self._work, False)
+        return not self.is_done
 
     def _steps(self) -> Iterator[bool]:
         """All the work, step by step; each is True."""
@@ -86,6 +104,10 @@ class Floor:
             yield True
         Classics(search).find_floor()
         yield True
+        if is_open(self._even):
+            yield from (True for _ in Intervals(search, self._even).lowering())
+            if len(self._even.ops) > _SMALL:
+                return
         for entry in search.leveled[:_SHAVED]:
             search.shave(search.recall(entry), 0, rounds=40)
             yield True

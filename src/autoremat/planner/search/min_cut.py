@@ -22,10 +22,13 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from autoremat.planner import clock
 from autoremat.planner.search.tables import Tables
 from autoremat.planner.solvers.segments import segment_of
 
 Floats = npt.NDArray[np.float64]
+_CUT_SECONDS, _EDGE_SECONDS = 5e-4, 3e-6
+"""What a cut counts as work: in any case, and for each edge."""
 _LARGEST: Final = 1 << 30
 _SCALE: Final = 5e8
 _SOURCE, _SINK = 0, 1
@@ -80,6 +83,7 @@ class Network:
         """The cheapest choice; values in ``paid`` are kept already. One maximum flow."""
         capacity = self._capacities(price, nbytes, seconds, paid)
         size = 2 + len(self.ops) + len(self.inner) + len(self.outer)
+        clock.spend(_CUT_SECONDS + _EDGE_SECONDS * len(self.edges))
         flow, reached, scale = _max_flow(size, self.edges, capacity)
         again = tuple(i for k, i in enumerate(self.ops) if reached[2 + k])
         return Cut(self._kept(reached, paid), again, flow / scale)

@@ -59,7 +59,7 @@ def exact(program: Program, budget_bytes: int, known: Schedule | None = None, *,
         program: the step; up to about a hundred ops.
         budget_bytes: the most bytes at any run.
         known: a schedule within the budget; the better it is, the faster this goes.
-        deadline: on ``clock.now``; then the outcome is as far as it got.
+        deadline: on ``clock.worked``; then the outcome is as far as it got.
 
     Exponential at worst; seconds for a hundred ops where ``known`` is close to the optimum.
     """
@@ -88,7 +88,7 @@ class _Solver:
 
     def solve(self) -> Outcome:
         """Rounds until the gap is closed, nothing changes any more or the time is over."""
-        while not self._closed() and clock.now() < self.deadline and self._round():
+        while not self._closed() and not clock.is_over(self.deadline) and self._round():
             pass
         closed = self._closed()
         bound = self.best_cost if self.bound_of_all >= self.best_cost * (1 - _HAIR) else self.bound_of_all
@@ -99,14 +99,14 @@ class _Solver:
 
     def _round(self) -> bool:
         """Solve the integer program as it is now; False when another round would not bring more."""
-        relaxed = self.stages.table.relax(self.deadline - clock.now())
+        relaxed = self.stages.table.relax(self.deadline - clock.worked())
         if relaxed is None:
             return False
         self._raise_bound(relaxed.cost)
         if self._closed():
             return False
         low, high = self._bounds(relaxed)
-        found = self.stages.table.solve(_SHARE * (self.deadline - clock.now()), low=low, high=high)
+        found = self.stages.table.solve(_SHARE * (self.deadline - clock.worked()), low=low, high=high)
         # Columns are fixed as in a schedule that is cheaper than the best: no point means that there is none.
         self._raise_bound(min(found.bound, self.best_cost / self.unit))
         return found.point is not None and self._take(found.point)

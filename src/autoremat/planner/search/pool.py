@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from math import exp, inf
@@ -14,9 +15,11 @@ from autoremat.planner.search.calls import folded_of, planned_as
 from autoremat.planner.search.classics import Classics
 from autoremat.planner.search.floor import floor_of
 from autoremat.planner.search.greed import greedy
+from autoremat.planner.search.intervals import Intervals, is_open
+from autoremat.planner.search.jobs import Job, Jobs
 from autoremat.planner.search.min_cut import Pricer
 from autoremat.planner.search.search import Candidate, Entry, Search, no_noise
-from autoremat.planner.search.tables import open_tables_of
+from autoremat.planner.search.tables import Tables, open_tables_of
 from autoremat.planner.search.walks import Walks
 from autoremat.planner.solvers.every_block import block_of
 from autoremat.planner.solvers.segments import boundaries
@@ -27,16 +30,16 @@ _LARGE_PROGRAM = 6000
 _WALKS_FIRST = 500
 """Programs with more ops are walked before what is much above the budget is shaved: that takes longer by then."""
 _NEAR_ENOUGH = 0.0005
+_FAR = 0.1
+"""The gap beyond which annealing goes on."""
+_INTERVALS_SHARE, _BOUND_SHARE = 0.5, 0.3
+"""Of the work, where any op may run again anywhere: for annealing, and for the bound in the end."""
 _CLOSE = 0.0025
 """The gap beyond which a closer look at the bound is worth its time."""
 _RUNGS = 16
 _SEED = 20160421
 _MISSES = 8
 """After how many walks without success the rest of the disturbances is left to shave and fill."""
-
-
-Job = Callable[[float], None]
-"""Finds candidates; is told a deadline."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Found:
     floor_bytes: int
     lower_bound: float
     candidates: tuple[tuple[str, int, float], ...]
+    steps: int = 0
 
 
 class Pool:
@@ -65,9 +69,8 @@ class Pool:
         self._floor = floor_of(program)
         self._from_the_floor: list[Entry] = []
         """What was looked at to find it; the lowest peak first."""
-        self._cuts, self._rest = list(self._cut_work()), list(self._rest_of_the_work())
-        self._found: dict[Job, list[Entry]] = {}
-        """What each job has found, as far as they have run."""
+        self._jobs = Jobs(self._search, [*self._cut_work(), *self._rest_of_the_work()])
+        self._intervals = Intervals(self._search, program) if is_open(program) else None
         self._base: tuple[Entry, ...] = ()
 
     # -- the pool ------------------------------------------------------------------------------------------------------
@@ -78,44 +81,31 @@ class Pool:
         Starts from nothing each time and takes what a job found before from its record; so the pool is the same
         whichever budgets have been asked for before.
         """
-        self._search.frontier, self._search.leveled = [], []
-        progress("floor", 0.0)
-        for entry in self._look_for_the_floor():  # whatever the time, so that a floor is always known
-            self._search.remember(entry)
-        self._run_until(self._cuts, deadline, progress, enough)
-        self._run_until(self._rest, deadline, progress, enough)
+        self._restart()
+        self._jobs.run(deadline, enough, lambda share: progress("pool of candidates", 0.6 * share))
         self._base = tuple(self._search.frontier)
 
-    def _run_until(
-        self, jobs: list[Job], deadline: float, progress: Callable[[str, float], None], enough: Callable[[], bool]
-    ) -> None:
-        """The jobs in order, until there are enough candidates or until the deadline."""
-        for k, job in enumerate(jobs):
-            if enough() or (job not in self._found and clock.now() > deadline):
-                return
-            share = k / len(jobs)
-            progress("pool of candidates", 0.4 * share if jobs is self._cuts else 0.4 + 0.2 * share)
-            self._run(job, deadline)
+    def _restart(self) -> None:
+        """Forget all candidates but those that were looked at to find the floor, so that one is always known."""
+        self._search.frontier, self._search.leveled = [], []
+        for entry in self._look_for_the_floor():
+            self._search.remember(entry)
 
-    def _run(self, job: Job, deadline: float) -> None:
-        """Run a job, or take what it has found before from its record."""
-        if job in self._found:
-            for entry in self._found[job]:
-                self._search.remember(entry)
-            return
-        self._search.found = []
-        job(deadline)
-        self._found[job] = self._search.found
-        self._search.found = []  # what is found for one budget is not the pool's
-
-    def floor_bytes(self, progress: Callable[[str, float], None]) -> int:
-        """The smallest budget that ``solve`` takes."""
-        progress("floor", 0.0)
-        return self._floor.nbytes
+    @contextmanager
+    def shared(self, limit: float, progress: Callable[[str, float], None]) -> Iterator[None]:
+        """Make candidates for so long which cost the budgets that are asked for meanwhile nothing more."""
+        self._jobs.are_free = True
+        try:
+            with clock.limited(limit):
+                self.grow(clock.worked() + limit, progress, lambda: False)
+            yield
+        finally:
+            self._jobs.are_free = False
 
     def _look_for_the_floor(self) -> list[Entry]:
-        if not self._from_the_floor:
-            self._from_the_floor = self._floor.entries(self._search.accountant.extra_seconds_of)
+        """What was looked at; where time is over, no more than it took to know that the budget is accepted."""
+        if not (self._floor.is_done and self._from_the_floor):
+            self._from_the_floor = self._floor.entries(self._search.accountant.extra_seconds_of, clock.is_over)
         return self._from_the_floor
 
     def _cut_work(self) -> Iterator[Job]:
@@ -136,7 +126,7 @@ class Pool:
     def _segmentations(self) -> list[tuple[int, ...]]:
         """Cuts from one segment to one per op, about twelve counts, with equal and with shrinking segments."""
         tables = self._search.tables
-        found: dict[tuple[int, ...], None] = {(): None, self._block_cuts(): None}
+        found: dict[tuple[int, ...], None] = {(): None, _block_cuts(tables): None}
         count = 2.0
         ratio = max(1.3, (len(tables.early) / 2) ** (1 / 11)) if len(tables.early) > 2 else 2.0
         while count <= len(tables.early):
@@ -144,11 +134,6 @@ class Pool:
                 found[boundaries(tables, round(count), tapered=tapered)] = None
             count *= ratio
         return list(found)
-
-    def _block_cuts(self) -> tuple[int, ...]:
-        blocks = block_of(self._search.tables)
-        early = self._search.tables.early
-        return tuple(b for a, b in pairwise(early) if blocks[a] != blocks[b])
 
     def _priced(self, pricer: Pricer, price: float, cuts: tuple[int, ...]) -> Job:
         return lambda deadline: _ignore(self._search.keeping("min-cut", pricer.keep(price, cuts)))
@@ -171,22 +156,37 @@ class Pool:
 
         Below the floor ``auto`` looks for nothing: what it would find depends on how long it looks, and on seconds.
         """
-        begin, bound, moments = clock.now(), 0.0, list[int]()
+        bound, moments = 0.0, list[int]()
         progress("floor", 0.0)
-        floor = self._look_for_the_floor()[0]
-        if solver == "auto" and budget_bytes < floor.peak_bytes:
+        if solver == "auto" and not self._floor.is_within(budget_bytes):
+            floor = self._look_for_the_floor()[0]
             return Found("", None, self._schedule(program, floor), floor.peak_bytes, 0.0, ())
+        begin = clock.worked()
         if budget_bytes < simulate(program).peak_bytes:
             progress("lower bound", 0.0)
             bound, moments = cut_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
         bound = max(bound, self._search.tables.asked_seconds(program) / (program.seconds or 1.0))
         enough = (bound + self._near_enough) * program.seconds
-        self.grow(begin + 0.6 * limit, progress, lambda: self._is_down_to(enough, budget_bytes))
-        late = clock.now() + 0.1 * limit  # looking for the floor may have taken all the time there was
-        greedy_one = greedy(self._search, budget_bytes, deadline=max(begin + 0.7 * limit, late))
+
+        def done() -> bool:
+            return self._is_down_to(enough, budget_bytes)
+
+        annealed, steps = list[Entry](), 0
+        if solver == "auto" and self._intervals:
+            progress("annealing", 0.0)
+            self._search.frontier, self._search.leveled = [], []
+            far = (bound + _FAR) * program.seconds
+            steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, far, begin + 0.7 * limit)
+            annealed = self._search.frontier
+        self.grow(begin + 0.6 * limit, progress, (lambda: True) if annealed and done() else done)
+        for entry in annealed:
+            self._search.remember(entry)
+        floor = self._look_for_the_floor()[0]
+        greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.7 * limit)
         if solver == "auto":
             progress("search", 0.7)
-            self._improve(budget_bytes, max(begin + 0.9 * limit, late), self._disturbances(), enough)
+            share = 1.0 - _BOUND_SHARE if self._intervals else 0.9
+            self._improve(budget_bytes, begin + share * limit, self._disturbances(), enough)
         elif greedy_one.peak_bytes > budget_bytes:
             # Shaving towards another peak takes another way. So the greedy's floor, which is what it can do at most, is
             # the same for all budgets, and within reach.
@@ -209,6 +209,7 @@ class Pool:
             floor.peak_bytes,
             bound if best and best.extra_seconds > 0 else 0.0,
             self._report(program, budget_bytes, greedy_one),
+            steps,
         )
 
     def _choose(self, budget_bytes: int, solver: str, greedy_one: Candidate) -> Entry | None:
@@ -247,7 +248,7 @@ class Pool:
         search = self._search
 
         def done() -> bool:
-            return clock.now() > deadline or self._is_down_to(enough, budget_bytes)
+            return clock.is_over(deadline) or self._is_down_to(enough, budget_bytes)
 
         near, far = (self._fitting(starts, done) for starts in self._starts(budget_bytes))
         around = [walks.around for walks in self._walks]
@@ -306,6 +307,11 @@ class Pool:
         shaved = self._search.shave(candidate, target_bytes, deadline=deadline)
         if shaved.peak_bytes <= budget_bytes:
             self._search.fill(shaved, budget_bytes, deadline=deadline)
+
+
+def _block_cuts(tables: Tables) -> tuple[int, ...]:
+    blocks = block_of(tables)
+    return tuple(b for a, b in pairwise(tables.early) if blocks[a] != blocks[b])
 
 
 def found_by_greedy(program: Program, budget_bytes: int) -> Found | None:

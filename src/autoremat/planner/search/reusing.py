@@ -11,10 +11,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+from autoremat.planner import clock
 from autoremat.planner.search.account import Account, Accountant
 from autoremat.planner.search.tables import Tables
 
 Runs = list[tuple[int, int]]
+
+_RUN_SECONDS = 2e-5
+"""What a sweep counts as work, for each of the runs."""
 
 _FARTHEST = 20
 """How many runs an estimate of what is spared looks at."""
@@ -30,6 +34,9 @@ def reuse(
     if account.peak_bytes > budget_bytes:
         return runs, account
     for _ in range(rounds):
+        if clock.is_over():
+            break
+        clock.spend(_RUN_SECONDS * len(account.order))
         spared = _spare(_ledger(tables, account), account, budget_bytes, noise)
         if len(spared) <= len(runs) // 1000:
             break

@@ -35,6 +35,13 @@ _MOST_KNOWN = 100_000
 """How many candidates to keep, times ops: small programs meet the same candidates again and again."""
 
 
+_LOOK_SECONDS, _RUN_SECONDS = 4e-4, 3e-6
+"""What a look at a candidate counts as work: in any case, and for each of its runs."""
+
+_RETURN_SECONDS = 4e-5
+"""What an estimate of the cost of a return counts as work."""
+
+
 def no_noise() -> float:
     """Scores as they are."""
     return 1.0
@@ -174,6 +181,7 @@ class Search:
 
     def note(self, candidate: Candidate) -> None:
         """Take note of a candidate that was looked at."""
+        clock.spend(_LOOK_SECONDS + _RUN_SECONDS * len(candidate.account.order))
         self.remember(candidate.entry)
 
     def remember(self, entry: Entry) -> None:
@@ -187,8 +195,7 @@ class Search:
     def recall(self, entry: Entry) -> Candidate:
         """The candidate of an entry."""
         if entry.runs is not None:
-            runs = list(entry.runs)
-            return self._candidate(entry.name, (), runs, walked=True)
+            return self._candidate(entry.name, (), list(entry.runs), walked=True)
         return self.evaluate(entry.name, entry.dropped)
 
     def best_within(self, budget_bytes: int) -> Entry | None:
@@ -217,7 +224,7 @@ class Search:
         current = lowest = start
         stuck = 0
         for _ in range(rounds):
-            if current.peak_bytes <= target_bytes or stuck >= 8 or clock.now() > deadline:
+            if current.peak_bytes <= target_bytes or stuck >= 8 or clock.is_over(deadline):
                 break
             drops = self._drops(current, target_bytes, byte_time)
             if not drops:
@@ -236,6 +243,7 @@ class Search:
             cost = self._cost_of_return(current, v, gap_end)
             size = self.tables.values[v].nbytes * ((gap_end - gap_begin) if byte_time else 1)
             options.append((cost / size * self.noise(), v, level))
+        clock.spend(_RETURN_SECONDS * len(options))
         freed, chosen = 0, list[tuple[int, int]]()
         for score, v, level in sorted(options):
             if freed >= wanted or score == float("inf"):
@@ -299,7 +307,7 @@ class Search:
         best, refused = start, set[tuple[int, int]]()
         size = 1 << 30
         for _ in range(rounds):
-            if clock.now() > deadline:
+            if clock.is_over(deadline):
                 break
             picks = self._picks(best, budget_bytes, refused)[:size]
             if not picks:

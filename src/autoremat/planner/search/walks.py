@@ -23,6 +23,8 @@ _WORK = 500
 """Programs with more ops get fewer walks, and a floor that may be one percent too high."""
 _RUNGS = 8
 _POWERS = (0.0, 0.5, 1.0)
+_MOST_SCORES = 50_000
+"""Of a walk that looks for the floor, which has no limit of time."""
 
 
 class Walks:
@@ -44,7 +46,8 @@ class Walks:
             if low >= high - slack * high:
                 return
             limit = (low + high) // 2
-            if not any(self._walk(Rules(limit, limit, power), limit) for power in _POWERS[: self._tries(2)]):
+            rules = [Rules(limit, limit, power, most_scores=_MOST_SCORES) for power in _POWERS[: self._tries(2)]]
+            if not any(self._walk(rule, limit) for rule in rules):
                 low = limit + 1
 
     def _unavoidable_bytes(self) -> int:
@@ -75,7 +78,7 @@ class Walks:
     def around(self, budget_bytes: int, deadline: float) -> None:
         """Walk under the budget, from nothing and from what candidates above the budget drop."""
         for rules in self._rules(budget_bytes):
-            if clock.now() > deadline:
+            if clock.is_over(deadline):
                 return
             self._walk(rules, budget_bytes)
         best = next((e for e in reversed(self._search.leveled) if e.peak_bytes <= budget_bytes), None)

@@ -25,7 +25,7 @@ class Solver(Protocol):
         Args:
             program: the step, without calls that run again from their first op on (``planned_as`` has folded those).
             budget_bytes: of the peak.
-            deadline: on ``clock.now``; what takes long looks at it now and then, and ends with what it has.
+            deadline: on ``clock.worked``; what takes long looks at it now and then, and ends with what it has.
         """
 
 

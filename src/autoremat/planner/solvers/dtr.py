@@ -31,7 +31,7 @@ thrashes. They do not depend on the budget: so what it reaches for a budget, it 
 def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
     """DTR under the budget; where it fails, under the lowest of a few higher limits. O(evictions * values).
 
-    Near the floor it thrashes for minutes; past the ``deadline`` (on ``clock.now``) it fails.
+    Near the floor it thrashes for minutes; past the ``deadline`` (on ``clock.worked``) it fails.
     """
     course, plain = course_of(tables_of(program)), simulate(program).peak_bytes
     least = program.fixed_bytes
@@ -51,7 +51,7 @@ def dtr_runs(course: Course, limit_bytes: int, *, deadline: float = inf) -> Runs
     executor = _Online(course, Rules(limit_bytes, limit_bytes, most_bytes=limit_bytes))
     for t in range(len(course.tables.ops)):
         executor.step(t)
-        if executor.failed or clock.now() > deadline:
+        if executor.failed or clock.is_over(deadline):
             return None
     return executor.runs
 

@@ -1,0 +1,80 @@
+"""Effort decides which plan is found, time only cuts, and the plan says when it did."""
+
+from __future__ import annotations
+
+import itertools
+from unittest.mock import patch
+
+import pytest
+
+from autoremat import Plan, solve, verify
+from autoremat.planner import clock
+from benchmarks.layered import layered_graph
+from benchmarks.training_graphs import layered, training_graph
+
+EFFORT = 0.1
+
+
+def planned_by(seconds_a_look: float, share: float, limit: float = 1e9, n: int = 60, effort: float = EFFORT) -> Plan:
+    """A plan of a graph that nobody has planned before, by a clock that goes on so much at each look."""
+    ticks = itertools.count()
+    with patch.object(clock, "now", lambda: next(ticks) * seconds_a_look):
+        return solve(layered_graph(n, 5), share, time_limit_seconds=limit, effort=effort)
+
+
+@pytest.mark.parametrize("share", [0.9, 0.75])
+def test_a_slow_machine_finds_the_same_plan_byte_for_byte(share: float) -> None:
+    quick, slow = planned_by(1e-6, share), planned_by(50.0, share)
+    assert quick.overhead > 0
+    assert quick.to_json() == slow.to_json()
+    assert "limit of time" not in quick.stopped
+
+
+def test_of_a_training_graph_too() -> None:
+    found = []
+    for step in (1e-6, 50.0):
+        ticks = itertools.count()
+        with patch.object(clock, "now", lambda ticks=ticks, step=step: next(ticks) * step):
+            program = training_graph("layered", layered(30, 1))
+            found.append(solve(program, 0.7, time_limit_seconds=1e9, effort=EFFORT).to_json())
+    assert found[0] == found[1]
+
+
+def test_other_budgets_asked_for_before_change_nothing() -> None:
+    program = layered_graph(60, 5)
+    solve(program, 0.8, time_limit_seconds=1e9, effort=EFFORT)
+    again = solve(program, 0.75, time_limit_seconds=1e9, effort=EFFORT)
+    assert again.to_json() == planned_by(1e-6, 0.75).to_json()
+
+
+def test_a_plan_says_that_time_was_over() -> None:
+    plan = planned_by(1.0, 0.75, limit=3.0)
+    assert verify(plan.program, plan) == ()
+    assert plan.stopped == "after 3 s, the limit of time"
+    assert "stopped     after 3 s, the limit of time" in str(plan)
+    assert Plan.from_json(plan.to_json()).stopped == plan.stopped
+
+
+def test_a_plan_far_from_the_bound_says_so() -> None:
+    plan = planned_by(1e-6, 0.65, n=250, effort=0.01)
+    assert plan.overhead - plan.lower_bound > 0.1
+    assert "steps of annealing, far from the bound" in plan.stopped
+
+
+def test_what_is_over_stays_over_and_an_inner_limit_ends_with_itself() -> None:
+    ticks = itertools.count()
+    with patch.object(clock, "now", lambda: float(next(ticks))), clock.limited(100.0):
+        with clock.limited(2.0):
+            while not clock.is_over():
+                clock.spend(1.0)
+            assert clock.has_cut()
+            assert clock.is_over()
+        assert not clock.has_cut()
+        assert not clock.is_over()
+
+
+def test_a_deadline_is_a_point_of_work() -> None:
+    begin = clock.worked()
+    clock.spend(2.0)
+    assert clock.is_over(begin + 1.0)
+    assert not clock.is_over(begin + 2.0)
