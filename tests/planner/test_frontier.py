@@ -190,8 +190,8 @@ def test_the_first_budget_does_not_take_the_time_of_all(monkeypatch: pytest.Monk
         now[0] += job not in self._found
         run(self, job, deadline)
 
-    def take_all_time(self: Pool, *args: Any) -> None:
-        improve(self, *args)
+    def take_all_time(self: Pool, *args: Any, **more: Any) -> None:
+        improve(self, *args, **more)
         now[0] += 1000
 
     monkeypatch.setattr(clock, "now", lambda: now[0])

@@ -54,8 +54,10 @@ def spend(seconds: float) -> None:
     _METER.seconds += seconds
 
 
-def is_over(deadline: float = inf) -> bool:
-    """Whether the work has come to a point on ``worked``, or time is over."""
+def is_over(deadline: float = inf, *, closely: bool = False) -> bool:
+    """Whether the work has come to a point on ``worked``, or time is over; ``closely``: as of right now."""
+    if closely:
+        _METER.next_look = 0.0
     if not _METER.has_cut:
         _METER.look()
     return _METER.has_cut or _METER.seconds > deadline

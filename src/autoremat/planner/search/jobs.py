@@ -33,7 +33,7 @@ class Jobs:
     def run(self, deadline: float, enough: Callable[[], bool], told: Callable[[float], None]) -> None:
         """Run one after the other until there are enough candidates or until the deadline; tell the share done."""
         for k, job in enumerate(self._jobs):
-            if enough() or (clock.is_over(deadline) and not (self.are_free and job in self._found)):
+            if enough() or (clock.is_over(deadline, closely=True) and not (self.are_free and job in self._found)):
                 return
             told(k / len(self._jobs))
             self._run(job, deadline)
