@@ -129,7 +129,7 @@ def test_bytes_at_further_runs_count():
 
 
 def test_a_floor_below_the_one_of_auto_is_found():
-    program = layered(17, 10)
+    program = layered(6, 10)
     below = solve(program, 1.0).floor_bytes - 1
     with pytest.raises(InfeasibleBudget):
         solve(program, below)
@@ -150,7 +150,7 @@ def test_auto_is_reported_beside_it():
     plan = solve(program, budget_between(program, 0.5), solver="exact")
     beside = {name: overhead for name, _, overhead in plan.candidates}
     assert plan.solver == "exact"
-    assert plan.overhead < beside["auto"]
+    assert plan.overhead <= beside["auto"] < beside["greedy"]
 
 
 @pytest.mark.slow

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from autoremat.planner import clock
 from autoremat.planner.constraints import Patterns, constrain, explained
 from autoremat.planner.refusals import infeasible
-from autoremat.planner.search.floor import floor_of
 from autoremat.planner.solving import LIMIT_SECONDS, _pool_of, _silent, solve
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.program.units import parse_budget
@@ -166,6 +165,8 @@ _AT_LEAST = 0.25
 
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
     """A plan per budget, by rising budget."""
+    from autoremat.planner.search.floor import floor_of
+
     end, pool, progress = clock.now() + limit, _pool_of(program), progress or _silent
     progress("floor", 0.0)
     budgets = _budgets(points, floor_of(program).nbytes, simulate(program).peak_bytes)
