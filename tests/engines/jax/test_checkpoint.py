@@ -218,6 +218,7 @@ def test_wishes_are_obeyed() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.real_seconds
 @pytest.mark.parametrize(("share", "mib", "ratio"), [(0.35, 42, 1.02), (0.25, 29.5, 1.10), (0.15, 21, 1.20)])
 def test_a_gpt_in_the_memory_and_operations_of_xla(share: float, mib: float, ratio: float) -> None:
     """``jax.checkpoint`` of every block takes 27.5 MiB and 1.209 times the operations."""
@@ -227,7 +228,7 @@ def test_a_gpt_in_the_memory_and_operations_of_xla(share: float, mib: float, rat
     movable = simulate(program).peak_bytes - program.fixed_bytes
     ahead = next(v.nbytes for v in program.values if v.id == "ahead")
     assert movable + ahead == pytest.approx(aj.memory(plain).temporaries_bytes, rel=0.05)
-    budget = program.fixed_bytes + int(share * (movable + ahead)) - ahead
+    budget = program.fixed_bytes + int(share * movable)
     step = jax.jit(jax.grad(aj.checkpoint(gpt, budget=budget))).lower(*args).compile(compiler_options=OPTIONS)
     assert aj.memory(step).temporaries_bytes <= mib * MIB
     assert flops(step) <= ratio * flops(plain)

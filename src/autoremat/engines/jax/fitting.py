@@ -198,7 +198,8 @@ class _Search:
             return None if last.is_at_the_floor else self._tighter(last, over)
         if last.share >= 1 or self._is_loosened or last.memory.total_bytes >= _LOOSE * self._budget_bytes:
             return None
-        return min(last.share - 0.8 * over, 1.0)
+        too_much = min(t.share for t in self.tries if not t.fits)
+        return min(last.share - 0.8 * over, (last.share + too_much) / 2)
 
     @property
     def _is_loosened(self) -> bool:
