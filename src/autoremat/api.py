@@ -11,7 +11,7 @@ from typing import Any, Final, TypeVar, overload
 import torch
 from torch import nn
 
-from autoremat.checkpointed import Forward, checkpoint_callable, checkpoint_module, session_of
+from autoremat.checkpointed import Forward, checkpoint_callable, checkpoint_module, compiled_of, session_of
 from autoremat.engines.torch.eager.dry_run import record as record_calls
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.operators.timing import Progress
@@ -151,6 +151,9 @@ def stats(target: Any) -> Stats:
     if session is None:
         raise ValueError("this is not checkpointed by autoremat; call autoremat.checkpoint on it first")
     found, planner = session.stats(), session.planner
+    compiled = compiled_of(target)
+    if compiled is not None and compiled.graphs:
+        found = replace(found, plan=compiled.graphs[-1].plan)
     if found.plan is None or not isinstance(planner, Options):
         return found
     return replace(found, plan=planner.with_floor(found.plan))

@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 import types
+import weakref
 from collections.abc import Callable
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+import torch
 from torch import nn
 
 from autoremat.engines.torch.eager.session import Session
+from autoremat.engines.torch.operators.compiled import is_compiling
 from autoremat.options import Options
 
+if TYPE_CHECKING:
+    from autoremat.engines.torch.compiled.session import CompiledSession
+
 _MARK = "__autoremat__"
+_numbers = itertools.count()
 _OF_A_METHOD: Final = frozenset(
     {"__closure__", "__code__", "__defaults__", "__func__", "__globals__", "__kwdefaults__", "__self__"}
 )
@@ -32,10 +40,20 @@ class Forward:
         plain = self.replaced or types.MethodType(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
         self.__wrapped__ = plain  # already bound: the signature is that of a call
-        self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
+        fn = _PlainForward(self.module, plain)
+        self.session = Session(fn, self.options, measure=self.options.measure)
+        self.compilable = Compilable(fn, self.session, self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The forward under its plan."""
+        if torch.compiler.is_compiling():
+            how = _met_by_compiler(self.compilable.key)
+            if how == "inline":
+                return self.__wrapped__(*args, **kwargs)
+            if how == "apart":
+                return self.compilable.apart(args, kwargs)
+        elif self.compilable.is_apart():
+            return self.compilable.apart(args, kwargs)
         return self.session.call(args, kwargs)
 
     @property  # type: ignore[misc]
@@ -57,6 +75,49 @@ class Forward:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
         self._wrap()
+
+
+class Compilable:
+    """A checkpointed callable as the compiler meets it.
+
+    Args:
+        fn: the callable, without autoremat.
+        session: runs it where no compiler is about.
+        options: the user's.
+    """
+
+    def __init__(self, fn: Callable[..., Any], session: Session, options: Options) -> None:
+        self.fn, self.session, self.options = fn, session, options
+        self.key = f"callable {next(_numbers)}"  # the compiler takes text for a constant
+        self.apart: Callable[..., Any] = fn
+        """Makes a call of the callable compiled by itself, once a compiler has met it."""
+        self.compiled: CompiledSession | None = None
+        _COMPILABLE[self.key] = self
+
+    def met(self) -> str:
+        """How the compiler that traces now is to go on: ``inline``, ``apart`` or ``plain``."""
+        from autoremat.engines.torch.compiled.meeting import apart, meet
+        from autoremat.engines.torch.compiled.session import CompiledSession
+
+        if self.compiled is None:
+            self.compiled = CompiledSession(self.fn, self.options)
+            self.apart = apart(self.compiled)
+        return meet(self.compiled, _OURS)
+
+    def is_apart(self) -> bool:
+        """Whether the compiler has left this call to Python, for it does not trace all of the function that makes it."""
+        return self.compiled is not None and is_compiling()
+
+
+def _met_by_compiler(key: str) -> str:
+    """How the compiler is to go on; it calls this while it traces, and puts nothing of it into its graph."""
+    return _COMPILABLE[key].met()
+
+
+_met_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
+_COMPILABLE: Final[weakref.WeakValueDictionary[str, Compilable]] = weakref.WeakValueDictionary()
+_OURS: Final = {Forward.__call__.__code__}
+"""The code of what stands in the place of checkpointed callables."""
 
 
 class _PlainForward:
@@ -90,20 +151,42 @@ def checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..
     """A callable that does as ``fn``, by plans."""
     session = Session(fn, options, measure=options.measure)
 
-    @functools.wraps(fn)
+    compilable = Compilable(fn, session, options)
+
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            how = _met_by_compiler(compilable.key)
+            if how == "inline":
+                return fn(*args, **kwargs)
+            if how == "apart":
+                return compilable.apart(args, kwargs)
+        elif compilable.is_apart():
+            return compilable.apart(args, kwargs)
         return session.call(args, kwargs)
 
-    setattr(checkpointed, _MARK, session)
+    _OURS.add(checkpointed.__code__)
+    functools.update_wrapper(checkpointed, fn)
+    setattr(checkpointed, _MARK, compilable)
     return checkpointed
 
 
 def session_of(target: Any) -> Session | None:
     """What a checkpointed module or callable runs under; None for all others."""
+    compilable = _compilable_of(target)
+    return None if compilable is None else compilable.session
+
+
+def compiled_of(target: Any) -> CompiledSession | None:
+    """What a compiler has made of a checkpointed module or callable; None where none has met it."""
+    compilable = _compilable_of(target)
+    return None if compilable is None else compilable.compiled
+
+
+def _compilable_of(target: Any) -> Compilable | None:
     if isinstance(target, nn.Module):
         forward = vars(target).get("forward")
         while forward is not None and not isinstance(forward, Forward):
             forward = getattr(forward, "__wrapped__", None)  # a library may have wrapped it once more
-        return forward.session if isinstance(forward, Forward) and forward.module is target else None
-    session = getattr(target, _MARK, None)
-    return session if isinstance(session, Session) else None
+        return forward.compilable if isinstance(forward, Forward) and forward.module is target else None
+    found = getattr(target, _MARK, None)
+    return found if isinstance(found, Compilable) else None

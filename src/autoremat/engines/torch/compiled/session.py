@@ -1,0 +1,196 @@
+"""What the compiler makes of one checkpointed callable: its graphs, their plans, and what became of them."""
+
+from __future__ import annotations
+
+import copy
+import math
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import fx
+
+from autoremat.engines.torch.compiled.backends import Backend, compiled_by, kind_of, split_by_torch
+from autoremat.engines.torch.compiled.joint import NotPlannable, read_joint
+from autoremat.engines.torch.compiled.naming import Names, reason_of_break
+from autoremat.engines.torch.compiled.partition import Halves, split
+from autoremat.engines.torch.compiled.reading import Reading, read_program
+from autoremat.engines.torch.compiled.torch_names import reason_of_end, sources_of
+from autoremat.engines.torch.world.optimizer import optimizer_bytes
+from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
+
+
+class Planner(Protocol):
+    """What a user asks, and who makes plans."""
+
+    @property
+    def optimizer(self) -> Any:
+        """Whose state is there during the whole step."""
+
+    def budget_bytes(self, program: Program, plain_peak_bytes: int) -> int:
+        """The budget, where plain training has this peak."""
+
+    def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
+        """A plan within so many bytes."""
+
+
+@dataclass(frozen=True)
+class PlannedGraph:
+    """One graph of the compiler's, and what became of it.
+
+    Attributes:
+        backend: who has compiled it.
+        plan: which it follows.
+    """
+
+    backend: str
+    plan: Plan
+
+
+class CompiledSession:
+    """Plans the graphs of one checkpointed callable.
+
+    Args:
+        fn: the callable, without autoremat; None where the compiler hands over its graphs itself.
+        planner: knows the budget and makes plans.
+    """
+
+    def __init__(self, fn: Callable[..., Any] | None, planner: Planner) -> None:
+        self.fn, self.planner = fn, planner
+        self.name = getattr(fn, "__name__", "the compiled step")
+        self.graphs: list[PlannedGraph] = []
+        self.broken = ""
+        """Why the compiler makes several graphs of the callable; "" while it makes one."""
+        self._lock = threading.RLock()
+        self._met: Callable[..., Any] = _inlined(fn)
+        self._apart: dict[Backend, Callable[..., Any]] = {}
+
+    def met_by(self, backend: Backend) -> None:
+        """A backend's compiler has come to the callable; ``call`` goes on with it."""
+        if backend not in self._apart:
+            planned = self.backend(backend, is_whole=False)
+            self._apart[backend] = torch.compile(_inlined(self.fn), backend=planned)
+        self._met = self._apart[backend]
+
+    def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        """A call of the callable, compiled by itself with the backend that came last."""
+        return self._met(*args, **kwargs)
+
+    def backend(self, inner: Backend, *, is_whole: bool) -> PlannedBackend:
+        """A backend in whose graphs the budget holds; ``is_whole``: every such graph has all of the callable in it."""
+        return PlannedBackend(self, inner, is_whole=is_whole)
+
+    def compiled(
+        self, inner: Backend, module: fx.GraphModule, inputs: Sequence[Any], *, is_whole: bool
+    ) -> Callable[..., Any]:
+        """What runs in the place of a graph; where no plan fits, it raises ``InfeasibleBudget`` whenever it is called.
+
+        The compiler would wrap an error that is raised here into one of its own.
+        """
+        if not is_whole and self._is_part(module):
+            return inner(module, inputs)
+        names, kind = Names.of(sources_of(module)), kind_of(inner)
+        partitioner = _Partitioner(self, kind, names)
+        try:
+            with self._lock:
+                return compiled_by(inner, partitioner, module, inputs)
+        except InfeasibleBudget as error:
+            return _raising(error)
+
+    def _is_part(self, module: fx.GraphModule) -> bool:
+        """Whether a graph is one of several, for all of which there is no plan."""
+        reason = reason_of_end(module)
+        if not self.broken and getattr(reason, "graph_break", False):
+            self.broken = reason_of_break(reason)
+            warnings.warn(
+                f"autoremat: {self.name} is compiled into several graphs, because of {self.broken}; a budget is for a "
+                "step in one graph, so all of them are compiled without a plan; take the graph break out (fullgraph="
+                "True names them all), or train without torch.compile",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+        return bool(self.broken)
+
+    def plan(self, reading: Reading) -> Plan:
+        """The plan of a graph."""
+        program = reading.program
+        budget = self.planner.budget_bytes(program, simulate(program).peak_bytes)
+        return self.planner.solve(program, budget, math.inf)
+
+    def beside(self) -> list[Value]:
+        """What is there during the whole step, beside what a graph knows of."""
+        state, _ = optimizer_bytes(self.planner.optimizer)
+        if not state:
+            return []
+        return [Value("optimizer.state", state, fixed=True, label="optimizer state", kind="optimizer")]
+
+
+class PlannedBackend:
+    """A backend whose graphs are planned.
+
+    Args:
+        session: plans them.
+        inner: the user's backend, which compiles what comes of that.
+        is_whole: whether every graph has all of the callable in it.
+    """
+
+    def __init__(self, session: CompiledSession, inner: Backend, *, is_whole: bool) -> None:
+        self.session, self.inner, self.is_whole = session, inner, is_whole
+        self.__name__ = f"autoremat({kind_of(inner) or getattr(inner, '__name__', 'backend')})"
+
+    def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
+        """What runs in the place of a graph."""
+        return self.session.compiled(self.inner, module, inputs, is_whole=self.is_whole)
+
+    def __eq__(self, other: object) -> bool:
+        """Whether what the other has compiled serves this one, too."""
+        return isinstance(other, PlannedBackend) and (self.session, self.inner) == (other.session, other.inner)
+
+    def __hash__(self) -> int:
+        return hash((id(self.session), id(self.inner)))
+
+
+class _Partitioner:
+    """Splits one joint graph by a plan."""
+
+    def __init__(self, session: CompiledSession, kind: str, names: Names) -> None:
+        self._session, self._kind, self._names = session, kind, names
+
+    def __call__(
+        self, module: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int,
+        compiler: str = "", **given: Any,
+    ) -> Halves:  # fmt: skip
+        session = self._session
+        try:
+            joint = read_joint(module, num_fwd_outputs)
+            reading = read_program(joint, session.name, self._names, session.beside())
+        except NotPlannable as error:
+            warnings.warn(
+                f"autoremat: {session.name} is compiled without a plan: {error}", RuntimeWarning, stacklevel=2
+            )
+            return split_by_torch(self._kind, module, joint_inputs, num_fwd_outputs=num_fwd_outputs, **given)
+        plan = session.plan(reading)
+        halves = split(reading, plan.schedule, joint_inputs, num_fwd_outputs=num_fwd_outputs, **given)
+        session.graphs.append(PlannedGraph(self._kind, plan))
+        return halves
+
+
+def _inlined(fn: Any) -> Callable[..., Any]:
+    """A function that the compiler traces, whatever file the callable is from."""
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        return fn(*args, **kwargs)
+
+    return run
+
+
+def _raising(error: InfeasibleBudget) -> Callable[..., Any]:
+    """What raises an error whenever it is called."""
+
+    def infeasible(*args: Any) -> Any:
+        raise copy.copy(error)
+
+    return torch.compiler.disable(infeasible)

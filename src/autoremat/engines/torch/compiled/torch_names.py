@@ -1,0 +1,191 @@
+"""The private names of torch that this engine needs, each with its reason; a test says for each whether it is there.
+
+Everything else of the folder goes by documented interfaces: ``torch.fx``, ``functorch.compile``, ``torch.compile`` and
+the compiler's configuration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container
+from enum import Enum
+from types import CodeType
+from typing import Any, Final
+
+from torch._dynamo.backends.common import AotAutograd, aot_autograd
+from torch._dynamo.backends.debugging import boxed_nop
+from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch._aot_autograd.descriptors import (
+    AOTInput,
+    GradAOTOutput,
+    InputMutationAOTOutput,
+    PlainAOTInput,
+)
+from torch._inductor import config as inductor_config
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch.fx.node import Node
+
+
+class Mark(Enum):
+    """On which side of a joint graph torch has put a node."""
+
+    NONE = ""
+    FORWARD = "is_forward"
+    BACKWARD = "is_backward"
+
+
+_MARK: Final = "partitioner_tag"
+"""Key of a node's ``meta`` under which AOTAutograd says where the node was traced. ``default_partition`` reads it."""
+_FIXED: Final = {"must_be_in_forward": Mark.FORWARD, "must_be_in_backward": Mark.BACKWARD}
+"""Marks of nodes that must stay where they are."""
+_BY_HAND: Final = "recompute"
+"""Key under which ``torch.utils.checkpoint`` says what is to be made again."""
+_GENERATORS: Final = ("fwd_seed", "fwd_base_offset", "bwd_seed", "bwd_base_offset", "fwd_rng_state", "bwd_rng_state")
+"""Parts of the names of inputs that are states of generators."""
+_DESCRIPTION: Final = "desc"
+"""Key under which AOTAutograd says what an input or an output of a graph is."""
+
+
+def mark_of(node: Node) -> Mark:
+    """On which side a node was traced."""
+    mark = node.meta.get(_MARK) or ""
+    return _FIXED.get(mark) or (Mark(mark) if mark in {m.value for m in Mark} else Mark.NONE)
+
+
+def put_mark(node: Node, mark: Mark) -> None:
+    """Say on which side a node runs, unless torch has said that it must not be anywhere else."""
+    if node.meta.get(_MARK) not in _FIXED:
+        node.meta[_MARK] = mark.value
+
+
+def forget_how_to_recompute(node: Node) -> None:
+    """Take from a node what a partitioner might read as a wish of the user's."""
+    node.meta.pop(_BY_HAND, None)
+
+
+def is_made_again_by_hand(node: Node) -> bool:
+    """Whether the user has put a node into a region of ``torch.utils.checkpoint``."""
+    return node.meta.get(_BY_HAND) is not None
+
+
+def is_tangent(node: Node) -> bool:
+    """Whether a node is the gradient of an output, which the backward is given; torch's partitioners go by the name."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def is_seed_or_offset(node: Node) -> bool:
+    """Whether a node is the seed of a generator: so do the names say of random numbers that are functions."""
+    return node.op == "placeholder" and any(name in str(node.target) for name in _GENERATORS)
+
+
+def input_of(node: Node) -> AOTInput | None:
+    """What an input of the graph is to the user's callable."""
+    found = node.meta.get(_DESCRIPTION)
+    return found if node.op == "placeholder" and isinstance(found, AOTInput) else None
+
+
+def mutated_input_of(description: Any) -> AOTInput | None:
+    """The input into which an output is copied after the forward; None where it is an ordinary output."""
+    return description.mutated_input if isinstance(description, InputMutationAOTOutput) else None
+
+
+def size_hint(size: Any) -> int | float | bool | None:
+    """What a symbol stands for in the call that is being compiled; None where that depends on data."""
+    node = size.node
+    return node.hint if node.has_hint() else None
+
+
+def position_of(description: AOTInput | None) -> int | None:
+    """Which input of the compiler's graph an input of the joint graph is."""
+    return description.idx if isinstance(description, PlainAOTInput) else None
+
+
+def gradient_of(description: Any) -> AOTInput | None:
+    """The input whose gradient an output of the backward is."""
+    return description.grad_of if isinstance(description, GradAOTOutput) else None
+
+
+def innermost(backend: Any) -> Any:
+    """The backend inside of what the compiler has wrapped it in for debugging."""
+    while (inner := getattr(backend, "_torchdynamo_orig_backend", None)) is not None:
+        backend = inner
+    return backend
+
+
+def is_aot_backend(backend: Any) -> bool:
+    """Whether ``aot_autograd(...)`` has made a backend."""
+    return isinstance(backend, AotAutograd)
+
+
+def aot_backend_with(partitioner: Any, backend: Any = None) -> Any:
+    """A backend made by ``aot_autograd`` with another partitioner; ``aot_eager`` where none is given."""
+    if backend is not None:
+        return aot_autograd(**{**backend.kwargs, "partition_fn": partitioner})
+    return aot_autograd(
+        fw_compiler=boxed_nop, bw_compiler=boxed_nop, partition_fn=partitioner, keep_inference_input_mutations=True
+    )
+
+
+def graph_being_made() -> Any:
+    """The graph that the compiler makes now: it has the backend that will be called with it (``compiler_fn``).
+
+    None for an export, which keeps its graph, and where something else than ``torch.compile`` traces.
+    """
+    try:
+        graph = InstructionTranslator.current_tx().output
+    except AttributeError:
+        return None
+    return None if graph.export or graph.compiler_fn is None else graph
+
+
+def begins_with(graph: Any, codes: Container[CodeType]) -> bool:
+    """Whether the outermost function that the compiler traces now is one of these."""
+    return graph.root_tx.f_code in codes
+
+
+def must_be_whole(graph: Any) -> bool:
+    """Whether the user has asked for one graph (``fullgraph=True``)."""
+    return bool(graph.root_tx.one_graph or graph.root_tx.error_on_graph_break)
+
+
+def reason_of_end(module: Any) -> Any:
+    """Why a graph of the compiler's ends where it does: with ``reason``, ``user_stack`` and ``graph_break``."""
+    return getattr(module, "compile_subgraph_reason", None)
+
+
+def sources_of(module: Any) -> list[str]:
+    """The compiler's paths to the inputs of its graph, in order; "" where there is none."""
+    inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
+    return [str(getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "") or "") for node in inputs]
+
+
+class _Splits(CustomPartitionerFn):
+    """A partitioner as Inductor takes one.
+
+    Inductor copies its configuration deeply and pickles it for its cache: nothing of ours goes along.
+    """
+
+    def __init__(self, partitioner: Any, key: Any) -> None:
+        self.partitioner, self.key = partitioner, key
+
+    def __call__(self, gm: Any, joint_inputs: Any, **given: Any) -> Any:
+        return self.partitioner(gm, joint_inputs, **given)
+
+    def uuid(self) -> Any:
+        """What the compiled graphs depend on, beside the graph itself."""
+        return self.key
+
+    def __deepcopy__(self, memo: Any) -> _Splits:
+        return self
+
+    def __reduce__(self) -> Any:
+        return _Splits, (None, self.key)
+
+
+def inductor_splits_by(partitioner: Any, key: Any) -> Any:
+    """A block within which Inductor splits joint graphs by this partitioner.
+
+    Args:
+        partitioner: takes the joint graph as Inductor will lower it.
+        key: tells one partitioner's graphs from another's in Inductor's cache.
+    """
+    return inductor_config.patch(custom_partitioner_fn=_Splits(partitioner, key))
