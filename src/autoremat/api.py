@@ -11,9 +11,17 @@ from typing import Any, Final, TypeVar, overload
 import torch
 from torch import nn
 
-from autoremat.checkpointed import Forward, checkpoint_callable, checkpoint_module, compiled_of, session_of
+from autoremat.checkpointed import (
+    Forward,
+    checkpoint_callable,
+    checkpoint_module,
+    compiled_of,
+    plain_callable,
+    session_of,
+)
 from autoremat.engines.torch.eager.dry_run import record as record_calls
-from autoremat.engines.torch.eager.stats import Stats
+from autoremat.engines.torch.eager.stats import NOTHING_YET, Stats
+from autoremat.engines.torch.operators.compiled import inside_compiled
 from autoremat.engines.torch.operators.timing import Progress
 from autoremat.engines.torch.world.memory import free_bytes
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
@@ -119,16 +127,17 @@ def restore(target: F) -> F:
     if session is None:
         raise ValueError("this is not checkpointed by autoremat, so there is nothing to restore")
     if not isinstance(target, nn.Module):
-        return session.fn  # type: ignore[return-value]
-    forward = vars(target)["forward"]
+        return plain_callable(target)
+    module = inside_compiled(target)
+    forward = vars(module)["forward"]
     if not isinstance(forward, Forward):
         raise ValueError(
-            f"the forward of this {type(target).__name__} has been wrapped once more since it was checkpointed (by "
+            f"the forward of this {type(module).__name__} has been wrapped once more since it was checkpointed (by "
             "Accelerate, say); undo that first"
         )
-    del target.forward
+    del module.forward
     if forward.replaced is not None:
-        target.forward = forward.replaced
+        module.forward = forward.replaced
     return target
 
 
@@ -147,13 +156,13 @@ def stats(target: Any) -> Stats:
         >>> autoremat.stats(model).as_dict()["calls"]
         1
     """
-    session = session_of(target)
-    if session is None:
+    session, compiled = session_of(target), compiled_of(target)
+    if session is None and compiled is None:
         raise ValueError("this is not checkpointed by autoremat; call autoremat.checkpoint on it first")
-    found, planner = session.stats(), session.planner
-    compiled = compiled_of(target)
+    found = NOTHING_YET if session is None else session.stats()
+    planner: Any = compiled.planner if session is None and compiled is not None else session.planner  # type: ignore[union-attr]
     if compiled is not None and compiled.graphs:
-        found = replace(found, plan=compiled.graphs[-1].plan)
+        found = replace(found, **compiled.figures())
     if found.plan is None or not isinstance(planner, Options):
         return found
     return replace(found, plan=planner.with_floor(found.plan))

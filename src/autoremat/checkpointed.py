@@ -15,7 +15,13 @@ import torch
 from torch import nn
 
 from autoremat.engines.torch.eager.session import Session
-from autoremat.engines.torch.operators.compiled import is_compiling
+from autoremat.engines.torch.operators.compiled import (
+    compiled_alike,
+    inside_compiled,
+    is_compiled_callable,
+    is_compiling,
+    options_of,
+)
 from autoremat.options import Options
 
 if TYPE_CHECKING:
@@ -105,7 +111,7 @@ class Compilable:
         return meet(self.compiled, _OURS)
 
     def is_apart(self) -> bool:
-        """Whether the compiler has left this call to Python, for it does not trace all of the function that makes it."""
+        """Whether the compiler has left this call to Python, because it does not trace all of its caller."""
         return self.compiled is not None and is_compiling()
 
 
@@ -137,18 +143,21 @@ class _PlainForward:
 
 
 def checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
-    """The same module, with a forward that goes by plans."""
+    """The same module, with a forward that goes by plans; of a compiled one, the module inside has it."""
+    inner = inside_compiled(module)
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} has no parameters that require grad, so there is no backward pass to save memory "
             "for; to checkpoint a computation on inputs that require grad, wrap a function instead of the module"
         )
-    module.forward = Forward(module, options)
+    inner.forward = Forward(inner, options)
     return module
 
 
 def checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
-    """A callable that does as ``fn``, by plans."""
+    """A callable that does as ``fn``, by plans; of a compiled one, what is compiled goes by plans."""
+    if is_compiled_callable(fn):
+        return compiled_alike(fn, lambda inner: checkpoint_callable(inner, options))
     session = Session(fn, options, measure=options.measure)
 
     compilable = Compilable(fn, session, options)
@@ -170,6 +179,14 @@ def checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..
     return checkpointed
 
 
+def plain_callable(target: Any) -> Any:
+    """What was a checkpointed callable before; a compiled one is compiled as it was."""
+    compilable = _compilable_of(target)
+    assert compilable is not None
+    fn = compilable.fn
+    return compiled_alike(target, lambda inner: fn) if is_compiled_callable(target) else fn
+
+
 def session_of(target: Any) -> Session | None:
     """What a checkpointed module or callable runs under; None for all others."""
     compilable = _compilable_of(target)
@@ -179,11 +196,18 @@ def session_of(target: Any) -> Session | None:
 def compiled_of(target: Any) -> CompiledSession | None:
     """What a compiler has made of a checkpointed module or callable; None where none has met it."""
     compilable = _compilable_of(target)
-    return None if compilable is None else compilable.compiled
+    if compilable is not None:
+        return compilable.compiled
+    if (options := options_of(target)) is None:
+        return None
+    from autoremat.backend import session_of_options
+
+    return session_of_options(options)
 
 
 def _compilable_of(target: Any) -> Compilable | None:
     if isinstance(target, nn.Module):
+        target = inside_compiled(target)
         forward = vars(target).get("forward")
         while forward is not None and not isinstance(forward, Forward):
             forward = getattr(forward, "__wrapped__", None)  # a library may have wrapped it once more

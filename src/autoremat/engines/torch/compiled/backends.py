@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
 from functorch.compile import min_cut_rematerialization_partition
 from torch import fx
+from torch._dynamo import lookup_backend
+from torch._dynamo.exc import InvalidBackend
 
 from autoremat.engines.torch.compiled.partition import Halves, Partitioner
 from autoremat.engines.torch.compiled.torch_names import (
     aot_backend_with,
+    backend_with,
     inductor_splits_by,
     innermost,
     is_aot_backend,
@@ -35,6 +38,20 @@ def kind_of(backend: Any) -> str:
     if name in (INDUCTOR, AOT_EAGER):
         return str(name)
     return "aot" if is_aot_backend(getattr(found, "compiler_fn", found)) else ""
+
+
+def named(name: str | Backend, mode: str | None = None, options: Mapping[str, Any] | None = None) -> Backend:
+    """The backend that ``torch.compile`` would take by this name (or callable), mode and options.
+
+    Raises:
+        ValueError: torch knows no such backend.
+    """
+    try:
+        backend = lookup_backend(name)
+    except InvalidBackend as error:
+        raise ValueError(f"torch knows no backend {name!r}") from error
+    settings = {k: v for k, v in (("mode", mode), ("options", options)) if v}
+    return backend_with(name, backend, settings) if settings or name == INDUCTOR else backend
 
 
 def compiled_by(

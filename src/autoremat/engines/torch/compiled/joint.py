@@ -47,6 +47,7 @@ class Joint:
         overwritten: inputs that the step overwrites, in the graph or right after the forward.
         put_back: outputs of the forward that are copied into an input after it, and then gone.
         pinned: results that only the first run of their operator makes: of what it has been handed to update.
+        inlined: nodes that make memory in name only: whoever reads one computes it for itself.
     """
 
     module: fx.GraphModule
@@ -59,6 +60,7 @@ class Joint:
     overwritten: frozenset[Node]
     put_back: frozenset[Node]
     pinned: frozenset[Node]
+    inlined: frozenset[Node] = frozenset()
 
     @property
     def forward_outputs(self) -> tuple[Any, ...]:
@@ -73,6 +75,23 @@ class Joint:
     def is_view(self, node: Node) -> bool:
         """Whether a node runs for free, wherever somebody reads it: another look at the memory of its root."""
         return self.root.get(node, node) is not node and not is_result(node, self.root)
+
+    def is_free(self, node: Node) -> bool:
+        """Whether a node is a view, or computed wherever somebody reads it."""
+        return node in self.inlined or self.is_view(node)
+
+    def memory_of(self, nodes: Iterable[Node]) -> tuple[Node, ...]:
+        """The memory that is read where these nodes are, each once; inlined ones are computed there."""
+        found, left = dict[Node, None](), list(self.roots_of(nodes))
+        seen = set[Node]()
+        while left:
+            root = left.pop(0)
+            if root in self.inlined:
+                left += [n for n in self.roots_of(root.all_input_nodes) if n not in seen]
+                seen.update(left)
+            else:
+                found[root] = None
+        return tuple(found)
 
     def roots_of(self, nodes: Iterable[Node]) -> tuple[Node, ...]:
         """The memory that these nodes look at, each once."""

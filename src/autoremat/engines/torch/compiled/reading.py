@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -16,12 +16,17 @@ from autoremat.engines.torch.compiled.joint import Joint, facts_of_node, handed_
 from autoremat.engines.torch.compiled.naming import Names, line_of, module_of
 from autoremat.engines.torch.compiled.sizes import bytes_of, number_of, signature_of_node
 from autoremat.engines.torch.operators.costs import Cost
-from autoremat.engines.torch.operators.timing import measure_all
+from autoremat.engines.torch.operators.timing import estimate_all, measure_all
 from autoremat.program import END, Abilities, Once, Op, Program, Value
 from autoremat.program.once import Reason
 
 TANGENTS: Final = "tangents"
 """Name of the op that stands where the backward begins: it is given the gradients of what the forward has returned."""
+
+
+def never(node: Node) -> bool:
+    """Of a backend that fuses nothing: whether a node is fused."""
+    return False
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,9 @@ class Reading:
     value: Mapping[Node, int]
 
 
-def read_program(joint: Joint, name: str, names: Names, beside: Iterable[Value] = ()) -> Reading:
+def read_program(
+    joint: Joint, name: str, names: Names, beside: Iterable[Value] = (), is_fused: Callable[[Node], bool] = never
+) -> Reading:
     """The program of a joint graph, operators measured. O(nodes + arguments), beside measuring.
 
     Args:
@@ -49,6 +56,7 @@ def read_program(joint: Joint, name: str, names: Names, beside: Iterable[Value] 
         name: of the program.
         names: what its inputs are called.
         beside: what else is there during the whole step.
+        is_fused: whether the backend makes an operator a part of a kernel that it writes itself.
 
     Raises:
         NotPlannable: a size depends on data.
@@ -57,7 +65,7 @@ def read_program(joint: Joint, name: str, names: Names, beside: Iterable[Value] 
     ops, nodes = list[Op](), list[Node | None]()
     ordered = [n for n in joint.operators if n not in joint.late] + [n for n in joint.operators if n in joint.late]
     begins = sum(n not in joint.late for n in joint.operators)
-    costs = costs_of(ordered)
+    costs = costs_of(ordered, is_fused)
     for node, cost in zip(ordered, costs, strict=True):
         if len(ops) == begins:
             ops.append(values.backward_begins())
@@ -68,18 +76,27 @@ def read_program(joint: Joint, name: str, names: Names, beside: Iterable[Value] 
         ops.append(values.backward_begins())
         nodes.append(None)
     total, timed = sum(c.seconds for c in costs), sum(c.seconds for c in costs if c.runs)
+    abilities = Abilities("anywhere", ordered=is_fused is never)
     program = Program(
-        name, (*values.held(ops, begins), *beside), tuple(ops), recorded="fake", abilities=Abilities("anywhere"),
+        name, (*values.held(ops, begins), *beside), tuple(ops), recorded="fake", abilities=abilities,
         timing="measured" if timed else "estimated", measured_share=timed / total if total else 0.0,
     )  # fmt: skip
     return Reading(joint, program, tuple(nodes), values.index)
 
 
-def costs_of(nodes: Sequence[Node]) -> list[Cost]:
-    """What operators take. In a thread of its own, where nothing is switched on: neither compiler nor fake tensors."""
+def costs_of(nodes: Sequence[Node], is_fused: Callable[[Node], bool]) -> list[Cost]:
+    """What operators take: measured, but for those that no kernel of theirs runs; these move memory.
+
+    In a thread of its own, where nothing is switched on: neither the compiler nor fake tensors.
+    """
     signatures = [signature_of_node(node) for node in nodes]
+    fused = [is_fused(node) for node in nodes]
+    alone = [None if is_one else s for s, is_one in zip(signatures, fused, strict=True)]
     with ThreadPoolExecutor(1) as thread:
-        return thread.submit(measure_all, signatures).result()
+        measured = thread.submit(measure_all, alone).result()
+    written = [sum(map(bytes_of, made_by(node))) for node in nodes]
+    estimated = estimate_all(signatures, written)
+    return [e if is_one else m for m, e, is_one in zip(measured, estimated, fused, strict=True)]
 
 
 class _Values:
@@ -170,7 +187,7 @@ class _Values:
 
 def _op(joint: Joint, values: _Values, node: Node, cost: Cost) -> Op:
     module = module_of(node)
-    reads = tuple(values.index[root] for root in joint.roots_of(node.all_input_nodes) if root in values.index)
+    reads = tuple(values.index[root] for root in joint.memory_of(node.all_input_nodes) if root in values.index)
     reason = _reason(joint, node)
     return Op(
         str(node.target),
@@ -208,6 +225,6 @@ def _reason(joint: Joint, node: Node) -> Reason | None:
         return Reason(Once.UNINITIALISED)
     if node.is_impure():
         return Reason(Once.EFFECT)
-    stale = set(joint.roots_of(node.all_input_nodes)) & joint.overwritten
+    stale = set(joint.memory_of(node.all_input_nodes)) & joint.overwritten
     stale -= set(joint.roots_of(handed_on(node)))
     return Reason(Once.READS_OVERWRITTEN, str(min(stale, key=str).target)) if stale else None

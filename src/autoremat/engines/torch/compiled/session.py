@@ -13,14 +13,17 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
-from autoremat.engines.torch.compiled.backends import Backend, compiled_by, kind_of, split_by_torch
+from autoremat.engines.torch.compiled.backends import INDUCTOR, Backend, compiled_by, kind_of, split_by_torch
+from autoremat.engines.torch.compiled.dry import dry_schedule
+from autoremat.engines.torch.compiled.fitting import fit
+from autoremat.engines.torch.compiled.fusing import fused, is_fused
 from autoremat.engines.torch.compiled.joint import NotPlannable, read_joint
 from autoremat.engines.torch.compiled.naming import Names, reason_of_break
 from autoremat.engines.torch.compiled.partition import Halves, split
-from autoremat.engines.torch.compiled.reading import Reading, read_program
+from autoremat.engines.torch.compiled.reading import Reading, never, read_program
 from autoremat.engines.torch.compiled.torch_names import reason_of_end, sources_of
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
-from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
+from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Value, simulate
 
 
 class Planner(Protocol):
@@ -44,10 +47,14 @@ class PlannedGraph:
     Attributes:
         backend: who has compiled it.
         plan: which it follows.
+        scheduled_peak_bytes: the peak as the backend will run it.
+        tries: how many schedules of the backend's were looked at.
     """
 
     backend: str
     plan: Plan
+    scheduled_peak_bytes: int
+    tries: int = 0
 
 
 class CompiledSession:
@@ -62,6 +69,7 @@ class CompiledSession:
         self.fn, self.planner = fn, planner
         self.name = getattr(fn, "__name__", "the compiled step")
         self.graphs: list[PlannedGraph] = []
+        self.calls = 0
         self.broken = ""
         """Why the compiler makes several graphs of the callable; "" while it makes one."""
         self._lock = threading.RLock()
@@ -96,9 +104,18 @@ class CompiledSession:
         partitioner = _Partitioner(self, kind, names)
         try:
             with self._lock:
-                return compiled_by(inner, partitioner, module, inputs)
+                return self._counted(compiled_by(inner, partitioner, module, inputs))
         except InfeasibleBudget as error:
             return _raising(error)
+
+    def _counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
+        """The same, calls counted."""
+
+        def counted(*args: Any) -> Any:
+            self.calls += 1
+            return run(*args)
+
+        return torch.compiler.disable(counted)
 
     def _is_part(self, module: fx.GraphModule) -> bool:
         """Whether a graph is one of several, for all of which there is no plan."""
@@ -114,11 +131,43 @@ class CompiledSession:
             )
         return bool(self.broken)
 
-    def plan(self, reading: Reading) -> Plan:
-        """The plan of a graph."""
+    def planned(
+        self, reading: Reading, kind: str, joint_inputs: Sequence[object], given: dict[str, Any]
+    ) -> tuple[PlannedGraph, Halves]:
+        """A graph under its plan.
+
+        Raises:
+            InfeasibleBudget: no plan fits, or none as Inductor would run it.
+        """
         program = reading.program
         budget = self.planner.budget_bytes(program, simulate(program).peak_bytes)
-        return self.planner.solve(program, budget, math.inf)
+
+        def halves_of(schedule: Schedule) -> Halves:
+            return split(reading, schedule, joint_inputs, **given)
+
+        if kind != INDUCTOR:
+            plan = self._solve(program, budget)
+            return PlannedGraph(kind, plan, plan.peak_bytes), halves_of(plan.schedule)
+        found = fit(reading, budget, self._solve, halves_of, lambda halves: dry_schedule(halves, program, given))
+        return PlannedGraph(kind, found.plan, found.peak_bytes, found.tries), found.halves
+
+    def _solve(self, program: Program, budget_bytes: int) -> Plan:
+        return self.planner.solve(program, budget_bytes, math.inf)
+
+    def figures(self) -> dict[str, Any]:
+        """What has happened, in the words of ``Stats``."""
+        last = self.graphs[-1]
+        again = sum(n - 1 for n in last.plan.schedule.runs_of.values())
+        return {
+            "plan": last.plan,
+            "plans": len(self.graphs),
+            "planned": len(self.graphs),
+            "calls": self.calls,
+            "hits": max(0, self.calls - len(self.graphs)),
+            "reruns": again * self.calls,
+            "executed_by": last.backend,
+            "graphs": len(self.graphs),
+        }
 
     def beside(self) -> list[Value]:
         """What is there during the whole step, beside what a graph knows of."""
@@ -166,15 +215,18 @@ class _Partitioner:
         session = self._session
         try:
             joint = read_joint(module, num_fwd_outputs)
-            reading = read_program(joint, session.name, self._names, session.beside())
+            fuses = self._kind == INDUCTOR
+            joint = fused(joint) if fuses else joint
+            how = is_fused if fuses else never
+            reading = read_program(joint, session.name, self._names, session.beside(), how)
         except NotPlannable as error:
             warnings.warn(
                 f"autoremat: {session.name} is compiled without a plan: {error}", RuntimeWarning, stacklevel=2
             )
             return split_by_torch(self._kind, module, joint_inputs, num_fwd_outputs=num_fwd_outputs, **given)
-        plan = session.plan(reading)
-        halves = split(reading, plan.schedule, joint_inputs, num_fwd_outputs=num_fwd_outputs, **given)
-        session.graphs.append(PlannedGraph(self._kind, plan))
+        given["num_fwd_outputs"] = num_fwd_outputs
+        graph, halves = session.planned(reading, self._kind, joint_inputs, given)
+        session.graphs.append(graph)
         return halves
 
 

@@ -6,11 +6,14 @@ the compiler's configuration.
 
 from __future__ import annotations
 
-from collections.abc import Container
+import functools
+from collections.abc import Container, Sequence
 from enum import Enum
 from types import CodeType
 from typing import Any, Final
 
+import torch
+from torch import fx
 from torch._dynamo.backends.common import AotAutograd, aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.symbolic_convert import InstructionTranslator
@@ -20,9 +23,11 @@ from torch._functorch._aot_autograd.descriptors import (
     InputMutationAOTOutput,
     PlainAOTInput,
 )
+from torch._functorch.partitioners import get_default_op_list
 from torch._inductor import config as inductor_config
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch.fx.node import Node
+from torch.utils._ordered_set import OrderedSet
 
 
 class Mark(Enum):
@@ -189,3 +194,99 @@ def inductor_splits_by(partitioner: Any, key: Any) -> Any:
         key: tells one partitioner's graphs from another's in Inductor's cache.
     """
     return inductor_config.patch(custom_partitioner_fn=_Splits(partitioner, key))
+
+
+def backend_with(name: Any, backend: Any, settings: dict[str, Any]) -> Any:
+    """A backend with the mode and the options that ``torch.compile`` was given for it."""
+    if name == "inductor":
+        return torch._TorchCompileInductorWrapper(settings.get("mode"), settings.get("options"), None)
+    return functools.partial(backend, **settings)
+
+
+def is_fusible(node: Node) -> bool:
+    """Whether torch's own partitioner takes it for granted that a node is fused with its readers."""
+    return bool(_op_types().is_fusible(node))
+
+
+@functools.cache
+def _op_types() -> Any:
+    return get_default_op_list()
+
+
+# ---- what Inductor makes of a graph, before it generates code ----------------------------------------------------
+
+
+Steps = list[tuple[int, list[Node]]]
+"""Bytes in memory while each kernel runs, and the nodes that it computes."""
+
+
+class _Scheduled(BaseException):
+    """Ends a compilation once it is scheduled. No ``Exception``: nobody on the way takes it for an error."""
+
+    def __init__(self, steps: Steps) -> None:
+        super().__init__("scheduled")
+        self.steps = steps
+
+
+def scheduled(module: fx.GraphModule, static_inputs: Sequence[int], *, is_backward: bool) -> Steps:
+    """The kernels that Inductor makes of a graph, in order: bytes while each runs, and the nodes that it computes.
+
+    Lowers, fuses and orders a copy of the graph as the compilation that follows does, and ends before any code is
+    generated. The bytes are Inductor's own estimate (``_inductor.memory``) of what it allocates, and of the inputs that
+    it frees. ``_post_fusion_custom_pass`` is the one hook that is called there, and sees the kernels.
+
+    Args:
+        module: of one half.
+        static_inputs: positions of the inputs that stay.
+        is_backward: which half it is.
+    """
+    from torch._inductor.compile_fx import compile_fx_inner
+
+    copy = fx.GraphModule(module, _graph_copied(module.graph))
+    copy.meta = dict(module.meta)
+    inputs = [node.meta["val"] for node in copy.graph.find_nodes(op="placeholder")]
+    quiet = {"force_disable_caches": True, "custom_partitioner_fn": None, "_post_fusion_custom_pass": _stop}
+    try:
+        with inductor_config.patch(quiet):
+            compile_fx_inner(
+                copy, inputs, static_input_idxs=list(static_inputs), is_backward=is_backward, graph_id=None
+            )
+    except _Scheduled as found:
+        return found.steps
+    return []
+
+
+def _graph_copied(graph: fx.Graph) -> fx.Graph:
+    """A copy whose nodes have the names and the meta of the originals."""
+    new, copies = fx.Graph(), dict[Node, Node]()
+    for node in graph.nodes:
+        copies[node] = new.node_copy(node, copies.__getitem__)
+        copies[node].meta = dict(node.meta)
+    return new
+
+
+def _stop(kernels: Any) -> Any:
+    """Order the kernels as Inductor does after this hook, and end."""
+    from torch._inductor import memory
+    from torch._inductor.virtualized import V
+
+    scheduler = kernels[0].scheduler if kernels else None
+    if scheduler is None:
+        raise _Scheduled([])
+    inputs, outputs = OrderedSet(V.graph.graph_inputs.keys()), OrderedSet(V.graph.get_output_names())
+    order = kernels
+    if inductor_config.reorder_for_peak_memory:
+        order = memory.reorder_for_peak_memory(
+            kernels, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
+        )  # fmt: skip
+    _, freed = memory.prepare_planning_info(
+        order, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
+    )  # fmt: skip
+    _, spans, *_ = memory.estimate_peak_memory_allocfree(order, freed, outputs)
+    raise _Scheduled([(int(span[0]), _computed(kernel)) for kernel, span in zip(order, spans, strict=True)])
+
+
+def _computed(kernel: Any) -> list[Node]:
+    """The nodes of the graph that a kernel computes."""
+    inner = [node.node for node in kernel.get_nodes() if getattr(node, "node", None) is not None]
+    return [origin for buffer in inner for origin in (buffer.get_origins() if hasattr(buffer, "get_origins") else ())]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Final
 
 from torch import fx
 from torch.fx.node import Node
@@ -12,6 +12,9 @@ from autoremat.engines.torch.compiled.joint import Joint, is_result, is_size
 from autoremat.engines.torch.compiled.reading import Reading
 from autoremat.engines.torch.compiled.torch_names import Mark, forget_how_to_recompute, put_mark
 from autoremat.program import Schedule
+
+OP: Final = "autoremat_op"
+"""Key of a node's ``meta`` under which stands which op of the program it was written for."""
 
 
 def write_joint(reading: Reading, schedule: Schedule) -> fx.GraphModule:
@@ -37,6 +40,7 @@ class _Writer:
         self._joint, self._nodes = reading.joint, reading.nodes
         self._graph = fx.Graph()
         self._is_late = False
+        self._op = -1
         self._latest: dict[Node, Node] = {}
         """Of every operator, result, input and size its latest copy."""
         self._views: dict[Node, tuple[tuple[Node, ...], Node]] = {}
@@ -49,7 +53,7 @@ class _Writer:
 
     def run(self, i: int) -> None:
         """One run of an op."""
-        node = self._nodes[i]
+        node, self._op = self._nodes[i], i
         if node is None:
             self._backward_begins()
             return
@@ -83,7 +87,7 @@ class _Writer:
         if is_size(node):
             self._latest[node] = self._copied(node)
             return self._latest[node]
-        if not self._joint.is_view(node):
+        if not self._joint.is_free(node):
             raise KeyError(f"{node} is read before it has run")
         looks_at = tuple(map(self._read, node.all_input_nodes))
         known = self._views.get(node)
@@ -95,7 +99,7 @@ class _Writer:
         read: Callable[[Node], Node] = self._read
         arguments = {n: read(n) for n in node.all_input_nodes}  # first: they may have to be copied themselves
         copy = self._graph.node_copy(node, arguments.__getitem__)
-        copy.meta = dict(node.meta)
+        copy.meta = dict(node.meta) | {OP: self._op}
         put_mark(copy, Mark.BACKWARD if self._is_late else Mark.FORWARD)
         forget_how_to_recompute(copy)
         return copy
