@@ -55,9 +55,11 @@ def named(name: str | Backend, mode: str | None = None, options: Mapping[str, An
 
 
 def compiled_by(
-    backend: Any, partitioner: Partitioner, module: fx.GraphModule, inputs: Sequence[Any]
+    backend: Any, partitioner: Partitioner, module: fx.GraphModule, inputs: Sequence[Any], token: str = ""
 ) -> Callable[..., Any]:
     """What a backend makes of a graph whose joint graph is split by this partitioner.
+
+    ``token``: of the plan, in the key of torch's cache; without one, torch must not take the code of another plan.
 
     Raises:
         ValueError: the backend splits no graph.
@@ -69,7 +71,7 @@ def compiled_by(
         found = innermost(backend)
         return aot_backend_with(partitioner, getattr(found, "compiler_fn", found))(module, inputs)
     if kind == INDUCTOR:
-        with inductor_splits_by(partitioner, getattr(partitioner, "key", None)):
+        with inductor_splits_by(partitioner, token):
             return backend(module, inputs)
     raise ValueError(f"{backend} is not built on AOTAutograd")
 

@@ -96,7 +96,7 @@ def _of_the_floor(
     raise InfeasibleBudget(
         f"no plan of {reading.program.name!r} stays within {format_bytes(budget_bytes)} ({budget_bytes} bytes) once "
         f"Inductor has fused it; the smallest known peak of the compiled step (the floor) is {format_bytes(floor)} "
-        f"({floor} bytes), in the kernel of {names or 'an input'}. Without fusing, the floor is {plan.peak_bytes} bytes. "
+        f"({floor} bytes), in the kernel of {names or 'an input'}; without fusing it is {plan.peak_bytes} bytes. "
         f"Give a budget of at least {floor} bytes, or make the step smaller (a smaller batch, shorter sequences).",
         budget_bytes=budget_bytes,
         floor_bytes=floor,

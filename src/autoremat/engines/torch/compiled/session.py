@@ -7,7 +7,6 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -21,7 +20,8 @@ from autoremat.engines.torch.compiled.joint import NotPlannable, read_joint
 from autoremat.engines.torch.compiled.naming import Names, reason_of_break
 from autoremat.engines.torch.compiled.partition import Halves, split
 from autoremat.engines.torch.compiled.reading import Reading, never, read_program
-from autoremat.engines.torch.compiled.torch_names import reason_of_end, sources_of
+from autoremat.engines.torch.compiled.stored import Place, PlannedGraph, place_of_graph
+from autoremat.engines.torch.compiled.torch_names import has_nested_regions, reason_of_end, sources_of
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Value, simulate
 
@@ -29,32 +29,21 @@ from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Value, 
 class Planner(Protocol):
     """What a user asks, and who makes plans."""
 
+    budget: Any
+    keep: Any
+    recompute: Any
+    time_limit_seconds: float
+    optimizer: Any
+
     @property
-    def optimizer(self) -> Any:
-        """Whose state is there during the whole step."""
+    def settled_bytes(self) -> int | None:
+        """What a share of the plain peak has come to, once there is a plan."""
 
     def budget_bytes(self, program: Program, plain_peak_bytes: int) -> int:
         """The budget, where plain training has this peak."""
 
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         """A plan within so many bytes."""
-
-
-@dataclass(frozen=True)
-class PlannedGraph:
-    """One graph of the compiler's, and what became of it.
-
-    Attributes:
-        backend: who has compiled it.
-        plan: which it follows.
-        scheduled_peak_bytes: the peak as the backend will run it.
-        tries: how many schedules of the backend's were looked at.
-    """
-
-    backend: str
-    plan: Plan
-    scheduled_peak_bytes: int
-    tries: int = 0
 
 
 class CompiledSession:
@@ -98,13 +87,17 @@ class CompiledSession:
 
         The compiler would wrap an error that is raised here into one of its own.
         """
-        if not is_whole and self._is_part(module):
+        if (not is_whole and self._is_part(module)) or self._has_regions(module):
             return inner(module, inputs)
-        names, kind = Names.of(sources_of(module)), kind_of(inner)
-        partitioner = _Partitioner(self, kind, names)
+        kind = kind_of(inner)
+        place = place_of_graph(module, inputs, (kind, *self._wishes()))
+        partitioner = _Partitioner(self, kind, Names.of(sources_of(module)), place)
         try:
             with self._lock:
-                return self._counted(compiled_by(inner, partitioner, module, inputs))
+                run = compiled_by(inner, partitioner, module, inputs, place.token)
+                if not partitioner.was_called and place.known is not None:  # torch has had the code already
+                    self.takes(place.known)
+                return self._counted(run)
         except InfeasibleBudget as error:
             return _raising(error)
 
@@ -116,6 +109,17 @@ class CompiledSession:
             return run(*args)
 
         return torch.compiler.disable(counted)
+
+    def _has_regions(self, module: fx.GraphModule) -> bool:
+        """Whether parts of a graph are compiled, and split, by themselves."""
+        if not has_nested_regions(module):
+            return False
+        self.without_plan("parts of it are compiled as regions (nested_compile_region)")
+        return True
+
+    def without_plan(self, why: str) -> None:
+        """Say that a graph is left to torch's own partitioner."""
+        warnings.warn(f"autoremat: {self.name} is compiled without a plan: {why}", RuntimeWarning, stacklevel=2)
 
     def _is_part(self, module: fx.GraphModule) -> bool:
         """Whether a graph is one of several, for all of which there is no plan."""
@@ -131,15 +135,29 @@ class CompiledSession:
             )
         return bool(self.broken)
 
+    def takes(self, graph: PlannedGraph) -> None:
+        """A graph has been planned, here or by an earlier process."""
+        self.planner.budget_bytes(graph.plan.program, graph.plan.plain_peak_bytes)
+        self.graphs.append(graph)
+
+    def _wishes(self) -> tuple[Any, ...]:
+        """All that a plan depends on beside the graph."""
+        planner = self.planner
+        wishes = planner.budget, planner.keep, planner.recompute, planner.time_limit_seconds
+        return *wishes, optimizer_bytes(planner.optimizer), planner.settled_bytes
+
     def planned(
-        self, reading: Reading, kind: str, joint_inputs: Sequence[object], given: dict[str, Any]
-    ) -> tuple[PlannedGraph, Halves]:
-        """A graph under its plan.
+        self, reading: Reading, kind: str, known: PlannedGraph | None, joint_inputs: Sequence[object],
+        given: dict[str, Any],
+    ) -> tuple[PlannedGraph, Halves]:  # fmt: skip
+        """A graph under its plan; ``known``: what an earlier process has planned.
 
         Raises:
             InfeasibleBudget: no plan fits, or none as Inductor would run it.
         """
         program = reading.program
+        if known is not None and known.serves(program):
+            return known, split(reading, known.plan.schedule, joint_inputs, **given)
         budget = self.planner.budget_bytes(program, simulate(program).peak_bytes)
 
         def halves_of(schedule: Schedule) -> Halves:
@@ -205,14 +223,15 @@ class PlannedBackend:
 class _Partitioner:
     """Splits one joint graph by a plan."""
 
-    def __init__(self, session: CompiledSession, kind: str, names: Names) -> None:
-        self._session, self._kind, self._names = session, kind, names
+    def __init__(self, session: CompiledSession, kind: str, names: Names, place: Place) -> None:
+        self._session, self._kind, self._names, self._place = session, kind, names, place
+        self.was_called = False
 
     def __call__(
         self, module: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int,
         compiler: str = "", **given: Any,
     ) -> Halves:  # fmt: skip
-        session = self._session
+        session, self.was_called = self._session, True
         try:
             joint = read_joint(module, num_fwd_outputs)
             fuses = self._kind == INDUCTOR
@@ -220,13 +239,12 @@ class _Partitioner:
             how = is_fused if fuses else never
             reading = read_program(joint, session.name, self._names, session.beside(), how)
         except NotPlannable as error:
-            warnings.warn(
-                f"autoremat: {session.name} is compiled without a plan: {error}", RuntimeWarning, stacklevel=2
-            )
+            session.without_plan(str(error))
             return split_by_torch(self._kind, module, joint_inputs, num_fwd_outputs=num_fwd_outputs, **given)
         given["num_fwd_outputs"] = num_fwd_outputs
-        graph, halves = session.planned(reading, self._kind, joint_inputs, given)
-        session.graphs.append(graph)
+        graph, halves = session.planned(reading, self._kind, self._place.known, joint_inputs, given)
+        session.takes(graph)
+        self._place.keep(graph)
         return halves
 
 

@@ -7,7 +7,8 @@ the compiler's configuration.
 from __future__ import annotations
 
 import functools
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from types import CodeType
 from typing import Any, Final
@@ -17,6 +18,7 @@ from torch import fx
 from torch._dynamo.backends.common import AotAutograd, aot_autograd
 from torch._dynamo.backends.debugging import boxed_nop
 from torch._dynamo.symbolic_convert import InstructionTranslator
+from torch._functorch import config as functorch_config
 from torch._functorch._aot_autograd.descriptors import (
     AOTInput,
     GradAOTOutput,
@@ -186,14 +188,18 @@ class _Splits(CustomPartitionerFn):
         return _Splits, (None, self.key)
 
 
-def inductor_splits_by(partitioner: Any, key: Any) -> Any:
-    """A block within which Inductor splits joint graphs by this partitioner.
+@contextmanager
+def inductor_splits_by(partitioner: Any, key: str) -> Iterator[None]:
+    """Within this block Inductor splits joint graphs by this partitioner.
 
     Args:
         partitioner: takes the joint graph as Inductor will lower it.
-        key: tells one partitioner's graphs from another's in Inductor's cache.
+        key: tells one plan's graphs from another's in AOTAutograd's cache; "": it is not to be used.
     """
-    return inductor_config.patch(custom_partitioner_fn=_Splits(partitioner, key))
+    cached = {"enable_autograd_cache": functorch_config.enable_autograd_cache and bool(key)}
+    splits = _Splits(partitioner, ("autoremat", key))
+    with inductor_config.patch(custom_partitioner_fn=splits), functorch_config.patch(cached):
+        yield
 
 
 def backend_with(name: Any, backend: Any, settings: dict[str, Any]) -> Any:
@@ -290,3 +296,8 @@ def _computed(kernel: Any) -> list[Node]:
     """The nodes of the graph that a kernel computes."""
     inner = [node.node for node in kernel.get_nodes() if getattr(node, "node", None) is not None]
     return [origin for buffer in inner for origin in (buffer.get_origins() if hasattr(buffer, "get_origins") else ())]
+
+
+def has_nested_regions(module: fx.GraphModule) -> bool:
+    """Whether a graph of the compiler's has regions that are split by themselves, by the same partitioner."""
+    return bool(module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph))
