@@ -21,7 +21,7 @@ from autoremat.engines.torch.compiled.naming import Names, reason_of_break
 from autoremat.engines.torch.compiled.partition import Halves, split
 from autoremat.engines.torch.compiled.reading import Reading, never, read_program
 from autoremat.engines.torch.compiled.stored import Place, PlannedGraph, place_of_graph
-from autoremat.engines.torch.compiled.torch_names import has_nested_regions, reason_of_end, sources_of
+from autoremat.engines.torch.compiled.torch_names import has_nested_regions, hold_sizes, reason_of_end, sources_of
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Value, simulate
 
@@ -89,6 +89,7 @@ class CompiledSession:
         """
         if (not is_whole and self._is_part(module)) or self._has_regions(module):
             return inner(module, inputs)
+        hold_sizes(module)
         kind = kind_of(inner)
         place = place_of_graph(module, inputs, (kind, *self._wishes()))
         partitioner = _Partitioner(self, kind, Names.of(sources_of(module)), place)

@@ -165,6 +165,42 @@ def sources_of(module: Any) -> list[str]:
     return [str(getattr(getattr(node.meta.get("grapharg"), "source", None), "name", "") or "") for node in inputs]
 
 
+def _choices() -> Any:
+    """Inductor's choices, but for one: what runs again is fused with what reads it, and with nothing beside it.
+
+    Two kernels that read the same are one kernel to Inductor, even where one of them is to run much later: then what
+    both read, and what both make, is in memory from the first to the last. For what runs again that undoes the plan.
+
+    Handed over twice: as the handler of the compilation, since Inductor looks at its configuration once in a thread
+    only; and in the configuration, which is a part of the key of its cache.
+    """
+    from torch._inductor.choices import InductorChoices
+
+    class Choices(InductorChoices):
+        """As the plan wants."""
+
+        @staticmethod
+        def can_fuse_horizontal(scheduler: Any, node1: Any, node2: Any, shared_data_score: int) -> bool:
+            """Whether two kernels that read the same may become one."""
+            if _runs_again(node1) or _runs_again(node2):
+                return False
+            return bool(InductorChoices.can_fuse_horizontal(scheduler, node1, node2, shared_data_score))
+
+        def uuid(self) -> Any:
+            """What the choices depend on."""
+            return "autoremat", "apart what runs again"
+
+    return Choices()
+
+
+def _runs_again(kernel: Any) -> bool:
+    return any(node.meta.get(AGAIN, False) for node in _computed(kernel))
+
+
+AGAIN: Final = "autoremat_again"
+"""Key of a node's ``meta`` under which stands that it is a further run."""
+
+
 class _Splits(CustomPartitionerFn):
     """A partitioner as Inductor takes one.
 
@@ -196,9 +232,11 @@ def inductor_splits_by(partitioner: Any, key: str) -> Iterator[None]:
         partitioner: takes the joint graph as Inductor will lower it.
         key: tells one plan's graphs from another's in AOTAutograd's cache; "": it is not to be used.
     """
+    from torch._inductor.virtualized import V
+
     cached = {"enable_autograd_cache": functorch_config.enable_autograd_cache and bool(key)}
-    splits = _Splits(partitioner, ("autoremat", key))
-    with inductor_config.patch(custom_partitioner_fn=splits), functorch_config.patch(cached):
+    changes = {"custom_partitioner_fn": _Splits(partitioner, ("autoremat", key)), "inductor_choices_class": _choices}
+    with inductor_config.patch(changes), functorch_config.patch(cached), V.set_choices_handler(_choices()):
         yield
 
 
@@ -301,3 +339,16 @@ def _computed(kernel: Any) -> list[Node]:
 def has_nested_regions(module: fx.GraphModule) -> bool:
     """Whether a graph of the compiler's has regions that are split by themselves, by the same partitioner."""
     return bool(module.graph.find_nodes(op="call_function", target=torch.ops.higher_order.invoke_subgraph))
+
+
+def hold_sizes(module: fx.GraphModule) -> None:
+    """Let the compiled code of a graph serve inputs up to the sizes of this call; for larger ones it is compiled anew.
+
+    A comparison of symbols that the compiler is asked about while it compiles becomes a guard of the code.
+    """
+    for node in module.graph.find_nodes(op="placeholder"):
+        example = node.meta.get("example_value")
+        sizes = [example] if isinstance(example, torch.SymInt) else list(getattr(example, "shape", ()))
+        for size in sizes:
+            if isinstance(size, torch.SymInt) and (known := size_hint(size)) is not None:
+                bool(size <= known)
