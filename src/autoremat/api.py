@@ -179,6 +179,7 @@ def plan(
     timing: str = "auto",
     time_limit_seconds: float = 10.0,
     accumulate: bool = False,
+    compiled: bool | str = False,
     **kwargs: Any,
 ) -> Plan:
     """Plan a training step without running it, in the account of ``checkpoint``: what one accepts, the other does.
@@ -203,10 +204,14 @@ def plan(
         time_limit_seconds: the longest that planning may take, recording excluded.
         accumulate: the step finds gradients of all parameters that its backward reaches, and adds to them: what
             gradient accumulation takes from the second micro-step on. A plan of it serves the first one, too.
+        compiled: plan what ``torch.compile`` makes of the step: the name of a backend, or True for ``"inductor"``. The
+            callable is traced and planned, and Inductor orders its kernels; no code is generated, and nothing runs.
+            ``solver``, ``timing`` and ``accumulate`` are not for this.
         **kwargs: keyword arguments of ``fn``.
 
     Raises:
-        ValueError: malformed budget, inputs on several devices, nothing differentiable, a pattern that matches nothing.
+        ValueError: malformed budget, inputs on several devices, nothing differentiable, a pattern that matches nothing;
+            with ``compiled``, a step that is compiled into several graphs.
         InfeasibleBudget: no known plan fits.
 
     Example:
@@ -217,12 +222,26 @@ def plan(
         True
     """
     Budget.read(budget)
+    if compiled:
+        options = Options(budget, optimizer, keep, recompute, time_limit_seconds)
+        return _plan_compiled(fn, args, kwargs, options, "inductor" if compiled is True else str(compiled))
     with progress_bar() as progress:
         program = record_step(fn, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
         return solve(
             program, in_bytes(budget, program), solver=solver, keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
+
+
+def _plan_compiled(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], options: Options, backend: str
+) -> Plan:  # fmt: skip
+    """The plan of a step that ``torch.compile`` would run."""
+    from autoremat.engines.torch.compiled.beforehand import planned_beforehand
+
+    session = session_of(fn)
+    plain = session.fn if session is not None else inside_compiled(fn) if isinstance(fn, nn.Module) else fn
+    return planned_beforehand(plain, args, kwargs, options, backend).plan
 
 
 def explain(

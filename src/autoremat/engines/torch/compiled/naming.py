@@ -18,7 +18,7 @@ _PART: Final = re.compile(r"(?:\._modules|\._parameters|\._buffers)?(?:\['([^']+
 """One step from a module or a container to what it holds, as the compiler writes it."""
 _ROOT: Final = re.compile(r"^[LG]\['([^']+)'\]")
 _LIBRARY: Final = str(Path(torch.__file__).parent)
-_OWN: Final = str(Path(__file__).parents[3])
+_OWN: Final = str(Path(__file__).parents[2])
 _WRAPPING: Final = frozenset({"forward", "__wrapped__", "_forward", "__self__", "module", "_orig_mod", "session", "fn"})
 """What stands between a checkpointed callable and the user's."""
 
@@ -61,10 +61,14 @@ def path_of(source: str) -> str:
         'blocks.0.weight'
         >>> path_of("L['x']")
         'x'
+        >>> path_of("L['args'][0]")
+        'args.0'
     """
     root = _ROOT.match(source)
     parts = [next(filter(None, m.groups()), "") for m in _PART.finditer(source[root.end() if root else 0 :])]
     parts = [part for part in parts if part not in _WRAPPING and not part.startswith("__")]
+    if root and root.group(1) == "args":  # of a function of ours that hands on what it is given
+        parts.insert(0, "args")
     return ".".join(parts) or (root.group(1) if root else source)
 
 

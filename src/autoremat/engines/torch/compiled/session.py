@@ -56,7 +56,7 @@ class CompiledSession:
 
     def __init__(self, fn: Callable[..., Any] | None, planner: Planner) -> None:
         self.fn, self.planner = fn, planner
-        self.name = getattr(fn, "__name__", "the compiled step")
+        self.name = "the compiled step" if fn is None else getattr(fn, "__name__", type(fn).__name__)
         self.graphs: list[PlannedGraph] = []
         self.calls = 0
         self.broken = ""
@@ -89,18 +89,26 @@ class CompiledSession:
         """
         if (not is_whole and self._is_part(module)) or self._has_regions(module):
             return inner(module, inputs)
+        try:
+            return self._counted(self.made(inner, module, inputs))
+        except InfeasibleBudget as error:
+            return _raising(error)
+
+    def made(self, inner: Backend, module: fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        """What a backend makes of a planned graph.
+
+        Raises:
+            InfeasibleBudget: no plan fits, or none as Inductor would run it.
+        """
         hold_sizes(module)
         kind = kind_of(inner)
         place = place_of_graph(module, inputs, (kind, *self._wishes()))
         partitioner = _Partitioner(self, kind, Names.of(sources_of(module)), place)
-        try:
-            with self._lock:
-                run = compiled_by(inner, partitioner, module, inputs, place.token)
-                if not partitioner.was_called and place.known is not None:  # torch has had the code already
-                    self.takes(place.known)
-                return self._counted(run)
-        except InfeasibleBudget as error:
-            return _raising(error)
+        with self._lock:
+            run = compiled_by(inner, partitioner, module, inputs, place.token)
+            if not partitioner.was_called and place.known is not None:  # torch has had the code already
+                self.takes(place.known)
+        return run
 
     def _counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
         """The same, calls counted."""
