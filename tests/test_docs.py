@@ -46,6 +46,10 @@ FENCE = re.compile(r"^( *)(`{3,}|~{3,})([^\n]*)\n(.*?)^\1\2$", re.M | re.S)
 COMMAND = re.compile(r"^ *(\$|>>>|autoremat|pip|python3?|make|git|cd|import|from) ", re.M)
 
 
+of_the_compiler = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
+"""It imports what torch calls deprecated."""
+
+
 def page_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
@@ -75,6 +79,7 @@ def names_of_the_readme() -> dict[str, object]:
     return {"F": F, "torch": torch, "model": model, "batch": batch, "optimizer": torch.optim.Adam(model.parameters())}
 
 
+@of_the_compiler
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -192,6 +197,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>>" in path.read_text())
 
 
+@of_the_compiler
 @pytest.mark.parametrize(
     "source",
     [pytest.param(p, id=page_name(p), marks=pytest.mark.slow if "integrations" in p.parts else ()) for p in EXAMPLES],

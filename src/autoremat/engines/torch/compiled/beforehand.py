@@ -1,4 +1,4 @@
-"""The plan of a compiled step that is not going to be run: traced, planned, scheduled, and then no code is generated."""
+"""The plan of a compiled step that is not going to be run: traced, planned, scheduled, and no code is generated."""
 
 from __future__ import annotations
 
