@@ -1,8 +1,8 @@
 """What a compiled step takes: torch's own ways beside a budget, in bytes by the allocator's account.
 
 Plain ``torch.compile``, every point of ``activation_memory_budget``, ``torch.compile`` around
-``torch.utils.checkpoint`` for each block, and budgets: the peak of what checkpointing by block takes among them, so that
-both stand side by side at the same peak. ``--times`` adds ratios of times: all variants take turns in one process,
+``torch.utils.checkpoint`` for each block, and budgets: the peak of what checkpointing by block takes is one of them, so
+that both stand side by side at the same peak. ``--times`` adds ratios of times: all variants take turns in one process,
 and the median of the ratios to plain ``torch.compile`` counts. Compiling takes long; the network is small.
 
 Run: ``PYTHONPATH=. python benchmarks/compiled.py [--backend inductor] [--network gpt] [--times]``.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat.backend import autoremat as backend
-from tests.compiled.cases import MLP, Regression, built, layers, peak, plain, rows, same, train
+from tests.compiled.cases import MLP, Broken, Regression, built, layers, peak, plain, rows, same, train
 
 SHARE = 0.8
 
@@ -138,3 +138,52 @@ def test_checkpointed_twice() -> None:
     call = autoremat.checkpoint(torch.compile(layers(), backend="aot_eager"), budget=SHARE)
     with pytest.raises(ValueError, match="checkpointed by autoremat already"):
         autoremat.checkpoint(call, budget=SHARE)
+
+
+@pytest.mark.parametrize("is_broken_around", [False, True])
+def test_a_checkpointed_module_inside_a_larger_function(is_broken_around: bool) -> None:
+    """What else is in its graph is planned with it; a graph break around it does not matter."""
+
+    def build(model: nn.Module) -> object:
+        def work(x: Tensor, y: Tensor) -> Tensor:
+            x = 1.5 * x
+            if is_broken_around:
+                torch._dynamo.graph_break()
+            loss = model(x, y)
+            if is_broken_around:
+                torch._dynamo.graph_break()
+            return loss.sin()
+
+        return torch.compile(work, backend="aot_eager")
+
+    model, data = built(MLP)
+    left = train(model, build(model), data)  # type: ignore[arg-type]
+    torch._dynamo.reset()
+    model, data = built(MLP)
+    call = build(autoremat.checkpoint(model, budget=SHARE, time_limit_seconds=1))
+    assert same(train(model, call, data), left)  # type: ignore[arg-type]
+    stats = autoremat.stats(model)
+    assert (stats.graphs, stats.fallbacks, stats.executed_by) == (1, 0, "aot_eager")
+    assert stats.reruns > 0
+
+
+def test_several_graphs_are_compiled_without_a_plan() -> None:
+    """With a warning that names the break, and the bits of plain training."""
+    torch.manual_seed(0)
+    model, data = Broken(), rows()
+    left = train(model, torch.compile(model, backend="aot_eager"), data)
+    torch._dynamo.reset()
+    call = torch.compile(autoremat.checkpoint(model, budget=SHARE), backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match=r"several graphs, because of .*graph_break.* at .*cases\.py:\d+"):
+        assert same(train(model, call, data), left)
+    assert autoremat.stats(model).graphs == 0
+
+
+def test_regions_checkpointed_by_hand_are_left_to_torch() -> None:
+    model, data = Regression(), rows()
+    inner = model.layers[1].forward
+    model.layers[1].forward = lambda x: torch.utils.checkpoint.checkpoint(inner, x, use_reentrant=False)  # type: ignore[method-assign]
+    call = torch.compile(autoremat.checkpoint(model, budget=SHARE), backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match=r"without a plan: it has regions of torch\.utils\.checkpoint"):
+        call(*data).backward()
+    assert all(p.grad is not None for p in model.parameters())
