@@ -123,14 +123,14 @@ def variants(backend: str, name: str, blocks: int) -> list[Variant]:
     eager = fresh()
     add("eager", eager, eager)
     full = add("torch.compile", fresh())
-    for point in POINTS:
-        with torch._functorch.config.patch(activation_memory_budget=point):
-            add(f"activation_memory_budget {point}", fresh())
     block = add("torch.compile, checkpoint by block", by_block(fresh()))
-    for budget in (*(int(share * full) for share in SHARES), block):
+    for budget in (block, *(int(share * full) for share in SHARES)):
         training = fresh()
         call = torch.compile(autoremat.checkpoint(training, budget=budget), backend=backend)
         add(f"autoremat, budget {budget / 1e6:.3f} MB", training, call)
+    for point in POINTS:
+        with torch._functorch.config.patch(activation_memory_budget=point):
+            add(f"activation_memory_budget {point}", fresh())
     return found
 
 
