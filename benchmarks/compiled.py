@@ -107,7 +107,9 @@ def variants(backend: str, name: str, blocks: int) -> list[Variant]:
     def add(label: str, training: nn.Module, call: Callable[..., Tensor] | None = None) -> int:
         torch._dynamo.reset()
         try:
-            variant = measured(label, training, call or torch.compile(training, backend=backend), x, y)
+            if call is None:
+                call = torch.compile(training, backend=backend)
+            variant = measured(label, training, call, x, y)
         except autoremat.InfeasibleBudget as error:
             print(f"| {label} | refused: floor {error.floor_bytes / 1e6:.3f} MB | | |", flush=True)
             return error.floor_bytes

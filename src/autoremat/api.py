@@ -161,8 +161,10 @@ def stats(target: Any) -> Stats:
         raise ValueError("this is not checkpointed by autoremat; call autoremat.checkpoint on it first")
     found = NOTHING_YET if session is None else session.stats()
     planner: Any = compiled.planner if session is None and compiled is not None else session.planner  # type: ignore[union-attr]
-    if compiled is not None and compiled.graphs:
-        found = replace(found, **compiled.figures())
+    if compiled is not None:
+        figures = compiled.figures()
+        more = {name: getattr(found, name) + figures.pop(name) for name in ("calls", "unplanned") if name in figures}
+        found = replace(found, **figures, **more)
     if found.plan is None or not isinstance(planner, Options):
         return found
     return replace(found, plan=planner.with_floor(found.plan))

@@ -8,12 +8,13 @@ import itertools
 import sys
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from autoremat.engines.torch.eager.measure import Measurement, meter_for
 from autoremat.engines.torch.eager.session import Session
 from autoremat.engines.torch.operators.compiled import (
     compiled_alike,
@@ -106,13 +107,19 @@ class Compilable:
         from autoremat.engines.torch.compiled.session import CompiledSession
 
         if self.compiled is None:
-            self.compiled = CompiledSession(self.fn, self.options)
+            self.compiled = CompiledSession(self.fn, self.options, _measurement if self.options.measure else None)
             self.apart = apart(self.compiled)
         return meet(self.compiled, _OURS)
 
     def is_apart(self) -> bool:
         """Whether the compiler has left this call to Python, because it does not trace all of its caller."""
         return self.compiled is not None and is_compiling()
+
+
+def _measurement(tensors: Sequence[Tensor], on_end: Callable[[int], None]) -> Measurement | None:
+    """Begin to measure a step on these tensors."""
+    meter = meter_for(tensors, asked=True)
+    return None if meter is None else Measurement(meter, False, on_end)
 
 
 def _met_by_compiler(key: str) -> str:

@@ -36,7 +36,7 @@ class Reading:
     Attributes:
         joint: the graph.
         program: its operators, those of the forward first.
-        nodes: for every op its node; None for the one that opens the backward.
+        nodes: for every op its node; None for the one that opens the backward, and for the optimizer's step.
         value: for every node that makes memory its value in the program.
     """
 
@@ -82,6 +82,15 @@ def read_program(
         timing="measured" if timed else "estimated", measured_share=timed / total if total else 0.0,
     )  # fmt: skip
     return Reading(joint, program, tuple(nodes), values.index)
+
+
+def with_optimizer(reading: Reading, scratch_bytes: int) -> Reading:
+    """The same, with what the optimizer's step takes beside gradients and state as a last op; it has no node."""
+    if not scratch_bytes:
+        return reading
+    step = Op("optimizer step", (), (), 0.0, scratch_bytes, "backward", Once.BACKWARD, kind="step")
+    program = replace(reading.program, ops=(*reading.program.ops, step))
+    return replace(reading, program=program, nodes=(*reading.nodes, None))
 
 
 def costs_of(nodes: Sequence[Node], is_fused: Callable[[Node], bool]) -> list[Cost]:

@@ -7,20 +7,22 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch import fx
 
-from autoremat.engines.torch.compiled.backends import INDUCTOR, Backend, compiled_by, kind_of, split_by_torch
+from autoremat.engines.torch.compiled.backends import INDUCTOR, Backend, compiled_by, kind_of
 from autoremat.engines.torch.compiled.dry import dry_schedule
 from autoremat.engines.torch.compiled.fitting import fit
-from autoremat.engines.torch.compiled.fusing import fused, is_fused
-from autoremat.engines.torch.compiled.joint import NotPlannable, read_joint
+from autoremat.engines.torch.compiled.last_word import Begin, LastWord
 from autoremat.engines.torch.compiled.naming import Names, reason_of_break
 from autoremat.engines.torch.compiled.partition import Halves, split
-from autoremat.engines.torch.compiled.reading import Reading, never, read_program
-from autoremat.engines.torch.compiled.stored import Place, PlannedGraph, place_of_graph
+from autoremat.engines.torch.compiled.partitioner import GraphPartitioner
+from autoremat.engines.torch.compiled.reading import Reading
+from autoremat.engines.torch.compiled.stored import PlannedGraph, place_of_graph
 from autoremat.engines.torch.compiled.torch_names import has_nested_regions, hold_sizes, reason_of_end, sources_of
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Value, simulate
@@ -52,29 +54,48 @@ class CompiledSession:
     Args:
         fn: the callable, without autoremat; None where the compiler hands over its graphs itself.
         planner: knows the budget and makes plans.
+        measure: begins to measure a step; None where the user has not asked for it.
     """
 
-    def __init__(self, fn: Callable[..., Any] | None, planner: Planner) -> None:
+    def __init__(self, fn: Callable[..., Any] | None, planner: Planner, measure: Begin | None = None) -> None:
         self.fn, self.planner = fn, planner
         self.name = "the compiled step" if fn is None else getattr(fn, "__name__", type(fn).__name__)
         self.graphs: list[PlannedGraph] = []
-        self.calls = 0
+        self.calls = self.unplanned = 0
+        self.margin_bytes = 0
+        """What a measured step has taken beyond what was scheduled, where that was too much."""
         self.broken = ""
         """Why the compiler makes several graphs of the callable; "" while it makes one."""
         self._lock = threading.RLock()
-        self._met: Callable[..., Any] = _inlined(fn)
-        self._apart: dict[Backend, Callable[..., Any]] = {}
+        self._last_word = LastWord(measure, self._too_much)
+        self._met: Backend | None = None
+        self._apart: dict[tuple[Backend | None, int], Callable[..., Any]] = {}
 
     def met_by(self, backend: Backend) -> None:
         """A backend's compiler has come to the callable; ``call`` goes on with it."""
-        if backend not in self._apart:
-            planned = self.backend(backend, is_whole=False)
-            self._apart[backend] = torch.compile(_inlined(self.fn), backend=planned)
-        self._met = self._apart[backend]
+        self._met = backend
 
     def call(self, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """A call of the callable, compiled by itself with the backend that came last."""
-        return self._met(*args, **kwargs)
+        key = self._met, self.margin_bytes
+        compiled = self._apart.get(key)
+        if compiled is None:
+            assert self._met is not None
+            backend = self.backend(self._met, is_whole=False)
+            compiled = self._apart[key] = torch.compile(_inlined(self.fn), backend=backend)
+        return compiled(*args, **kwargs)
+
+    def _too_much(self, graph: PlannedGraph, taken_bytes: int) -> None:
+        """A measured step has taken more than the budget: plan for as much less, once."""
+        again = not self.margin_bytes and bool(self._apart)
+        warnings.warn(
+            f"autoremat: a step of {self.name} took {taken_bytes} bytes, beyond the budget of {graph.plan.budget_bytes}; "
+            + ("the next one is planned with that margin" if again else "give a smaller budget"),
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        if again:
+            self.margin_bytes = taken_bytes - graph.scheduled_peak_bytes
 
     def backend(self, inner: Backend, *, is_whole: bool) -> PlannedBackend:
         """A backend in whose graphs the budget holds; ``is_whole``: every such graph has all of the callable in it."""
@@ -88,9 +109,9 @@ class CompiledSession:
         The compiler would wrap an error that is raised here into one of its own.
         """
         if (not is_whole and self._is_part(module)) or self._has_regions(module):
-            return inner(module, inputs)
+            return self._counted(inner(module, inputs), None)
         try:
-            return self._counted(self.made(inner, module, inputs))
+            return self.made(inner, module, inputs)
         except InfeasibleBudget as error:
             return _raising(error)
 
@@ -103,19 +124,24 @@ class CompiledSession:
         hold_sizes(module)
         kind = kind_of(inner)
         place = place_of_graph(module, inputs, (kind, *self._wishes()))
-        partitioner = _Partitioner(self, kind, Names.of(sources_of(module)), place)
+        partitioner = GraphPartitioner(self, kind, Names.of(sources_of(module)), place)
         with self._lock:
             run = compiled_by(inner, partitioner, module, inputs, place.token)
+            if not partitioner.was_called and place.known is None:
+                return run  # nothing is differentiated in it
             if not partitioner.was_called and place.known is not None:  # torch has had the code already
                 self.takes(place.known)
-        return run
+            return self._counted(run, self.graphs[-1] if not partitioner.was_refused else None)
 
-    def _counted(self, run: Callable[..., Any]) -> Callable[..., Any]:
-        """The same, calls counted."""
+    def _counted(self, run: Callable[..., Any], graph: PlannedGraph | None) -> Callable[..., Any]:
+        """The same, calls counted; ``graph``: None where it has no plan."""
 
         def counted(*args: Any) -> Any:
+            if graph is None:
+                self.unplanned += 1
+                return run(*args)
             self.calls += 1
-            return run(*args)
+            return self._last_word.run(graph, run, args)
 
         return torch.compiler.disable(counted)
 
@@ -153,7 +179,7 @@ class CompiledSession:
         """All that a plan depends on beside the graph."""
         planner = self.planner
         wishes = planner.budget, planner.keep, planner.recompute, planner.time_limit_seconds
-        return *wishes, optimizer_bytes(planner.optimizer), planner.settled_bytes
+        return *wishes, optimizer_bytes(planner.optimizer), planner.settled_bytes, self.margin_bytes
 
     def planned(
         self, reading: Reading, kind: str, known: PlannedGraph | None, joint_inputs: Sequence[object],
@@ -173,9 +199,10 @@ class CompiledSession:
             return split(reading, schedule, joint_inputs, **given)
 
         if kind != INDUCTOR:
-            plan = self._solve(program, budget)
+            plan = replace(self._solve(program, budget - self.margin_bytes), budget_bytes=budget)
             return PlannedGraph(kind, plan, plan.peak_bytes), halves_of(plan.schedule)
-        found = fit(reading, budget, self._solve, halves_of, lambda halves: dry_schedule(halves, program, given))
+        dry = partial(dry_schedule, program=program, given=given)
+        found = fit(reading, budget, self._solve, halves_of, dry, self.margin_bytes)
         return PlannedGraph(kind, found.plan, found.peak_bytes, found.tries), found.halves
 
     def _solve(self, program: Program, budget_bytes: int) -> Plan:
@@ -183,6 +210,9 @@ class CompiledSession:
 
     def figures(self) -> dict[str, Any]:
         """What has happened, in the words of ``Stats``."""
+        self._last_word.end()
+        if not self.graphs:
+            return {"unplanned": self.unplanned}
         last = self.graphs[-1]
         again = sum(n - 1 for n in last.plan.schedule.runs_of.values())
         return {
@@ -192,6 +222,8 @@ class CompiledSession:
             "calls": self.calls,
             "hits": max(0, self.calls - len(self.graphs)),
             "reruns": again * self.calls,
+            "unplanned": self.unplanned,
+            "measured_peak_bytes": self._last_word.measured.get(id(last)),
             "executed_by": last.backend,
             "graphs": len(self.graphs),
         }
@@ -215,6 +247,7 @@ class PlannedBackend:
 
     def __init__(self, session: CompiledSession, inner: Backend, *, is_whole: bool) -> None:
         self.session, self.inner, self.is_whole = session, inner, is_whole
+        self._key = id(session), id(inner), is_whole, session.margin_bytes
         self.__name__ = f"autoremat({kind_of(inner) or getattr(inner, '__name__', 'backend')})"
 
     def __call__(self, module: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[..., Any]:
@@ -223,38 +256,10 @@ class PlannedBackend:
 
     def __eq__(self, other: object) -> bool:
         """Whether what the other has compiled serves this one, too."""
-        return isinstance(other, PlannedBackend) and (self.session, self.inner) == (other.session, other.inner)
+        return isinstance(other, PlannedBackend) and self._key == other._key
 
     def __hash__(self) -> int:
-        return hash((id(self.session), id(self.inner)))
-
-
-class _Partitioner:
-    """Splits one joint graph by a plan."""
-
-    def __init__(self, session: CompiledSession, kind: str, names: Names, place: Place) -> None:
-        self._session, self._kind, self._names, self._place = session, kind, names, place
-        self.was_called = False
-
-    def __call__(
-        self, module: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int,
-        compiler: str = "", **given: Any,
-    ) -> Halves:  # fmt: skip
-        session, self.was_called = self._session, True
-        try:
-            joint = read_joint(module, num_fwd_outputs)
-            fuses = self._kind == INDUCTOR
-            joint = fused(joint) if fuses else joint
-            how = is_fused if fuses else never
-            reading = read_program(joint, session.name, self._names, session.beside(), how)
-        except NotPlannable as error:
-            session.without_plan(str(error))
-            return split_by_torch(self._kind, module, joint_inputs, num_fwd_outputs=num_fwd_outputs, **given)
-        given["num_fwd_outputs"] = num_fwd_outputs
-        graph, halves = session.planned(reading, self._kind, self._place.known, joint_inputs, given)
-        session.takes(graph)
-        self._place.keep(graph)
-        return halves
+        return hash(self._key)
 
 
 def _inlined(fn: Any) -> Callable[..., Any]:

@@ -94,7 +94,14 @@ def place_of_graph(module: fx.GraphModule, inputs: Sequence[Any], wishes: Sequen
     where = folder()
     if where is None:
         return Place(None, "")
-    known = _VERSION, torch.__version__, torch.get_default_dtype(), torch.is_autocast_enabled("cpu"), *wishes
+    known = (
+        _VERSION,
+        torch.__version__,
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+        torch.is_grad_enabled(),
+        *wishes,
+    )
     text = "\n".join((module.code, *map(_described, inputs), *map(repr, known)))
     path = where / _FOLDER / f"{hashlib.sha256(text.encode()).hexdigest()}.json"
     return _read(path) or Place(path, os.urandom(16).hex())

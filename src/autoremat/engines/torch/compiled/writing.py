@@ -9,7 +9,7 @@ from torch import fx
 from torch.fx.node import Node
 
 from autoremat.engines.torch.compiled.joint import Joint, is_result, is_size
-from autoremat.engines.torch.compiled.reading import Reading
+from autoremat.engines.torch.compiled.reading import TANGENTS, Reading
 from autoremat.engines.torch.compiled.torch_names import AGAIN, Mark, forget_how_to_recompute, put_mark
 from autoremat.program import Schedule
 
@@ -37,7 +37,7 @@ class _Writer:
     """Writes a graph run by run."""
 
     def __init__(self, reading: Reading) -> None:
-        self._joint, self._nodes = reading.joint, reading.nodes
+        self._joint, self._program, self._nodes = reading.joint, reading.program, reading.nodes
         self._graph = fx.Graph()
         self._is_late = False
         self._op, self._is_again = -1, False
@@ -56,7 +56,8 @@ class _Writer:
         node, self._op = self._nodes[i], i
         self._is_again = node in self._latest
         if node is None:
-            self._backward_begins()
+            if self._program.ops[i].name == TANGENTS:
+                self._backward_begins()
             return
         self._latest[node] = self._copied(node)
         for result in self._results.get(node, ()):
