@@ -39,6 +39,7 @@ class GraphPartitioner:
         self, module: fx.GraphModule, joint_inputs: Sequence[object], *, num_fwd_outputs: int,
         compiler: str = "", **given: Any,
     ) -> Halves:  # fmt: skip
+        """The halves of a joint graph: by its plan, or, where it can have none, as torch would split it."""
         session, self.was_called = self._session, True
         try:
             joint = read_joint(module, num_fwd_outputs)

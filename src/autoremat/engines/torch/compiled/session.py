@@ -89,7 +89,8 @@ class CompiledSession:
         """A measured step has taken more than the budget: plan for as much less, once."""
         again = not self.margin_bytes and bool(self._apart)
         warnings.warn(
-            f"autoremat: a step of {self.name} took {taken_bytes} bytes, beyond the budget of {graph.plan.budget_bytes}; "
+            f"autoremat: a step of {self.name} took {taken_bytes} bytes, beyond the budget of "
+            f"{graph.plan.budget_bytes}; "
             + ("the next one is planned with that margin" if again else "give a smaller budget"),
             RuntimeWarning,
             stacklevel=2,
