@@ -64,9 +64,9 @@ def dry_schedule(halves: Halves, program: Program, given: dict[str, Any]) -> Dry
     kernels = list[Kernel]()
     for is_late, module in enumerate(halves):
         static = given.get("static_lifetime_input_indices") or () if not is_late else _fixed_inputs(module)
-        for nbytes, nodes in scheduled(module, static, is_backward=bool(is_late)):
+        for nbytes, nodes, is_alone in scheduled(module, static, is_backward=bool(is_late)):
             ops = _ops(nodes)
-            scratch = max((program.ops[i].scratch_bytes for i in ops), default=0)
+            scratch = max((program.ops[i].scratch_bytes for i in ops), default=0) if is_alone else 0
             kernels.append(Kernel(nbytes + scratch, ops, bool(is_late)))
     return DrySchedule(tuple(kernels), program.fixed_bytes)
 

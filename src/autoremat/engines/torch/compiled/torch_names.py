@@ -7,6 +7,7 @@ the compiler's configuration.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
@@ -260,8 +261,8 @@ def _op_types() -> Any:
 # ---- what Inductor makes of a graph, before it generates code ----------------------------------------------------
 
 
-Steps = list[tuple[int, list[Node]]]
-"""Bytes in memory while each kernel runs, and the nodes that it computes."""
+Steps = list[tuple[int, list[Node], bool]]
+"""Bytes in memory while each kernel runs, the nodes that it computes, and whether it is an operator called as it is."""
 
 
 class _Scheduled(BaseException):
@@ -327,13 +328,19 @@ def _stop(kernels: Any) -> Any:
         order, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
     )  # fmt: skip
     _, spans, *_ = memory.estimate_peak_memory_allocfree(order, freed, outputs)
-    raise _Scheduled([(int(span[0]), _computed(kernel)) for kernel, span in zip(order, spans, strict=True)])
+    raise _Scheduled([(int(s[0]), _computed(k), bool(k.is_extern())) for k, s in zip(order, spans, strict=True)])
 
 
 def _computed(kernel: Any) -> list[Node]:
-    """The nodes of the graph that a kernel computes."""
+    """The nodes of the graph that a kernel computes; of an operator that is called as it is, that one."""
     inner = [node.node for node in kernel.get_nodes() if getattr(node, "node", None) is not None]
-    return [origin for buffer in inner for origin in (buffer.get_origins() if hasattr(buffer, "get_origins") else ())]
+    origins = [
+        origin for buffer in inner for origin in (buffer.get_origins() if hasattr(buffer, "get_origins") else ())
+    ]
+    if not kernel.is_extern():
+        return origins
+    called = [node for buffer in inner if (node := buffer.get_origin_node()) is not None]
+    return [node for node in called or origins if node.target is not operator.getitem and not is_fusible(node)]
 
 
 def has_nested_regions(module: fx.GraphModule) -> bool:

@@ -62,6 +62,8 @@ class Stats:
         numbers["fallbacks"] = self.fallbacks
         if self.plan is not None:
             numbers |= {name: getattr(self.plan, name) for name in _OF_THE_PLAN}
+        if not self.graphs:
+            del numbers["graphs"]
         return {name: n for name, n in numbers.items() if n is not None}
 
     def __str__(self) -> str:
