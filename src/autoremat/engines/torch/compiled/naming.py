@@ -18,7 +18,7 @@ _PART: Final = re.compile(r"(?:\._modules|\._parameters|\._buffers)?(?:\['([^']+
 """One step from a module or a container to what it holds, as the compiler writes it."""
 _ROOT: Final = re.compile(r"^[LG]\['([^']+)'\]")
 _LIBRARY: Final = str(Path(torch.__file__).parent)
-_OWN: Final = str(Path(__file__).parents[2])
+_OWN: Final = str(Path(__file__).parents[2]), str(Path(__file__).parents[3] / "checkpointed.py")
 _WRAPPING: Final = frozenset({"forward", "__wrapped__", "_forward", "__self__", "module", "_orig_mod", "session", "fn"})
 """What stands between a checkpointed callable and the user's."""
 
@@ -83,7 +83,7 @@ def line_of(node: Node) -> str:
     """``file:line`` of the user's code that has run a node."""
     stack = node.meta.get("stack_trace") or ""
     lines = re.findall(r'File "([^"]+)", line (\d+)', stack)
-    theirs = [(file, n) for file, n in lines if not file.startswith((_LIBRARY, _OWN))]
+    theirs = [(file, n) for file, n in lines if not file.startswith((_LIBRARY, *_OWN))]
     return ":".join(theirs[-1]) if theirs else ""
 
 
