@@ -56,6 +56,10 @@ FENCE = re.compile(r"^( *)(`{3,}|~{3,})([^\n]*)\n(.*?)^\1\2$", re.M | re.S)
 COMMAND = re.compile(r"^ *(\$|>>>|autoremat|pip|python3?|make|git|cd|import|from) ", re.M)
 
 
+of_the_compiler = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
+"""It imports what torch calls deprecated."""
+
+
 def page_name(page: Path) -> str:
     return page.relative_to(ROOT).as_posix()
 
@@ -91,6 +95,7 @@ def marks_of(page: Path) -> tuple[pytest.MarkDecorator, ...]:
     return (pytest.mark.slow, pytest.mark.guard) if page_name(page) in TAKE_LONG else ()
 
 
+@of_the_compiler
 @pytest.mark.parametrize("page", [pytest.param(p, id=page_name(p), marks=marks_of(p)) for p in PAGES])
 def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -210,6 +215,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 EXAMPLES = sorted(path for path in (ROOT / "src").rglob("*.py") if ">>>" in path.read_text())
 
 
+@of_the_compiler
 @pytest.mark.parametrize(
     "source",
     [pytest.param(p, id=page_name(p), marks=marks_of(p)) for p in EXAMPLES],

@@ -29,6 +29,7 @@ ALLOWED = {
     "engines.torch.eager": {
         "program", "planner", "engines.torch.operators", "engines.torch.world", "engines.torch.recording"
     },
+    "engines.torch.compiled": {"program", "planner", "engines.torch.operators", "engines.torch.world"},
     "integrations": {"top", "planner", "engines.torch.eager"},
     "demo": {"top", "engines.torch.world"},
 }  # fmt: skip

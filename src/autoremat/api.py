@@ -14,10 +14,18 @@ from typing import Any, Final, TypeVar, overload
 import torch
 from torch import nn
 
-from autoremat.checkpointed import Forward, checkpoint_callable, checkpoint_module, session_of
+from autoremat.checkpointed import (
+    Forward,
+    checkpoint_callable,
+    checkpoint_module,
+    compiled_of,
+    plain_callable,
+    session_of,
+)
 from autoremat.engines.torch.eager.dry_run import record as record_calls
 from autoremat.engines.torch.eager.options import Given, Options
-from autoremat.engines.torch.eager.stats import Stats
+from autoremat.engines.torch.eager.stats import NOTHING_YET, Stats
+from autoremat.engines.torch.operators.compiled import inside_compiled
 from autoremat.engines.torch.operators.timing import Progress
 from autoremat.engines.torch.world.memory import free_bytes
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
@@ -128,16 +136,17 @@ def restore(target: F) -> F:
     if session is None:
         raise ValueError("this is not checkpointed by autoremat, so there is nothing to restore")
     if not isinstance(target, nn.Module):
-        return session.fn  # type: ignore[return-value]
-    forward = vars(target)["forward"]
+        return plain_callable(target)
+    module = inside_compiled(target)
+    forward = vars(module)["forward"]
     if not isinstance(forward, Forward):
         raise ValueError(
-            f"the forward of this {type(target).__name__} has been wrapped once more since it was checkpointed (by "
+            f"the forward of this {type(module).__name__} has been wrapped once more since it was checkpointed (by "
             "Accelerate, say); undo that first"
         )
-    del target.forward
+    del module.forward
     if forward.replaced is not None:
-        target.forward = forward.replaced
+        module.forward = forward.replaced
     return target
 
 
@@ -157,10 +166,15 @@ def stats(target: Any) -> Stats:
         >>> autoremat.stats(model).as_dict()["calls"]
         1
     """
-    session = session_of(target)
-    if session is None:
+    session, compiled = session_of(target), compiled_of(target)
+    if session is None and compiled is None:
         raise ValueError("this is not checkpointed by autoremat; call autoremat.checkpoint on it first")
-    found, planner = session.stats(), session.planner
+    found = NOTHING_YET if session is None else session.stats()
+    planner: Any = compiled.planner if session is None and compiled is not None else session.planner  # type: ignore[union-attr]
+    if compiled is not None:
+        figures = compiled.figures()
+        more = {name: getattr(found, name) + figures.pop(name) for name in ("calls", "unplanned") if name in figures}
+        found = replace(found, **figures, **more)
     if found.plan is None or not isinstance(planner, Options):
         return found
     return replace(found, plan=planner.with_floor(found.plan))
@@ -177,6 +191,7 @@ def plan(
     timing: str = "auto",
     time_limit_seconds: float = 10.0,
     accumulate: bool = False,
+    compiled: bool | str = False,
     **kwargs: Any,
 ) -> Plan:
     """Plan a training step without running it.
@@ -201,10 +216,14 @@ def plan(
         time_limit_seconds: the longest that planning may take, recording excluded.
         accumulate: the step finds gradients of all parameters that its backward reaches, and adds to them: what
             gradient accumulation takes from the second micro-step on. A plan of it serves the first one, too.
+        compiled: plan what ``torch.compile`` makes of the step: the name of a backend, or True for ``"inductor"``. The
+            callable is traced and planned, and Inductor orders its kernels; no code is generated, and nothing runs.
+            ``solver``, ``timing`` and ``accumulate`` are not for this.
         **kwargs: keyword arguments of ``fn``.
 
     Raises:
-        ValueError: malformed budget, inputs on several devices, nothing differentiable, a pattern that matches nothing.
+        ValueError: malformed budget, inputs on several devices, nothing differentiable, a pattern that matches nothing;
+            with ``compiled``, a step that is compiled into several graphs.
         InfeasibleBudget: no known plan fits.
 
     Example:
@@ -215,12 +234,26 @@ def plan(
         True
     """
     Budget.read(budget)
+    if compiled:
+        options = Options(budget, optimizer, keep, recompute, time_limit_seconds)
+        return _plan_compiled(fn, args, kwargs, options, "inductor" if compiled is True else str(compiled))
     with progress_bar() as progress:
         program = record_step(fn, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
         return solve(
             program, in_bytes(budget, program), solver=solver, keep=keep, recompute=recompute,
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
+
+
+def _plan_compiled(
+    fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], options: Options, backend: str
+) -> Plan:  # fmt: skip
+    """The plan of a step that ``torch.compile`` would run."""
+    from autoremat.engines.torch.compiled.beforehand import planned_beforehand
+
+    session = session_of(fn)
+    plain = session.fn if session is not None else inside_compiled(fn) if isinstance(fn, nn.Module) else fn
+    return planned_beforehand(plain, args, kwargs, options, backend).plan
 
 
 def explain(

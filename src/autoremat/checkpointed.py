@@ -4,17 +4,32 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import sys
 import types
-from collections.abc import Callable
-from typing import Any, Final
+import weakref
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Final
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from autoremat.engines.torch.eager.measure import Measurement, meter_for
 from autoremat.engines.torch.eager.options import Options
 from autoremat.engines.torch.eager.session import Session
+from autoremat.engines.torch.operators.compiled import (
+    compiled_alike,
+    inside_compiled,
+    is_compiled_callable,
+    is_compiling,
+    options_of,
+)
+
+if TYPE_CHECKING:
+    from autoremat.engines.torch.compiled.session import CompiledSession
 
 _MARK = "__autoremat__"
+_numbers = itertools.count()
 _OF_A_METHOD: Final = frozenset(
     {"__closure__", "__code__", "__defaults__", "__func__", "__globals__", "__kwdefaults__", "__self__"}
 )
@@ -35,10 +50,20 @@ class Forward:
         plain = self.replaced or types.MethodType(type(self.module).forward, self.module)
         functools.update_wrapper(self, type(self.module).forward, updated=())
         self.__wrapped__ = plain  # already bound: the signature is that of a call
-        self.session = Session(_PlainForward(self.module, plain), self.options, measure=self.options.measure)
+        fn = _PlainForward(self.module, plain)
+        self.session = Session(fn, self.options, measure=self.options.measure)
+        self.compilable = Compilable(fn, self.session, self.options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward under its plan."""
+        if torch.compiler.is_compiling():
+            how = _met_by_compiler(self.compilable.key)
+            if how == "inline":
+                return self.__wrapped__(*args, **kwargs)
+            if how == "apart":
+                return self.compilable.apart(args, kwargs)
+        elif self.compilable.is_apart():
+            return self.compilable.apart(args, kwargs)
         return self.session.call(args, kwargs)
 
     @property  # type: ignore[misc]
@@ -68,6 +93,55 @@ class Forward:
         self._wrap()
 
 
+class Compilable:
+    """A checkpointed callable as the compiler meets it.
+
+    Args:
+        fn: the callable, without autoremat.
+        session: runs it where no compiler is about.
+        options: the user's.
+    """
+
+    def __init__(self, fn: Callable[..., Any], session: Session, options: Options) -> None:
+        self.fn, self.session, self.options = fn, session, options
+        self.key = f"callable {next(_numbers)}"  # the compiler takes text for a constant
+        self.apart: Callable[..., Any] = fn
+        """Makes a call of the callable compiled by itself, once a compiler has met it."""
+        self.compiled: CompiledSession | None = None
+        _COMPILABLE[self.key] = self
+
+    def met(self) -> str:
+        """How the compiler that traces now is to go on: ``inline``, ``apart`` or ``plain``."""
+        from autoremat.engines.torch.compiled.meeting import apart, meet
+        from autoremat.engines.torch.compiled.session import CompiledSession
+
+        if self.compiled is None:
+            self.compiled = CompiledSession(self.fn, self.options, _measurement if self.options.measure else None)
+            self.apart = apart(self.compiled)
+        return meet(self.compiled, _OURS)
+
+    def is_apart(self) -> bool:
+        """Whether the compiler has left this call to Python, because it does not trace all of its caller."""
+        return self.compiled is not None and is_compiling()
+
+
+def _measurement(tensors: Sequence[Tensor], on_end: Callable[[int], None]) -> Measurement | None:
+    """Begin to measure a step on these tensors."""
+    meter = meter_for(tensors, asked=True)
+    return None if meter is None else Measurement(meter, False, on_end)
+
+
+def _met_by_compiler(key: str) -> str:
+    """How the compiler is to go on; it calls this while it traces, and puts nothing of it into its graph."""
+    return _COMPILABLE[key].met()
+
+
+_met_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
+_COMPILABLE: Final[weakref.WeakValueDictionary[str, Compilable]] = weakref.WeakValueDictionary()
+_OURS: Final = {Forward.__call__.__code__}
+"""The code of what stands in the place of checkpointed callables."""
+
+
 class _PlainForward:
     """A module's own forward, with the module visible to the recorder."""
 
@@ -86,33 +160,73 @@ class _PlainForward:
 
 def checkpoint_module(module: nn.Module, options: Options) -> nn.Module:
     """Give the module a forward that follows plans; return the module."""
+    inner = inside_compiled(module)
     if not any(p.requires_grad for p in module.parameters()):
         raise ValueError(
             f"{type(module).__name__} has no parameters that require grad, so there is no backward pass to save memory "
             "for; to checkpoint a computation on inputs that require grad, wrap a function instead of the module"
         )
-    module.forward = Forward(module, options)
+    inner.forward = Forward(inner, options)
     return module
 
 
 def checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..., Any]:
     """Wrap a callable so that it follows plans."""
+    if is_compiled_callable(fn):
+        return compiled_alike(fn, lambda inner: checkpoint_callable(inner, options))
     session = Session(fn, options, measure=options.measure)
 
-    @functools.wraps(fn)
+    compilable = Compilable(fn, session, options)
+
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            how = _met_by_compiler(compilable.key)
+            if how == "inline":
+                return fn(*args, **kwargs)
+            if how == "apart":
+                return compilable.apart(args, kwargs)
+        elif compilable.is_apart():
+            return compilable.apart(args, kwargs)
         return session.call(args, kwargs)
 
-    setattr(checkpointed, _MARK, session)
+    _OURS.add(checkpointed.__code__)
+    functools.update_wrapper(checkpointed, fn)
+    setattr(checkpointed, _MARK, compilable)
     return checkpointed
+
+
+def plain_callable(target: Any) -> Any:
+    """What was a checkpointed callable before; a compiled one is compiled as it was."""
+    compilable = _compilable_of(target)
+    assert compilable is not None
+    fn = compilable.fn
+    return compiled_alike(target, lambda inner: fn) if is_compiled_callable(target) else fn
 
 
 def session_of(target: Any) -> Session | None:
     """Return the session of a checkpointed module or callable, else None."""
+    compilable = _compilable_of(target)
+    return None if compilable is None else compilable.session
+
+
+def compiled_of(target: Any) -> CompiledSession | None:
+    """What a compiler has made of a checkpointed module or callable; None where none has met it."""
+    compilable = _compilable_of(target)
+    if compilable is not None:
+        return compilable.compiled
+    if (options := options_of(target)) is None:
+        return None
+    from autoremat.backend import session_of_options
+
+    return session_of_options(options)
+
+
+def _compilable_of(target: Any) -> Compilable | None:
     if isinstance(target, nn.Module):
+        target = inside_compiled(target)
         forward = vars(target).get("forward")
         while forward is not None and not isinstance(forward, Forward):
             forward = getattr(forward, "__wrapped__", None)  # a library may have wrapped it once more
-        return forward.session if isinstance(forward, Forward) and forward.module is target else None
-    session = getattr(target, _MARK, None)
-    return session if isinstance(session, Session) else None
+        return forward.compilable if isinstance(forward, Forward) and forward.module is target else None
+    found = getattr(target, _MARK, None)
+    return found if isinstance(found, Compilable) else None

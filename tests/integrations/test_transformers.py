@@ -187,6 +187,34 @@ def test_a_compiled_model_says_so(tmp_path: Path) -> None:
     assert callback.stats().calls == 0
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:`torch.jit:FutureWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("is_before", [False, True])
+def test_a_compiled_model_is_planned_in_either_order(is_before: bool, tmp_path: Path) -> None:
+    """Where the library does not say in the middle of the forward which loss it takes: that breaks the graph."""
+    options = {"torch_compile": True, "torch_compile_backend": "aot_eager", "max_steps": 2}
+
+    def in_one_graph() -> Any:
+        model = gpt2()
+        model.loss_type = "ForCausalLM"
+        return model
+
+    def checkpointed() -> Any:
+        return autoremat.checkpoint(in_one_graph(), budget=0.8, time_limit_seconds=1)
+
+    plain = train(tmp_path / "plain", [], in_one_graph, **options)
+    torch._dynamo.reset()
+    callback = AutorematCallback(budget=0.8, time_limit_seconds=1)
+    build = checkpointed if is_before else in_one_graph
+    mine = train(tmp_path / "mine", [] if is_before else [callback], build, **options)
+    torch._dynamo.reset()
+    assert_same(mine, plain)
+    stats = autoremat.stats(mine.trainer.model) if is_before else callback.stats()
+    assert (stats.executed_by, stats.fallbacks) == ("aot_eager", 0)
+    assert stats.reruns > 0
+
+
 def test_a_malformed_budget_is_refused_at_once() -> None:
     with pytest.raises(ValueError, match="budget"):
         AutorematCallback(budget="10 potatoes")

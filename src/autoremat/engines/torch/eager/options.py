@@ -97,6 +97,11 @@ class Options:
             self._settled_bytes = nbytes
         return self._settled_bytes
 
+    @property
+    def settled_bytes(self) -> int | None:
+        """What a share of the plain peak has come to, once there is a plan."""
+        return self._settled_bytes
+
     def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:
         """Return the budget as if this were the first plan."""
         return self._of_device(program.fixed_bytes).in_bytes(plain_peak_bytes)

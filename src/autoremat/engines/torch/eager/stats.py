@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields
 
 from autoremat.program import Plan
 
+_NO_NUMBERS = ("plan", "executed_by")
 _OF_THE_PLAN = ("peak_bytes", "budget_bytes", "plain_peak_bytes", "floor_bytes", "overhead", "lower_bound")
 
 
@@ -28,6 +29,8 @@ class Stats:
         rerun_seconds: how long that took; on CUDA only what the host did, because kernels run on their own.
         retries: forwards that ran out of memory and were tried again under a tighter plan.
         differing: operators found to give something else when they are rerun; what they make is kept.
+        executed_by: who carries out the plan: ``autoremat``, call by call, or the backend of ``torch.compile``.
+        graphs: how many graphs of ``torch.compile`` have been planned.
     """
 
     plan: Plan | None
@@ -42,6 +45,8 @@ class Stats:
     rerun_seconds: float
     retries: int
     differing: int
+    executed_by: str = "autoremat"
+    graphs: int = 0
 
     @property
     def fallbacks(self) -> int:
@@ -54,10 +59,12 @@ class Stats:
         These are every field, ``fallbacks``, and of the plan the bytes, overhead and lower bound. What is not known
         (yet) is left out.
         """
-        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "plan"}
+        numbers = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _NO_NUMBERS}
         numbers["fallbacks"] = self.fallbacks
         if self.plan is not None:
             numbers |= {name: getattr(self.plan, name) for name in _OF_THE_PLAN}
+        if not self.graphs:
+            del numbers["graphs"]
         return {name: n for name, n in numbers.items() if n is not None}
 
     def __str__(self) -> str:
@@ -68,3 +75,10 @@ class Stats:
             f"{name:<{width}}  {n:>15,}" if isinstance(n, int) else f"{name:<{width}}  {n:>15.4f}"
             for name, n in numbers.items()
         )
+
+
+NOTHING_YET = Stats(
+    plan=None, measured_peak_bytes=None, plans=0, calls=0, hits=0, planned=0, deviations=0, unplanned=0, reruns=0,
+    rerun_seconds=0.0, retries=0, differing=0,
+)  # fmt: skip
+"""Of a callable that has not been called."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,10 @@ _CALLED_BY = ("compile_wrapper", "eval_frame.py")
 
 It is ``compile_wrapper`` in ``torch/_dynamo/eval_frame.py`` (2.13); a test checks that it still is.
 """
+_BACKEND = "_torchdynamo_orig_backend"
+"""Where what the compiler puts around a backend keeps that backend; a test looks whether it still does."""
+_ORIGINAL = "_torchdynamo_orig_callable"
+"""Where a compiled function keeps the one that was compiled; a test looks whether it still does."""
 
 
 class CompiledCode(Exception):
@@ -76,6 +80,44 @@ def is_compiling() -> bool:
     if torch.compiler.is_compiling():
         return True
     return "torch._dynamo" in sys.modules and torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
+
+
+def inside_compiled(module: nn.Module) -> nn.Module:
+    """The user's module, given what ``torch.compile(module)`` returns; any other module itself."""
+    return module._modules.get("_orig_mod") or module
+
+
+def is_compiled_callable(fn: Any) -> bool:
+    """Whether ``torch.compile`` has made a function of another one."""
+    return not isinstance(fn, nn.Module) and hasattr(fn, "get_compiler_config") and hasattr(fn, _ORIGINAL)
+
+
+def options_of(compiled: Any) -> Any:
+    """The ``options`` that ``torch.compile`` was given; None where there were none, or nothing is compiled."""
+    if isinstance(compiled, nn.Module):
+        compiler = vars(compiled).get("dynamo_ctx") or _compiler_of(compiled._compiled_call_impl)
+    else:
+        compiler = _compiler_of(compiled)
+    backend = getattr(compiler, "callback", None)
+    while (inner := getattr(backend, _BACKEND, None)) is not None:
+        backend = inner
+    return getattr(backend, "kwargs", {}).get("options")
+
+
+def _compiler_of(compiled: Any) -> Any:
+    """What compiles a function when it is called; None where it is not compiled."""
+    code = getattr(compiled, "__code__", None)
+    if code is None or "self" not in code.co_freevars:
+        return None
+    return dict(zip(code.co_freevars, compiled.__closure__, strict=True))["self"].cell_contents
+
+
+def compiled_alike(compiled: Any, change: Callable[[Any], Any]) -> Any:
+    """What ``torch.compile`` would make, with the same arguments, of a changed form of what it was given.
+
+    Whoever has compiled a function keeps the arguments in the closure of what came of it, and nowhere else.
+    """
+    return _compiler_of(compiled)(change(getattr(compiled, _ORIGINAL)))
 
 
 def is_compiled(module: nn.Module) -> bool:
