@@ -105,6 +105,41 @@ def of_torch_eager() -> Case:
     return Case(Step(loss), Step(lambda: other(x).sum()), lambda: trained(loss), trained, measured)
 
 
+def of_torch_compiled() -> Case:
+    """A stack of layers with dropout, as torch.compile traces it."""
+    import torch
+    from torch import nn
+
+    from autoremat.engines.torch.compiled.engine import BACKEND, Step
+    from autoremat.engines.torch.world.memory_account import account, resident
+
+    torch.manual_seed(0)
+    layers = [nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(8)]
+    model, x = nn.Sequential(*layers, nn.Dropout(0.1)), torch.randn(256, 32)
+    other = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+
+    def loss() -> torch.Tensor:
+        return model(x).square().mean()
+
+    plain = torch.compile(loss, backend=BACKEND)
+
+    def trained(run: Callable[..., Any]) -> Numbers:
+        torch.manual_seed(1)
+        model.zero_grad()
+        result = run()
+        result.backward()
+        left = {"loss": result, "generator": torch.get_rng_state()}
+        left |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return {name: tensor.detach().numpy().tobytes() for name, tensor in left.items()}
+
+    def measured(run: Callable[..., Any]) -> int:
+        trained(run)  # the first step is compiled
+        model.zero_grad()
+        return account(lambda: run().backward(), resident(model, x)).peak_bytes
+
+    return Case(Step(loss), Step(lambda: other(x).sum()), lambda: trained(plain), trained, measured)
+
+
 def of_jax() -> Case:
     """A stack of layers; XLA fuses otherwise under a plan, so gradients are equal to its rounding."""
     import jax
@@ -144,7 +179,12 @@ def of_jax() -> Case:
     )  # fmt: skip
 
 
-CASES: dict[str, Callable[[], Case]] = {"jax": of_jax, "numpy": of_numpy, "torch.eager": of_torch_eager}
+CASES: dict[str, Callable[[], Case]] = {
+    "jax": of_jax,
+    "numpy": of_numpy,
+    "torch.compiled": of_torch_compiled,
+    "torch.eager": of_torch_eager,
+}
 """By the name of the engine."""
-FRAMEWORKS = {"jax": "jax", "torch.eager": "torch"}
+FRAMEWORKS = {"jax": "jax", "torch.compiled": "torch", "torch.eager": "torch"}
 """What an engine needs that may not be installed."""

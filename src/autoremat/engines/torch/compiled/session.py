@@ -31,11 +31,14 @@ from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Value, 
 class Planner(Protocol):
     """What a user asks, and who makes plans."""
 
-    budget: Any
     keep: Any
     recompute: Any
     time_limit_seconds: float
     optimizer: Any
+
+    @property
+    def budget(self) -> Any:
+        """As the user gave it."""
 
     @property
     def settled_bytes(self) -> int | None:

@@ -99,7 +99,7 @@ class Options:
 
     @property
     def settled_bytes(self) -> int | None:
-        """What a share of the plain peak has come to, once there is a plan."""
+        """Return what a share of the peak came to, once planned."""
         return self._settled_bytes
 
     def share_bytes(self, program: Program, plain_peak_bytes: int) -> int:

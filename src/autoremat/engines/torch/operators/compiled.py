@@ -83,17 +83,20 @@ def is_compiling() -> bool:
 
 
 def inside_compiled(module: nn.Module) -> nn.Module:
-    """The user's module, given what ``torch.compile(module)`` returns; any other module itself."""
+    """Return the user's module inside a compiled one; any other module itself."""
     return module._modules.get("_orig_mod") or module
 
 
 def is_compiled_callable(fn: Any) -> bool:
-    """Whether ``torch.compile`` has made a function of another one."""
+    """Tell whether ``torch.compile`` has made a function of another one."""
     return not isinstance(fn, nn.Module) and hasattr(fn, "get_compiler_config") and hasattr(fn, _ORIGINAL)
 
 
 def options_of(compiled: Any) -> Any:
-    """The ``options`` that ``torch.compile`` was given; None where there were none, or nothing is compiled."""
+    """Return the ``options`` that ``torch.compile`` was given.
+
+    They are None where there were none, or nothing is compiled.
+    """
     if isinstance(compiled, nn.Module):
         compiler = vars(compiled).get("dynamo_ctx") or _compiler_of(compiled._compiled_call_impl)
     else:
@@ -105,7 +108,7 @@ def options_of(compiled: Any) -> Any:
 
 
 def _compiler_of(compiled: Any) -> Any:
-    """What compiles a function when it is called; None where it is not compiled."""
+    """Return what compiles a function when it is called, or None."""
     code = getattr(compiled, "__code__", None)
     if code is None or "self" not in code.co_freevars:
         return None
@@ -113,7 +116,7 @@ def _compiler_of(compiled: Any) -> Any:
 
 
 def compiled_alike(compiled: Any, change: Callable[[Any], Any]) -> Any:
-    """What ``torch.compile`` would make, with the same arguments, of a changed form of what it was given.
+    """Compile a changed form of what was compiled, with the same arguments.
 
     Whoever has compiled a function keeps the arguments in the closure of what came of it, and nowhere else.
     """
