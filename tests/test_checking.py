@@ -119,7 +119,7 @@ def test_what_differs_when_it_runs_again_is_listed(monkeypatch: pytest.MonkeyPat
         found = autoremat.check(Net(), torch.randn(64, WIDTH), budget=0.8)
     assert found.is_exact
     assert found.kept
-    assert all("test_check.py:" in line and line in str(found) for line in found.kept)
+    assert all("test_checking.py:" in line and line in str(found) for line in found.kept)
 
 
 @pytest.mark.one_in(4)

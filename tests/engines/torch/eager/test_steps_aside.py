@@ -21,8 +21,10 @@ from torch._subclasses.fake_tensor import FakeTensor
 import autoremat
 from autoremat.engines.torch.eager.dry_run import record
 from autoremat.engines.torch.world import apart
+from autoremat.engines.torch.world.apart import can_run_apart
 from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.engines.torch.world.problems import UnusableInput
+from tests.alone import goes_on_alone
 from tests.engines.torch.eager.scripted import Act, scripted
 
 
@@ -46,7 +48,9 @@ def deprecated() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("deprecated")
-def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str) -> None:
+def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str, request: pytest.FixtureRequest) -> None:
+    if goes_on_alone(request, needed=way == "apart" and not can_run_apart()):  # a compiler's threads are there
+        return
     net, x = scripted(), torch.randn(256, 32)
     parameters = {n: p.data_ptr() for n, p in net.named_parameters()}
     refused = pytest.raises(UnusableInput, match="ScriptModule") if way == "here" else nullcontext()
