@@ -28,7 +28,7 @@ from autoremat.planner.constraints import Patterns
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget
 from autoremat.show.explanation import Explanation, explanation_of
-from autoremat.sizes import MaxBatch, check_limits, nothing_fits, refuse_constant, search, tried
+from autoremat.sizes import MaxBatch, check_limits, largest
 
 __all__ = [
     "BarriersRemoved",
@@ -358,21 +358,10 @@ def max_batch(
     _read(budget)
     check_limits(budget, overhead, start, most)
     wishes = Wishes(budget, keep, recompute, time_limit_seconds)
-    results: dict[int, Plan | InfeasibleBudget] = {}
-
-    def fits(n: int) -> bool:
-        try:
-            results[n] = _plan_of(record_step(fn, tuple(make_args(n)), {}, argnums), wishes)
-        except InfeasibleBudget as error:
-            results[n] = error
-        return tried(n, results[n], overhead).fits
-
-    best = search(fits, start, most)
-    found = results.get(best)
-    if not isinstance(found, Plan):
-        raise nothing_fits(results[1], overhead)
-    refuse_constant(results, best, most)
-    return MaxBatch(best, found, tuple(tried(n, result, overhead) for n, result in results.items()))
+    return largest(
+        lambda n: _plan_of(record_step(fn, tuple(make_args(n)), {}, argnums), wishes),
+        overhead=overhead, start=start, most=most,
+    )  # fmt: skip
 
 
 def _plan_of(variants: Variants, wishes: Wishes) -> Plan:

@@ -23,9 +23,9 @@ from autoremat.engines.torch.world.modules import undisturbed
 from autoremat.engines.torch.world.problems import UnusableInput
 from autoremat.planner import solve
 from autoremat.planner.constraints import Patterns
-from autoremat.program import InfeasibleBudget, Plan, Program
+from autoremat.program import Plan, Program
 from autoremat.show.progress import progress_bar
-from autoremat.sizes import MaxBatch, check_limits, nothing_fits, refuse_constant, search, tried
+from autoremat.sizes import MaxBatch, check_limits, largest
 
 
 def max_batch(
@@ -75,27 +75,16 @@ def max_batch(
         (True, True, True)
     """
     check_limits(budget, overhead, start, most)
-    results: dict[int, Plan | InfeasibleBudget] = {}
     with progress_bar() as progress:
 
-        def fits(n: int) -> bool:
+        def plan_of(n: int) -> Plan:
             report = None if progress is None else lambda what, share: progress(f"n = {n}, {what}", share)
             program = _recorded(fn, make_inputs, n, optimizer, accumulate)
-            try:
-                results[n] = solve(
-                    program, budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
-                    progress=report,
-                )  # fmt: skip
-            except InfeasibleBudget as error:
-                results[n] = error
-            return tried(n, results[n], overhead).fits
+            return solve(
+                program, budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds, progress=report
+            )
 
-        best = search(fits, start, most)
-    plan = results.get(best)
-    if not isinstance(plan, Plan):
-        raise nothing_fits(results[1], overhead)
-    refuse_constant(results, best, most)
-    return MaxBatch(best, plan, tuple(tried(n, result, overhead) for n, result in results.items()))
+        return largest(plan_of, overhead=overhead, start=start, most=most)
 
 
 def _recorded(

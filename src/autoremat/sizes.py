@@ -44,7 +44,37 @@ class MaxBatch:
     tries: tuple[Try, ...]
 
 
-def search(fits: Callable[[int], bool], start: int, most: int) -> int:
+def largest(plan_of: Callable[[int], Plan], *, overhead: float, start: int, most: int) -> MaxBatch:
+    """Find the largest size that has a plan. O(log n) plans.
+
+    Args:
+        plan_of: plans one size; raises ``InfeasibleBudget`` where no plan is within the budget.
+        overhead: the largest overhead allowed.
+        start: the size to begin with.
+        most: the largest size of interest.
+
+    Raises:
+        InfeasibleBudget: not even ``n = 1`` fits.
+        ValueError: everything that was looked at fits, and takes the same.
+    """
+    results: dict[int, Plan | InfeasibleBudget] = {}
+
+    def fits(n: int) -> bool:
+        try:
+            results[n] = plan_of(n)
+        except InfeasibleBudget as error:
+            results[n] = error
+        return _tried(n, results[n], overhead).fits
+
+    best = _search(fits, start, most)
+    plan = results.get(best)
+    if not isinstance(plan, Plan):
+        raise _nothing_fits(results[1], overhead)
+    _refuse_constant(results, best, most)
+    return MaxBatch(best, plan, tuple(_tried(n, result, overhead) for n, result in results.items()))
+
+
+def _search(fits: Callable[[int], bool], start: int, most: int) -> int:
     """The largest ``n`` up to ``most`` that fits, 0 when not even 1 does; O(log n) tries by doubling, then halving."""
     low, high = 0, start
     while high <= most and fits(high):
@@ -56,14 +86,14 @@ def search(fits: Callable[[int], bool], start: int, most: int) -> int:
     return low
 
 
-def tried(n: int, result: Plan | InfeasibleBudget, overhead: float) -> Try:
+def _tried(n: int, result: Plan | InfeasibleBudget, overhead: float) -> Try:
     """One size, from what came of planning it."""
     if isinstance(result, InfeasibleBudget):
         return Try(n, False, result.floor_bytes, inf)
     return Try(n, result.overhead <= overhead, result.peak_bytes, result.overhead)
 
 
-def nothing_fits(result: Plan | InfeasibleBudget, overhead: float) -> InfeasibleBudget:
+def _nothing_fits(result: Plan | InfeasibleBudget, overhead: float) -> InfeasibleBudget:
     """The error, from what came of ``n = 1``."""
     if isinstance(result, InfeasibleBudget):
         return with_message(result, f"not even n = 1 fits: {result}")
@@ -76,7 +106,7 @@ def nothing_fits(result: Plan | InfeasibleBudget, overhead: float) -> Infeasible
     )
 
 
-def refuse_constant(results: Mapping[int, Plan | InfeasibleBudget], best: int, most: int) -> None:
+def _refuse_constant(results: Mapping[int, Plan | InfeasibleBudget], best: int, most: int) -> None:
     """Refuse sizes that make no difference.
 
     Raises:
