@@ -194,15 +194,20 @@ class Retention:
         """Note an access; the run before it between which and this one the value comes, or goes; -1 if neither."""
         found = self.accesses[value]
         p = bisect_left(found, key)
-        lasts = p < len(found) and found[p] % self.n != self.facts.producer[value]
+        begin = self._changed_from(value, p, is_read=is_read)
         found.insert(p, key)
-        return -1 if lasts == is_read else bisect_left(self.keys, found[p - 1])
+        return begin
 
     def _leave(self, value: int, key: int, *, is_read: bool) -> int:
         """The opposite of ``_enter``."""
         found = self.accesses[value]
         p = bisect_left(found, key)
         del found[p]
+        return self._changed_from(value, p, is_read=is_read)
+
+    def _changed_from(self, value: int, p: int, *, is_read: bool) -> int:
+        """Where the interval begins that an access between ``p - 1`` and ``p`` changes; -1: none does."""
+        found = self.accesses[value]
         lasts = p < len(found) and found[p] % self.n != self.facts.producer[value]
         return -1 if lasts == is_read else bisect_left(self.keys, found[p - 1])
 
