@@ -27,9 +27,9 @@ ALLOWED = {
     "engines.torch.world": {"program", "engines.torch.operators"},
     "engines.torch.recording": {"program", "engines.torch.operators", "engines.torch.world"},
     "engines.torch.eager": {
-        "program", "planner", "engines.torch.operators", "engines.torch.world", "engines.torch.recording"
+        "program", "planner", "engines", "engines.torch.operators", "engines.torch.world", "engines.torch.recording"
     },
-    "engines.torch.compiled": {"program", "planner", "engines.torch.operators", "engines.torch.world"},
+    "engines.torch.compiled": {"program", "planner", "engines", "engines.torch.operators", "engines.torch.world"},
     "integrations": {"top", "planner", "engines.torch.eager"},
     "demo": {"top", "engines.torch.world"},
 }  # fmt: skip

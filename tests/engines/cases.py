@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 Numbers = dict[str, bytes]
@@ -77,51 +78,35 @@ def of_torch_eager() -> Case:
     import torch
     from torch import nn
 
-    from autoremat.engines.torch.eager.engine import Step
-    from autoremat.engines.torch.world.memory_account import account, resident
-
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(32, 32), nn.GELU(), nn.Dropout(0.1)) for _ in range(6)]
-    model, x = nn.Sequential(*layers), torch.randn(256, 32)
-    other = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
-
-    def loss() -> torch.Tensor:
-        return model(x).square().mean()
-
-    def trained(run: Callable[..., Any]) -> Numbers:
-        torch.manual_seed(1)
-        model.zero_grad()
-        result = run()
-        result.backward()
-        left = {"loss": result, "generator": torch.get_rng_state()}
-        left |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-        return {name: tensor.detach().numpy().tobytes() for name, tensor in left.items()}
-
-    def measured(run: Callable[..., Any]) -> int:
-        trained(run)  # the first step is recorded
-        model.zero_grad()
-        return account(lambda: run().backward(), resident(model, x)).peak_bytes
-
-    return Case(Step(loss), Step(lambda: other(x).sum()), lambda: trained(loss), trained, measured)
+    return _of_torch(nn.Sequential(*layers), lambda loss: loss)
 
 
 def of_torch_compiled() -> Case:
-    """A stack of layers with dropout, as torch.compile traces it."""
+    """A stack of layers as torch.compile traces it. What dropout makes stays in such a graph: there is but one."""
     import torch
     from torch import nn
 
-    from autoremat.engines.torch.compiled.engine import BACKEND, Step
-    from autoremat.engines.torch.world.memory_account import account, resident
+    from autoremat.engines.torch.compiled.engine import BACKEND
 
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(32, 32), nn.GELU()) for _ in range(8)]
-    model, x = nn.Sequential(*layers, nn.Dropout(0.1)), torch.randn(256, 32)
-    other = nn.Sequential(nn.Linear(32, 32), nn.Tanh())
+    return _of_torch(nn.Sequential(*layers, nn.Dropout(0.1)), partial(torch.compile, backend=BACKEND))
+
+
+def _of_torch(model: Any, plainly: Callable[[Callable[..., Any]], Callable[..., Any]]) -> Case:
+    """A step of a model; ``plainly`` makes of its loss what runs without the engine."""
+    import torch
+    from torch import nn
+
+    from autoremat.engines.engine import Step
+    from autoremat.engines.torch.world.memory_account import account, resident
+
+    x, other = torch.randn(256, 32), nn.Sequential(nn.Linear(32, 32), nn.Tanh())
 
     def loss() -> torch.Tensor:
         return model(x).square().mean()
-
-    plain = torch.compile(loss, backend=BACKEND)
 
     def trained(run: Callable[..., Any]) -> Numbers:
         torch.manual_seed(1)
@@ -133,10 +118,11 @@ def of_torch_compiled() -> Case:
         return {name: tensor.detach().numpy().tobytes() for name, tensor in left.items()}
 
     def measured(run: Callable[..., Any]) -> int:
-        trained(run)  # the first step is compiled
+        trained(run)  # the first step is recorded, or compiled
         model.zero_grad()
         return account(lambda: run().backward(), resident(model, x)).peak_bytes
 
+    plain = plainly(loss)
     return Case(Step(loss), Step(lambda: other(x).sum()), lambda: trained(plain), trained, measured)
 
 

@@ -5,7 +5,8 @@ The folder is the list of engines.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
@@ -14,6 +15,15 @@ from autoremat.program import Abilities, Plan, Program
 
 S = TypeVar("S", contravariant=True)
 _HERE: Final = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Step:
+    """Names a callable that returns its loss or outputs, and its arguments."""
+
+    fn: Callable[..., Any]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Engine(Protocol[S]):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from autoremat.engines.engine import Step
 from autoremat.engines.torch.compiled.backends import named
 from autoremat.engines.torch.compiled.beforehand import planned_beforehand
 from autoremat.engines.torch.compiled.session import CompiledSession
@@ -16,15 +17,6 @@ from autoremat.program import Abilities, Plan, Program, simulate
 
 BACKEND = "aot_eager"
 """The backend of ``torch.compile`` that runs a graph in the order in which it is written."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """Names a callable that returns its loss, and its arguments."""
-
-    fn: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass

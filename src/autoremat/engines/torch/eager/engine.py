@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
+from autoremat.engines.engine import Step
 from autoremat.engines.torch.eager.dry_run import record
 from autoremat.engines.torch.eager.options import Options
 from autoremat.engines.torch.eager.session import Session
 from autoremat.program import Abilities, Plan, Program
-
-
-@dataclass(frozen=True)
-class Step:
-    """Names a callable that returns its loss or outputs, and its arguments."""
-
-    fn: Callable[..., Any]
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
 class Eager:
