@@ -6,7 +6,7 @@ Solvers make reasonable schedules; these make calls again at random, also what i
 from __future__ import annotations
 
 import random
-import sys
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -20,7 +20,6 @@ from autoremat.planner.search.calls import folded_of
 from autoremat.planner.search.tables import tables_of
 from autoremat.program import Plan, Program, Schedule, simulate, verify
 from autoremat.program.lifetimes import Lifetimes, block_ends
-from tests.alone import goes_on_alone
 from tests.engines.torch.follow import following, recorded
 from tests.fixed import is_thorough, random_seed
 
@@ -132,10 +131,23 @@ def plan_of(program: Program, schedule: Schedule) -> Plan:
 
 @pytest.mark.one_in(4, guard=True)
 @pytest.mark.parametrize("name", STEPS)
-def test_carried_out_in_the_bytes_that_were_counted(name: str, request: pytest.FixtureRequest) -> None:
-    # Once AOTAutograd has compiled in a process, reruns of attention keep a saved tensor somewhat longer (2.13).
-    if goes_on_alone(request, needed="torch._functorch._aot_autograd.graph_compile" in sys.modules):
-        return
+def test_carried_out_in_the_bytes_that_were_counted(name: str) -> None:
+    carry_out_at_random(name)
+
+
+def test_another_thread_takes_no_bytes() -> None:
+    """While one is alive, it is made sure that reruns draw the numbers of the first run: without any memory."""
+    over = threading.Event()
+    other = threading.Thread(target=over.wait)
+    other.start()
+    try:
+        carry_out_at_random("attention")
+    finally:
+        over.set()
+        other.join()
+
+
+def carry_out_at_random(name: str) -> None:
     tensors, step = STEPS[name]()
     leaves = [t for t in tensors if t.requires_grad]
     program, path = recorded(step, timing="measure")

@@ -6,7 +6,6 @@ Other threads may draw from the same generator.
 from __future__ import annotations
 
 import threading
-import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.contents import content_of
-from autoremat.engines.torch.operators.settings import state_of
+from autoremat.engines.torch.operators.settings import next_numbers_of
+
+Numbers = tuple[float, int]
 
 
 class Disturbed(RuntimeError):
@@ -35,14 +36,14 @@ class Draws:
 
     Attributes:
         generator: that the call draws from.
-        saved: checksums of the generator's state, by position among what autograd saves inside the call.
-        after: checksum of its state after the call.
+        saved: the numbers that the generator draws next, by position among what autograd saves inside the call.
+        after: those after the call; None as long as it runs.
         contents: checksums of what the call makes, by value, where nothing overwrites it before the call is over.
     """
 
     generator: torch.Generator
-    saved: dict[int, int] = field(default_factory=dict)
-    after: int = 0
+    saved: dict[int, Numbers] = field(default_factory=dict)
+    after: Numbers | None = None
     contents: dict[int, int] = field(default_factory=dict)
 
     @classmethod
@@ -55,9 +56,9 @@ class Draws:
             return None
         return cls(generator)
 
-    def state(self) -> int:
-        """Return a checksum of the generator's state."""
-        return zlib.crc32(state_of(self.generator))
+    def state(self) -> Numbers:
+        """Return what tells the generator's state."""
+        return next_numbers_of(self.generator)
 
     def at(self, position: int) -> None:
         """Note the generator's state when something is saved."""
