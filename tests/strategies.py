@@ -7,10 +7,12 @@ Sizes are small integers and seconds are multiples of 1/4, so that sums are exac
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from typing import get_args
 
 from hypothesis import strategies as st
 
-from autoremat.program import Once
+from autoremat.program import Abilities, Once
+from autoremat.program.abilities import Reruns
 from autoremat.program.model import END, Op, Program, Value
 
 SIZES = st.integers(0, 9)
@@ -108,6 +110,11 @@ def _hold_some(b: _Builder) -> None:
 def programs(max_ops: int = 5) -> st.SearchStrategy[Program]:
     """Small programs of either shape; ``max_ops`` bounds the ops of the graph or of the forward."""
     return st.one_of(literature_programs(max_ops=max_ops), recorded_programs(max_forward=max_ops))
+
+
+def abilities() -> st.SearchStrategy[Abilities]:
+    """What engines can do, in every way a program can say it."""
+    return st.builds(Abilities, reruns=st.sampled_from(get_args(Reruns)), most_runs=st.sampled_from((None, 1, 2)))
 
 
 @st.composite

@@ -24,9 +24,10 @@ from autoremat.program import (
     verify,
 )
 from autoremat.program import verify as _verify_function
+from autoremat.program.abilities import Reruns
 from autoremat.program.verifier import MOST_VIOLATIONS, RULES
 from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, handed, in_place, linear, split
-from tests.strategies import orders, programs
+from tests.strategies import abilities, orders, programs
 
 AGAIN = Schedule.from_order(chain(), CHAIN_AGAIN)  # frees: - a - bc - a,db,da
 COPY = Schedule.from_order(in_place(), (0, 1, 2, 0, 2, 1, 3))
@@ -354,7 +355,7 @@ def test_whoever_frees_later_is_counted_the_same(data: st.DataObject) -> None:
 
 @given(st.data())
 def test_what_the_simulator_refuses_the_judge_names(data: st.DataObject) -> None:
-    program = data.draw(programs(max_ops=3))
+    program = replace(data.draw(programs(max_ops=3)), abilities=data.draw(abilities()))
     ops, values = st.integers(-1, len(program.ops)), st.integers(-1, len(program.values))
     order = data.draw(st.lists(ops, max_size=8))
     frees = data.draw(st.lists(st.lists(values, max_size=2), min_size=len(order), max_size=len(order)))
@@ -366,6 +367,15 @@ def test_what_the_simulator_refuses_the_judge_names(data: st.DataObject) -> None
         assert rules & {"ops exist", "reads are resident", "frees are of resident values", "fixed values stay"}
     else:
         assert not rules & {"ops exist", "reads are resident", "frees are of resident values"}
+
+
+@pytest.mark.parametrize("stranger", [-1, 5])
+@pytest.mark.parametrize("reruns", ["anywhere", "at asks", "by decisions"])
+def test_a_run_of_no_op_is_named_whatever_the_engine_can_do(reruns: Reruns, stranger: int) -> None:
+    program = replace(chain(), abilities=Abilities(reruns=reruns, most_runs=2))
+    order = (0, 1, 0, stranger, 2, 0, stranger, 3)
+    named = [v.run for v in verify(program, Schedule(order, ((),) * len(order))) if v.rule == "ops exist"]
+    assert named == [p for p, op in enumerate(order) if not 0 <= op < len(program.ops)]
 
 
 @given(st.data())

@@ -271,6 +271,10 @@ class _Machine:
         """The most bytes that were ever in use."""
         return max(self.high, default=self.in_use)
 
+    def known_runs(self) -> list[tuple[int, int]]:
+        """Position and op of every run whose op the program has; `ops exist` names the others."""
+        return [(position, i) for position, i in enumerate(self.op_at) if self.op(i)]
+
     def op(self, i: int) -> Op | None:
         """The op, if the program has one of that index."""
         return self.program.ops[i] if 0 <= i < len(self.program.ops) else None
@@ -352,7 +356,7 @@ def _runs_allowed(machine: _Machine, _: _Promises) -> Iterator[_Found]:
 @_of_the_whole("reruns at asks", "where the engine says so, further runs stand ahead of what the backward asks for")
 def _reruns_at_asks(machine: _Machine, _: _Promises) -> Iterator[_Found]:
     ops, seen, waiting = machine.program.ops, set[int](), -1
-    for p, i in enumerate(machine.op_at if machine.program.abilities.reruns == "at asks" else ()):
+    for p, i in machine.known_runs() if machine.program.abilities.reruns == "at asks" else ():
         if i in seen:
             waiting = p
         elif waiting >= 0:
@@ -365,14 +369,16 @@ def _reruns_at_asks(machine: _Machine, _: _Promises) -> Iterator[_Found]:
 
 @_of_the_whole("reruns by decisions", "where the engine says so, a value is kept for the backward or made again in it")
 def _reruns_by_decisions(machine: _Machine, _: _Promises) -> Iterator[_Found]:
-    ops, ran = machine.program.ops, machine.op_at
+    ops, runs = machine.program.ops, machine.known_runs()
     if machine.program.abilities.reruns != "by decisions":
         return
-    begin = next((p for p, i in enumerate(ran) if ops[i].phase == "backward"), len(ran))
-    while begin and machine.first_run[ran[begin - 1]] < begin - 1:
-        begin -= 1  # what runs again right ahead of the backward
-    times = dict.fromkeys(ran, 0)
-    for p, i in enumerate(ran):
+    begin = next((p for p, i in runs if ops[i].phase == "backward"), len(machine.op_at))
+    for p, i in reversed([run for run in runs if run[0] < begin]):
+        if machine.first_run[i] == p:
+            break
+        begin = p  # it runs again right ahead of the backward
+    times = {i: 0 for _, i in runs}
+    for p, i in runs:
         times[i] += 1
         if times[i] > 1 and p < begin:
             yield _Found("it runs again in the forward", op=i, run=p)
@@ -380,7 +386,7 @@ def _reruns_by_decisions(machine: _Machine, _: _Promises) -> Iterator[_Found]:
             yield _Found("it runs more than twice", op=i, run=p)
         elif times[i] == 2:
             for v in ops[i].writes:
-                if machine.left.get(v, len(ran)) >= begin:
+                if machine.left.get(v, len(machine.op_at)) >= begin:
                     yield _Found("it has been kept into the backward, and is made again", v, op=i, run=p)
 
 
