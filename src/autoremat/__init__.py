@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from autoremat.planner import solve
+from autoremat.planner import Wishes, solve
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate, verify
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ __all__ = [
     "Plan",
     "Program",
     "Schedule",
+    "Wishes",
     "check",
     "checkpoint",
     "explain",

@@ -32,7 +32,7 @@ from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.engines.torch.world.versions import warn_if_untested
 from autoremat.planner import Frontier, solve
 from autoremat.planner import frontier as frontier_of
-from autoremat.planner.constraints import Patterns
+from autoremat.planner.wishes import Patterns, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget
 from autoremat.show.explanation import Explanation, explanation_of
@@ -110,7 +110,7 @@ def checkpoint(
     wanted: Given = known.budget_bytes if known is not None else budget  # type: ignore[assignment]
     options = Options(wanted, optimizer, keep, recompute, time_limit_seconds, measure, known, shown=progress_bar)
     if target is None:
-        return functools.partial(checkpoint, **options.wishes)
+        return functools.partial(checkpoint, **options.arguments)
     if not callable(target):
         raise TypeError(f"autoremat.checkpoint takes a module or a callable, got {type(target).__name__}")
     if session_of(target) is not None:
@@ -240,7 +240,7 @@ def plan(
     with progress_bar() as progress:
         program = record_step(fn, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
         return solve(
-            program, in_bytes(budget, program), solver=solver, keep=keep, recompute=recompute,
+            program, in_bytes(budget, program), solver=solver, wishes=Wishes(keep, recompute),
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
 
@@ -315,7 +315,7 @@ def explain(
         if budget is None:
             return explanation_of(program)
         plan = solve(
-            program, in_bytes(budget, program), keep=keep, recompute=recompute,
+            program, in_bytes(budget, program), wishes=Wishes(keep, recompute),
             time_limit_seconds=time_limit_seconds, progress=progress,
         )  # fmt: skip
         return explanation_of(program, plan)
@@ -368,7 +368,7 @@ def frontier(
     with progress_bar() as progress:
         program = _program_of(program_or_fn, args, kwargs, optimizer, timing, progress, accumulate)
         return frontier_of(
-            program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds,
+            program, points=points, wishes=Wishes(keep, recompute), time_limit_seconds=time_limit_seconds,
             progress=progress,
         )  # fmt: skip
 

@@ -35,7 +35,7 @@ from autoremat.engines.torch.world.modules import (
 )
 from autoremat.engines.torch.world.outputs import differentiable_outputs
 from autoremat.engines.torch.world.problems import NOTHING, NothingDifferentiable, UnusableInput
-from autoremat.planner.constraints import Patterns
+from autoremat.planner.wishes import Patterns
 from autoremat.program import Plan
 from autoremat.show.progress import progress_bar
 

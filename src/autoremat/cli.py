@@ -15,7 +15,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from autoremat.loading import NoSuchStep, load_step
-from autoremat.planner import SOLVERS
+from autoremat.planner import SOLVERS, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget, parse_budget
 
@@ -362,7 +362,7 @@ def _show(found: _Printable, json_path: Path | str | None) -> None:
 
 
 def _solve_and_show(
-    program: Program, budget: int | float | str, solver: str, wishes: tuple[tuple[str, ...], tuple[str, ...]],
+    program: Program, budget: int | float | str, solver: str, wishes: Wishes,
     time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan, print, write."""
@@ -377,19 +377,17 @@ def _solve_and_show(
 
 
 def _solved(
-    program: Program, budget: int | float | str, solver: str, wishes: tuple[tuple[str, ...], tuple[str, ...]],
+    program: Program, budget: int | float | str, solver: str, wishes: Wishes,
     time_limit: float,
 ) -> Plan:  # fmt: skip
     """Plan, with a progress bar."""
     from autoremat.planner import solve as make_plan
     from autoremat.show.progress import progress_bar
 
-    keep, recompute = wishes
     with progress_bar() as progress:
         return make_plan(
-            program, budget, solver=solver, keep=keep, recompute=recompute, time_limit_seconds=time_limit,
-            progress=progress,
-        )  # fmt: skip
+            program, budget, solver=solver, wishes=wishes, time_limit_seconds=time_limit, progress=progress
+        )
 
 
 def _asked_of_device(budget: int | float | str, program: Program) -> int | float | str:
@@ -402,18 +400,16 @@ def _asked_of_device(budget: int | float | str, program: Program) -> int | float
     return in_bytes(budget, program)
 
 
-def _write_page(plan: Plan, path: Path, wishes: tuple[tuple[str, ...], tuple[str, ...]], time_limit: float) -> None:
+def _write_page(plan: Plan, path: Path, wishes: Wishes, time_limit: float) -> None:
     """Write a plan's page, with the frontier and the classic schedules."""
     from autoremat.planner import classics_of
     from autoremat.planner import frontier as make_frontier
     from autoremat.show.progress import progress_bar
 
-    keep, recompute = wishes
     with progress_bar() as progress:
         front = make_frontier(
-            plan.program, points=_PAGE_POINTS, keep=keep, recompute=recompute, time_limit_seconds=time_limit,
-            progress=progress,
-        )  # fmt: skip
+            plan.program, points=_PAGE_POINTS, wishes=wishes, time_limit_seconds=time_limit, progress=progress
+        )
     classics = classics_of(plan.program, plan.budget_bytes, time_limit_seconds=time_limit)
     plan.save_html(path, frontier=front, beside=classics)
 
@@ -503,7 +499,7 @@ def plan(
     _require_for(json_path, plot_path, html_path)
     program = _recorded(model, device, optimizer, timing, accumulate)
     budget = _asked_of_device(budget, program)
-    _solve_and_show(program, budget, solver, (keep, recompute), time_limit, json_path, plot_path, html_path)
+    _solve_and_show(program, budget, solver, Wishes(keep, recompute), time_limit, json_path, plot_path, html_path)
 
 
 @main.command(
@@ -540,7 +536,7 @@ def explain(
     elif budget is None:
         _show(explanation_of(step), json_path)
     else:
-        plan = _solved(step, _asked_of_device(budget, step), "auto", (keep, recompute), time_limit)
+        plan = _solved(step, _asked_of_device(budget, step), "auto", Wishes(keep, recompute), time_limit)
         _show(explanation_of(step, plan), json_path)
 
 
@@ -576,8 +572,8 @@ def frontier(
 
     with progress_bar() as progress:
         found: Frontier = make_frontier(
-            step.program if isinstance(step, Plan) else step, points=points, keep=keep, recompute=recompute,
-            time_limit_seconds=time_limit, progress=progress,
+            step.program if isinstance(step, Plan) else step, points=points,
+            wishes=Wishes(keep, recompute), time_limit_seconds=time_limit, progress=progress,
         )  # fmt: skip
     _show(found, json_path)
     if plot_path is not None:
@@ -636,7 +632,7 @@ def solve(
     """Plan the program in FILE (autoremat-program JSON) and print the plan; PyTorch is not needed."""
     _require_for(json_path, plot_path, html_path)
     _solve_and_show(
-        Program.from_json(file), budget, solver, (keep, recompute), time_limit, json_path, plot_path, html_path
+        Program.from_json(file), budget, solver, Wishes(keep, recompute), time_limit, json_path, plot_path, html_path
     )
 
 

@@ -24,7 +24,8 @@ from autoremat.engines.jax.variants import Variants
 from autoremat.engines.jax.wrapping import checkpointed
 from autoremat.planner import Frontier
 from autoremat.planner import frontier as frontier_of
-from autoremat.planner.constraints import Patterns
+from autoremat.planner import wishes as wanted
+from autoremat.planner.wishes import Patterns
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget
 from autoremat.show.explanation import Explanation, explanation_of
@@ -253,7 +254,8 @@ def frontier(
         True
     """
     program = _program_of(program_or_fn, args, kwargs, argnums)
-    return frontier_of(program, points=points, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds)
+    wishes = wanted.Wishes(keep, recompute)
+    return frontier_of(program, points=points, wishes=wishes, time_limit_seconds=time_limit_seconds)
 
 
 def fit(

@@ -22,7 +22,7 @@ from autoremat.engines.torch.world.apart import CannotRunApart, RecordingDied, c
 from autoremat.engines.torch.world.modules import undisturbed
 from autoremat.engines.torch.world.problems import UnusableInput
 from autoremat.planner import solve
-from autoremat.planner.constraints import Patterns
+from autoremat.planner.wishes import Patterns, Wishes
 from autoremat.program import Plan, Program
 from autoremat.show.progress import progress_bar
 from autoremat.sizes import MaxBatch, check_limits, largest
@@ -75,14 +75,13 @@ def max_batch(
         (True, True, True)
     """
     check_limits(budget, overhead, start, most)
+    wishes = Wishes(keep, recompute)
     with progress_bar() as progress:
 
         def plan_of(n: int) -> Plan:
             report = None if progress is None else lambda what, share: progress(f"n = {n}, {what}", share)
             program = _recorded(fn, make_inputs, n, optimizer, accumulate)
-            return solve(
-                program, budget, keep=keep, recompute=recompute, time_limit_seconds=time_limit_seconds, progress=report
-            )
+            return solve(program, budget, wishes=wishes, time_limit_seconds=time_limit_seconds, progress=report)
 
         return largest(plan_of, overhead=overhead, start=start, most=most)
 

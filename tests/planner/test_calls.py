@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoremat.planner import SOLVERS, frontier, solve
+from autoremat.planner import SOLVERS, Wishes, frontier, solve
 from autoremat.planner.bounds.bounds import lower_bound
 from autoremat.planner.search.calls import Stage, fold, planned_as
 from autoremat.planner.search.search import Candidate, Search
@@ -142,7 +142,7 @@ def test_what_the_call_cannot_hand_out_is_a_second_copy():
 @pytest.mark.parametrize("wish", ["keep", "recompute"])
 def test_wishes_speak_of_the_ops_of_the_program(wish: str):
     program = layers(3)
-    plan = solve(program, 1.0, **{wish: "cast"})
+    plan = solve(program, 1.0, wishes=Wishes(**{wish: "cast"}))
     assert plan.program is program
     assert verify(program, plan) == ()
     again = [program.ops[i].name for i, n in plan.schedule.runs_of.items() if n > 1]
@@ -150,7 +150,7 @@ def test_wishes_speak_of_the_ops_of_the_program(wish: str):
     if wish == "recompute":
         assert again.count("cast") == 6
         with pytest.raises(ValueError, match="keeps 'xh"):
-            solve(program, 1.0, recompute="cast", solver="keep-everything")
+            solve(program, 1.0, wishes=Wishes(recompute="cast"), solver="keep-everything")
 
 
 def test_a_frontier_of_calls():

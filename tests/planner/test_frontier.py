@@ -13,7 +13,7 @@ from hypothesis import given
 from matplotlib.image import imread
 
 import autoremat
-from autoremat.planner import clock, frontier, solve
+from autoremat.planner import Wishes, clock, frontier, solve
 from autoremat.planner.frontiers import reached
 from autoremat.planner.search.jobs import Jobs
 from autoremat.planner.search.pool import Pool
@@ -114,14 +114,14 @@ def test_a_plan_with_room_below_is_used_for_smaller_budgets_too():
 @pytest.mark.slow
 def test_constraints_hold_along_the_frontier():
     program = gpt(2, vocabulary=256)
-    found = frontier(program, points=3, keep="gelu", recompute="fc1")
+    found = frontier(program, points=3, wishes=Wishes(keep="gelu", recompute="fc1"))
     assert_lawful(program, found.points)
     for p in found.points:
         ran = {program.ops[i].name for i, n in p.schedule.runs_of.items() if n > 1}
         assert "gelu" not in ran
         assert "fc1" in ran
     with pytest.raises(InfeasibleBudget, match="under the constraints"):
-        frontier(program, points=[frontier(program, points=2).floor_bytes, 1.0], keep="blocks")
+        frontier(program, points=[frontier(program, points=2).floor_bytes, 1.0], wishes=Wishes(keep="blocks"))
 
 
 def test_progress_rises_and_ends_at_one():

@@ -11,7 +11,7 @@ from torch import nn
 
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.integrations.training import Training
-from autoremat.planner.constraints import Patterns
+from autoremat.planner.wishes import Patterns
 
 try:
     from lightning.pytorch import Callback

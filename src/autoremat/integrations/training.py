@@ -6,7 +6,7 @@ from typing import Any
 
 import autoremat
 from autoremat.engines.torch.eager.stats import Stats
-from autoremat.planner.constraints import Patterns
+from autoremat.planner.wishes import Patterns
 
 
 class Training:

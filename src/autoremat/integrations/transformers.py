@@ -6,7 +6,7 @@ from typing import Any
 
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.integrations.training import Training
-from autoremat.planner.constraints import Patterns
+from autoremat.planner.wishes import Patterns
 
 try:
     from transformers import TrainerCallback

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Final, Protocol
 
-from autoremat.planner.constraints import Patterns
+from autoremat.planner.wishes import NO_WISHES, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.json_format import program_to_data
 
@@ -43,15 +43,13 @@ class Wanted:
         program: of the step.
         budget_bytes: that its peak is to stay within.
         seconds: when to stop looking.
-        keep: as for ``solve``.
-        recompute: as for ``solve``.
+        wishes: as for ``solve``.
     """
 
     program: Program
     budget_bytes: int
     seconds: float
-    keep: Patterns = ()
-    recompute: Patterns = ()
+    wishes: Wishes = NO_WISHES
 
     def found(self) -> Plan:
         """Look for it.
@@ -61,9 +59,7 @@ class Wanted:
         """
         from autoremat.planner.solving import solve
 
-        return solve(
-            self.program, self.budget_bytes, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.seconds
-        )
+        return solve(self.program, self.budget_bytes, wishes=self.wishes, time_limit_seconds=self.seconds)
 
 
 class Search(Protocol):
@@ -115,7 +111,11 @@ class Beside:
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted, self._pid = wanted, os.getpid()
-        question = vars(wanted) | {"path": list(map(str, sys.path)), "program": program_to_data(wanted.program)}
+        question = vars(wanted) | {
+            "path": list(map(str, sys.path)),
+            "program": program_to_data(wanted.program),
+            "wishes": vars(wanted.wishes),
+        }
         # Files, because somebody would have to read from pipes; open until the answer is read.
         self._answer, self._errors = (tempfile.TemporaryFile() for _ in range(2))  # noqa: SIM115
         weakref.finalize(self, _close, self._answer, self._errors)
@@ -193,8 +193,8 @@ def answer(question: Mapping[str, Any]) -> None:
     """What the other process does: look for the plan, and write it as JSON, or null where none is known."""
     if hasattr(os, "nice"):
         os.nice(_GIVES_WAY)
-    program = Program.from_json(question["program"])
-    wanted = Wanted(program, **{k: v for k, v in question.items() if k != "program"})
+    program, wishes = Program.from_json(question["program"]), Wishes(**question["wishes"])
+    wanted = Wanted(program, question["budget_bytes"], question["seconds"], wishes)
     try:
         sys.stdout.write(wanted.found().to_json())
     except InfeasibleBudget:

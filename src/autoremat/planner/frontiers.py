@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoremat.planner import clock
-from autoremat.planner.constraints import Patterns, constrain, explained
 from autoremat.planner.refusals import infeasible
 from autoremat.planner.solving import LIMIT_SECONDS, _pool_of, _silent, solve
+from autoremat.planner.wishes import NO_WISHES, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.program.units import parse_budget
 
@@ -104,8 +104,7 @@ def frontier(
     program: Program,
     *,
     points: int | Sequence[Budget] = 16,
-    keep: Patterns = (),
-    recompute: Patterns = (),
+    wishes: Wishes = NO_WISHES,
     time_limit_seconds: float = 60.0,
     progress: Progress | None = None,
 ) -> Frontier:
@@ -115,8 +114,7 @@ def frontier(
         program: the step.
         points: how many budgets, the floor and the plain peak included, closer together towards the floor, where the
             overhead is steep; or the budgets themselves.
-        keep: as for ``solve``.
-        recompute: as for ``solve``.
+        wishes: as for ``solve``.
         time_limit_seconds: when to stop looking for better plans, all budgets together; where some take longer than
             they should, the others still get a quarter of their part.
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
@@ -136,11 +134,10 @@ def frontier(
         raise ValueError(f"points is at least 2 (the floor and the plain peak), or a list of budgets; got {points!r}")
     if not program.ops:
         raise ValueError(f"program {program.name!r} has no operators, so there is nothing to trade memory for")
-    limited = constrain(program, keep, recompute) if keep or recompute else program
     try:
-        plans = _solve_all(limited, points, time_limit_seconds, progress)
+        plans = _solve_all(wishes.applied_to(program), points, time_limit_seconds, progress)
     except InfeasibleBudget as error:
-        raise (explained(error, keep, recompute) if limited is not program else error) from None
+        raise (wishes.explained(error) if wishes else error) from None
     best = tuple(replace(_best(plans, p.budget_bytes), program=program) for p in plans)
     return Frontier(program, best, best[0].floor_bytes, best[0].plain_peak_bytes)
 

@@ -16,12 +16,12 @@ from math import inf
 from typing import TYPE_CHECKING, Final
 
 from autoremat.planner import clock
-from autoremat.planner.constraints import Patterns, constrain, explained, kept_anyway, passing_values
 from autoremat.planner.refusals import infeasible
 from autoremat.planner.search.calls import folded_of, planned_as, unfolded, until_in
 from autoremat.planner.search.memo import per_program
 from autoremat.planner.search.tables import tables_of
 from autoremat.planner.solvers import NAMES, solver_of
+from autoremat.planner.wishes import NO_WISHES, Wishes, kept_anyway
 from autoremat.program import InfeasibleBudget, InvalidSchedule, Plan, Program, Schedule, beyond_decisions, simulate
 from autoremat.program.decisions import can_carry_out
 from autoremat.program.units import parse_budget
@@ -69,8 +69,7 @@ def solve(
     budget: int | float | str,
     *,
     solver: str = "auto",
-    keep: Patterns = (),
-    recompute: Patterns = (),
+    wishes: Wishes = NO_WISHES,
     time_limit_seconds: float = 10.0,
     effort: float | None = None,
     progress: Callable[[str, float], None] | None = None,
@@ -84,9 +83,7 @@ def solve(
         solver: one of ``SOLVERS``. ``auto`` compares many; ``exact`` goes on from there to the optimum of a small
             program (up to about a hundred ops; ``search/optimum.py`` says what it is the optimum of): the lower bound
             is then equal to the overhead, or says how far it got; the others are the classics by name.
-        keep: patterns on module paths or names of ops; what these ops make is never computed again.
-        recompute: the same; what these ops make does not stay from the forward into the backward, and is computed again
-            where the backward asks for it. What must not run again stays all the same.
+        wishes: what is kept or recomputed, whatever the solver thinks.
         time_limit_seconds: when to stop looking for a better plan. Where that cuts the work short, ``Plan.stopped``
             says so; else the plan depends on nothing but the program, the budget and the effort.
         effort: how much work to do, whatever the machine and whatever else it does: 1.0 is most of what fits into ten
@@ -98,7 +95,7 @@ def solve(
     Raises:
         InfeasibleBudget: no schedule known to the solver fits.
         ValueError: an unknown solver, a budget that cannot be read, a pattern that matches nothing, or a solver that
-            cannot do what ``recompute`` asks.
+            cannot do without what is to be recomputed.
 
     Example:
         >>> from autoremat.program import Op, Program, Value
@@ -109,17 +106,14 @@ def solve(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     effort = time_limit_seconds / LIMIT_SECONDS if effort is None else effort
-    if keep or recompute:
-        limited = constrain(program, keep, recompute)
-        try:
-            plan = solve(limited, budget, solver=solver, time_limit_seconds=time_limit_seconds, effort=effort,
-                         progress=progress, first=first)  # fmt: skip
-        except InfeasibleBudget as error:
-            raise explained(error, keep, recompute) from None
-        return replace(plan, program=program)
+    wished = wishes.applied_to(program)
     with clock.limited(time_limit_seconds):
-        plan = _solved(program, budget, solver, effort * _WORK_SECONDS, progress or _silent, first=first)
-        return replace(plan, stopped=f"after {time_limit_seconds:g} s, the limit of time") if clock.has_cut() else plan
+        try:
+            plan = _solved(wished, budget, solver, effort * _WORK_SECONDS, progress or _silent, first=first)
+        except InfeasibleBudget as error:
+            raise (wishes.explained(error) if wishes else error) from None
+        stopped = f"after {time_limit_seconds:g} s, the limit of time" if clock.has_cut() else plan.stopped
+        return replace(plan, program=program, stopped=stopped)
 
 
 def _solved(
@@ -187,7 +181,7 @@ def classics_of(
 
 def _exact_look(program: Program, found: Found) -> float:
     """The share of the time that the exact solver is worth: the wider the gap, the more."""
-    if found.schedule is None or passing_values(program):
+    if found.schedule is None or program.passing:
         return 0.0
     gap = found.schedule.extra_seconds(program) - found.lower_bound * program.seconds
     if len(program.ops) > (_SMALL if gap > _GAP * program.seconds else _TINY):
@@ -259,7 +253,7 @@ def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | 
     from autoremat.planner.search.floor import floor_of
     from autoremat.planner.search.pool import found_by_greedy
 
-    if passing_values(program) or not (floor := floor_of(program)).is_within(budget_bytes):
+    if program.passing or not (floor := floor_of(program)).is_within(budget_bytes):
         return None
     found = found_by_greedy(program, budget_bytes)
     if found is None or found.schedule is None:
@@ -285,7 +279,7 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
     """The plan of a uniform chain, whose optimum is known; None for all other programs."""
     from autoremat.planner.search.uniform import proven
 
-    if passing_values(program) or program.has_calls or program.abilities.are_limited:
+    if program.passing or program.has_calls or program.abilities.are_limited:
         return None
     found = proven(program, budget_bytes)
     if found is None:

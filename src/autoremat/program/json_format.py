@@ -64,6 +64,7 @@ _VALUE_DEFAULTS: Final[dict[str, object]] = {
     "shape": None,
     "module": "",
     "available": None,
+    "passing": False,
 }
 
 # --- Writing ----------------------------------------------------------------------------------------------------------
@@ -121,6 +122,7 @@ def _value_to_data(value: Value) -> dict[str, Any]:
     optional |= {"label": value.label, "kind": value.kind, "dtype": value.dtype}
     optional |= {"shape": None if value.shape is None else list(value.shape), "module": value.module}
     optional |= {"available": "never" if value.available == INSIDE else value.available}
+    optional |= {"passing": value.passing}
     return {"id": value.id, "bytes": int(value.nbytes), **_unless(optional, **_VALUE_DEFAULTS)}
 
 
@@ -315,6 +317,7 @@ def _value_from_data(i: int, item: Any) -> Value:
         shape=_shape(item, where),
         module=_get(item, where, "module", str, ""),
         available=_op_index(item, where, "available", "never", INSIDE),
+        passing=_get(item, where, "passing", bool, False),
     )
 
 

@@ -43,6 +43,7 @@ class Value:
         available: index of the op of the same call after which a rerun of the call can hand the value out: one
             before autograd saves it, or the last of the call for its outputs; ``INSIDE`` when that never happens,
             ``None`` as soon as the op that writes it has run.
+        passing: whether its first copy does not stay from the forward into the backward: a user wants it recomputed.
     """
 
     id: str
@@ -55,6 +56,7 @@ class Value:
     shape: tuple[int, ...] | None = None
     module: str = ""
     available: int | None = None
+    passing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,6 +252,11 @@ class Program:
         never = len(self.ops)
         own = (p if v.available is None else v.available for p, v in zip(self.producer, self.values, strict=True))
         return tuple(never if a == INSIDE else a for a in own)
+
+    @cached_property
+    def passing(self) -> frozenset[int]:
+        """Return the values whose first copy does not stay from the forward into the backward."""
+        return frozenset(v for v, value in enumerate(self.values) if value.passing)
 
     def label(self, value: int) -> str:
         """What a person calls the value."""

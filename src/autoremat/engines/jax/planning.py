@@ -10,7 +10,8 @@ from typing import Final
 
 from autoremat.engines.jax.variants import Planned, Variants
 from autoremat.planner import solve
-from autoremat.planner.constraints import Patterns
+from autoremat.planner import wishes as wanted
+from autoremat.planner.wishes import Patterns
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.program.units import Budget
 
@@ -41,17 +42,16 @@ class Wishes:
         Raises:
             InfeasibleBudget: no known plan fits.
         """
-        key = program, nbytes, _hashable(self.keep), _hashable(self.recompute)
+        wishes = wanted.Wishes(self.keep, self.recompute)
+        key = program, nbytes, wishes
         if key not in _PLANS:
             while len(_PLANS) >= _REMEMBERED:
                 _PLANS.pop(next(iter(_PLANS)))
-            _PLANS[key] = solve(
-                program, nbytes, keep=self.keep, recompute=self.recompute, time_limit_seconds=self.time_limit_seconds
-            )
+            _PLANS[key] = solve(program, nbytes, wishes=wishes, time_limit_seconds=self.time_limit_seconds)
         return _PLANS[key]
 
 
-_PLANS: dict[tuple[Program, int, Patterns, Patterns], Plan] = {}
+_PLANS: dict[tuple[Program, int, wanted.Wishes], Plan] = {}
 
 
 def budget_bytes(budget: Given, program: Program) -> int:
@@ -61,10 +61,6 @@ def budget_bytes(budget: Given, program: Program) -> int:
         ValueError: a budget that cannot be read, or ``"auto"``: JAX does not say what a device has left to give.
     """
     return Budget.read(budget).in_bytes(simulate(program).peak_bytes)
-
-
-def _hashable(patterns: Patterns) -> Patterns:
-    return patterns if isinstance(patterns, str) else tuple(patterns)
 
 
 @dataclass

@@ -17,7 +17,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 
-from autoremat.planner.constraints import Constrained, passing_values
 from autoremat.planner.search.memo import per_program
 from autoremat.program import END, Once, Op, Program, Schedule, Value
 
@@ -38,7 +37,7 @@ class Stage:
 
 
 @dataclass(frozen=True)
-class Folded(Constrained):
+class Folded(Program):
     """A program whose calls are folded into stages. Values have the numbers that they have in the program.
 
     Attributes:
@@ -116,7 +115,6 @@ def fold(program: Program) -> Folded:
         recorded=program.recorded,
         timing=program.timing,
         abilities=program.abilities,
-        passing=frozenset(v for v in passing_values(program) if v in home),
         stages=tuple(part.stage for part in found),
     )
 
@@ -125,7 +123,7 @@ def _folded_value(program: Program, v: int, home: dict[int, int], stage_of: Sequ
     """The value in the folded program: held as long as later stages of its call read it in the first run."""
     value, producer = program.values[v], program.producer[v]
     if producer >= 0 and v not in home:
-        return replace(value, nbytes=0, held=None, available=None)
+        return replace(value, nbytes=0, held=None, available=None, passing=False)
     if producer < 0 or value.held == END:
         held = value.held if value.held is None or value.held == END else stage_of[value.held]
         return replace(value, held=held, available=None)

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator
 
 from autoremat.planner import clock
 from autoremat.planner.bounds.bounds import floor_bound
-from autoremat.planner.constraints import passing_values
 from autoremat.planner.search.annealing import STEPS_A_SECOND, Annealed, Annealing, Course
 from autoremat.planner.search.retention import Retention, Runs
 from autoremat.planner.search.search import Search
@@ -37,7 +36,7 @@ _LAST_STEP = 0.002
 def is_open(program: Program) -> bool:
     """Whether any op that may run again at all may do so anywhere, as often as one likes."""
     free = program.abilities.reruns == "anywhere" and not program.abilities.are_limited
-    return free and not program.has_calls and not passing_values(program) and program.seconds > 0
+    return free and not program.has_calls and not program.passing and program.seconds > 0
 
 
 class Intervals:

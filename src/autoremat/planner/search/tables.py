@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from autoremat.planner.constraints import Constrained, passing_values
+from autoremat.planner.search.calls import Folded
 from autoremat.planner.search.memo import per_program
 from autoremat.program import Op, Program, Value
 
@@ -98,7 +98,7 @@ def open_tables_of(program: Program) -> Tables | None:
     walks (``evict``), which decide as they go, can plan: there is no one moment at which to choose what is kept.
     """
     everywhere = (True,) * len(program.ops)
-    if passing_values(program) or any(op.phase == "backward" or op.in_place for op in program.ops):
+    if program.passing or any(op.phase == "backward" or op.in_place for op in program.ops):
         return None
     return _make(program, late=everywhere, early=everywhere)
 
@@ -137,7 +137,7 @@ def _make(program: Program, late: tuple[bool, ...], early: tuple[bool, ...]) -> 
         for v, x in enumerate(values)
     )
     replayed, demanded = _closure(program, reads, rerunnable, starts, until, kept)
-    before = program.before if isinstance(program, Constrained) else {}
+    before = program.before if isinstance(program, Folded) else {}
     droppable = tuple(v for v in range(len(values)) if v in demanded and keepable[v] and not kept[v])
     return Tables(
         ops,
@@ -157,7 +157,7 @@ def _make(program: Program, late: tuple[bool, ...], early: tuple[bool, ...]) -> 
         droppable,
         before,
         tuple(op.again_seconds - (ops[before[i]].again_seconds if i in before else 0.0) for i, op in enumerate(ops)),
-        frozenset(v for v in passing_values(program) if not kept[v]),
+        frozenset(v for v in program.passing if not kept[v]),
     )
 
 

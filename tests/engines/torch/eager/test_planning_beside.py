@@ -27,7 +27,7 @@ from torch import Tensor, nn
 import autoremat
 from autoremat.checkpointed import session_of
 from autoremat.engines.torch.eager.kinds import Prepared
-from autoremat.planner import beside
+from autoremat.planner import Wishes, beside
 from autoremat.planner.beside import Beside, Here, Search, SearchFailed, Wanted
 from autoremat.program import Once, Op, Plan, Program, Value, verify
 from autoremat.program.once import Reason
@@ -108,7 +108,7 @@ def inputs() -> Tensor:
 @pytest.mark.real_seconds
 def test_another_process_finds_the_same_plan_as_this_one() -> None:
     program = chain(6)
-    wanted = Wanted(program, 700, 10.0, recompute=("f3",))
+    wanted = Wanted(program, 700, 10.0, wishes=Wishes(recompute=("f3",)))
     search = Beside(wanted)
     found = search.plan()
     assert found is not None
@@ -125,7 +125,7 @@ def test_what_does_not_fit_is_no_plan() -> None:
 
 @pytest.mark.parametrize("kind", [Beside, Here])
 def test_an_error_in_a_search_is_told(kind: Callable[[Wanted], Search]) -> None:
-    search = kind(Wanted(chain(), 900, 0.1, keep=("nowhere",)))
+    search = kind(Wanted(chain(), 900, 0.1, wishes=Wishes(keep=("nowhere",))))
     with pytest.raises(SearchFailed, match="nowhere"):
         search.plan()
 

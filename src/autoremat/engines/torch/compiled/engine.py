@@ -13,6 +13,7 @@ from autoremat.engines.torch.compiled.backends import named
 from autoremat.engines.torch.compiled.beforehand import planned_beforehand
 from autoremat.engines.torch.compiled.session import CompiledSession
 from autoremat.planner import solve
+from autoremat.planner.wishes import NO_WISHES, Wishes
 from autoremat.program import Abilities, Plan, Program, simulate
 
 BACKEND = "aot_eager"
@@ -28,8 +29,7 @@ class Given:
     """
 
     plan: Plan | None = None
-    keep: Any = ()
-    recompute: Any = ()
+    wishes: Wishes = NO_WISHES
     time_limit_seconds: float = 10.0
     optimizer: Any = None
 

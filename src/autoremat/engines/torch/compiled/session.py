@@ -25,14 +25,14 @@ from autoremat.engines.torch.compiled.reading import Reading
 from autoremat.engines.torch.compiled.stored import PlannedGraph, place_of_graph
 from autoremat.engines.torch.compiled.torch_names import has_nested_regions, hold_sizes, reason_of_end, sources_of
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
+from autoremat.planner.wishes import Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, Value, simulate
 
 
 class Planner(Protocol):
     """What a user asks, and who makes plans."""
 
-    keep: Any
-    recompute: Any
+    wishes: Wishes
     time_limit_seconds: float
     optimizer: Any
 
@@ -182,7 +182,7 @@ class CompiledSession:
     def _wishes(self) -> tuple[Any, ...]:
         """All that a plan depends on beside the graph."""
         planner = self.planner
-        wishes = planner.budget, planner.keep, planner.recompute, planner.time_limit_seconds
+        wishes = planner.budget, planner.wishes, planner.time_limit_seconds
         return *wishes, optimizer_bytes(planner.optimizer), planner.settled_bytes, self.margin_bytes
 
     def planned(

@@ -15,8 +15,8 @@ from autoremat.engines.torch.world.memory import free_bytes
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
 from autoremat.planner import solve
 from autoremat.planner.beside import Wanted
-from autoremat.planner.constraints import Patterns, constrain, is_matched, still_possible
 from autoremat.planner.search.floor import floor_of
+from autoremat.planner.wishes import Patterns, Wishes
 from autoremat.program import Once, Plan, Program, simulate
 from autoremat.program.units import Budget
 
@@ -41,7 +41,7 @@ class Options:
         self.given, self._shown = given, shown
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
         self._asked = Budget.read(budget)
-        self.keep, self.recompute, self.measure = keep, recompute, measure
+        self.wishes, self.measure = Wishes(keep, recompute), measure
         self._settled_bytes: int | None = None
         """The bytes of a share of the plain peak, once settled.
 
@@ -55,11 +55,16 @@ class Options:
         return vars(self) | {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None, "_floor": None}
 
     @property
-    def wishes(self) -> dict[str, Any]:
-        """The arguments of ``checkpoint``."""
-        wishes = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        given = wishes.pop("given")
-        return wishes if given is None else wishes | {"budget": None, "plan": given}
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of ``checkpoint``."""
+        return {
+            "budget": None if self.given else self.budget,
+            "optimizer": self.optimizer,
+            **vars(self.wishes),
+            "time_limit_seconds": self.time_limit_seconds,
+            "measure": self.measure,
+            "plan": self.given,
+        }
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """Return what a first step may take, given plain training's bytes.
@@ -75,7 +80,7 @@ class Options:
 
     def is_kept(self, module: str, name: str) -> bool:
         """Tell whether the user wants this module's operator kept."""
-        return bool(self.keep) and is_matched(self.keep, module, name)
+        return self.wishes.keeps(module, name)
 
     def assembled(self, first: FirstStep) -> Program:
         """Make a first step's program, operators measured within the budget."""
@@ -121,15 +126,15 @@ class Options:
         wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
         with self._shown() as progress:
             return solve(
-                program, budget, keep=wanted.keep, recompute=wanted.recompute, time_limit_seconds=wanted.seconds,
-                progress=progress, first=is_first,
+                program, budget, wishes=wanted.wishes, time_limit_seconds=wanted.seconds, progress=progress,
+                first=is_first,
             )  # fmt: skip
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
         """Describe the same plan, to be searched for elsewhere."""
         found_out = any(op.once in (Once.MADE_IS_CHANGED, Once.DIFFERS) for op in program.ops)
-        recompute = still_possible(program, self.recompute) if found_out else self.recompute
-        return Wanted(program, budget, min(seconds, self.time_limit_seconds), self.keep, recompute)
+        wishes = self.wishes.still_possible(program) if found_out else self.wishes
+        return Wanted(program, budget, min(seconds, self.time_limit_seconds), wishes)
 
     def with_floor(self, plan: Plan) -> Plan:
         """Add the smallest accepted budget to a plan.
@@ -139,9 +144,7 @@ class Options:
         known = None if self._floor is None or self._floor[0]() is not plan.program else self._floor[1]
         if known is None:
             wanted = self.wanted(plan.program, plan.budget_bytes, 0.0)
-            limited = wanted.keep or wanted.recompute
-            program = constrain(plan.program, wanted.keep, wanted.recompute) if limited else plan.program
-            known = min(plan.floor_bytes, floor_of(program).nbytes)
+            known = min(plan.floor_bytes, floor_of(wanted.wishes.applied_to(plan.program)).nbytes)
             self._floor = weakref.ref(plan.program), known
         return plan if plan.floor_bytes == known else replace(plan, floor_bytes=known)
 

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.planner import SOLVERS, solve
-from autoremat.planner.constraints import constrain, kept_anyway, passing_values
+from autoremat.planner import SOLVERS, Wishes, solve
 from autoremat.planner.search.tables import tables_of
+from autoremat.planner.wishes import kept_anyway
 from autoremat.program import InfeasibleBudget, Once, Plan, Program, simulate, verify
 from tests.engines.torch.compare import same
 from tests.fixed import examples
@@ -37,15 +37,15 @@ def wishes(program: Program) -> st.SearchStrategy[tuple[tuple[str, ...], tuple[s
 def test_plans_obey_and_can_be_carried_out(data: st.DataObject, program: Program, share: float):
     keep, again = data.draw(wishes(program))
     plain = simulate(program).peak_bytes
-    floor = solve(program, HUGE, keep=keep, recompute=again).floor_bytes
+    floor = solve(program, HUGE, wishes=Wishes(keep, again)).floor_bytes
     budget = max(1, floor + int(share * max(0, plain - floor)))
-    plan = solve(program, budget, keep=keep, recompute=again)
+    plan = solve(program, budget, wishes=Wishes(keep, again))
     assert plan.program is program
     assert verify(program, plan) == ()
     assert plan.peak_bytes <= budget
     assert plan.lower_bound <= plan.overhead + 1e-12
     assert not {program.ops[i].name for i, n in plan.schedule.runs_of.items() if n > 1} & set(keep)
-    passing = tables_of(constrain(program, keep, again)).passing
+    passing = tables_of(Wishes(keep, again).applied_to(program)).passing
     assert not kept_anyway(plan.schedule, passing, tables_of(program).until)
 
 
@@ -53,10 +53,10 @@ def test_plans_obey_and_can_be_carried_out(data: st.DataObject, program: Program
 @given(data=st.data(), program=st.one_of(recorded_steps(2, 4), literature_steps(2, 4)), share=st.floats(0, 1))
 def test_no_schedule_without_what_must_be_kept_is_below_the_bound(data: st.DataObject, program: Program, share: float):
     keep, _ = data.draw(wishes(program))
-    limited = constrain(program, keep)
+    limited = Wishes(keep).applied_to(program)
     plain = simulate(program).peak_bytes
     floor = solve(limited, plain).floor_bytes
-    plan = solve(program, max(1, floor + int(share * (plain - floor))), keep=keep)
+    plan = solve(program, max(1, floor + int(share * (plain - floor))), wishes=Wishes(keep=keep))
     best = optimum(limited, plan.budget_bytes)
     assert best is not None
     assert plan.lower_bound * program.seconds <= best + 1e-9 <= plan.overhead * program.seconds + 2e-9
@@ -65,7 +65,7 @@ def test_no_schedule_without_what_must_be_kept_is_below_the_bound(data: st.DataO
 def attempt(program: Program, solver: str) -> Plan | str:
     """The plan that computes the MLPs again, or why there is none."""
     try:
-        return solve(program, HUGE, solver=solver, recompute="blocks.*.mlp")
+        return solve(program, HUGE, solver=solver, wishes=Wishes(recompute="blocks.*.mlp"))
     except ValueError as error:
         return str(error)
 
@@ -91,13 +91,13 @@ def test_a_block_that_runs_again_as_a_whole_leaves_out_what_only_a_passing_value
     s = b.forward("right", (x,), 8, 1.0, module="blocks.0")
     b.forward("join", (r, s), 8, 1.0, saves=(s,), module="blocks.0")
     program = b.backward("two branches")
-    plan = solve(program, HUGE, solver="every-block", recompute="embed")
+    plan = solve(program, HUGE, solver="every-block", wishes=Wishes(recompute="embed"))
     assert [(program.ops[i].name, n) for i, n in simulate(program, plan).repeats] == [("right", 1)]
 
 
 def test_recompute_holds_at_any_budget_and_costs_just_that():
     program = chain(8)
-    plan = solve(program, HUGE, recompute="f3")
+    plan = solve(program, HUGE, wishes=Wishes(recompute="f3"))
     assert [(program.ops[i].name, n) for i, n in simulate(program, plan).repeats] == [("f3", 1)]
     assert plan.overhead == pytest.approx(plan.lower_bound) == pytest.approx(1 / program.seconds)
     assert solve(program, HUGE).overhead == 0
@@ -106,7 +106,7 @@ def test_recompute_holds_at_any_budget_and_costs_just_that():
 @pytest.mark.slow
 def test_keep_moves_the_recomputation_elsewhere_and_raises_the_floor():
     program = gpt(4, vocabulary=256)
-    plan = solve(program, 0.8, keep="gelu")
+    plan = solve(program, 0.8, wishes=Wishes(keep="gelu"))
     free = solve(program, 0.8)
     assert "gelu" in {program.ops[i].name for i, _ in simulate(program, free).repeats}
     assert "gelu" not in {program.ops[i].name for i, _ in simulate(program, plan).repeats}
@@ -118,9 +118,9 @@ def test_an_infeasible_budget_names_the_constraints():
     program = gpt(4, vocabulary=256)
     floor = solve(program, 1.0).floor_bytes
     with pytest.raises(InfeasibleBudget, match=r"under the constraints keep=\['blocks'\]") as caught:
-        solve(program, floor, keep="blocks")
+        solve(program, floor, wishes=Wishes(keep="blocks"))
     assert caught.value.floor_bytes > floor
-    assert solve(program, caught.value.floor_bytes, keep="blocks").peak_bytes <= caught.value.floor_bytes
+    assert solve(program, caught.value.floor_bytes, wishes=Wishes(keep="blocks")).peak_bytes <= caught.value.floor_bytes
 
 
 @pytest.mark.parametrize(
@@ -134,30 +134,30 @@ def test_an_infeasible_budget_names_the_constraints():
 )
 def test_patterns_are_held_against_modules_and_operators(pattern: str, names: set[str]):
     program = gpt(2)
-    passing = passing_values(constrain(program, (), pattern))
+    passing = Wishes(recompute=pattern).applied_to(program).passing
     assert {program.ops[program.producer[v]].module for v in passing} == names
 
 
 def test_a_pattern_that_matches_nothing_names_what_is_near():
     with pytest.raises(ValueError, match=r"keep='blocks.0.mpl' matches no module.*blocks\.0\.mlp"):
-        solve(gpt(2), 0.5, keep="blocks.0.mpl")
+        solve(gpt(2), 0.5, wishes=Wishes(keep="blocks.0.mpl"))
 
 
 def test_the_backward_is_never_matched():
     with pytest.raises(ValueError, match="matches no module and no operator of the forward"):
-        solve(gpt(2), 0.5, recompute="unpack")
+        solve(gpt(2), 0.5, wishes=Wishes(recompute="unpack"))
 
 
 def test_a_pattern_for_what_cannot_run_again_says_why():
     b = Builder()
     b.forward("dropout", (b.fixed("x", 4),), 4, 1.0, saves_output=True, once=Once.FOREIGN)
     with pytest.raises(ValueError, match=r"only ops that must not run again, such as dropout \(custom operator"):
-        solve(b.backward("one"), 1.0, recompute="drop*")
+        solve(b.backward("one"), 1.0, wishes=Wishes(recompute="drop*"))
 
 
 def test_both_at_once_is_refused():
     with pytest.raises(ValueError, match="keep and recompute both match 2 op"):
-        solve(gpt(2), 0.5, keep="gelu", recompute="gelu")
+        solve(gpt(2), 0.5, wishes=Wishes(keep="gelu", recompute="gelu"))
 
 
 def step_of(model: torch.nn.Module):
