@@ -235,7 +235,7 @@ def program_from_data(data: Mapping[str, Any]) -> Program:
     """
     version = _check_header(data, PROGRAM_FORMAT)
     values = tuple(_value_from_data(i, item) for i, item in enumerate(_get(data, "program", "values", list)))
-    index = {v.id: i for i, v in enumerate(values)}
+    index = {value.id: v for v, value in enumerate(values)}
     ops = tuple(_op_from_data(i, item, index, version) for i, item in enumerate(_get(data, "program", "ops", list)))
     name = _get(data, "program", "name", str)
     return Program(
@@ -406,7 +406,7 @@ def _schedule_from_data(data: Mapping[str, Any], program: Program) -> Schedule:
     order = _order(data, len(program.ops))
     if "frees" not in data:
         return Schedule.from_order(program, order)
-    index = {v.id: i for i, v in enumerate(program.values)}
+    index = {value.id: v for v, value in enumerate(program.values)}
     frees = [_frees(p, item, index) for p, item in enumerate(_get(data, "plan", "frees", list))]
     try:
         return Schedule(order, tuple(frees))

@@ -291,7 +291,7 @@ def _check(program: Program) -> None:
         raise InvalidProgram(f"measured_share is {program.measured_share}; a share is between 0 and 1")
     values = program.values
     _check_values(values, len(program.ops))
-    written = {i for i, v in enumerate(values) if v.fixed}
+    written = {v for v, value in enumerate(values) if value.fixed}
     overwritten: dict[int, str] = {}
     for i, op in enumerate(program.ops):
         where = f"op {i} ({op.name})"

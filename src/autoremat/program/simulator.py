@@ -55,7 +55,7 @@ def simulate(program: Program, plan: Plan | Schedule | None = None) -> Timeline:
         16
     """
     schedule = plan.schedule if isinstance(plan, Plan) else plan or Schedule.plain(program)
-    resident = {i for i, v in enumerate(program.values) if v.fixed}
+    resident = {v for v, value in enumerate(program.values) if value.fixed}
     nbytes = [v.nbytes for v in program.values]
     current, twice = program.fixed_bytes, 0
     during: list[int] = []
@@ -112,7 +112,7 @@ def _taken_over(op: Op, frees: tuple[int, ...]) -> list[tuple[int, int]]:
 
 def _resident_at(program: Program, schedule: Schedule, run: int) -> set[int]:
     """The values in memory while the given run happens."""
-    resident = {i for i, v in enumerate(program.values) if v.fixed}
+    resident = {v for v, value in enumerate(program.values) if value.fixed}
     if run < 0:
         return resident
     for i, frees in zip(schedule.order[:run], schedule.frees[:run], strict=True):

@@ -358,25 +358,25 @@ class Stages:
 
     def inside(self, w: int) -> None:
         """Add the rows for the bytes at the reruns of a stage of one op."""
-        for k in self.candidates[w]:
-            self._run_bytes(w, k)
+        for i in self.candidates[w]:
+            self._run_bytes(w, i)
 
-    def _run_bytes(self, w: int, k: int) -> None:
-        """Bytes at the rerun of op ``k``; where it does not run, no more than at the next one that does."""
-        program, op, values = self.program, self.program.ops[k], self.program.values
+    def _run_bytes(self, w: int, i: int) -> None:
+        """Bytes at the rerun of op ``i``; where it does not run, no more than at the next one that does."""
+        program, op, values = self.program, self.program.ops[i], self.program.values
         t = self.moments[w]
         held = {v for v in self._made if program.producer[v] < self.first(w) and program.hold[v] >= t}
         held |= {v for v in self._made if self._is_handed(v, t)}
-        terms = [(float(op.again_scratch_bytes), self.again[w, k])]
+        terms = [(float(op.again_scratch_bytes), self.again[w, i])]
         for v in self._made:
             producer, nbytes = program.producer[v], float(values[v].nbytes)
-            if producer == k:
-                terms.append((nbytes, self.again[w, k]))
+            if producer == i:
+                terms.append((nbytes, self.again[w, i]))
             elif producer < self.first(w) and v not in held:
-                terms.append((nbytes, self.at(w, v) if producer > k else self._needed_from(w, v, k)))
+                terms.append((nbytes, self.at(w, v) if producer > i else self._needed_from(w, v, i)))
         for new, old in op.in_place:
             if old not in held:
-                terms.append((-float(min(values[new].nbytes, values[old].nbytes)), self._takes_over(w, k, old)))
+                terms.append((-float(min(values[new].nbytes, values[old].nbytes)), self._takes_over(w, i, old)))
         self._bytes_row(terms, program.fixed_bytes + sum(values[v].nbytes for v in held))
 
     def _needed_from(self, w: int, v: int, k: int) -> int:

@@ -112,19 +112,19 @@ def _schedule(program: Program, account: Account) -> Schedule:
 
 def uniform_of(program: Program) -> Uniform | None:
     """The longest uniform chain, None where it is short. O(reads)."""
-    values = _longest(program)
-    if len(values) < _SHORT:
+    chain = _longest(program)
+    if len(chain) < _SHORT:
         return None
     present = _present(program)
-    reads = _first_reads(program, values, present)
+    reads = _first_reads(program, chain, present)
     if len(reads) < _SHORT or any(after >= before for before, after in pairwise(reads)):
         return None
-    rank = {v: k for k, v in enumerate(values)}
+    rank = {v: k for k, v in enumerate(chain)}
     beside = [
-        present[r] - sum(program.values[v].nbytes for v in program.ops[r].reads if rank.get(v, k) < k)
-        for k, r in enumerate(reads)
+        present[i] - sum(program.values[v].nbytes for v in program.ops[i].reads if rank.get(v, k) < k)
+        for k, i in enumerate(reads)
     ]
-    value = values[0]
+    value = chain[0]
     nbytes, seconds = program.values[value].nbytes, program.ops[program.producer[value]].again_seconds
     return Uniform(nbytes, seconds, tuple(beside), max(present))
 
@@ -132,7 +132,7 @@ def uniform_of(program: Program) -> Uniform | None:
 def _first_reads(program: Program, values: Sequence[int], present: Sequence[int]) -> list[int]:
     """For each value of the chain its first reader after the chain; values at the end that have none are left out."""
     made = program.producer[values[-1]]
-    later = [[r for r in program.readers[v] if r > made and program.ops[r].writes] for v in values]
+    later = [[i for i in program.readers[v] if i > made and program.ops[i].writes] for v in values]
     while len(later) > 1 and (not later[-1] or not later[-2] or later[-1][0] >= later[-2][0]):
         later.pop()
     if not all(later) or len(later) < 2:
@@ -160,10 +160,10 @@ def _longest(program: Program) -> list[int]:
     return found[::-1]
 
 
-def _alike(program: Program, a: int, b: int) -> bool:
+def _alike(program: Program, u: int, v: int) -> bool:
     ops, producer = program.ops, program.producer
-    same_bytes = program.values[a].nbytes == program.values[b].nbytes > 0
-    return same_bytes and ops[producer[a]].again_seconds == ops[producer[b]].again_seconds
+    same_bytes = program.values[u].nbytes == program.values[v].nbytes > 0
+    return same_bytes and ops[producer[u]].again_seconds == ops[producer[v]].again_seconds
 
 
 def _present(program: Program) -> Sequence[int]:
