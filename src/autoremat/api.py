@@ -248,7 +248,7 @@ def plan(
 def _plan_compiled(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], options: Options, backend: str
 ) -> Plan:  # fmt: skip
-    """The plan of a step that ``torch.compile`` would run."""
+    """Plan the step that ``torch.compile`` would run."""
     from autoremat.engines.torch.compiled.beforehand import planned_beforehand
 
     session = session_of(fn)

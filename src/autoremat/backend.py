@@ -21,7 +21,7 @@ _OF_THE_BACKEND: Final = ("backend", "options")
 def autoremat(
     module: Any, inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None, mode: str | None = None
 ) -> Callable[..., Any]:
-    """What runs in the place of a graph of the compiler's, within a budget.
+    """Run in the place of a compiler's graph, within a budget.
 
     Args:
         module: the graph, as the compiler hands it to every backend.
@@ -47,7 +47,9 @@ def autoremat(
 
 
 def backend_of(options: Mapping[str, Any] | None, mode: str | None = None) -> PlannedBackend:
-    """The backend of these options: the same one whenever the same ``torch.compile`` asks.
+    """Return the backend of these options.
+
+    It is the same one whenever the same ``torch.compile`` asks.
 
     Raises:
         ValueError: as ``autoremat``.
@@ -61,7 +63,7 @@ def backend_of(options: Mapping[str, Any] | None, mode: str | None = None) -> Pl
 
 
 def session_of_options(options: Any) -> CompiledSession | None:
-    """What has been compiled for these options; None where nothing has."""
+    """Look up what has been compiled for these options, if anything."""
     known = _KNOWN.get(id(options))
     return known[1].session if known is not None and known[0] is options else None
 

@@ -111,7 +111,7 @@ class Compilable:
         _COMPILABLE[self.key] = self
 
     def met(self) -> str:
-        """How the compiler that traces now is to go on: ``inline``, ``apart`` or ``plain``."""
+        """Say how the tracing compiler goes on: ``inline``, ``apart`` or ``plain``."""
         from autoremat.engines.torch.compiled.meeting import apart, meet
         from autoremat.engines.torch.compiled.session import CompiledSession
 
@@ -121,7 +121,10 @@ class Compilable:
         return meet(self.compiled, _OURS)
 
     def is_apart(self) -> bool:
-        """Whether the compiler has left this call to Python, because it does not trace all of its caller."""
+        """Tell whether the compiler has left this call to Python.
+
+        It does so where it does not trace all of its caller.
+        """
         return self.compiled is not None and is_compiling()
 
 
@@ -132,7 +135,10 @@ def _measurement(tensors: Sequence[Tensor], on_end: Callable[[int], None]) -> Me
 
 
 def _met_by_compiler(key: str) -> str:
-    """How the compiler is to go on; it calls this while it traces, and puts nothing of it into its graph."""
+    """Say how the compiler is to go on.
+
+    It calls this while it traces, and puts nothing of it into its graph.
+    """
     return _COMPILABLE[key].met()
 
 
@@ -196,7 +202,10 @@ def checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..
 
 
 def plain_callable(target: Any) -> Any:
-    """What was a checkpointed callable before; a compiled one is compiled as it was."""
+    """Return what a checkpointed callable was before.
+
+    A compiled one is compiled as it was.
+    """
     compilable = _compilable_of(target)
     assert compilable is not None
     fn = compilable.fn
@@ -210,7 +219,10 @@ def session_of(target: Any) -> Session | None:
 
 
 def compiled_of(target: Any) -> CompiledSession | None:
-    """What a compiler has made of a checkpointed module or callable; None where none has met it."""
+    """Look up what a compiler has made of something checkpointed.
+
+    None where none has met it.
+    """
     compilable = _compilable_of(target)
     if compilable is not None:
         return compilable.compiled

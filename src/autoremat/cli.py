@@ -490,7 +490,9 @@ def plan(
     accumulate: bool, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float,
     json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
-    """Plan a training step of MODEL within a budget; nothing of its size is allocated.
+    """Plan a training step of MODEL within a budget.
+
+    Nothing of its size is allocated.
 
     MODEL is package.module:function or path/to/file.py:function; a file alone stands for its function `step`. The
     function takes nothing and returns (fn, args) or (fn, args, kwargs); fn(*args, **kwargs) is recorded. Tensors on the
@@ -520,7 +522,7 @@ def explain(
     accumulate: bool, keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float,
     json_path: Path | str | None,
 ) -> None:  # fmt: skip
-    """Print where the peak of a training step stands, what fills it, and why.
+    """Print where a step's peak stands, what fills it, and why.
 
     MODEL is as for `autoremat plan`, or a file: a program or a plan as JSON.
     """
@@ -596,7 +598,9 @@ def check(
     context: click.Context, model: str, budget: int | float | str, keep: tuple[str, ...], recompute: tuple[str, ...],
     time_limit: float,
 ) -> None:  # fmt: skip
-    """Run a plain step of MODEL and one within a budget, and compare gradients, buffers, generators and peaks.
+    """Compare a plain step of MODEL with one within a budget.
+
+    Both are run, and gradients, buffers, generators and peaks compared.
 
     MODEL is as for `autoremat plan`, with real tensors: both steps are run.
     """
@@ -629,7 +633,10 @@ def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
     time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
-    """Plan the program in FILE (autoremat-program JSON) and print the plan; PyTorch is not needed."""
+    """Plan the program in FILE (autoremat-program JSON) and print the plan.
+
+    PyTorch is not needed.
+    """
     _require_for(json_path, plot_path, html_path)
     _solve_and_show(
         Program.from_json(file), budget, solver, Wishes(keep, recompute), time_limit, json_path, plot_path, html_path
@@ -643,7 +650,10 @@ def solve(
 )
 @click.option("--quick", is_flag=True, help="Tiny models: only to see that everything works.")
 def demo(steps: int, out: Path, quick: bool) -> None:
-    """Train two models plainly, checkpointed by hand and with autoremat, side by side; print what each cost."""
+    """Train two models plainly, by hand and with autoremat.
+
+    By hand is PyTorch's own checkpointing around every block. They take turns, and what each cost is printed.
+    """
     _require("demo", "torch", "matplotlib", "sklearn")
     folder = next(p for p in (out, *out.absolute().parents) if p.exists())
     if not folder.is_dir() and folder != out:

@@ -171,7 +171,7 @@ def explain(
     time_limit_seconds: float = 10.0,
     **kwargs: Any,
 ) -> Explanation:
-    """Where the peak of a function and its gradient stands and what fills it.
+    """Explain where the peak of a function's gradient stands, and why.
 
     Without a budget that of plain differentiation, with one that of the plan.
 
@@ -226,7 +226,7 @@ def frontier(
     time_limit_seconds: float = 60.0,
     **kwargs: Any,
 ) -> Frontier:
-    """Overhead against peak over the whole range of budgets, before anything is run.
+    """Trace overhead against peak over all budgets, before anything runs.
 
     Args:
         program_or_fn: a program, or a function, as for ``plan``.
@@ -326,7 +326,9 @@ def max_batch(
     recompute: Patterns = (),
     time_limit_seconds: float = 5.0,
 ) -> MaxBatch:
-    """The largest ``n`` for which the gradient of ``fn(*make_args(n))`` has a plan within the budget.
+    """Find the largest ``n`` whose gradient step has a plan.
+
+    It is the gradient of ``fn(*make_args(n))``, and the plan is within the budget.
 
     Nothing of the size of the arguments is computed: shapes suffice. ``start`` is doubled until it does not fit, then
     the gap is halved.
@@ -367,14 +369,14 @@ def max_batch(
 
 
 def _plan_of(variants: Variants, wishes: Wishes) -> Plan:
-    """The plan of a step within a budget."""
+    """Plan a step within its budget."""
     return planned(variants, wishes).plan
 
 
 def _program_of(
     step: Program | Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], argnums: int | Sequence[int]
 ) -> Program:
-    """The program itself, or that of the function."""
+    """Return the program, or record that of the function."""
     if not isinstance(step, Program):
         return record_step(step, args, kwargs, argnums).plain.program
     if args or kwargs:
@@ -383,7 +385,7 @@ def _program_of(
 
 
 def _read(budget: Given) -> Given:
-    """The budget, if it is one that makes sense here."""
+    """Read the budget, if it makes sense here."""
     if Budget.read(budget).is_auto:
         raise ValueError(
             'a budget of "auto" would have to ask the device what is free, and JAX takes its memory ahead of time: '

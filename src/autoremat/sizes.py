@@ -1,4 +1,7 @@
-"""The largest size that fits: a search over plans, whatever engine records the steps."""
+"""The largest size that fits: a search over plans.
+
+Any engine may record the steps.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +78,10 @@ def largest(plan_of: Callable[[int], Plan], *, overhead: float, start: int, most
 
 
 def _search(fits: Callable[[int], bool], start: int, most: int) -> int:
-    """The largest ``n`` up to ``most`` that fits, 0 when not even 1 does; O(log n) tries by doubling, then halving."""
+    """Find the largest ``n`` up to ``most`` that fits, or 0.
+
+    O(log n) tries by doubling, then halving; 0 when not even 1 fits.
+    """
     low, high = 0, start
     while high <= most and fits(high):
         low, high = high, 2 * high
@@ -87,14 +93,14 @@ def _search(fits: Callable[[int], bool], start: int, most: int) -> int:
 
 
 def _tried(n: int, result: Plan | InfeasibleBudget, overhead: float) -> Try:
-    """One size, from what came of planning it."""
+    """Describe one size by what came of planning it."""
     if isinstance(result, InfeasibleBudget):
         return Try(n, False, result.floor_bytes, inf)
     return Try(n, result.overhead <= overhead, result.peak_bytes, result.overhead)
 
 
 def _nothing_fits(result: Plan | InfeasibleBudget, overhead: float) -> InfeasibleBudget:
-    """The error, from what came of ``n = 1``."""
+    """Make the error of what came of ``n = 1``."""
     if isinstance(result, InfeasibleBudget):
         return with_message(result, f"not even n = 1 fits: {result}")
     return InfeasibleBudget(

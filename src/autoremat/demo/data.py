@@ -1,4 +1,6 @@
-"""Real data that every machine with Python already has: the standard library's source text, scikit-learn's digits.
+"""Real data that every machine with Python already has.
+
+The standard library's source text, scikit-learn's digits.
 
 Both come in a fixed order with a fixed split, and batches are drawn with a generator of their own, so that the same
 call gives the same numbers everywhere and PyTorch's global generator is never touched.
@@ -19,7 +21,9 @@ _SKIP = frozenset({"site-packages", "dist-packages", "test", "tests", "idle_test
 
 
 def stdlib_files(root: str | Path | None = None) -> list[Path]:
-    """The standard library's ``*.py`` files, sorted by their path relative to ``root``.
+    """List the standard library's ``*.py`` files by path.
+
+    The paths are relative to ``root``.
 
     Raises:
         FileNotFoundError: there is no source text below ``root`` (some embedded Pythons ship bytecode only).
@@ -32,7 +36,7 @@ def stdlib_files(root: str | Path | None = None) -> list[Path]:
 
 
 def stdlib_bytes(split: str = "train", *, root: str | Path | None = None, max_bytes: int = 8_000_000) -> Tensor:
-    """The source text as one ``uint8`` tensor of at most ``max_bytes`` bytes.
+    """Read the source text as at most ``max_bytes`` bytes of ``uint8``.
 
     Every tenth file is in the ``"validation"`` split, all others in ``"train"``.
 
@@ -53,7 +57,9 @@ def stdlib_bytes(split: str = "train", *, root: str | Path | None = None, max_by
 
 
 def text_batches(text: Tensor, batch: int, context: int, seed: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-    """Endless batches ``(x, y)``, both ``int64[batch, context]``; ``y`` is ``x`` moved on by one byte.
+    """Yield batches ``(x, y)`` without end.
+
+    Both are ``int64[batch, context]``; ``y`` is ``x`` moved on by one byte.
 
     Raises:
         ValueError: the text is not longer than ``context``.

@@ -1,4 +1,6 @@
-"""The networks of the demo, the examples, the tests and the benchmarks: plain ``torch.nn``, nothing of autoremat.
+"""The networks of the demo, the examples, tests and benchmarks.
+
+They are plain ``torch.nn``, nothing of autoremat.
 
 Shapes: B batch, T tokens, D width, H heads, V vocabulary; C channels.
 """
@@ -36,7 +38,10 @@ class GPTConfig:
 
 
 class Block(nn.Module):
-    """One pre-norm Transformer block: causal attention, then a GELU MLP; ``[B, T, D]`` to ``[B, T, D]``."""
+    """One pre-norm Transformer block: causal attention, then a GELU MLP.
+
+    It takes ``[B, T, D]`` to ``[B, T, D]``.
+    """
 
     def __init__(self, config: GPTConfig) -> None:
         super().__init__()
@@ -104,7 +109,10 @@ class ResNetConfig:
 
 
 class PreActBlock(nn.Module):
-    """Pre-activation residual block (He et al. 2016): norm, in-place ReLU, convolution, dropout, and once more."""
+    """Pre-activation residual block (He et al. 2016).
+
+    Norm, in-place ReLU, convolution, dropout, and once more.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int, dropout: float) -> None:
         super().__init__()
@@ -118,7 +126,7 @@ class PreActBlock(nn.Module):
         self.shortcut = nn.Identity() if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """``[B, C, H, W]`` to ``[B, outputs, H / stride, W / stride]``."""
+        """Take ``[B, C, H, W]`` to ``[B, outputs, H/stride, W/stride]``."""
         y = self.conv1(self.relu(self.norm1(x)))
         y = self.conv2(self.drop(self.relu(self.norm2(y))))
         y += self.shortcut(x)
@@ -146,7 +154,7 @@ class ResNet(nn.Module):
 
 
 def _stages(config: ResNetConfig) -> list[PreActBlock]:
-    """The residual blocks of all stages in order."""
+    """Build the residual blocks of all stages in order."""
     blocks, inputs = [], config.widths[0]
     for stage, width in enumerate(config.widths):
         for i in range(config.blocks_per_stage):

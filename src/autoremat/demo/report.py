@@ -59,7 +59,10 @@ def run_demo(
 
 
 def _picture_path(out: Path) -> Path:
-    """The picture's path; its folder is made now, so that a path that cannot be written fails before the training."""
+    """Choose the picture's path, and make its folder now.
+
+    So a path that cannot be written fails before the training.
+    """
     path = out if out.suffix == ".png" else out / "demo-memory.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
@@ -89,7 +92,7 @@ def _train(task: Task, steps: int, console: Console) -> Result:
 
 
 def table(results: list[Result]) -> Table:
-    """One line for every variant, one section for every task."""
+    """Lay out one line per variant, one section per task."""
     grid = Table(box=box.SIMPLE_HEAD, padding=0, show_edge=False)
     grid.add_column("training", no_wrap=True)
     for name in ("budget\nMB", "predicted\npeak MB", "measured\npeak MB", "extra\ntime"):
@@ -128,7 +131,7 @@ def _yes_no(yes: bool) -> str:
 
 
 def summary(results: list[Result]) -> str:
-    """How the promises were kept, in words."""
+    """Say in words how the promises were kept."""
     rows = [row for result in results for row in result.rows if row.predicted_bytes]
     over = sum(row.account.peak_bytes > (row.budget_bytes or 0) for row in rows)
     different = sum(not (row.same_gradients and row.same_state) for row in rows)
@@ -144,7 +147,10 @@ def summary(results: list[Result]) -> str:
 
 
 def save_picture(results: list[Result], path: Path) -> None:
-    """Memory over one step as the allocator saw it, one panel for each task."""
+    """Draw memory over one step as the allocator saw it.
+
+    There is one panel for each task.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(11, 4.2 * len(results)), layout="constrained")

@@ -1,4 +1,6 @@
-"""Train side by side: plainly, with ``torch.utils.checkpoint`` around every block, with autoremat at three budgets.
+"""Trains plainly, by hand and with autoremat, side by side.
+
+By hand is ``torch.utils.checkpoint`` around every block; autoremat has three budgets.
 
 Every variant has its own copy of the model and sees the same batches and the same random numbers. The variants take
 turns within every training step, so that a busy machine slows all of them, and extra time is the median of the ratios
@@ -80,7 +82,10 @@ class Row:
 
     @property
     def kept_promises(self) -> bool:
-        """Within its budget and identical to plain training (a variant without a budget promises nothing)."""
+        """Tell whether the row is within budget and identical to plain.
+
+        A variant without a budget promises nothing.
+        """
         if self.budget_bytes is None:
             return True
         return self.same_gradients and self.same_state and self.account.peak_bytes <= self.budget_bytes
@@ -115,7 +120,7 @@ class Variant:
 
 
 def tasks(quick: bool = False) -> tuple[Task, Task]:
-    """The two tasks of the demo; tiny ones if ``quick``."""
+    """Make the two tasks of the demo; tiny ones if ``quick``."""
     return _text_task(quick), _digits_task(quick)
 
 
@@ -174,7 +179,10 @@ def run_task(task: Task, steps: int, on_step: Callable[[int, float], None] = lam
 
 
 def _variant(task: Task, name: str) -> Variant:
-    """A fresh copy of the task's model, the same for every variant, with its optimizer and loss."""
+    """Copy the task's model, with its optimizer and loss.
+
+    The model is the same for every variant.
+    """
     torch.manual_seed(0)
     model = task.build()
 
@@ -197,13 +205,16 @@ def _autoremat(task: Task, budget: float) -> Variant:
 
 
 def _set_budget(variant: Variant, budget: float | int) -> None:
-    """What a user would write: the loss function, and with it all memory of the step, under a budget."""
+    """Put the loss function under a budget, as a user would.
+
+    With it comes all memory of the step.
+    """
     variant.loss = autoremat.checkpoint(variant.plain_loss, budget=budget, optimizer=variant.optimizer)
     variant.budget = budget
 
 
 def _take_step(variant: Variant, x: Tensor, y: Tensor, *, seed: int, first: bool, last: bool) -> None:
-    """One training step: checked for feasibility at first, measured at last, timed in between."""
+    """Take one step: check it first, measure it last, else time it."""
     variant.optimizer.zero_grad(set_to_none=True)
     torch.manual_seed(seed)
     step = partial(_step, variant, x, y)
@@ -227,7 +238,7 @@ def _step(variant: Variant, x: Tensor, y: Tensor) -> None:
 
 
 def _first_step(variant: Variant, x: Tensor, y: Tensor, seed: int) -> None:
-    """The step that records and plans; a budget below the floor is replaced by the floor.
+    """Record and plan; replace a budget below the floor by it.
 
     That is known at the end of the forward: what it has drawn, and its batch norms have noted, is taken back.
     """

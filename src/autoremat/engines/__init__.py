@@ -1,1 +1,4 @@
-"""Engines: what records a step as a program and carries out a plan for it, one folder for each framework."""
+"""Engines record steps as programs and carry out plans for them.
+
+Each framework has a folder.
+"""

@@ -27,7 +27,7 @@ class Step:
 
 
 class Engine(Protocol[S]):
-    """Records a step as a program, and carries out a plan for that program.
+    """Records a step as a program, and carries out its plans.
 
     ``S`` is what the engine takes for a step: a callable and its arguments, or a list of calls.
     """
@@ -38,10 +38,16 @@ class Engine(Protocol[S]):
 
     @property
     def abilities(self) -> Abilities:
-        """Say what the engine can do with a plan; its programs say the same."""
+        """Say what the engine can do with a plan.
+
+        Its programs say the same.
+        """
 
     def record(self, step: S) -> Program:
-        """Record a step, forward and backward; value ids are names that users know."""
+        """Record a step, forward and backward.
+
+        Value ids are names that users know.
+        """
 
     def carry_out(self, step: S, plan: Plan) -> Callable[..., Any]:
         """Make a callable that runs the step within the plan's budget.
@@ -59,7 +65,9 @@ NAMES: Final = tuple(
 
 
 def engine_of(name: str) -> Engine[Any]:
-    """Import the engine of a name, and with it its framework, which no other engine needs.
+    """Import the engine of a name, and no other.
+
+    With it comes its framework.
 
     Raises:
         ValueError: there is no such engine.

@@ -1,1 +1,1 @@
-"""Thin adapters to the trainers that people use; each imports its library, and nothing else imports it."""
+"""Thin adapters to trainers; each imports its library, nobody imports them."""

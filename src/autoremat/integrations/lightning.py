@@ -80,7 +80,7 @@ class AutorematCallback(Callback):
         self._name, self._undo, self._looked = target, lambda: None, False
 
     def stats(self) -> Stats:
-        """What has happened in the training that runs, or in the last one; as ``autoremat.stats``."""
+        """Return ``autoremat.stats`` of the running training, or of the last."""
         return self._training.stats()
 
     def on_train_start(self, trainer: Any, pl_module: nn.Module) -> None:
@@ -120,7 +120,7 @@ class AutorematCallback(Callback):
 
 
 def _put(module: nn.Module, path: str, method: Any) -> Callable[[], None]:
-    """Make this the method of the module at the path's beginning; returns what undoes it."""
+    """Make this the method at the path; return what undoes it."""
     where, _, name = path.rpartition(".")
     owner = module.get_submodule(where)
     replaced = vars(owner).get(name)

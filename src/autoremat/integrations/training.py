@@ -1,4 +1,4 @@
-"""What the callbacks of all trainers have in common: checkpointed from the start of a training to its end."""
+"""What all trainers' callbacks share: a training checkpointed from begin to end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ from autoremat.planner.wishes import Patterns
 
 
 class Training:
-    """The arguments of ``autoremat.checkpoint``, and what they are applied to while a training runs.
+    """Holds the arguments of ``autoremat.checkpoint`` while a training runs.
+
+    It has what they are applied to, too.
 
     Args:
         budget: as for ``autoremat.checkpoint``; refused here and now if it is malformed.
@@ -32,7 +34,10 @@ class Training:
         self._stats: Stats | None = None
 
     def begin(self, target: Any, optimizer: Any) -> Any:
-        """Checkpoint a module or a callable; what an earlier training has left behind is undone first."""
+        """Checkpoint a module or a callable.
+
+        What an earlier training has left behind is undone first.
+        """
         self.end()
         known = self._optimizer_state_bytes
         self._stats = None

@@ -55,7 +55,7 @@ class AutorematCallback(TrainerCallback):
         self._training = Training(budget, optimizer_state_bytes, keep, recompute, time_limit_seconds)
 
     def stats(self) -> Stats:
-        """What has happened in the training that runs, or in the last one; as ``autoremat.stats``."""
+        """Return ``autoremat.stats`` of the running training, or of the last."""
         return self._training.stats()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, *, model: Any, optimizer: Any, **others: Any) -> None:

@@ -11,7 +11,9 @@ Reruns = Literal["anywhere", "at asks", "by decisions"]
 
 @dataclass(frozen=True, slots=True)
 class Abilities:
-    """What an engine can do with a plan. Planners obey it, and ``verify`` checks it.
+    """Says what an engine can do with a plan.
+
+    Planners obey it, and ``verify`` checks it.
 
     Attributes:
         reruns: where reruns may stand: ``anywhere``; ``at asks``, only ahead of what the backward asks for; ``by
@@ -27,11 +29,11 @@ class Abilities:
 
     @property
     def are_limited(self) -> bool:
-        """Whether there are schedules of ops that may run again which the engine cannot carry out."""
+        """Tell whether the engine cannot carry out every schedule of repeatable ops."""
         return self.most_runs is not None or self.reruns == "by decisions"
 
     def can_run(self, runs_of: Mapping[int, int]) -> bool:
-        """Whether every op may run as often as said there.
+        """Tell whether every op may run as often as said there.
 
         Example:
             >>> Abilities(most_runs=2).can_run({0: 1, 1: 3}), Abilities().can_run({0: 1, 1: 3})

@@ -1,4 +1,7 @@
-"""What of a schedule can be said by a decision for each value: keep it for the backward, or compute it again there."""
+"""Schedules as decisions: each value is kept for the backward, or recomputed.
+
+What of a schedule can be said in this way, and what cannot.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +13,16 @@ from autoremat.program.schedule import Schedule
 
 
 class Decision(Enum):
-    """What happens to a value of the forward that is read in the backward."""
+    """Says what happens to a forward value that the backward reads."""
 
     KEEP = "stays in memory until its last reader of the backward has run"
     RECOMPUTE = "leaves in the forward, and is computed again when the backward needs it, once"
 
 
 def decisions_of(program: Program, schedule: Schedule) -> Mapping[str, Decision]:
-    """For every value that the forward makes and the backward reads, by id: whether it is kept or computed again.
+    """Tell which values are kept for the backward, and which recomputed.
+
+    They are those that the forward makes and the backward reads, by id.
 
     The backward reads what its ops read, and what is read by ops that run again in it. An engine that knows nothing
     else carries out what these say; ``beyond_decisions`` tells what they leave out. O(runs + reads).
@@ -44,14 +49,19 @@ def decisions_of(program: Program, schedule: Schedule) -> Mapping[str, Decision]
 
 
 def can_carry_out(program: Program, schedule: Schedule) -> bool:
-    """Whether the engine that recorded a program can run its ops as a schedule does. O(runs + reads)."""
+    """Tell whether a program's engine can run a schedule's reruns.
+
+    O(runs + reads).
+    """
     if not program.abilities.can_run(schedule.runs_of):
         return False
     return program.abilities.reruns != "by decisions" or not beyond_decisions(program, schedule)
 
 
 def beyond_decisions(program: Program, schedule: Schedule) -> tuple[str, ...]:
-    """What a schedule does that no decisions say, in sentences; an engine that knows only those must refuse it.
+    """List, in sentences, what a schedule does that no decisions say.
+
+    An engine that knows only decisions must refuse it.
 
     Example:
         >>> from autoremat.program import Op, Value
@@ -80,12 +90,12 @@ def _beyond(program: Program, schedule: Schedule) -> Iterator[str]:
 
 
 def _again(program: Program, schedule: Schedule, begin: int) -> list[int]:
-    """The ops of the forward that run in the backward."""
+    """Find the forward's ops that run in the backward."""
     return sorted({i for i in schedule.order[begin:] if program.ops[i].phase == "forward"})
 
 
 def _first_leaves(schedule: Schedule) -> dict[int, int]:
-    """For every value that leaves, the run after which it does so first."""
+    """Find the run after which each value leaves first."""
     found: dict[int, int] = {}
     for p, frees in enumerate(schedule.frees):
         for v in frees:
@@ -94,7 +104,10 @@ def _first_leaves(schedule: Schedule) -> dict[int, int]:
 
 
 def _backward_begins(program: Program, schedule: Schedule) -> int:
-    """The first run of an op of the backward, or of what runs again right ahead of it."""
+    """Find the backward's first run.
+
+    That is a run of one of its ops, or of what runs again right ahead of it.
+    """
     order = schedule.order
     first = {i: p for p, i in reversed(list(enumerate(order)))}
     begin = next((p for p, i in enumerate(order) if program.ops[i].phase == "backward"), len(order))

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 
 class InvalidProgram(ValueError):
-    """A program (or its JSON) that breaks the rules of the format; the message names the op or value."""
+    """A program, or its JSON, breaks the rules of the format.
+
+    The message names the op or the value.
+    """
 
 
 class InvalidSchedule(ValueError):
-    """A schedule that cannot be carried out; the message names the rule, the op and the value."""
+    """A schedule cannot be carried out.
+
+    The message names the rule, the op and the value.
+    """
 
 
 class InfeasibleBudget(ValueError):

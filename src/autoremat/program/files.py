@@ -8,7 +8,9 @@ from pathlib import Path
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text file; where that fails on the way, what was there before stays, and nothing else is left.
+    """Write a text file as a whole or not at all.
+
+    Where that fails on the way, what was there before stays, and nothing else is left.
 
     Raises:
         OSError: with the name of the file.

@@ -1,4 +1,6 @@
-"""Programs and plans as JSON: formats ``autoremat-program`` and ``autoremat-plan``, version 2; version 1 is read, too.
+"""Programs and plans as JSON; writes version 2, reads version 1 too.
+
+The formats are ``autoremat-program`` and ``autoremat-plan``.
 
 ``docs/program-file.md`` describes the files. Fields that have their default are left out; unknown fields are ignored,
 so that a file with later extensions can still be read. Everything that is known is checked, and what is wrong is
@@ -71,7 +73,7 @@ _VALUE_DEFAULTS: Final[dict[str, object]] = {
 
 
 def program_to_data(program: Program) -> dict[str, Any]:
-    """The program as plain JSON data; fields that have their default are left out."""
+    """Turn the program into JSON data, without fields that have their default."""
     ids = [v.id for v in program.values]
     return {
         "format": PROGRAM_FORMAT,
@@ -95,7 +97,10 @@ def program_to_data(program: Program) -> dict[str, Any]:
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
-    """The plan with its program as plain JSON data; frees name values by id."""
+    """Turn the plan and its program into JSON data.
+
+    The frees name values by id.
+    """
     ids = [v.id for v in plan.program.values]
     candidates = [[name, int(peak), float(overhead)] for name, peak, overhead in plan.candidates]
     return {
@@ -154,12 +159,14 @@ def _name_of(once: Once) -> str:
 
 
 def _unless(fields: dict[str, Any], **defaults: object) -> dict[str, Any]:
-    """The fields that differ from their default."""
+    """Select the fields that differ from their default."""
     return {name: value for name, value in fields.items() if value != defaults[name]}
 
 
 def write_json(data: Mapping[str, Any], path: str | Path | None = None) -> str:
-    """The data as JSON text with one value, op or run per line, so that differences are readable; also to ``path``.
+    """Write the data as JSON text, a line for each element.
+
+    Each value, op and run has its own, so differences are readable. The text is also written to ``path`` if given.
 
     The same data gives the same text on every machine.
 
@@ -179,7 +186,10 @@ def _object_text(data: Mapping[str, Any], indent: str) -> str:
 
 
 def _field_text(name: str, item: Any, indent: str) -> str:
-    """A nested file as an object of its own, a list of lists or objects one element per line, the rest compact."""
+    """Lay out one field: lists of lists or objects element by element.
+
+    A nested file is an object of its own; the rest is compact.
+    """
     if isinstance(item, dict):
         return _object_text(item, indent)
     if isinstance(item, list) and item and isinstance(item[0], (dict, list)):
@@ -198,7 +208,9 @@ def _compact(name: str, item: Any) -> str:
 
 
 def read_json(source: str | Path | Mapping[str, Any]) -> Mapping[str, Any]:
-    """JSON data from text (which starts with ``{``), from the file of that name, or from data already parsed.
+    """Read JSON data from text, from a file, or from parsed data.
+
+    Text starts with ``{``; any other string is the name of a file.
 
     Raises:
         InvalidProgram: the text is not a JSON object.
@@ -227,7 +239,7 @@ def _parse(text: str, what: str) -> Mapping[str, Any]:
 
 
 def program_from_data(data: Mapping[str, Any]) -> Program:
-    """A program from JSON data.
+    """Make a program of JSON data.
 
     Raises:
         InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id, or whatever ``Program``
@@ -250,7 +262,9 @@ def program_from_data(data: Mapping[str, Any]) -> Program:
 
 
 def plan_from_data(data: Mapping[str, Any]) -> Plan:
-    """A plan with its program from JSON data; without ``frees`` every value is freed as early as the order allows.
+    """Make a plan with its program of JSON data.
+
+    Without ``frees`` every value is freed as early as the order allows.
 
     Its figures are taken as they are: ``verify(plan.program, plan)`` checks them.
 
@@ -276,7 +290,7 @@ def plan_from_data(data: Mapping[str, Any]) -> Plan:
 
 
 def _check_header(data: Mapping[str, Any], expected: str) -> int:
-    """The version; refuse another format or a version that is not known."""
+    """Read the version; refuse another format or an unknown version."""
     found = _get(data, "file", "format", str)
     if found != expected:
         hint = {
@@ -331,7 +345,10 @@ def _shape(item: Mapping[str, Any], where: str) -> tuple[int, ...] | None:
 
 
 def _op_index(item: Mapping[str, Any], where: str, name: str, word: str, meaning: int) -> int | None:
-    """The index of an op, or what the one word stands for, which is an index below 0 in memory."""
+    """Read the index of an op, or the one word allowed there.
+
+    In memory that word is an index below 0.
+    """
     found = item.get(name)
     if found is None:
         return None
@@ -377,7 +394,10 @@ def _in_place(item: Mapping[str, Any], where: str, index: Mapping[str, int]) -> 
 
 
 def _once(item: Mapping[str, Any], where: str) -> tuple[Reason | None, Kind]:
-    """Why the op must not run again, None where it may; and what it is in the step."""
+    """Read why the op must not run again, and what it is.
+
+    The reason is None where it may.
+    """
     name, kind = _get(item, where, "once", str, ""), _get(item, where, "kind", str, "op")
     if kind not in get_args(Kind):
         raise InvalidProgram(f"{where}: field 'kind' must be one of {', '.join(get_args(Kind))}, got {kind!r}")
@@ -391,7 +411,10 @@ def _once(item: Mapping[str, Any], where: str) -> tuple[Reason | None, Kind]:
 
 
 def _as_in_version_1(item: Mapping[str, Any], where: str, name: str) -> tuple[Reason | None, Kind]:
-    """The same of a file of version 1, where a sentence said why, and the name what the op is."""
+    """Read the same from a file of version 1.
+
+    There a sentence says why, and the name says what the op is.
+    """
     text = _get(item, where, "repeatable", str, "yes")
     kind: Kind = "ask" if name == "unpack" else "step" if name == "optimizer step" else "op"
     if text == "yes":
@@ -423,7 +446,7 @@ def _order(data: Mapping[str, Any], n_ops: int) -> tuple[int, ...]:
 
 
 def _frees(run: int, item: Any, index: Mapping[str, int]) -> tuple[int, ...]:
-    """What leaves after one run; values by id, or by their index in the program's ``values``."""
+    """Read what leaves after one run, by id or by index."""
     where = f"plan, run {run}"
     if not isinstance(item, list):
         raise InvalidProgram(f"{where}: field 'frees' must be a list of values, got {item!r}")
@@ -443,14 +466,14 @@ def _candidate(i: int, item: Any) -> tuple[str, int, float]:
 
 
 def _where(what: str, i: int, item: Any, name: str) -> str:
-    """What messages call an element: its index and, if it has one, its name."""
+    """Name an element in messages: its index and, if any, its name."""
     if not isinstance(item, dict):
         raise InvalidProgram(f"{what} {i} must be an object, got {item!r}")
     return f"{what} {i} ({item[name]})" if isinstance(item.get(name), str) else f"{what} {i}"
 
 
 def _get(item: Mapping[str, Any], where: str, name: str, kind: type[_T], default: Any = _REQUIRED) -> _T:
-    """The field, which must be of exactly that JSON type (``true`` is no integer)."""
+    """Read a field of exactly that JSON type (``true`` is no integer)."""
     found = item.get(name, default)
     if found is _REQUIRED:
         raise InvalidProgram(f"{where}: field {name!r} is missing")
@@ -462,7 +485,7 @@ def _get(item: Mapping[str, Any], where: str, name: str, kind: type[_T], default
 
 
 def _number(item: Mapping[str, Any], where: str, name: str, default: Any = _REQUIRED) -> float:
-    """The field as a finite float; JSON writes whole ones as integers."""
+    """Read a field as a finite float; JSON may write an integer."""
     found = item.get(name, default)
     if found is _REQUIRED:
         raise InvalidProgram(f"{where}: field {name!r} is missing")

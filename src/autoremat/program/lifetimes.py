@@ -1,4 +1,4 @@
-"""Lifetimes of values in an order of runs: what leaves when, if everything leaves as early as it can.
+"""Lifetimes of values in an order of runs, as short as possible.
 
 A call runs again as a *block*: its ops from the first one on, one directly after the other. Inside of a block C++
 holds values as it did in the first run, so they leave no earlier there; at the end of the block they leave at the
@@ -14,7 +14,10 @@ from autoremat.program.model import Program
 
 
 def block_ends(program: Program, order: Sequence[int]) -> list[int]:
-    """For every run the last run of the block of reruns that it is in; the run itself in no block. O(runs)."""
+    """Find, for every run, the last run of its block of reruns.
+
+    In no block it is the run itself. O(runs).
+    """
     ends = list(range(len(order)))
     if program.has_calls:
         begin, seen, goes_on = program.call_begin, set[int](), [False] * len(order)
@@ -28,7 +31,10 @@ def block_ends(program: Program, order: Sequence[int]) -> list[int]:
 
 
 class Lifetimes:
-    """Goes through an order once; ``frees`` are then the values that leave after each run."""
+    """Goes through an order once and finds what leaves after each run.
+
+    The attribute ``frees`` has it.
+    """
 
     def __init__(self, program: Program, order: Sequence[int], first_run: Mapping[int, int]) -> None:
         self.frees: list[list[int]] = [[] for _ in order]
@@ -87,7 +93,10 @@ class Lifetimes:
         self._last_use[v] = max(last, self._stays(p, v))
 
     def _stays(self, p: int, v: int) -> int:
-        """The run of the block until which a value stays that run ``p`` has used: as long as in the first run."""
+        """Find the run of the block until which a used value stays.
+
+        It is used by run ``p``, and stays as long as in the first run.
+        """
         if self._block_end[p] == p:
             return p
         return min(self._block_end[p], p + max(0, self._program.hold[v] - self._order[p]))

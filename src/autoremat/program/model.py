@@ -107,7 +107,7 @@ class Op:
 
     @property
     def why(self) -> str:
-        """Why the op must not run again, as a sentence; "" when it may."""
+        """Say why the op must not run again; "" when it may."""
         return "" if self.once is None else self.once.sentence(self.note)
 
     @property
@@ -129,13 +129,13 @@ _BY_ITS_OPS: Final = Abilities()
 
 
 def abilities_of(ops: Iterable[Op]) -> Abilities:
-    """What is taken for granted of the engine that recorded these ops."""
+    """Assume what the engine that recorded these ops can do."""
     return Abilities("at asks" if any(op.kind == "ask" for op in ops) else "anywhere")
 
 
 @dataclass(frozen=True)
 class Program:
-    """The ops of one training step in the order they ran, forward and backward.
+    """The ops of one training step in order, forward and backward.
 
     Raises:
         InvalidProgram: an id used twice, an index out of range, a value written twice, read before it is written or
@@ -189,7 +189,7 @@ class Program:
 
     @cached_property
     def producer(self) -> tuple[int, ...]:
-        """For every value the index of the op that writes it, -1 for values that no op writes."""
+        """List, for every value, the op that writes it; -1 for none."""
         table = [-1] * len(self.values)
         for i, op in enumerate(self.ops):
             for v in op.writes:
@@ -198,7 +198,7 @@ class Program:
 
     @cached_property
     def readers(self) -> tuple[tuple[int, ...], ...]:
-        """For every value the indices of the ops that read it, in program order."""
+        """List, for every value, the ops that read it, in program order."""
         table: list[list[int]] = [[] for _ in self.values]
         for i, op in enumerate(self.ops):
             for v in op.reads:
@@ -207,13 +207,18 @@ class Program:
 
     @cached_property
     def hold(self) -> tuple[int, ...]:
-        """For every value the index of the last op up to which it is held; -1 when nothing holds it."""
+        """List, for every value, the last op that it is held for.
+
+        It is -1 when nothing holds the value.
+        """
         last = len(self.ops) - 1
         return tuple(-1 if v.held is None else last if v.held == END else v.held for v in self.values)
 
     @cached_property
     def handed_until(self) -> tuple[int, ...]:
-        """For every ``unpack`` the last op for which the backward keeps what it was handed there; -1 for other ops.
+        """List, for every ``unpack``, until which op the backward keeps its answer.
+
+        It is -1 for other ops.
 
         A node of the backward keeps the very copies that it was handed until its own ops have run, even where a
         rerun on behalf of a later ``unpack`` of the same node makes one of them once more. O(reads).
@@ -234,7 +239,10 @@ class Program:
 
     @cached_property
     def call_begin(self) -> tuple[int, ...]:
-        """For every op the first op of its call; the op itself where it belongs to none."""
+        """List, for every op, the first op of its call.
+
+        It is the op itself where that belongs to no call.
+        """
         table: list[int] = []
         for i, op in enumerate(self.ops):
             joined = op.call >= 0 and i > 0 and self.ops[i - 1].call == op.call
@@ -248,34 +256,43 @@ class Program:
 
     @cached_property
     def available(self) -> tuple[int, ...]:
-        """For every value the op after which a rerun of its call can hand it out; no op at all: ``len(ops)``."""
+        """List, for every value, the op after which reruns hand it out.
+
+        The rerun is one of its call; ``len(ops)`` stands for no op at all.
+        """
         never = len(self.ops)
         own = (p if v.available is None else v.available for p, v in zip(self.producer, self.values, strict=True))
         return tuple(never if a == INSIDE else a for a in own)
 
     @cached_property
     def passing(self) -> frozenset[int]:
-        """Return the values whose first copy does not stay from the forward into the backward."""
+        """Collect the values that do not stay from forward to backward.
+
+        Only their first copy must not.
+        """
         return frozenset(v for v, value in enumerate(self.values) if value.passing)
 
     def label(self, value: int) -> str:
-        """What a person calls the value."""
+        """Name the value as a person would."""
         return self.values[value].label or self.values[value].id
 
     def module(self, value: int) -> str:
-        """Path of the module that the value belongs to; "" where no module is known."""
+        """Return the path of the value's module; "" where none is known."""
         made_by = self.producer[value]
         return self.values[value].module or (self.ops[made_by].module if made_by >= 0 else "")
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The program as JSON text (format ``autoremat-program``, version 2), also written to ``path`` if given."""
+        """Write the program as JSON text, also to ``path`` if given.
+
+        The format is ``autoremat-program``, version 2.
+        """
         from autoremat.program.json_format import program_to_data, write_json
 
         return write_json(program_to_data(self), path)
 
     @staticmethod
     def from_json(source: str | Path | Mapping[str, Any]) -> Program:
-        """A program from JSON text, from a file, or from parsed JSON data.
+        """Read a program from JSON text, a file, or parsed JSON data.
 
         Raises:
             InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id.
@@ -348,7 +365,10 @@ def _check_reads(
 
 
 def _check_writes(where: str, op: Op, values: tuple[Value, ...], written: set[int]) -> None:
-    """Refuse a second write of a value; adds what the op writes to ``written``."""
+    """Refuse a second write of a value.
+
+    What the op writes is added to ``written``.
+    """
     for v in op.writes:
         if v in written:
             what = "is fixed" if values[v].fixed else "is already written"
@@ -357,7 +377,10 @@ def _check_writes(where: str, op: Op, values: tuple[Value, ...], written: set[in
 
 
 def _check_in_place(where: str, i: int, op: Op, program: Program) -> None:
-    """Refuse pairs that no storage can follow: a taken-over value is gone once the op has run for the first time."""
+    """Refuse in-place pairs that no storage can follow.
+
+    A taken-over value is gone once the op has run for the first time.
+    """
     if any(new not in op.writes or old not in op.reads for new, old in op.in_place):
         raise InvalidProgram(f"{where}: in_place pairs must name a written and a read value")
     if any(len(set(side)) < len(op.in_place) for side in zip(*op.in_place, strict=True)):
@@ -377,7 +400,7 @@ def _check_in_place(where: str, i: int, op: Op, program: Program) -> None:
 
 
 def _check_calls(program: Program) -> None:
-    """Refuse numbers of calls that do not rise, and calls that are interrupted or belong to the backward."""
+    """Refuse calls that are interrupted, out of order, or in the backward."""
     before = -1
     for i, op in enumerate(program.ops):
         where = f"op {i} ({op.name})"
@@ -394,7 +417,7 @@ def _check_calls(program: Program) -> None:
 
 
 def _check_available(program: Program) -> None:
-    """Refuse a value that is handed out before it is made, by another call, or that is read where it cannot be."""
+    """Refuse values handed out too early, by another call, or nowhere."""
     for v, value in enumerate(program.values):
         made_by, where = program.producer[v], f"value {value.id!r}"
         if value.available is None:

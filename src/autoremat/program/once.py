@@ -1,4 +1,4 @@
-"""Why an op runs only once: ``Once``, whose values are the sentences that people read."""
+"""``Once``: why an op runs only once, as sentences for people."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ _PLACE: Final = "{}"
 
 
 class Once(Enum):
-    """Why an op must not run again. Where the sentence has ``{}``, a note says what stands there.
+    """Says why an op must not run again.
+
+    Where the sentence has ``{}``, a note says what stands there.
 
     Example:
         >>> Once.OVERWRITES.sentence("running_mean")
@@ -50,7 +52,7 @@ class Once(Enum):
     INNER_PASS = "computed by a backward pass in the forward"
 
     def sentence(self, note: str = "") -> str:
-        """The sentence, with the note where there is a place for it."""
+        """Fill the note into the sentence where there is a place."""
         return self.value.replace(_PLACE, note)
 
 
@@ -61,12 +63,14 @@ class Reason(NamedTuple):
     note: str = ""
 
     def __str__(self) -> str:
-        """The sentence."""
+        """Return the sentence."""
         return self.once.sentence(self.note)
 
     @classmethod
     def read(cls, sentence: str) -> Reason:
-        """The reason that has this sentence; one in words of the writer's own where none has.
+        """Find the reason that has this sentence.
+
+        Where none has, the reason is in the writer's own words.
 
         Example:
             >>> Reason.read("overwrites level"), Reason.read("it rains").once.name

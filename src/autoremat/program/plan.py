@@ -1,4 +1,4 @@
-"""``Plan``: the schedule chosen for one program and one budget, and what it promises."""
+"""``Plan``: a schedule for one program and budget, and its promises."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """What to keep and what to compute again, so that the peak of one step stays within the budget.
+    """Says what to keep and what to recompute within a budget.
+
+    The peak of one step then stays within that budget.
 
     Attributes:
         program: the step that was planned.
@@ -49,13 +51,13 @@ class Plan:
     stopped: str = ""
 
     def __str__(self) -> str:
-        """The plan in a few lines that a person can read."""
+        """Describe the plan in a few lines for people."""
         from autoremat.show.text import plan_text
 
         return plan_text(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Show the plan in a notebook."""
         from autoremat.show.page import as_html
 
         return as_html(str(self))
@@ -63,7 +65,9 @@ class Plan:
     def save_html(
         self, path: str | Path, *, frontier: Frontier | None = None, beside: Sequence[tuple[str, int, float]] = ()
     ) -> Path:
-        """Write one HTML page with all of the plan: it opens from disk, in any browser, without a network.
+        """Write one HTML page with all of the plan.
+
+        It opens from disk, in any browser, without a network.
 
         Memory over the step, plain and planned; extra time against peak; the tree of modules; all values; what was
         measured and what was estimated. About a megabyte for 10,000 ops. Folders on the way are made.
@@ -82,7 +86,9 @@ class Plan:
         return write_page(self, path, frontier=frontier, beside=beside)
 
     def plot(self, path: str | Path | None = None) -> Figure:
-        """Draw memory over the step, plain against planned, and save it where a path is given.
+        """Draw memory over the step, plain against planned.
+
+        It is saved where a path is given.
 
         Args:
             path: of the picture; its suffix decides the format, and folders on the way are made.
@@ -95,14 +101,17 @@ class Plan:
         return memory_plot(self, path)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The plan with its program as JSON text (format ``autoremat-plan``, version 2), also to ``path`` if given."""
+        """Write the plan with its program as JSON text.
+
+        The format is ``autoremat-plan``, version 2. The text is also written to ``path`` if given.
+        """
         from autoremat.program.json_format import plan_to_data, write_json
 
         return write_json(plan_to_data(self), path)
 
     @staticmethod
     def from_json(source: str | Path | Mapping[str, Any]) -> Plan:
-        """A plan from JSON text, from a file, or from parsed JSON data.
+        """Read a plan from JSON text, a file, or parsed JSON data.
 
         Raises:
             InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id.

@@ -30,7 +30,7 @@ Action = Run | Free
 
 @dataclass(frozen=True)
 class Schedule:
-    """The runs of a step and, after each run, the values that leave memory.
+    """The runs of a step, and after each what leaves memory.
 
     Attributes:
         order: op indices in the order they run, repeats included.
@@ -50,12 +50,12 @@ class Schedule:
 
     @staticmethod
     def plain(program: Program) -> Schedule:
-        """The program as it is: every op once, every value kept until its last reader has run."""
+        """Run every op once; free each value after its last reader."""
         return Schedule.from_order(program, range(len(program.ops)))
 
     @staticmethod
     def from_order(program: Program, order: Sequence[int]) -> Schedule:
-        """The schedule that frees every value as early as the order of the runs allows.
+        """Free every value as early as the order of runs allows.
 
         A value stays from the run that writes it until the last run that reads it before it is written again, and
         the first copy at least as long as the value is held. A value that an op takes over in place leaves with the
@@ -72,7 +72,7 @@ class Schedule:
 
     @cached_property
     def actions(self) -> tuple[Action, ...]:
-        """The same as one list: every run, and after it what is freed."""
+        """List the runs, and after each what is freed."""
         found = list[Action]()
         for i, frees in zip(self.order, self.frees, strict=True):
             found += [Run(i), *map(Free, frees)]
@@ -80,7 +80,7 @@ class Schedule:
 
     @staticmethod
     def of_actions(actions: Iterable[Action]) -> Schedule:
-        """The schedule of a list of actions.
+        """Make a schedule of a list of actions.
 
         Raises:
             InvalidSchedule: something is freed before anything has run.
@@ -110,12 +110,12 @@ class Schedule:
         return counts
 
     def extra_seconds(self, program: Program) -> float:
-        """Seconds of the reruns alone."""
+        """Add up the seconds of the reruns alone."""
         return sum((n - 1) * program.ops[i].again_seconds for i, n in self.runs_of.items())
 
 
 def _first_runs(program: Program, order: Sequence[int]) -> dict[int, int]:
-    """For every op of the order the run at which it runs first."""
+    """Find, for every op of the order, its first run."""
     first: dict[int, int] = {}
     for p, i in enumerate(order):
         if not 0 <= i < len(program.ops):

@@ -37,7 +37,9 @@ class Timeline:
 
 
 def simulate(program: Program, plan: Plan | Schedule | None = None) -> Timeline:
-    """The byte-exact timeline of a plan or schedule; of the plain program when none is given.
+    """Account for every byte of a plan or schedule, run by run.
+
+    Where none is given, the account is that of the plain program.
 
     Bytes while an op runs: everything resident before it, plus what it writes (an in-place op whose input leaves with
     this run takes over its storage instead; only what it grows by is added), plus its scratch. A value that is written
@@ -106,12 +108,15 @@ def _require_resident(program: Program, resident: set[int], values: tuple[int, .
 
 
 def _taken_over(op: Op, frees: tuple[int, ...]) -> list[tuple[int, int]]:
-    """The in-place pairs whose read value leaves with the run, so that its storage is taken over."""
+    """Select the in-place pairs whose storage the run takes over.
+
+    There the read value leaves with the run.
+    """
     return [(new, old) for new, old in op.in_place if old in frees]
 
 
 def _resident_at(program: Program, schedule: Schedule, run: int) -> set[int]:
-    """The values in memory while the given run happens."""
+    """Collect the values in memory while the given run happens."""
     resident = {v for v, value in enumerate(program.values) if value.fixed}
     if run < 0:
         return resident

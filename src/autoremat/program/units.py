@@ -23,7 +23,9 @@ _ACCEPTED: Final = (
 
 @dataclass(frozen=True)
 class Budget:
-    """What a person has called a budget, read once. Neither bytes nor share: as much as the device has (``"auto"``).
+    """A budget as a person named it, read once.
+
+    With neither bytes nor share it is as much as the device has (``"auto"``).
 
     Attributes:
         nbytes: of the peak.
@@ -35,7 +37,7 @@ class Budget:
 
     @staticmethod
     def read(given: int | float | str) -> Budget:
-        """The budget that a person means.
+        """Read the budget that a person means.
 
         KB, MB, GB, TB are decimal, KiB, MiB, GiB, TiB binary; upper and lower case do not matter. A float and a
         percentage are shares of the plain peak.
@@ -63,11 +65,13 @@ class Budget:
         return self.nbytes is None and self.share is None
 
     def resolved(self, device_bytes: Callable[[], int]) -> Budget:
-        """The same, in bytes where the device has to be asked."""
+        """Ask the device for its bytes where the budget is ``"auto"``."""
         return Budget(device_bytes()) if self.is_auto else self
 
     def in_bytes(self, plain_peak_bytes: int) -> int:
-        """Bytes, where plain training has this peak; fractions of a byte are cut off.
+        """Turn the budget into bytes, given plain training's peak.
+
+        Fractions of a byte are cut off.
 
         Raises:
             ValueError: nobody has asked the device.
@@ -80,7 +84,7 @@ class Budget:
 
 
 def parse_budget(budget: int | float | str, plain_peak_bytes: int) -> int:
-    """Bytes of a budget, as ``Budget.read`` takes it.
+    """Read a budget as ``Budget.read`` does, in bytes.
 
     Raises:
         ValueError: as there; or ``"auto"``, which only makes sense where there is a device to ask.
@@ -119,7 +123,7 @@ def _refuse(budget: object) -> NoReturn:
 
 
 def format_bytes(nbytes: int) -> str:
-    """A size for people, such as ``33.7 MB`` (decimal units, as memory is sold)."""
+    """Write a size for people, such as ``33.7 MB`` (decimal units)."""
     size = float(nbytes)
     for unit in ("B", "KB", "MB", "GB"):
         if abs(size) < 999.95:

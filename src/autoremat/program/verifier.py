@@ -46,7 +46,7 @@ class Violation:
     message: str
 
     def __str__(self) -> str:
-        """All of it in one line."""
+        """Say all of it in one line."""
         where = [f"run {self.run}"] if self.run >= 0 else []
         where += [f"op {self.op}"] if self.op else []
         where += [f"value {self.value!r}"] if self.value else []
@@ -54,7 +54,9 @@ class Violation:
 
 
 def verify(program: Program, schedule: Schedule | Plan, *, budget_bytes: int | None = None) -> tuple[Violation, ...]:
-    """Every rule that the schedule breaks; nothing when it can be carried out and does what it promises.
+    """List every rule that the schedule breaks.
+
+    There is none when it can be carried out and does what it promises.
 
     Args:
         program: the step that was planned.
@@ -83,7 +85,10 @@ def verify(program: Program, schedule: Schedule | Plan, *, budget_bytes: int | N
 
 
 def _violations(program: Program, schedule: Schedule, budget: int | None, plan: Plan | None) -> Iterator[Violation]:
-    """Carry out the schedule and yield what is wrong with its runs, then with the whole, then with the plan."""
+    """Carry out the schedule and yield what breaks a rule.
+
+    What is wrong with its runs comes first, then with the whole, then with the plan.
+    """
     machine = _Machine(program)
     for position, (op, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
         run = _Run(position, op, frees)
@@ -102,7 +107,10 @@ def _violations(program: Program, schedule: Schedule, budget: int | None, plan: 
 
 @dataclass(frozen=True)
 class _Run:
-    """One step of a schedule: the op may not exist, and anything may stand in its frees."""
+    """One step of a schedule, right or wrong.
+
+    The op may not exist, and anything may stand in its frees.
+    """
 
     position: int
     op: int
@@ -118,7 +126,10 @@ class _Promises:
 
 
 class _Found(NamedTuple):
-    """What a check found; the rule and, where it is about one run, the run are added by the machine."""
+    """What a check found.
+
+    The machine adds the rule and, where it is about one run, the run.
+    """
 
     message: str
     value: int | None = None
@@ -170,7 +181,7 @@ class _Machine:
                 self._allocate(v)
 
     def carry_out(self, run: _Run) -> None:
-        """Run the op and free what the schedule frees, believing what it claims."""
+        """Run the op and free what the schedule frees, unquestioned."""
         op = self.op(run.op)
         self.op_at.append(run.op)
         if not self.goes_on(run.op):
@@ -192,13 +203,13 @@ class _Machine:
                 self.in_use -= self.memory.pop(v)
 
     def goes_on(self, op: int) -> bool:
-        """Whether a run of the op would go on with the block: the next op of the same call, again."""
+        """Tell whether a run of the op continues the call's block."""
         if not self.block or op != self.block[-1] + 1 or op not in self.first_run:
             return False
         return self.program.ops[op].call == self.program.ops[op - 1].call >= 0
 
     def _end_block(self) -> None:
-        """What was there twice is there once, and what cannot be handed out is out of reach."""
+        """Merge copies made twice; drop what cannot be handed out."""
         for v, before in self.block_made.items():
             if not self.handed_out(v) and not before:
                 self.stuck.add(v)
@@ -206,20 +217,20 @@ class _Machine:
         self.twice, self.block, self.block_made, self.hasty = 0, [], {}, []
 
     def handed_out(self, v: int) -> bool:
-        """Whether the block has gone far enough for the value to leave the call."""
+        """Tell whether the block has reached where it hands out the value."""
         available = self.program.values[v].available
         return available is None or (available >= 0 and available <= self.block[-1])
 
     def _is_hasty(self, v: int, op: int) -> bool:
-        """Whether the block uses the value, and the call still held it when this op ran for the first time."""
+        """Tell whether the block loses a value that its call still held."""
         held = self.held_until(v) if 0 <= v < len(self.program.values) else None
         used = any(v in (*self.program.ops[i].reads, *self.program.ops[i].writes) for i in self.block)
         return used and held is not None and held > op
 
     def used_until(self, v: int, asked: int) -> int:
-        """The op until which the backward uses the copy of a value that it was handed at op ``asked``; -1 for none.
+        """Find the last op that uses what was handed at ``asked``.
 
-        A node of the backward may ask for the same value several times before its own ops run.
+        It is -1 for none. A node of the backward may ask for the same value several times before its own ops run.
         """
         ops = self.program.ops
         if asked < 0:
@@ -244,7 +255,7 @@ class _Machine:
         return found
 
     def _execute(self, op: Op, frees: tuple[int, ...], *, again: bool) -> set[int]:
-        """Run the kernel: storages for what it writes, scratch while it works. Returns the values it took over."""
+        """Run the kernel with its storages and scratch; return values taken over."""
         for v in op.reads:
             if v not in self.memory:  # `reads are resident` has said so; go on as if it were there
                 self._allocate(v)
@@ -268,24 +279,24 @@ class _Machine:
         self.in_use += self.memory[v]
 
     def peak(self) -> int:
-        """The most bytes that were ever in use."""
+        """Return the most bytes that were ever in use."""
         return max(self.high, default=self.in_use)
 
     def known_runs(self) -> list[tuple[int, int]]:
-        """Position and op of every run whose op the program has; `ops exist` names the others."""
+        """List position and op of the runs whose op exists."""
         return [(position, i) for position, i in enumerate(self.op_at) if self.op(i)]
 
     def op(self, i: int) -> Op | None:
-        """The op, if the program has one of that index."""
+        """Look up the op, if the program has one of that index."""
         return self.program.ops[i] if 0 <= i < len(self.program.ops) else None
 
     def held_until(self, v: int) -> int | None:
-        """The op until which the value is held; ``END`` means the last op of the program."""
+        """Return the last op that the value is held for, ``END`` resolved."""
         held = self.program.values[v].held
         return len(self.program.ops) - 1 if held == END else held
 
     def violation(self, rule: str, found: _Found, run: _Run | None = None) -> Violation:
-        """What was found, with the names of the op and the value."""
+        """Put names on what was found: of the op and the value."""
         position, i = (run.position, run.op) if run else (found.run, found.op)
         op, values = self.op(i), self.program.values
         value = "" if found.value is None else f"number {found.value}"
@@ -303,7 +314,10 @@ _WHOLE_CHECKS: dict[str, _WholeCheck] = {}
 
 
 def _of_each_run(rule: str, reads_as: str) -> Callable[[_RunCheck], _RunCheck]:
-    """Make the function the check of that rule, asked before each run; ``reads_as``: "is read as: ..."."""
+    """Register the function as the check before each run.
+
+    ``reads_as``: "is read as: ...".
+    """
 
     def register(check: _RunCheck) -> _RunCheck:
         RULES[rule] = f"is read as: {reads_as}"
@@ -314,7 +328,7 @@ def _of_each_run(rule: str, reads_as: str) -> Callable[[_RunCheck], _RunCheck]:
 
 
 def _of_the_whole(rule: str, reads_as: str) -> Callable[[_WholeCheck], _WholeCheck]:
-    """Make the function the check of that rule, asked once everything has run."""
+    """Register the function as the check after all runs."""
 
     def register(check: _WholeCheck) -> _WholeCheck:
         RULES[rule] = f"is read as: {reads_as}"
@@ -551,13 +565,19 @@ _FRACTION_SLACK: Final = 1e-6
 
 
 def _overhead(machine: _Machine) -> float:
-    """Seconds of the reruns over the seconds of the plain program; 0 where nothing takes any time."""
+    """Divide the reruns' seconds by the plain program's.
+
+    It is 0 where nothing takes any time.
+    """
     plain = math.fsum(op.seconds for op in machine.program.ops)
     return math.fsum(machine.extra) / plain if plain else 0.0
 
 
 def _plain_peak(program: Program) -> int:
-    """The peak of the program as it is, on a fresh machine: each value leaves after its last reader or its hold."""
+    """Run the program as it is and return its peak.
+
+    On a fresh machine, each value leaves after its last reader or its hold.
+    """
     machine = _Machine(program)
     last = {v: i for i, op in enumerate(program.ops) for v in (*op.writes, *op.reads)}
     leaving: dict[int, list[int]] = {}

@@ -1,4 +1,7 @@
-"""What checkpointing a module by hand would free, and where it would free nothing."""
+"""What checkpointing by hand would free, module by module.
+
+For some modules that is nothing.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,9 @@ _NEXT_TO_NOTHING: Final = 20
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A module, as ``torch.utils.checkpoint`` would treat it: only what enters and leaves it stays.
+    """A module as ``torch.utils.checkpoint`` would treat it.
+
+    Only what enters and leaves it stays.
 
     Attributes:
         path: of the module.
@@ -37,7 +42,10 @@ class Block:
 
     @property
     def gain_bytes(self) -> int:
-        """What checkpointing it would free from the forward to the backward; negative where it would cost memory."""
+        """Count what checkpointing the module would free until the backward.
+
+        It is negative where checkpointing would cost memory.
+        """
         return self.freed_bytes - self.input_bytes
 
     @property
@@ -57,7 +65,10 @@ class Block:
 
 
 def blocks_of(program: Program) -> tuple[Block, ...]:
-    """All modules with ops in the forward, in the order in which they first run. O(reads x depth)."""
+    """List all modules of the forward in the order they run.
+
+    They have ops there. O(reads x depth).
+    """
     seconds: dict[str, float] = {}
     for op in program.ops:
         if op.phase == "forward":
@@ -73,13 +84,16 @@ def blocks_of(program: Program) -> tuple[Block, ...]:
 
 
 def useless_blocks(blocks: Iterable[Block]) -> tuple[Block, ...]:
-    """Those that checkpointing does no good, those inside of another one left out."""
+    """Select blocks that checkpointing does no good, without those inside another."""
     useless = {b.path: b for b in blocks if b.why_not}
     return tuple(b for path, b in useless.items() if useless.keys().isdisjoint([*_above(path)][:-1]))
 
 
 def _roles(program: Program, v: int) -> tuple[set[str], ...]:
-    """The modules that save the value, those of them that make it, that would free it; those it enters unsaved."""
+    """Sort modules by what they do to a value.
+
+    Those that save it, those of them that make it, that would free it; those it enters unsaved.
+    """
     nothing: tuple[set[str], ...] = set(), set(), set(), set()
     home = program.ops[program.producer[v]]
     if home.phase == "backward":
@@ -97,18 +111,24 @@ def _roles(program: Program, v: int) -> tuple[set[str], ...]:
 
 
 def _outlives_the_forward(program: Program, v: int) -> bool:
-    """Whether something else than the backward holds the value at the first op of the backward."""
+    """Tell whether more than the backward holds the value beyond the forward.
+
+    The question is put at the first op of the backward.
+    """
     until = program.hold[v]
     return until >= 0 and program.ops[until].phase == "backward"
 
 
 def _above(path: str) -> Iterator[str]:
-    """The module and those around it, outermost first: ``a``, ``a.b`` and ``a.b.c`` for ``a.b.c``."""
+    """List the module and those around it, outermost first.
+
+    For ``a.b.c`` they are ``a``, ``a.b`` and ``a.b.c``.
+    """
     parts = path.split(".") if path else []
     return (".".join(parts[: k + 1]) for k in range(len(parts)))
 
 
 def _common(paths: Iterable[str]) -> str:
-    """The innermost module around all of these."""
+    """Find the innermost module around all of these."""
     levels = takewhile(lambda parts: len(set(parts)) == 1, zip(*(p.split(".") for p in paths), strict=False))
     return ".".join(parts[0] for parts in levels)

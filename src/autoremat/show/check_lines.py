@@ -1,4 +1,4 @@
-"""A check in words: one table of what was compared, and the peaks."""
+"""A check in words: what was compared, and the peaks."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _SHOWN: Final = 8
 
 
 def check_text(check: Check) -> str:
-    """The outcome in a few lines: exact or not, within the budget or not, and what to do next."""
+    """Say whether a check is exact and within budget, and what next."""
     return "\n".join([_verdict(check), *_compared(check), *_peaks(check), *_kept(check), *_differing(check)])
 
 

@@ -1,4 +1,7 @@
-"""``Explanation``: where the peak of a step stands, what fills it, what is kept and what is computed again."""
+"""``Explanation``: where the peak stands, and what fills it.
+
+It has what is kept and what is computed again, too.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,9 @@ from autoremat.show.savings import Savings, savings_of
 
 @dataclass(frozen=True)
 class Explanation:
-    """A step, plain or planned, at the moment of its peak. ``print`` it; notebooks show it by themselves.
+    """A step, plain or planned, at the moment of its peak.
+
+    ``print`` it; notebooks show it by themselves.
 
     Attributes:
         program: the step.
@@ -45,7 +50,10 @@ class Explanation:
 
     @cached_property
     def categories(self) -> dict[str, int]:
-        """Bytes at the peak by category, those without any left out; they add up to the peak."""
+        """Add up the bytes at the peak by category.
+
+        Those without any are left out; the sum is the peak.
+        """
         table = dict.fromkeys(CATEGORIES, 0)
         for r in self.residents:
             table[r.category] += r.nbytes
@@ -58,7 +66,7 @@ class Explanation:
 
     @property
     def kept_bytes(self) -> int:
-        """What the schedule keeps from the forward, for the backward and for reruns."""
+        """Count what stays from the forward, for the backward and reruns."""
         return self._bytes_of(self.savings.kept)
 
     def _bytes_of(self, values: Sequence[int]) -> int:
@@ -71,13 +79,16 @@ class Explanation:
         return explanation_text(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Show the explanation in a notebook."""
         from autoremat.show.page import as_html
 
         return as_html(str(self))
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """All figures as JSON text (format ``autoremat-explanation``, version 1), also to ``path`` if given."""
+        """Write all figures as JSON text, also to ``path`` if given.
+
+        The format is ``autoremat-explanation``, version 1.
+        """
         text = json.dumps(_data(self), indent=1) + "\n"
         if path is not None:
             write_text(path, text)
@@ -85,7 +96,10 @@ class Explanation:
 
 
 def explanation_of(program: Program, plan: Plan | None = None) -> Explanation:
-    """Explain the plain program, or a plan for it. O((runs + reads) x depth of modules)."""
+    """Explain the plain program, or a plan for it.
+
+    O((runs + reads) x depth of modules).
+    """
     plain = Schedule.plain(program)
     schedule = plain if plan is None else plan.schedule
     timeline = simulate(program, schedule)
@@ -105,7 +119,7 @@ def explanation_of(program: Program, plan: Plan | None = None) -> Explanation:
 
 
 def _data(e: Explanation) -> dict[str, Any]:
-    """Values by id, ops by index."""
+    """Turn figures into JSON data; values by id, ops by index."""
     return {
         "format": "autoremat-explanation",
         "version": 1,

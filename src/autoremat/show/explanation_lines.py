@@ -1,4 +1,7 @@
-"""An explanation in tables: what fills the peak, by category, by module, by value; what does not pay."""
+"""An explanation in tables: what fills the peak, and what pays nothing.
+
+The peak is told by category, by module and by value.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +30,10 @@ _NUMBERED: Final = re.compile(r"(?:(?<=\s)|^)((?:[^\s.:]+\.)+?)(\d+)(?=[.\s]|$)"
 
 
 def explanation_text(e: Explanation) -> str:
-    """The explanation in four tables. Equal layers are folded: ``blocks.0-11`` stands for twelve of them."""
+    """Lay out the explanation in four tables, equal layers folded.
+
+    ``blocks.0-11`` stands for twelve of them.
+    """
     sections = (_head(e), _categories(e), _modules(e), _values(e), _useless(e))
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
@@ -88,7 +94,10 @@ def _modules(e: Explanation) -> list[str]:
 
 
 def _shown(root: Module) -> Iterator[tuple[int, Module]]:
-    """The tree as deep as fits, with its depth; small modules are left out."""
+    """Cut the tree at the depth that fits; drop small modules.
+
+    Each module comes with its depth.
+    """
     trees = [[*_walk(root, root, 0, depth)] for depth in range(1, 9)]
     yield from max((t for t in trees if len(t) <= _MODULES), key=len, default=trees[0])
 
@@ -105,7 +114,7 @@ def _matters(m: Module, root: Module) -> bool:
 
 
 def _sources(e: Explanation, m: Module) -> str:
-    """Where its reruns start: the largest kept values that they read."""
+    """Name where reruns start: the largest kept values that they read."""
     values = sorted(m.sources, key=lambda v: -e.program.values[v].nbytes)
     rows = [(0, (name_of(e.program, v),)) for v in values]
     names = list(dict.fromkeys(cells[0] for _, _, cells in _folded(rows)))
@@ -127,7 +136,10 @@ def _values(e: Explanation) -> list[str]:
 
 
 def _cells(e: Explanation, r: Resident) -> tuple[str, str, str]:
-    """Three columns: what it is and where it was made; why it is there; who reads it next."""
+    """Fill three columns: the value, its reason, its next readers.
+
+    The first says where it was made, too.
+    """
     where = _short(r.source)
     what = " ".join(part for part in (r.name, r.type, f"({where})" if where else "") if part)
     readers = [i for i in r.readers if e.program.ops[i].kind != "ask"]
@@ -136,7 +148,10 @@ def _cells(e: Explanation, r: Resident) -> tuple[str, str, str]:
 
 
 def _folded(rows: Iterable[tuple[int, Sequence[str]]]) -> list[tuple[int, int, list[str]]]:
-    """Rows that differ in the numbers of layers only as one: amount, how many, cells."""
+    """Join rows that differ only in the numbers of layers.
+
+    Each is an amount, how many, and cells.
+    """
     groups: dict[tuple[int, tuple[str, ...]], list[Sequence[str]]] = {}
     for amount, cells in rows:
         groups.setdefault((amount, tuple(_NUMBERED.sub(r"\1#", c) for c in cells)), []).append(cells)
@@ -172,7 +187,10 @@ def _complaint(b: Block) -> tuple[str, str]:
 
 
 def _table(columns: Sequence[str], right: int) -> Table:
-    """A table whose first columns hold figures; the others may be folded into several lines."""
+    """Lay out a table whose first columns hold figures.
+
+    The others may be folded into several lines.
+    """
     from rich import box
     from rich.table import Table
 
@@ -188,5 +206,5 @@ def _bytes(nbytes: int) -> str:
 
 
 def _short(source: str) -> str:
-    """The line of code without the folders of its file."""
+    """Cut a line of code's place down to its file's name."""
     return source.replace("\\", "/").rpartition("/")[2]

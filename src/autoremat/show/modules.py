@@ -1,4 +1,4 @@
-"""The bytes of a step along the tree of its modules, equal layers folded."""
+"""The bytes of a step by module, equal layers folded."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from autoremat.show.text import fold_indices
 
 @dataclass(frozen=True, slots=True)
 class Module:
-    """A module, or several equal ones, with all that is below. All figures are sums over all of them.
+    """A module, or several equal ones, with all that is below.
+
+    All figures are sums over all of them.
 
     Attributes:
         name: relative to the module above: ``mlp``, ``layers.0-23`` for 24 equal ones; "" for the whole step.
@@ -45,7 +47,10 @@ class Module:
 
 @dataclass(slots=True)
 class _Node:
-    """A module while its figures are collected: peak, saved and kept bytes, runs."""
+    """A module while its figures are being collected.
+
+    They are peak, saved and kept bytes, and runs.
+    """
 
     own: list[int] = field(default_factory=lambda: [0, 0, 0, 0])
     seconds: float = 0.0
@@ -54,7 +59,10 @@ class _Node:
 
 
 def module_tree(program: Program, residents: Iterable[Resident], saved: Savings, made: Savings) -> Module:
-    """The tree of a step: what is in memory at the peak, what is saved plainly, and what the schedule makes of it."""
+    """Build the tree of a step's modules with their figures.
+
+    What is in memory at the peak, what is saved plainly, and what the schedule makes of it.
+    """
     root = _Node()
     for op in program.ops:
         if op.phase == "forward":
@@ -91,7 +99,7 @@ def _finished(name: str, node: _Node) -> Module:
 
 
 def _folded(modules: Sequence[Module]) -> tuple[Module, ...]:
-    """Numbered modules that are equal as one, where the first of them stands."""
+    """Join numbered modules that are equal, in the first one's place."""
     groups: dict[Hashable, list[Module]] = {}
     for m in modules:
         groups.setdefault(_likeness(m) if m.name.isdigit() else m.name, []).append(m)
@@ -102,7 +110,7 @@ def _folded(modules: Sequence[Module]) -> tuple[Module, ...]:
 
 
 def _likeness(module: Module) -> Hashable:
-    """What equal modules have in common: all figures of all that is below."""
+    """Collect what equal modules share: all figures of all below."""
     m = module
     below = tuple((b.name, _likeness(b)) for b in m.modules)
     return m.times, m.peak_bytes, m.saved_bytes, m.kept_bytes, m.runs_again, m.seconds_again, below
@@ -123,7 +131,7 @@ def _sum(name: str, modules: Sequence[Module]) -> Module:
 
 
 def _joined(module: Module) -> Module:
-    """Modules that hold nothing but one other are named together with it: ``model.layers.0-23``."""
+    """Join modules with the only module in them: ``model.layers.0-23``."""
     below = tuple(_joined(m) for m in module.modules)
     if module.name and len(below) == 1 and _figures(below[0]) == _figures(module):
         return replace(below[0], name=f"{module.name}.{below[0].name}")

@@ -1,4 +1,4 @@
-"""Tables as text, as wide as the terminal, and text as HTML: rich does both."""
+"""Tables as wide as the terminal, and text as HTML, by rich."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _PAGE: Final = '<pre style="overflow-x:auto;line-height:1.3;font-family:monospac
 
 
 def page_width() -> int:
-    """Columns that a table may take: those of the terminal, at least 60 and at most 160."""
+    """Measure the terminal's columns, at least 60 and at most 160."""
     if not sys.stdout.isatty():
         return PLAIN_WIDTH
     return min(max(shutil.get_terminal_size().columns, 60), 160)
 
 
 def table_lines(table: Table) -> list[str]:
-    """The table as lines of plain text, without empty ones."""
+    """Print the table as lines of plain text, without empty ones."""
     from rich.console import Console
 
     page = StringIO()
@@ -32,7 +32,7 @@ def table_lines(table: Table) -> list[str]:
 
 
 def as_html(text: str) -> str:
-    """The text as a piece of HTML for notebooks, figures coloured."""
+    """Turn the text into HTML for notebooks, figures coloured."""
     from rich.console import Console
 
     width = max(map(len, text.splitlines()), default=1)

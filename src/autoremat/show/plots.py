@@ -1,4 +1,7 @@
-"""A plan in pictures. matplotlib is loaded when a picture is made, and no display is needed."""
+"""A plan in pictures.
+
+matplotlib is loaded when a picture is made, and no display is needed.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,9 @@ _MEGA: Final = 1e6
 
 
 def memory_plot(plan: Plan, path: str | Path | None = None) -> Figure:
-    """Draw memory over the step, plain against planned, with the budget, the peak and where the backward begins.
+    """Draw memory over the step, plain against planned.
+
+    The budget, the peak and where the backward begins are marked.
 
     The x axis is seconds, as the program has them, or the number of the run where it has none. The picture is saved
     where a path is given; its suffix decides the format, and folders on the way are made.
@@ -42,7 +47,9 @@ def memory_plot(plan: Plan, path: str | Path | None = None) -> Figure:
 def frontier_plot(
     front: Frontier, path: str | Path | None = None, *, marks: Mapping[str, Sequence[Plan]] = MappingProxyType({})
 ) -> Figure:  # fmt: skip
-    """Draw overhead against peak, with what no plan can go below, the floor and the plain peak.
+    """Draw overhead against peak.
+
+    With it stand what no plan can go below, the floor and the plain peak.
 
     ``marks``: plans that are marked, by what they are called there. The picture is saved where a path is given; its
     suffix decides the format, and folders on the way are made.
@@ -117,7 +124,10 @@ def _draw_line(axes: Axes, moments: list[float], timeline: Timeline, name: str, 
 
 
 def _moments(program: Program, schedule: Schedule) -> list[float]:
-    """When each run starts, and when the last one ends: ``runs + 1`` numbers (none for an empty schedule)."""
+    """List when each run starts, and when the last one ends.
+
+    That is ``runs + 1`` numbers, or none for an empty schedule.
+    """
     if not schedule.order:
         return []
     durations = [1.0] * len(schedule.order)

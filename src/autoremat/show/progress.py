@@ -1,4 +1,7 @@
-"""A progress bar for what takes longer than a second; silent when nobody looks."""
+"""A progress bar for what takes longer than a second.
+
+It is silent when nobody looks.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ _REDRAWN_SECONDS = 0.1
 
 @contextmanager
 def progress_bar(after_seconds: float = 1.0) -> Iterator[Callable[[str, float], None] | None]:
-    """Yields ``report(label, fraction)``, which shows a bar on a terminal after a while; None elsewhere."""
+    """Yield ``report(label, fraction)``, which shows a bar after a while.
+
+    It does so on a terminal; elsewhere None is yielded.
+    """
     if not sys.stderr.isatty():
         yield None
         return

@@ -1,4 +1,4 @@
-"""What is in memory while one run of a schedule happens, and why: value by value, to the byte."""
+"""What is in memory during one run, and why, to the byte."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ KIND_CATEGORIES: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Resident:
-    """Something that is in memory: a copy of a value, or the scratch of the op that runs.
+    """Something in memory: a copy of a value, or an op's scratch.
 
     Attributes:
         value: index in ``Program.values``; -1 for scratch.
@@ -64,13 +64,16 @@ class Resident:
 
     @property
     def type(self) -> str:
-        """Type and shape, such as ``float32[8, 64]``; "" where they are not known."""
+        """Say type and shape, such as ``float32[8, 64]``; "" where unknown."""
         return type_text(self.dtype, self.shape)
 
 
 @dataclass(frozen=True, slots=True)
 class _Copy:
-    """A value in memory: its size, the run that wrote it (-1: there from the start) and who reads it from here on."""
+    """A value in memory, with its size, its writer and its readers.
+
+    The run that wrote it is -1 where it was there from the start; the readers are those from here on.
+    """
 
     value: int
     nbytes: int
@@ -84,13 +87,19 @@ def type_text(dtype: str, shape: tuple[int, ...] | None) -> str:
 
 
 def op_text(op: Op) -> str:
-    """Module and operator, such as ``blocks.3.mlp.1 gelu``; the plain name where the program has no modules."""
+    """Name module and operator, such as ``blocks.3.mlp.1 gelu``.
+
+    It is the plain name where the program has no modules.
+    """
     name = op.name.removeprefix("aten.").removesuffix(".default")
     return f"{op.module} {name}" if op.module else name
 
 
 def name_of(program: Program, value: int) -> str:
-    """What a person calls a value: its label without type and shape; of a recorded op's output, module and operator."""
+    """Name a value for people.
+
+    That is its label without type and shape; of a recorded op's output, module and operator.
+    """
     made_by, v = program.producer[value], program.values[value]
     name = program.label(value).removesuffix(f" {type_text(v.dtype, v.shape)}")
     op = program.ops[made_by] if made_by >= 0 else None
@@ -98,7 +107,9 @@ def name_of(program: Program, value: int) -> str:
 
 
 def residents_at(program: Program, schedule: Schedule, run: int) -> tuple[Resident, ...]:
-    """What is in memory while the given run happens, largest first; -1 is the beginning of an empty schedule.
+    """List what is in memory during the given run, largest first.
+
+    Run -1 is the beginning of an empty schedule.
 
     O(runs + reads).
     """
@@ -139,7 +150,7 @@ class _Moment:
 
     @cached_property
     def reruns(self) -> frozenset[int]:
-        """The runs so far, this one included, of ops that had run before."""
+        """List the reruns so far, this run included."""
         seen: set[int] = set()
         found = set()
         for q, i in enumerate(self.schedule.order[: self.run + 1]):
@@ -150,7 +161,7 @@ class _Moment:
 
 
 def _copies(moment: _Moment) -> Iterator[_Copy]:
-    """The account of ``simulate`` for one run, copy by copy."""
+    """Account for one run as ``simulate`` does, copy by copy."""
     nbytes = [v.nbytes for v in moment.program.values]
     op, written_by = moment.op, _written_by(moment)
     taken_over = {new: old for new, old in op.in_place if old in moment.frees}
@@ -165,7 +176,10 @@ def _copies(moment: _Moment) -> Iterator[_Copy]:
 
 
 def _twice(moment: _Moment) -> Iterator[_Copy]:
-    """What was in memory before a call began to run again, and has been made once more since."""
+    """Collect what a rerun of a call has made a second time.
+
+    It was in memory before the call began to run again.
+    """
     if not moment.program.has_calls:
         return
     end = block_ends(moment.program, moment.schedule.order)
@@ -180,7 +194,7 @@ def _twice(moment: _Moment) -> Iterator[_Copy]:
 
 
 def _written_by(moment: _Moment) -> dict[int, int]:
-    """For every value that is in memory before the run, the run that wrote it."""
+    """Find the run that wrote each value in memory before this run."""
     table = {v: -1 for v, value in enumerate(moment.program.values) if value.fixed}
     for q in range(max(moment.run, 0)):
         table.update((v, q) for v in moment.program.ops[moment.schedule.order[q]].writes)
@@ -190,7 +204,10 @@ def _written_by(moment: _Moment) -> dict[int, int]:
 
 
 def _later_readers(moment: _Moment, values: set[int]) -> dict[int, list[int]]:
-    """For every value the ops that read it after the run, up to where it is freed or written again."""
+    """Find, for every value, the ops that read it after the run.
+
+    They count up to where it is freed or written again.
+    """
     table: dict[int, list[int]] = {v: [] for v in values}
     alive = values.difference(moment.frees)
     order, frees = moment.schedule.order, moment.schedule.frees
@@ -238,7 +255,10 @@ def _category(moment: _Moment, copy: _Copy) -> str:
 
 
 def _is_saved(program: Program, copy: _Copy, moment: _Moment) -> bool:
-    """Whether the copy was made in the forward, and the backward or a rerun reads it now or later."""
+    """Tell whether a forward's copy is still read by backward or reruns.
+
+    It is read now or later.
+    """
     if program.ops[program.producer[copy.value]].phase != "forward":
         return False
     if copy.value in moment.op.reads and (moment.op.phase == "backward" or moment.run in moment.reruns):
@@ -248,7 +268,7 @@ def _is_saved(program: Program, copy: _Copy, moment: _Moment) -> bool:
 
 
 def _why(moment: _Moment, copy: _Copy) -> str:
-    """The first of the reasons that holds."""
+    """Choose the first of the reasons that holds."""
     program, v = moment.program, copy.value
     if program.values[v].fixed:
         return "there during the whole step"
@@ -279,5 +299,8 @@ def _held(moment: _Moment, v: int) -> str:
 
 
 def short_source(source: str) -> str:
-    """The file with its folder: whoever gets a page or a text learns nothing about the machine that made it."""
+    """Cut a file's path down to the file and its folder.
+
+    Whoever gets a page or a text learns nothing about the machine that made it.
+    """
     return "/".join(source.replace("\\", "/").split("/")[-2:])

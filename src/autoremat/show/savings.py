@@ -1,4 +1,7 @@
-"""What a schedule keeps from the forward for later, and what it computes again: how often, from what, at what cost."""
+"""What a schedule keeps for later, and what it computes again.
+
+It says how often, from what, and at what cost.
+"""
 
 from __future__ import annotations
 

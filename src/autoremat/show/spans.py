@@ -1,4 +1,7 @@
-"""What is in memory at every run of a schedule at once: who is there from when to when, and as what."""
+"""What is in memory at every run at once, and as what.
+
+Each span says from when to when.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,9 @@ from autoremat.show.residents import KIND_CATEGORIES
 
 
 class Span(NamedTuple):
-    """A value in memory from run ``begin`` to run ``end``, both included, under one category.
+    """A value in memory from run ``begin`` through run ``end``.
+
+    It has one category for all of that time.
 
     ``nbytes`` are those of the value, but for the run of an in-place op that shrinks its storage, which is still there.
     """
@@ -26,7 +31,9 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class _Copy:
-    """A value since run ``begin``, and the spans of runs, so far, in which a backward or a rerun waits for it.
+    """A value since run ``begin``, with its spans so far.
+
+    In these a backward or a rerun waits for it.
 
     At its first run the storage has ``shrinks_by`` more bytes than the value.
     """
@@ -38,7 +45,9 @@ class _Copy:
 
 
 def spans_of(program: Program, schedule: Schedule) -> tuple[Span, ...]:
-    """All spans, by rising ``begin``; their bytes and the scratch of the op add up to ``simulate``'s at every run.
+    """List all spans by rising ``begin``.
+
+    Their bytes and the scratch of the op add up to ``simulate``'s at every run.
 
     The categories are those of ``residents_at``, without its detour over every single run. O(runs + reads).
     """
@@ -53,7 +62,7 @@ def spans_of(program: Program, schedule: Schedule) -> tuple[Span, ...]:
 
 
 def _written_spans(program: Program, schedule: Schedule) -> Iterator[Span]:
-    """The spans of what the ops write."""
+    """List the spans of what the ops write."""
     copies: dict[int, _Copy] = {}
     first_run: dict[int, int] = {}
     ends = block_ends(program, schedule.order)
@@ -81,12 +90,12 @@ def _written_spans(program: Program, schedule: Schedule) -> Iterator[Span]:
 
 
 def _shrinks_by(program: Program, new: int, old: int) -> int:
-    """The bytes that a storage loses with the run that takes it over."""
+    """Count the bytes that a storage loses when it is taken over."""
     return max(0, program.values[old].nbytes - program.values[new].nbytes)
 
 
 def _ended(program: Program, v: int, copy: _Copy, end: int) -> Iterator[Span]:
-    """The spans of a copy whose last run is known."""
+    """Close the spans of a copy whose last run is known."""
     nbytes, begin = program.values[v].nbytes, copy.begin
     parts = [*_parts(program, v, copy, end)]
     if copy.shrinks_by and parts:
@@ -96,7 +105,10 @@ def _ended(program: Program, v: int, copy: _Copy, end: int) -> Iterator[Span]:
 
 
 def _parts(program: Program, v: int, copy: _Copy, end: int) -> Iterator[tuple[int, int, str]]:
-    """``(begin, end, category)``: saved while a backward or a rerun waits for it, temporary besides."""
+    """Split a span into ``(begin, end, category)``.
+
+    It is saved while a backward or a rerun waits for it, and temporary besides.
+    """
     kind = KIND_CATEGORIES.get(program.values[v].kind)
     home = program.ops[program.producer[v]]
     if kind or copy.again or home.phase != "forward":

@@ -1,4 +1,4 @@
-"""A plan in words: what it costs, what it computes again, where its peak stands."""
+"""A plan in words: its cost, its reruns, its peak."""
 
 from __future__ import annotations
 
@@ -25,7 +25,10 @@ _LAYER: Final = re.compile(r"^((?:[^\s.]+\.)*?)(\d+)(?=[.\s]|$)")
 
 
 class _Line(NamedTuple):
-    """One line of a table: its amount decides the place, equal layers are added up."""
+    """One line of a table; equal layers are added up.
+
+    The amount decides the place.
+    """
 
     amount: float
     times: int
@@ -33,7 +36,9 @@ class _Line(NamedTuple):
 
 
 def plan_text(plan: Plan) -> str:
-    """The plan in some fifteen lines. O(runs + reads), since the schedule is simulated again.
+    """Describe the plan in some fifteen lines.
+
+    O(runs + reads), since the schedule is simulated again.
 
     Layers that repeat are folded: ``blocks.0-11.mlp.0`` stands for that module in all twelve blocks.
     """
@@ -64,7 +69,7 @@ def _costs(plan: Plan) -> list[str]:
 
 
 def timing_text(program: Program) -> str:
-    """Where the seconds come from, and, if not all of them come from there, which share does not."""
+    """Say where the seconds come from, or which share does not."""
     share = program.measured_share
     if program.timing == "measured" and share < _NEARLY_ALL:
         return f"measured, but for {1 - share:.0%} of it"
@@ -107,7 +112,10 @@ def _peak(plan: Plan, timeline: Timeline) -> list[str]:
 
 
 def _candidates(plan: Plan) -> list[str]:
-    """The schedules looked at beside the plan's; those above the budget are marked."""
+    """List the schedules considered; mark those above the budget.
+
+    They are those beside the plan's.
+    """
     if not plan.candidates:
         return []
     width = max(len(name) for name, _, _ in plan.candidates)
@@ -127,7 +135,7 @@ def _more(amount: str, count: int) -> list[str]:
 
 
 def format_seconds(seconds: float) -> str:
-    """A duration for people: ``1.25 s``, ``12.1 ms``, ``350 us``."""
+    """Write a duration for people: ``1.25 s``, ``12.1 ms``, ``350 us``."""
     if seconds >= 0.9995:
         return f"{seconds:.2f} s"
     if seconds >= 0.9995e-3:
@@ -153,7 +161,10 @@ def _fold_lines(items: Iterable[tuple[str, int, float]]) -> list[_Line]:
 
 
 def _split(path: str) -> tuple[str, int, str]:
-    """A path around its first number: ``blocks.3.mlp.0`` is ``("blocks.", 3, ".mlp.0")``; -1 without a number."""
+    """Split a path around its first number.
+
+    ``blocks.3.mlp.0`` is ``("blocks.", 3, ".mlp.0")``; the number is -1 where there is none.
+    """
     match = _LAYER.match(path)
     if match is None:
         return path, -1, ""
@@ -177,7 +188,10 @@ def fold_indices(indices: Iterable[int]) -> str:
 
 
 def frontier_text(front: Frontier) -> str:
-    """A frontier as a table: a line per budget with peak, extra time, lower bound and a logarithmic bar of the two."""
+    """Lay out a frontier as a table, a line per budget.
+
+    Each has peak, extra time, lower bound and a logarithmic bar of the two.
+    """
     from rich import box
     from rich.table import Table
 
@@ -199,6 +213,6 @@ def frontier_text(front: Frontier) -> str:
 
 
 def _bar(plan: Plan, most: float) -> str:
-    """The overhead as a bar; ``most`` fills the whole width."""
+    """Draw the overhead as a bar; ``most`` fills the whole width."""
     sure, all_of_it = (round(_BAR * log1p(100 * x) / log1p(100 * most)) for x in (plan.lower_bound, plan.overhead))
     return "█" * sure + "░" * (all_of_it - sure)

@@ -1,4 +1,7 @@
-"""The reference engine: steps written as lists of numpy functions. What an engine has to do, and nothing else."""
+"""The reference engine: steps as lists of numpy functions.
+
+It has what an engine has to do, and nothing else.
+"""
 
 from autoremat.engines.numpy.engine import Call, Step, carry_out, record
 

@@ -1,4 +1,6 @@
-"""Records a list of calls as a program, and carries out plans for it, run by run and free by free.
+"""Records lists of calls as programs, and carries out their plans.
+
+Plans are carried out run by run and free by free.
 
 No framework keeps anything here, so there is nothing to hear, to hook or to hide: whoever writes an engine can read
 what a schedule means from ``carry_out``, and every solver's plans are tried under it.
@@ -44,7 +46,7 @@ class Call:
 
 @dataclass(frozen=True)
 class Step:
-    """Lists the calls of a step, and the arrays it is given by name."""
+    """Lists the calls of a step, and its arrays by name."""
 
     name: str
     calls: tuple[Call, ...]
@@ -77,7 +79,9 @@ ENGINE = Numpy()
 
 
 def record(name: str, calls: Sequence[Call], inputs: Mapping[str, Array]) -> Program:
-    """The program of a step: run it once, and look at the sizes. What no call reads is a result, and stays.
+    """Run a step once and make its program by the sizes.
+
+    What no call reads is a result, and stays.
 
     Args:
         name: of the step.
@@ -109,7 +113,7 @@ def record(name: str, calls: Sequence[Call], inputs: Mapping[str, Array]) -> Pro
 
 
 def carry_out(plan: Plan, calls: Sequence[Call], inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run the calls in the order of a plan, and free what it frees, when it frees it.
+    """Run the calls in a plan's order, and free as it says.
 
     Args:
         plan: for the program of these calls.
@@ -144,6 +148,6 @@ def _run(call: Call, needed: set[str], memory: dict[str, Array], copies: list[Ar
 
 
 def _goes_on(program: Program, schedule: Schedule, p: int, seen: set[int]) -> bool:
-    """Whether a run is a further one of the middle of a call."""
+    """Tell whether a run is a rerun from a call's middle."""
     i = schedule.order[p]
     return i in seen and program.call_begin[i] < i and schedule.order[p - 1] == i - 1

@@ -1,4 +1,6 @@
-"""What the page of a plan draws, as compact JSON: columns of integers, every text once, nothing rounded but seconds.
+"""What the page of a plan draws, as compact JSON.
+
+Columns of integers, every text once, nothing rounded but seconds.
 
 The page adds up spans by itself, so that every moment of the step can be looked at: 10,000 ops take about a megabyte.
 """
@@ -45,7 +47,10 @@ class _Texts:
 
 
 def page_data(e: Explanation, plan: Plan, front: Frontier | None, points: Sequence[Point]) -> str:
-    """All that the page draws, safe inside of a script element. O(runs + reads)."""
+    """Collect all that the page draws, safe inside a script element.
+
+    O(runs + reads).
+    """
     texts, program = _Texts(), plan.program
     data = {
         "categories": CATEGORIES,
@@ -72,7 +77,10 @@ def page_data(e: Explanation, plan: Plan, front: Frontier | None, points: Sequen
 
 
 def line_of(plan: Plan, front: Frontier | None) -> list[tuple[int, float]]:
-    """``(peak, overhead)`` by rising peak of the best plans known; without a frontier the plan and the plain step."""
+    """List ``(peak, overhead)`` of the best plans by rising peak.
+
+    Without a frontier they are the plan and the plain step.
+    """
     known = {(plan.peak_bytes, plan.overhead), (plan.plain_peak_bytes, 0.0)}
     known.update((p.peak_bytes, p.overhead) for p in (front.points if front else ()))
     best: list[tuple[int, float]] = []
@@ -83,7 +91,10 @@ def line_of(plan: Plan, front: Frontier | None) -> list[tuple[int, float]]:
 
 
 def bounds_of(plan: Plan, front: Frontier | None) -> list[tuple[int, float]]:
-    """``(budget, lower bound)`` by rising budget; a bound holds for all smaller budgets, too."""
+    """List ``(budget, lower bound)`` by rising budget.
+
+    A bound holds for all smaller budgets, too.
+    """
     known = {(plan.budget_bytes, plan.lower_bound)}
     known.update((p.budget_bytes, p.lower_bound) for p in (front.points if front else ()))
     best: list[tuple[int, float]] = []
@@ -111,7 +122,10 @@ def _ops(program: Program, texts: _Texts) -> dict[str, Any]:
 
 
 def _values(e: Explanation, texts: _Texts) -> dict[str, Any]:
-    """Columns; a name of -1 is that of the op which made the value."""
+    """Lay out values in columns.
+
+    A name of -1 is that of the op which made the value.
+    """
     program = e.program
     kept, again = set(e.savings.kept), {a.op: a.runs for a in e.savings.again}
     names = [name_of(program, v) for v in range(len(program.values))]
@@ -148,7 +162,7 @@ def _spans(program: Program, schedule: Schedule) -> dict[str, Any]:
 
 
 def _steps(numbers: Iterable[int]) -> list[int]:
-    """The differences of neighbours: small numbers where these hardly change."""
+    """Take differences of neighbours: small numbers where these hardly change."""
     return [b - a for a, b in pairwise((0, *numbers))]
 
 

@@ -1,4 +1,7 @@
-"""The page of a plan: figures and tables filled in here, pictures drawn by the page from its data."""
+"""The page of a plan: figures and tables filled in.
+
+The page draws the pictures from its data.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ def write_page(plan: Plan, path: str | Path, *, frontier: Frontier | None = None
 
 
 def page_of(plan: Plan, *, frontier: Frontier | None = None, beside: Beside = ()) -> str:
-    """The page as text. O(runs + reads)."""
+    """Render the page as text.
+
+    O(runs + reads).
+    """
     try:
         from jinja2 import Environment, StrictUndefined
         from markupsafe import Markup
@@ -64,7 +70,7 @@ def page_of(plan: Plan, *, frontier: Frontier | None = None, beside: Beside = ()
 
 
 def _points(plan: Plan, beside: Beside) -> list[Point]:
-    """The chosen plan first; the others by rising peak, none twice."""
+    """Order the points: the plan, then by rising peak, none twice."""
     marks = [*((p, "classic") for p in beside), *((p, "candidate") for p in plan.candidates)]
     found = dict.fromkeys(Point(*mark, group) for mark, group in marks)
     return [
@@ -74,14 +80,20 @@ def _points(plan: Plan, beside: Beside) -> list[Point]:
 
 
 def _peaks(plain: Explanation, planned: Explanation) -> list[tuple[str, int, int]]:
-    """``(category, bytes at the plain peak, bytes at the planned peak)``; the columns add up to the peaks."""
+    """List ``(category, bytes at the plain peak, bytes at the planned)``.
+
+    The columns add up to the peaks.
+    """
     both = plain.categories | planned.categories
     names = sorted(both, key=lambda name: -plain.categories.get(name, 0))
     return [(name, plain.categories.get(name, 0), planned.categories.get(name, 0)) for name in names]
 
 
 def _known(plan: Plan, e: Explanation) -> list[tuple[str, str, str]]:
-    """``(what, how, kind)`` of every figure, where kind is ``exact``, ``measured``, ``estimated`` or ``given``."""
+    """List ``(what, how, kind)`` of every figure.
+
+    The kind is ``exact``, ``measured``, ``estimated`` or ``given``.
+    """
     program = plan.program
     scratch = sum(op.scratch_bytes > 0 for op in program.ops)
     return [
@@ -112,7 +124,7 @@ _RECORDED: Final = {
 
 
 def _timed(program: Program) -> tuple[str, str]:
-    """How the seconds are known, and of which kind that is."""
+    """Say how the seconds are known, and of which kind they are."""
     text, kind = _TIMED.get(program.timing, _TIMED["given"])
     share = program.measured_share
     if kind == "given" or share in (0.0, 1.0):

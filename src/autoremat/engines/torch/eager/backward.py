@@ -84,7 +84,7 @@ class Backward:
             ledger.recomputed -= kept  # these replace the forward's own values
 
     def improvise(self) -> None:
-        """From here on recompute values on demand, within the budget's room."""
+        """Recompute values on demand from here on, within the budget's room."""
         self._script = None
         if not self.is_forward:
             self._passes.needs.count()

@@ -49,7 +49,7 @@ def only_looks(func: Any, name: str) -> bool:
 
 
 def looks(func: Any) -> bool:
-    """As ``only_looks``, remembered for functions of torch that stay."""
+    """Ask ``only_looks``, and remember its answer for functions that stay."""
     if type(func) not in _OF_C:
         return only_looks(func, name_of(func))
     known = _KNOWN.get(func)

@@ -61,7 +61,7 @@ class Follow:
         self._composites = script.composites if is_cursory else {}
 
     def looked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """As ``heard``, but first look at the arguments, for the self-check."""
+        """Hear a call, but first look at its arguments (self-check)."""
         if not is_out_of_sight():
             self._tape.look_at(tensors_given(args, kwargs))
         return self.heard(func, args, kwargs)

@@ -81,7 +81,7 @@ class Ledger:
         self.maker.clear()
 
     def finish_forward(self) -> None:
-        """From now on, notice when somebody overwrites a value of the forward."""
+        """Notice from now on when somebody overwrites a forward's value."""
         self._versions = {v: version_of(t) for v, t in self.held.items() if v not in self.recomputed}
 
     def memory(self, value: int) -> Tensor:

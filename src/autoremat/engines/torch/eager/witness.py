@@ -45,7 +45,7 @@ class Witness:
             return None
 
     def number_anew(self, tensor: Tensor) -> int | None:
-        """As ``number``, of a tensor that is not what it was."""
+        """Number a tensor that is not what it was."""
         if self.shadow is not None:
             self.shadow.forget(tensor)
         return self.number(tensor)

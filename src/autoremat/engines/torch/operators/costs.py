@@ -75,7 +75,7 @@ def place_of(device: torch.device) -> str:
 
 @cache
 def _machine(kind: str, index: int | None) -> tuple[str, ...]:
-    """The device and the version of torch."""
+    """Name the device and the version of torch."""
     versions = f"torch {torch.__version__}", f"CUDA {torch.version.cuda}", f"HIP {torch.version.hip}"
     if kind != "cuda":
         return (kind, _cpu_name(), torch.backends.cpu.get_cpu_capability(), platform.machine(), *versions)
