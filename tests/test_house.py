@@ -43,7 +43,6 @@ FETCHED = {
 """Programs, plans, frontiers and explanations print and save themselves: each fetches what does it when it is asked."""
 LARGEST_CLASS_LINES, MOST_ATTRIBUTES = 200, 12
 LARGER = {
-    "demo.train.Variant": (16, 13),
     "engines.torch.eager.backward.Backward": (259, 14),
     "engines.torch.eager.entry.Entry": (92, 15),
     "engines.torch.eager.follow.Follow": (266, 10),

@@ -35,6 +35,7 @@ from autoremat.planner import frontier as frontier_of
 from autoremat.planner.wishes import Patterns, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget
+from autoremat.refusals import check_alone, check_explained
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.show.progress import progress_bar
 
@@ -302,11 +303,10 @@ def explain(
         >>> sum(why.categories.values()) == why.peak_bytes
         True
     """
-    if budget is None and (keep or recompute):
-        raise TypeError("keep= and recompute= are wishes for a plan: give a budget with them")
+    wishes = Wishes(keep, recompute)
+    has_more = bool(args or kwargs or optimizer is not None or accumulate)
+    check_explained(step, budget, wishes, has_more=has_more)
     if isinstance(step, Plan):
-        if args or kwargs or optimizer is not None or accumulate or budget is not None:
-            raise TypeError("a plan stands for itself: its program and its budget are in it")
         return explanation_of(step.program, step)
     if budget is not None:
         Budget.read(budget)
@@ -315,9 +315,8 @@ def explain(
         if budget is None:
             return explanation_of(program)
         plan = solve(
-            program, in_bytes(budget, program), wishes=Wishes(keep, recompute),
-            time_limit_seconds=time_limit_seconds, progress=progress,
-        )  # fmt: skip
+            program, in_bytes(budget, program), wishes=wishes, time_limit_seconds=time_limit_seconds, progress=progress
+        )
         return explanation_of(program, plan)
 
 
@@ -380,10 +379,8 @@ def _program_of(
     """Return the program itself, or record that of the callable."""
     if not isinstance(step, Program):
         return record_step(step, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
-    if args or kwargs or optimizer is not None or accumulate:
-        raise TypeError(
-            "a program stands for itself: arguments, optimizer and accumulate are for a module or a callable"
-        )
+    has_more = bool(args or kwargs or optimizer is not None or accumulate)
+    check_alone(has_more, "arguments, optimizer and accumulate are for a module or a callable")
     return step
 
 

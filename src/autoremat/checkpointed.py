@@ -56,15 +56,7 @@ class Forward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the forward under its plan."""
-        if torch.compiler.is_compiling():
-            how = _met_by_compiler(self.compilable.key)
-            if how == "inline":
-                return self.__wrapped__(*args, **kwargs)
-            if how == "apart":
-                return self.compilable.apart(args, kwargs)
-        elif self.compilable.is_apart():
-            return self.compilable.apart(args, kwargs)
-        return self.session.call(args, kwargs)
+        return _called(self.compilable, self.__wrapped__, args, kwargs)
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
@@ -144,7 +136,22 @@ def _met_by_compiler(key: str) -> str:
 
 _met_by_compiler._dynamo_marked_constant = True  # type: ignore[attr-defined]  # assume_constant_result imports the compiler
 _COMPILABLE: Final[weakref.WeakValueDictionary[str, Compilable]] = weakref.WeakValueDictionary()
-_OURS: Final = {Forward.__call__.__code__}
+
+
+def _called(compilable: Compilable, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """Make a call under its plan, or as the tracing compiler wants it."""
+    if torch.compiler.is_compiling():
+        how = _met_by_compiler(compilable.key)
+        if how == "inline":
+            return plain(*args, **kwargs)
+        if how == "apart":
+            return compilable.apart(args, kwargs)
+    elif compilable.is_apart():
+        return compilable.apart(args, kwargs)
+    return compilable.session.call(args, kwargs)
+
+
+_OURS: Final = {Forward.__call__.__code__, _called.__code__}
 """The code of what stands in the place of checkpointed callables."""
 
 
@@ -180,20 +187,10 @@ def checkpoint_callable(fn: Callable[..., Any], options: Options) -> Callable[..
     """Wrap a callable so that it follows plans."""
     if is_compiled_callable(fn):
         return compiled_alike(fn, lambda inner: checkpoint_callable(inner, options))
-    session = Session(fn, options, measure=options.measure)
-
-    compilable = Compilable(fn, session, options)
+    compilable = Compilable(fn, Session(fn, options, measure=options.measure), options)
 
     def checkpointed(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_compiling():
-            how = _met_by_compiler(compilable.key)
-            if how == "inline":
-                return fn(*args, **kwargs)
-            if how == "apart":
-                return compilable.apart(args, kwargs)
-        elif compilable.is_apart():
-            return compilable.apart(args, kwargs)
-        return session.call(args, kwargs)
+        return _called(compilable, fn, args, kwargs)
 
     _OURS.add(checkpointed.__code__)
     functools.update_wrapper(checkpointed, fn)

@@ -28,6 +28,7 @@ from autoremat.planner import wishes as wanted
 from autoremat.planner.wishes import Patterns
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget
+from autoremat.refusals import check_alone, check_explained
 from autoremat.show.explanation import Explanation, explanation_of
 from autoremat.sizes import MaxBatch, check_limits, largest
 
@@ -196,11 +197,8 @@ def explain(
         >>> sum(why.categories.values()) == why.peak_bytes
         True
     """
-    if budget is None and (keep or recompute):
-        raise TypeError("keep= and recompute= are wishes for a plan: give a budget with them")
+    check_explained(step, budget, wanted.Wishes(keep, recompute), has_more=bool(args or kwargs))
     if isinstance(step, Plan):
-        if args or kwargs or budget is not None:
-            raise TypeError("a plan stands for itself: its program and its budget are in it")
         return explanation_of(step.program, step)
     if budget is not None:
         _read(budget)
@@ -379,8 +377,7 @@ def _program_of(
     """Return the program, or record that of the function."""
     if not isinstance(step, Program):
         return record_step(step, args, kwargs, argnums).plain.program
-    if args or kwargs:
-        raise TypeError("a program stands for itself: arguments are for a function")
+    check_alone(bool(args or kwargs), "arguments are for a function")
     return step
 
 

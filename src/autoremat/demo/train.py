@@ -101,8 +101,20 @@ class Result:
 
 
 @dataclass
+class Shown:
+    """What a way of training has shown so far."""
+
+    seconds: list[float] = field(default_factory=list)
+    last_loss: float = float("nan")
+    same_gradients: bool = True
+    same_state: bool = True
+    generator_state: Tensor | None = None
+    account: Account | None = None
+
+
+@dataclass
 class Variant:
-    """One way of training and what it has shown so far."""
+    """One way of training, and what it has shown."""
 
     name: str
     model: nn.Module
@@ -111,12 +123,7 @@ class Variant:
     loss: Loss
     budget: float | int | None = None
     at_floor: bool = False
-    seconds: list[float] = field(default_factory=list)
-    last_loss: float = float("nan")
-    same_gradients: bool = True
-    same_state: bool = True
-    generator_state: Tensor | None = None
-    account: Account | None = None
+    shown: Shown = field(default_factory=Shown)
 
 
 def tasks(quick: bool = False) -> tuple[Task, Task]:
@@ -174,7 +181,7 @@ def run_task(task: Task, steps: int, on_step: Callable[[int, float], None] = lam
             _take_step(variant, x, y, seed=step, first=step == 0, last=step == steps - 1)
         for variant in variants:
             _compare(variant, variants[0])
-        on_step(step, variants[0].last_loss)
+        on_step(step, variants[0].shown.last_loss)
     return Result(task.label, task.name, tuple(_row(v, variants[0]) for v in variants))
 
 
@@ -221,20 +228,20 @@ def _take_step(variant: Variant, x: Tensor, y: Tensor, *, seed: int, first: bool
     start = time.perf_counter()
     if last:
         before = resident(variant.model, variant.optimizer, x, y)
-        variant.account = account(step, before)
+        variant.shown.account = account(step, before)
     elif first:
         _first_step(variant, x, y, seed)
     else:
         step()
-    variant.seconds.append(time.perf_counter() - start)
-    variant.generator_state = torch.get_rng_state()
+    variant.shown.seconds.append(time.perf_counter() - start)
+    variant.shown.generator_state = torch.get_rng_state()
 
 
 def _step(variant: Variant, x: Tensor, y: Tensor) -> None:
     loss = variant.loss(x, y)
     loss.backward()
     variant.optimizer.step()
-    variant.last_loss = loss.item()
+    variant.shown.last_loss = loss.item()
 
 
 def _first_step(variant: Variant, x: Tensor, y: Tensor, seed: int) -> None:
@@ -255,10 +262,10 @@ def _first_step(variant: Variant, x: Tensor, y: Tensor, seed: int) -> None:
 
 def _compare(variant: Variant, plain: Variant) -> None:
     pairs = zip(variant.model.parameters(), plain.model.parameters(), strict=True)
-    variant.same_gradients &= all(_same_bits(a.grad, b.grad) for a, b in pairs)
+    variant.shown.same_gradients &= all(_same_bits(a.grad, b.grad) for a, b in pairs)
     buffers = zip(variant.model.buffers(), plain.model.buffers(), strict=True)
-    variant.same_state &= all(_same_bits(a, b) for a, b in buffers)
-    variant.same_state &= _same_bits(variant.generator_state, plain.generator_state)
+    variant.shown.same_state &= all(_same_bits(a, b) for a, b in buffers)
+    variant.shown.same_state &= _same_bits(variant.shown.generator_state, plain.shown.generator_state)
 
 
 def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
@@ -270,16 +277,16 @@ def _same_bits(a: Tensor | None, b: Tensor | None) -> bool:
 
 def _row(variant: Variant, plain: Variant) -> Row:
     timed = slice(_WARM_UP, -1)
-    ratios = [a / b for a, b in zip(variant.seconds[timed], plain.seconds[timed], strict=True)]
+    ratios = [a / b for a, b in zip(variant.shown.seconds[timed], plain.shown.seconds[timed], strict=True)]
     plan = None if variant.budget is None else autoremat.stats(variant.loss).plan
-    assert variant.account is not None
+    assert variant.shown.account is not None
     return Row(
         name=variant.name,
-        account=variant.account,
+        account=variant.shown.account,
         time_ratio=statistics.median(ratios),
-        same_gradients=variant.same_gradients,
-        same_state=variant.same_state,
-        loss=variant.last_loss,
+        same_gradients=variant.shown.same_gradients,
+        same_state=variant.shown.same_state,
+        loss=variant.shown.last_loss,
         budget_bytes=plan.budget_bytes if plan else None,
         predicted_bytes=plan.peak_bytes if plan else None,
         at_floor=variant.at_floor,
