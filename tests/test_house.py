@@ -50,7 +50,6 @@ LARGER = {
     "engines.torch.eager.noting.Noting": (280, 10),
     "engines.torch.eager.passes.Passes": (93, 14),
     "engines.torch.eager.planning.Planning": (235, 4),
-    "engines.torch.eager.shadow.Shadow": (558, 24),
     "engines.torch.eager.tape.Tape": (215, 20),
     "engines.torch.recording.recorder.Recorder": (350, 21),
     "engines.torch.recording.recording.RecordedOp": (23, 14),

@@ -181,7 +181,7 @@ class FirstStep:
     @property
     def compiled(self) -> str:
         """Where compiled code was met; "" if none was."""
-        return self.tape.compiled or self._shadow.compiled
+        return self.tape.compiled or self._shadow.graph.compiled
 
     def cached(self, result: Any) -> Cached:
         """Return what calls of the forward made and others read."""
@@ -229,7 +229,7 @@ class FirstStep:
         room = self.tape.backward.room
         assert room is not None
         room.make(largest_op_bytes(self._shadow))
-        there = room.online.meter.nbytes + self._shadow.real_bytes
+        there = room.online.meter.nbytes + self._shadow.packs.real_bytes
         there += 0 if self.parallel else sum(gradients_there(self.modules).values())
         return program_of(
             self._shadow, self.tape.path, getattr(self.fn, "__name__", type(self.fn).__name__),

@@ -81,7 +81,7 @@ def record_backward(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         stack.enter_context(recorder)
-        leaves = shadow.leaves()
+        leaves = shadow.twins.leaves()
         if not with_gradients:
             for _, tensor in named:
                 shadow.twin(tensor).grad = None
@@ -142,9 +142,9 @@ def largest_op_bytes(shadow: Shadow) -> int:
 def path_of(shadow: Shadow, calls: Sequence[Call], n_packs: int, composites: Sequence[Composite]) -> Path:
     """Return the path: calls, what autograd saved, what passes asked for."""
     recorder = shadow.recorder
-    asks = tuple(shadow.pack_of.get(op.packed, -1) for op in recorder.ops if op.is_ask)
-    last = {shadow.pack_of[op.packed]: op.reads[0] for op in recorder.ops if op.packed in shadow.pack_of}
+    asks = tuple(shadow.packs.pack_of.get(op.packed, -1) for op in recorder.ops if op.is_ask)
+    last = {shadow.packs.pack_of[op.packed]: op.reads[0] for op in recorder.ops if op.packed in shadow.packs.pack_of}
     packed = tuple(
-        v if (v := shadow.saved.get(j)) is not None and last.get(j, v) == v else None for j in range(n_packs)
+        v if (v := shadow.packs.number_of.get(j)) is not None and last.get(j, v) == v else None for j in range(n_packs)
     )
     return Path(tuple(calls), packed, asks, tuple(composites))

@@ -83,7 +83,7 @@ class Sections:
         self._section: _Section | None = None
         self._taken: dict[int, Taken] = {}
         self._n_hooks = self._n_over = 0
-        shadow.met = self._met
+        shadow.graph.met = self._met
 
     # ---- which there are -----------------------------------------------------------------------------------------
 
@@ -108,7 +108,7 @@ class Sections:
             return hook
         self._n_hooks += 1
         key = -self._n_hooks
-        if not self._recording.hook(key, tensor):
+        if not self._recording.graph.hook(key, tensor):
             return hook
         return update_wrapper(lambda *gradients: self._run(key, hook, gradients), hook)
 
@@ -117,9 +117,9 @@ class Sections:
     def open(self) -> bool:
         """Tell whether sections come, now that the backward is recorded."""
         shadow, self._recording = self._recording, None
-        if shadow is None or not shadow.marks:
+        if shadow is None or not shadow.graph.marks:
             return False
-        shadow.met, self._shadow = None, shadow
+        shadow.graph.met, self._shadow = None, shadow
         return True
 
     def close(self) -> tuple[Taken, ...]:
@@ -134,11 +134,11 @@ class Sections:
 
     def _run(self, key: int, func: Callable[..., Any], gradients: Sequence[Any]) -> Any:
         shadow = self._shadow
-        if shadow is None or self._section is not None or key in self._taken or key not in shadow.marks:
+        if shadow is None or self._section is not None or key in self._taken or key not in shadow.graph.marks:
             return func(*gradients)
         recorder = shadow.recorder
         task = torch._C._current_graph_task_id()
-        self._section = section = _Section(key, len(recorder.ops), recorder.map.made, task, shadow.graph())
+        self._section = section = _Section(key, len(recorder.ops), recorder.map.made, task, shadow.graph.known())
         try:
             with _in_forward(shadow), self._listener:
                 out = func(*gradients)
@@ -149,7 +149,7 @@ class Sections:
         finally:
             self._section = None
             self._n_over += 1
-            if self._n_over == len(shadow.marks):
+            if self._n_over == len(shadow.graph.marks):
                 self._shadow = None
 
     def _heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -163,7 +163,7 @@ class Sections:
             for tensor in tensors_given(args, kwargs):
                 shadow.twin(tensor)
             if is_pass(func, name):
-                shadow.know_no_gradients()
+                shadow.twins.know_no_gradients()
         out = func(*args, **kwargs)
         with self._unless_it_fails(section):
             shadow.make(func, args, kwargs, out, (), -1)
@@ -187,7 +187,7 @@ class Sections:
         left = {n for s in recorder._storages.values() if s.unpacked_at is None and (n := s.number) >= first} - given
         ops = recorder.ops[section.first_op :]
         return Taken(
-            shadow.marks[section.key],
+            shadow.graph.marks[section.key],
             peak_bytes(ops, recorder.values, section.first_op, first),
             sum(recorder.values[n].nbytes for n in left),
             frozenset(section.asked),

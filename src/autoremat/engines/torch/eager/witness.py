@@ -47,7 +47,7 @@ class Witness:
     def number_anew(self, tensor: Tensor) -> int | None:
         """Number a tensor that is not what it was."""
         if self.shadow is not None:
-            self.shadow.forget(tensor)
+            self.shadow.twins.forget(tensor)
         return self.number(tensor)
 
     def revive(self, tensor: Tensor, number: int) -> None:
@@ -57,7 +57,7 @@ class Witness:
 
     def number_of_pack(self, pack: int) -> int | None:
         """Return a pack's value number; None if not made in the step."""
-        return None if self.shadow is None else self.shadow.saved.get(pack)
+        return None if self.shadow is None else self.shadow.packs.number_of.get(pack)
 
     def made(self, func: Any, args: Any, kwargs: Any, out: Any, packs: Sequence[int], call: int) -> None:
         """Repeat, on fake tensors, a call that was just made."""
@@ -65,7 +65,7 @@ class Witness:
             return
         try:
             self.shadow.make(func, args, kwargs, out, packs, call)
-            self.shadow.packed_here.clear()
+            self.shadow.packs.here.clear()
         except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot do
             self.give_up(error)
 
@@ -77,10 +77,10 @@ class Witness:
         if self.shadow is None:
             return
         if inside:
-            self.shadow.packed_here[pack] = tensor
+            self.shadow.packs.here[pack] = tensor
             return
         try:
-            self.shadow.loose(pack, tensor)
+            self.shadow.graph.save_loose(pack, tensor)
         except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot do
             self.give_up(error)
 
