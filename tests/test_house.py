@@ -166,9 +166,9 @@ def is_definition(node: ast.AST) -> bool:
     return isinstance(node, ast.FunctionDef | ast.ClassDef)
 
 
-PURE = [
-    name for name in FILES if name.split(".")[0] in ("program", "planner", "show") or name.startswith("engines.numpy")
-]
+PURE_ROOMS = ("program", "planner", "show", "engines.numpy")
+"""Rooms that need no framework."""
+PURE = [name for name, room in ROOM_OF.items() if room in PURE_ROOMS]
 
 
 @pytest.mark.parametrize("form", ["import {}", "import {} as m", "import importlib; importlib.import_module('{}')"])

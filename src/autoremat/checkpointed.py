@@ -139,7 +139,7 @@ _COMPILABLE: Final[weakref.WeakValueDictionary[str, Compilable]] = weakref.WeakV
 
 
 def _called(compilable: Compilable, plain: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-    """Make a call under its plan, or as the tracing compiler wants it."""
+    """Make a call under its plan, or as the tracing compiler wants."""
     if torch.compiler.is_compiling():
         how = _met_by_compiler(compilable.key)
         if how == "inline":
