@@ -1,4 +1,7 @@
-"""The fake tensors of a shadow: their mode, their recorder, and what can be asked of them."""
+"""The fake tensors of a shadow: their mode and their recorder.
+
+It has what can be asked of such tensors, too.
+"""
 
 from __future__ import annotations
 
