@@ -233,7 +233,7 @@ def test_examples_of_docstrings_run(source: Path) -> None:
 WITH_SHORT_LINES = [
     "*.py", "demo/*.py", "engines/*.py", "engines/numpy/*.py", "engines/torch/eager/*.py",
     "engines/torch/operators/*.py", "engines/torch/recording/*.py", "engines/torch/world/*.py",
-    "integrations/*.py", "program/*.py", "show/**/*.py",
+    "integrations/*.py", "planner/*.py", "planner/solvers/*.py", "program/*.py", "show/**/*.py",
 ]  # fmt: skip
 """The rooms whose docstrings begin with a short line, which has a verb where something is done."""
 NO_VERBS = {

@@ -1,4 +1,7 @@
-"""Program and budget in, plan out. Never imports torch; numpy and scipy only when solving."""
+"""Program and budget in, plan out.
+
+Never imports torch; numpy and scipy only when solving.
+"""
 
 from autoremat.planner.frontiers import Frontier, frontier
 from autoremat.planner.solving import SOLVERS, classics_of, solve

@@ -1,4 +1,4 @@
-"""Looking for a plan in a process of its own, while a training goes on.
+"""Looks for a plan in its own process, beside a training.
 
 Not in a thread: planning is Python, and a training that runs many short operators waits for the interpreter's lock
 after each of them, so it would lose more than the search takes. Not a copy of this process either: the other one has
@@ -72,10 +72,12 @@ class Search(Protocol):
     wanted: Wanted
 
     def is_over(self) -> bool:
-        """Whether ``plan`` does not have to wait."""
+        """Tell whether ``plan`` does not have to wait."""
 
     def plan(self) -> Plan | None:
-        """What was found, of the very program that was asked about; None: no plan is known.
+        """Return what was found; None where no plan is known.
+
+        It is a plan of the very program that was asked about.
 
         Raises:
             SearchFailed: it ended in an error.
@@ -83,13 +85,16 @@ class Search(Protocol):
 
 
 class Here:
-    """A search in this process, where there cannot be another one: it takes its time when it is asked."""
+    """A search in this process, where there is no other.
+
+    It takes its time when it is asked.
+    """
 
     def __init__(self, wanted: Wanted) -> None:
         self.wanted = wanted
 
     def is_over(self) -> bool:
-        """Nobody else is going to do it."""
+        """Say yes: nobody else is going to do it."""
         return True
 
     def plan(self) -> Plan | None:
@@ -103,7 +108,9 @@ class Here:
 
 
 class Beside:
-    """A search in another process; it ends when nobody refers to this any more, and with this process.
+    """A search in another process.
+
+    It ends when nobody refers to this any more, and with this process.
 
     Raises:
         OSError: there can be no other process, or no file to hand over what is wanted.
@@ -129,11 +136,14 @@ class Beside:
         weakref.finalize(self, _end, self._process, self._pid)
 
     def is_over(self) -> bool:
-        """Whether the other process has ended; in a copy of this one it is none of ours."""
+        """Tell whether the other process has ended.
+
+        In a copy of this one it is none of ours.
+        """
         return os.getpid() != self._pid or self._process.poll() is not None
 
     def plan(self) -> Plan | None:
-        """What it has found, once it has ended."""
+        """Return what it has found, once it has ended."""
         if os.getpid() != self._pid:
             return None
         code = self._process.wait()
@@ -170,7 +180,10 @@ _LAST: list[weakref.ref[Beside]] = []
 
 
 def begun(wanted: Wanted) -> Search | None:
-    """A search in a process beside this one, or, where there can be none, in this one; None while another one runs."""
+    """Begin a search, in a process beside this one if possible.
+
+    Where there can be none, it is in this one; None while another one runs.
+    """
     last = _LAST[0]() if _LAST else None
     if last is not None and not last.is_over():
         return None
@@ -185,12 +198,18 @@ def begun(wanted: Wanted) -> Search | None:
 
 
 def _has_interpreter() -> bool:
-    """Whether it is known how to run Python; not in a program that has it built in."""
+    """Tell whether it is known how to run Python.
+
+    It is not in a program that has it built in.
+    """
     return bool(sys.executable) and not getattr(sys, "frozen", False) and Path(sys.executable).stem.startswith("py")
 
 
 def answer(question: Mapping[str, Any]) -> None:
-    """What the other process does: look for the plan, and write it as JSON, or null where none is known."""
+    """Look for the plan, in the other process, and write it.
+
+    It is JSON, or null where none is known.
+    """
     if hasattr(os, "nice"):
         os.nice(_GIVES_WAY)
     program, wishes = Program.from_json(question["program"]), Wishes(**question["wishes"])

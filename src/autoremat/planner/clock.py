@@ -20,7 +20,10 @@ _LOOK_WORK, _LOOK_CALLS = 0.02, 50
 
 
 class _Meter(threading.local):
-    """Of one thread: the work so far, when time is over, and whether that has ended something."""
+    """The clock of one thread: its work, its end.
+
+    It has the work so far, when time is over, and whether that has ended something.
+    """
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -40,12 +43,12 @@ _METER = _Meter()
 
 
 def now() -> float:
-    """Seconds, as ``time.monotonic`` has them."""
+    """Read the seconds of ``time.monotonic``."""
     return time.monotonic()
 
 
 def worked() -> float:
-    """The work of this thread so far, in seconds of a nominal machine."""
+    """Return this thread's work in seconds of a nominal machine."""
     return _METER.seconds
 
 
@@ -55,7 +58,10 @@ def spend(seconds: float) -> None:
 
 
 def is_over(deadline: float = inf, *, closely: bool = False) -> bool:
-    """Whether the work has come to a point on ``worked``, or time is over; ``closely``: as of right now."""
+    """Tell whether the work has reached ``deadline``, or time is over.
+
+    ``closely``: as of right now.
+    """
     if closely:
         _METER.next_look = 0.0
     if not _METER.has_cut:
@@ -64,13 +70,15 @@ def is_over(deadline: float = inf, *, closely: bool = False) -> bool:
 
 
 def has_cut() -> bool:
-    """Whether the limit of time has ended something before its work was done."""
+    """Tell whether the time limit has ended something too early."""
     return _METER.has_cut
 
 
 @contextmanager
 def limited(seconds: float) -> Iterator[None]:
-    """Within it, everything is over after so many real seconds; an outer limit stays.
+    """Set a limit in real seconds for the block.
+
+    Then everything is over; an outer limit stays.
 
     Example:
         >>> with limited(60.0):
@@ -102,10 +110,10 @@ def left() -> float:
 
 
 def relaxation_limits(seconds: float) -> Mapping[str, float]:
-    """The limits of a linear program (HiGHS) that may take so long."""
+    """Limit the time of a linear program (HiGHS)."""
     return {"time_limit": max(0.1, seconds)}
 
 
 def search_limits(seconds: float) -> Mapping[str, float]:
-    """The limits of an integer program (HiGHS) that may take so long."""
+    """Limit the time of an integer program (HiGHS)."""
     return {"time_limit": max(0.1, seconds)}

@@ -1,4 +1,4 @@
-"""``frontier``: overhead against peak over the whole range of budgets, from the floor to the plain peak.
+"""``frontier``: overhead against peak, from the floor to plain training.
 
 Every budget is solved by ``solve``; all share the pool of candidates that the program has. What one budget finds is
 used for the others: a plan stands for every larger budget at which nothing cheaper is known, and a lower bound holds
@@ -44,7 +44,9 @@ class Frontier:
     plain_peak_bytes: int
 
     def plan_at(self, budget: Budget) -> Plan:
-        """The cheapest plan of the frontier within a budget, whether that is one of the points or not.
+        """Return the frontier's cheapest plan within a budget.
+
+        The budget may be one of the points or not.
 
         Raises:
             InfeasibleBudget: no plan of the frontier fits.
@@ -71,7 +73,10 @@ class Frontier:
         return frontier_plot(self, path, marks={name: reached(self, name) for name in beside})
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The figures as JSON text (format ``autoremat-frontier``, version 1), also to ``path`` if given."""
+        """Write the figures as JSON text, also to ``path`` if given.
+
+        The format is ``autoremat-frontier``, version 1.
+        """
         from autoremat.program.json_format import write_json
 
         figures = ("budget_bytes", "peak_bytes", "overhead", "lower_bound", "solver")
@@ -88,13 +93,13 @@ class Frontier:
         return write_json(data, path)
 
     def __str__(self) -> str:
-        """A table with a bar for every budget."""
+        """Lay out a table with a bar for every budget."""
         from autoremat.show.text import frontier_text
 
         return frontier_text(self)
 
     def _repr_html_(self) -> str:
-        """What a notebook shows."""
+        """Show the frontier in a notebook."""
         from autoremat.show.page import as_html
 
         return as_html(str(self))
@@ -143,7 +148,10 @@ def frontier(
 
 
 def reached(front: Frontier, solver: str, *, time_limit_seconds: float = 10.0) -> tuple[Plan, ...]:
-    """What another solver reaches at the budgets of a frontier, where it reaches anything."""
+    """Ask another solver for plans at a frontier's budgets.
+
+    Where it reaches nothing there is none.
+    """
     found = []
     for point in front.points:
         try:
@@ -161,7 +169,7 @@ _AT_LEAST = 0.25
 
 
 def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, progress: Progress | None) -> list[Plan]:
-    """A plan per budget, by rising budget."""
+    """Solve every budget, in rising order."""
     from autoremat.planner.search.floor import floor_of
 
     end, pool, progress = clock.now() + limit, _pool_of(program), progress or _silent
@@ -193,7 +201,7 @@ def _part(progress: Progress, begin: float, end: float, where: str = "") -> Prog
 
 
 def _best(plans: Sequence[Plan], budget_bytes: int) -> Plan:
-    """The cheapest plan that fits, with the largest bound that holds."""
+    """Choose the cheapest plan that fits, and the largest valid bound."""
     plan = min((p for p in plans if p.peak_bytes <= budget_bytes), key=lambda p: (p.overhead, p.peak_bytes))
     bound = max((p.lower_bound for p in plans if p.budget_bytes >= budget_bytes), default=0.0)
     return replace(plan, budget_bytes=budget_bytes, lower_bound=bound)

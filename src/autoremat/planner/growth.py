@@ -1,4 +1,6 @@
-"""The program of a step with a larger input than any that was recorded, from two recordings of the same calls.
+"""The program of a larger input, from two smaller recordings.
+
+Both recordings have the same calls.
 
 Bytes are polynomials in the sizes of the input. Between two recordings a value has grown by some power of the sizes;
 rounded up to a whole one, that power bounds it from above for all larger sizes, as long as its coefficients are not
@@ -22,7 +24,7 @@ _OF_VALUES = attrgetter("fixed", "held", "available", "dtype")
 
 
 def is_same(a: Program, b: Program) -> bool:
-    """Whether two programs are the same but for sizes and costs."""
+    """Tell whether two programs differ only in sizes and costs."""
     return (
         len(a.ops) == len(b.ops)
         and len(a.values) == len(b.values)
@@ -32,7 +34,9 @@ def is_same(a: Program, b: Program) -> bool:
 
 
 def grown(small: Program, large: Program, between: float, further: float) -> Program | None:
-    """The program of a step with still larger sizes; None where the two are not the same but for sizes. O(program).
+    """Extrapolate the program of a step with still larger sizes.
+
+    None where the two are not the same but for sizes. O(program).
 
     Args:
         small: of a step.
@@ -74,7 +78,7 @@ def _grown_op(a: Op, b: Op, between: float, further: float) -> Op:
 
 
 def grown_number(a: int, b: int, between: float, further: float) -> int:
-    """An upper bound of what was ``a`` and is ``b``, when sizes have grown further."""
+    """Bound what was ``a`` and is ``b`` when sizes grow further."""
     if b <= a or a <= 0:
         return math.ceil(max(a, b) * (further if b != a else 1.0))
     power = math.ceil(math.log(b / a) / math.log(between) - _HAIR)
@@ -82,7 +86,7 @@ def grown_number(a: int, b: int, between: float, further: float) -> int:
 
 
 def _grown_seconds(a: float, b: float, between: float, further: float) -> float:
-    """Seconds are noisy: no more than the third power."""
+    """Extrapolate noisy seconds: no more than the third power."""
     if b <= a or a <= 0:
         return max(a, b)
     return float(b * further ** min(3.0, math.log(b / a) / math.log(between)))

@@ -1,4 +1,7 @@
-"""The error for a budget that no known schedule fits into: what stands in the way, and what to do."""
+"""The error for a budget that no known schedule fits.
+
+It says what stands in the way, and what to do.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ _SHOWN = 5
 
 
 def infeasible(program: Program, budget_bytes: int, lowest: Schedule, *, solver: str) -> InfeasibleBudget:
-    """The error, made from the schedule with the lowest known peak."""
+    """Make the error of the schedule with the lowest known peak."""
     timeline = simulate(program, lowest)
     floor = timeline.peak_bytes
     fill = timeline.resident_at_peak
@@ -31,7 +34,7 @@ def infeasible(program: Program, budget_bytes: int, lowest: Schedule, *, solver:
 def with_message(
     error: InfeasibleBudget, message: str, arrived: tuple[tuple[str, int], ...] = ()
 ) -> InfeasibleBudget:  # fmt: skip
-    """The same error with more to say."""
+    """Make the same error with more to say."""
     return InfeasibleBudget(
         message,
         budget_bytes=error.budget_bytes,
@@ -43,7 +46,10 @@ def with_message(
 
 
 def with_arrivals(error: InfeasibleBudget, before: Program, now: Program) -> InfeasibleBudget:
-    """The same error, which says what this step finds that another one of the training has not found. O(values)."""
+    """Add what this step finds and another has not found.
+
+    The other one is of the same training. O(values).
+    """
     known, found = _fixed(before), _fixed(now)
     more = {what: (n, nbytes - known.get(what, (0, 0))[1]) for what, (n, nbytes) in found.items()}
     arrived = sorted(((what, nbytes) for what, (_, nbytes) in more.items() if nbytes > 0), key=lambda pair: -pair[1])
@@ -63,7 +69,10 @@ _WHAT = {"gradient": "gradients", "input": "inputs", "buffer": "buffers", "param
 
 
 def _fixed(program: Program) -> dict[str, tuple[int, int]]:
-    """How many values are there during the whole step, and their bytes, by what they are."""
+    """Count, by what they are, the values that stay all along.
+
+    Their bytes are counted, too.
+    """
     found: dict[str, tuple[int, int]] = {}
     for value in program.values:
         if value.fixed:
@@ -74,7 +83,10 @@ def _fixed(program: Program) -> dict[str, tuple[int, int]]:
 
 
 def _found(what: str, n: int, nbytes: int) -> str:
-    """So many bytes more of something, such as ``4,096 bytes of gradients (2 parameters)``."""
+    """Say how many bytes more of something a step finds.
+
+    Such as ``4,096 bytes of gradients (2 parameters)``.
+    """
     if what == "gradients":
         return f"{nbytes:,} bytes of gradients ({n} parameter{'s' * (n != 1)})"
     return f"{nbytes:,} bytes of {what}"

@@ -1,4 +1,6 @@
-"""``solve``: program and budget in, plan out. Runs what fits into the time allowed and takes the best.
+"""``solve``: program and budget in, plan out.
+
+It runs what fits into the time allowed and takes the best.
 
 ``auto`` works in three steps. (1) A *pool* of candidates that does not depend on the budget: minimum cuts for a grid of
 prices and segmentations, nested segments and walks of the evicting executor for small budgets; made once per program.
@@ -75,7 +77,7 @@ def solve(
     progress: Callable[[str, float], None] | None = None,
     first: bool = False,
 ) -> Plan:
-    """The plan with the least overhead known whose peak stays within the budget.
+    """Find the cheapest known plan whose peak stays within the budget.
 
     Args:
         program: the step to plan.
@@ -125,7 +127,10 @@ def _solved(
     *,
     first: bool,
 ) -> Plan:
-    """The plan that so much work finds, in seconds of a nominal machine."""
+    """Find a plan with so much work.
+
+    The work is in seconds of a nominal machine.
+    """
     plain_peak = simulate(program).peak_bytes
     budget_bytes = parse_budget(budget, plain_peak)
     if solver in NAMES:
@@ -164,7 +169,9 @@ def _solved(
 def classics_of(
     program: Program, budget_bytes: int, *, time_limit_seconds: float = 10.0
 ) -> tuple[tuple[str, int, float], ...]:
-    """``(solver, peak_bytes, overhead)`` of what each of the classics makes of a budget, also where it does not fit.
+    """Try each of the classics at a budget.
+
+    They are ``(solver, peak_bytes, overhead)``, also where that does not fit.
 
     Keep everything is left out, and so is what finds nothing else. None is begun after the time limit.
     """
@@ -180,7 +187,10 @@ def classics_of(
 
 
 def _exact_look(program: Program, found: Found) -> float:
-    """The share of the time that the exact solver is worth: the wider the gap, the more."""
+    """Choose the share of time that the exact solver is worth.
+
+    The wider the gap, the more.
+    """
     if found.schedule is None or program.passing:
         return 0.0
     gap = found.schedule.extra_seconds(program) - found.lower_bound * program.seconds
@@ -190,7 +200,7 @@ def _exact_look(program: Program, found: Found) -> float:
 
 
 def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: float) -> Found:
-    """What the exact solver makes of what is known."""
+    """Improve what is known by the exact solver."""
     from autoremat.planner.search.optimum import exact
 
     known = found.schedule
@@ -211,7 +221,9 @@ def _made_exact(program: Program, budget_bytes: int, found: Found, deadline: flo
 
 
 def _made_exact_by_calls(program: Program, budget_bytes: int, found: Found, deadline: float) -> Found:
-    """The same for a program whose calls run again from their first op on.
+    """Do the same for a program with calls of several ops.
+
+    They run again from their first op on.
 
     The optimum of the folded program is a schedule of the program, but stages of one call may share a prefix there. The
     optimum over single ops is a bound, because what runs again call by call is such a schedule.
@@ -234,7 +246,10 @@ def _made_exact_by_calls(program: Program, budget_bytes: int, found: Found, dead
 
 
 def _of_all(program: Program, budget_bytes: int) -> Outcome | None:
-    """The cheapest of all schedules of a tiny program; of a recorded one the tape could not run them all."""
+    """Search all schedules of a tiny program for the cheapest.
+
+    Of a recorded one the tape could not run them all.
+    """
     from autoremat.planner.search.optimum import Outcome
     from autoremat.planner.search.tiny import MOST_OPS, cheapest
 
@@ -245,11 +260,14 @@ def _of_all(program: Program, budget_bytes: int) -> Outcome | None:
 
 
 def _silent(what: str, share: float) -> None:
-    """The progress of those who did not ask."""
+    """Show no progress to those who did not ask."""
 
 
 def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
-    """What the greedy finds, where it fits; it cannot be told what must not stay."""
+    """Take what the greedy finds, where it fits.
+
+    It cannot be told what must not stay.
+    """
     from autoremat.planner.search.floor import floor_of
     from autoremat.planner.search.pool import found_by_greedy
 
@@ -266,7 +284,7 @@ def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | 
 
 @per_program
 def _pool_of(program: Program) -> Pool:
-    """The program's pool, made at the first call and kept while the program lives."""
+    """Make the program's pool, and keep it while the program lives."""
     from autoremat.planner.search.pool import Pool
 
     return Pool(program)
@@ -276,7 +294,10 @@ _POOLS: Final = _pool_of.kept
 
 
 def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
-    """The plan of a uniform chain, whose optimum is known; None for all other programs."""
+    """Plan a uniform chain, whose optimum is known.
+
+    None for all other programs.
+    """
     from autoremat.planner.search.uniform import proven
 
     if program.passing or program.has_calls or program.abilities.are_limited:
@@ -290,12 +311,12 @@ def _optimum(program: Program, budget_bytes: int, plain_peak: int) -> Plan | Non
 
 
 def _made_by(solver: str, program: Program, budget_bytes: int, deadline: float) -> Schedule:
-    """The schedule of one of the solvers of the folder."""
+    """Ask one of the solvers of the folder for a schedule."""
     return unfolded(program, solver_of(solver)(planned_as(program), budget_bytes, deadline=deadline))
 
 
 def _refuse_runs(program: Program, schedule: Schedule, solver: str) -> None:
-    """Say what the engine that recorded a program cannot do of what a solver wants."""
+    """Refuse a solver's schedule that the program's engine cannot carry out."""
     if can_carry_out(program, schedule):
         return
     most, beyond = program.abilities.most_runs, beyond_decisions(program, schedule)
@@ -331,7 +352,7 @@ def _plan(
     solver: str,
     candidates: tuple[tuple[str, int, float], ...],
 ) -> Plan:
-    """The plan with the figures of the one simulator, not of the planner's own account."""
+    """Make the plan with the simulator's figures, not the planner's own."""
     from autoremat.planner.bounds.bounds import floor_bound
 
     _refuse_kept(program, schedule, solver)
@@ -353,7 +374,10 @@ def _plan(
 
 
 def _refuse_kept(program: Program, schedule: Schedule, solver: str) -> None:
-    """Not every solver can be told what not to keep."""
+    """Refuse a schedule that keeps what is to be recomputed.
+
+    Not every solver can be told what not to keep.
+    """
     tables = tables_of(planned_as(program))
     kept = kept_anyway(schedule, tables.passing, until_in(program, tables.until))
     if kept:

@@ -1,4 +1,6 @@
-"""What a user wants kept or recomputed, whatever the planner thinks: patterns on modules and operators.
+"""What a user wants kept or recomputed, whatever the planner thinks.
+
+Wishes are patterns on modules and operators.
 
 *Keep* says that what some ops make is never recomputed: these ops get a reason why they must not run again.
 *Recompute* says that what some ops make does not stay from the forward into the backward: these values are *passing*,
@@ -57,7 +59,9 @@ class Wishes:
         return bool(self.keep or self.recompute)
 
     def applied_to(self, program: Program) -> Program:
-        """Return the program with the wishes, under the same numbers. O(patterns * ops).
+        """Return the program with the wishes, under the same numbers.
+
+        O(patterns * ops).
 
         Raises:
             ValueError: a pattern matches no op, or, under ``recompute``, none that may run again; an op is matched by
@@ -75,7 +79,7 @@ class Wishes:
         )
 
     def explained(self, error: InfeasibleBudget) -> InfeasibleBudget:
-        """Add a word on the wishes to the error of a program with wishes."""
+        """Add a word on the wishes to an error."""
         if not self:
             return error
         said = [f"{name}={list(p)!r}" for name, p in (("keep", self.keep), ("recompute", self.recompute)) if p]
@@ -85,12 +89,15 @@ class Wishes:
         )
 
     def still_possible(self, program: Program) -> Wishes:
-        """Leave out of ``recompute`` what only matches ops that must not run again, as has been found since."""
+        """Drop patterns that have turned out to ask the impossible.
+
+        They are those of ``recompute`` that only match ops which must not run again.
+        """
         may = [op for op in program.ops if not op.once]
         return replace(self, recompute=tuple(p for p in self.recompute if any(_matches(op, p) for op in may)))
 
     def keeps(self, module: str, name: str) -> bool:
-        """Tell whether an operator of this name in the module of this path is to be kept."""
+        """Tell whether to keep an operator of this module and name."""
         return any(_fits(pattern, module, name) for pattern in self.keep)
 
 
@@ -98,7 +105,10 @@ NO_WISHES: Final = Wishes()
 
 
 def kept_anyway(schedule: Schedule, passing: frozenset[int], until: Sequence[int]) -> frozenset[int]:
-    """The values whose first copy outlives the op ``until``, up to which it is in memory whatever the plan. O(runs)."""
+    """Find values whose first copy outlives the op ``until``.
+
+    Up to there it is in memory whatever the plan. O(runs).
+    """
     seen: set[int] = set()
     broken: set[int] = set()
     progress = -1
@@ -111,7 +121,7 @@ def kept_anyway(schedule: Schedule, passing: frozenset[int], until: Sequence[int
 
 
 def _matched(program: Program, option: str, patterns: Patterns) -> frozenset[int]:
-    """The ops that some pattern names."""
+    """Find the ops that some pattern names."""
     early = [i for i, op in enumerate(program.ops) if op.phase != "backward"]
     found: set[int] = set()
     for pattern in patterns:

@@ -20,7 +20,9 @@ class Solver(Protocol):
     """What ``schedule`` is in every file of this folder."""
 
     def __call__(self, program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
-        """A schedule within the budget if the algorithm has one, and else the one with the lowest peak it has.
+        """Make a schedule within the budget, or with the lowest peak.
+
+        The latter is for an algorithm that has none within the budget.
 
         Args:
             program: the step, without calls that run again from their first op on (``planned_as`` has folded those).
@@ -30,6 +32,9 @@ class Solver(Protocol):
 
 
 def solver_of(name: str) -> Solver:
-    """The solver of a name; its file is imported at the first call, for importing autoremat is to be cheap."""
+    """Import the solver of a name.
+
+    That happens at the first call, for importing autoremat is to be cheap.
+    """
     found: Solver = import_module(f"{__name__}.{name.replace('-', '_')}").schedule
     return found

@@ -21,12 +21,15 @@ _GRID = 6
 
 
 def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
-    """The best of the thresholds 0, B and six points from B / 2 to 2 B that fits. O(values) per threshold."""
+    """Choose the best of eight thresholds that fits.
+
+    They are 0, B and six points from B / 2 to 2 B. O(values) per threshold.
+    """
     return pick(program, budget_bytes, chen_plans(chain_of(tables_of(program))))
 
 
 def chen_plans(chain: Chain) -> Iterator[Runs]:
-    """The plans of the appendix's search."""
+    """Make the plans of the appendix's search."""
     for threshold in thresholds(chain):
         cuts, _, _ = greedy_cuts(chain, threshold)
         kept = crossing(chain.tables, cuts)
@@ -34,7 +37,10 @@ def chen_plans(chain: Chain) -> Iterator[Runs]:
 
 
 def thresholds(chain: Chain) -> list[float]:
-    """0, B = sqrt(x * y), and six points on [B / 2, 2 B], in equal ratios."""
+    """List 0, B = sqrt(x * y), and six points around B.
+
+    They are on [B / 2, 2 B], in equal ratios.
+    """
     _, kept, largest = greedy_cuts(chain, 0)
     middle = sqrt(kept * largest)
     grid = (middle * 2 ** (2 * k / (_GRID - 1) - 1) for k in range(_GRID))
@@ -42,7 +48,10 @@ def thresholds(chain: Chain) -> list[float]:
 
 
 def greedy_cuts(chain: Chain, threshold: float) -> tuple[tuple[int, ...], int, int]:
-    """Algorithm 3: the cuts, x (bytes of the states kept there) and y (most bytes of a segment)."""
+    """Cut the chain by algorithm 3.
+
+    With the cuts come x (bytes of the states kept there) and y (most bytes of a segment).
+    """
     chosen: list[int] = []
     kept = largest = bytes_so_far = 0
     for made, cut, state in zip(_made(chain), (*chain.cuts, None), (*chain.states[1:], ()), strict=True):
@@ -56,7 +65,7 @@ def greedy_cuts(chain: Chain, threshold: float) -> tuple[tuple[int, ...], int, i
 
 
 def _made(chain: Chain) -> list[int]:
-    """For every block the bytes that plain training would keep of it."""
+    """Count, for every block, the bytes that plain training keeps."""
     tables, made = chain.tables, [0] * len(chain)
     block = 0
     for i in tables.early:

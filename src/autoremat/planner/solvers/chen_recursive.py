@@ -1,4 +1,6 @@
-"""Recursive checkpointing: memory ``g(n) = k + g(n / (k + 1)) = k log_{k+1} n`` for a chain of n blocks.
+"""Recursive checkpointing: k log_{k+1} n memory for n blocks.
+
+``g(n) = k + g(n / (k + 1)) = k log_{k+1} n`` for a chain.
 
 Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", section 4.4: keep k states that cut
 the chain into k + 1 equal parts, and treat every part the same way when its backward comes. With k = 1 a chain of n
@@ -17,12 +19,15 @@ from autoremat.program import Program, Schedule
 
 
 def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
-    """The recursion with the best k that fits."""
+    """Choose the recursion with the best k that fits."""
     return pick(program, budget_bytes, chen_recursive_plans(chain_of(tables_of(program))))
 
 
 def chen_recursive_plans(chain: Chain) -> Iterator[Runs]:
-    """For k = 1, 2, 3, 4, 6, 9, 13, ... up to the number of blocks."""
+    """Make a plan for every k up to the number of blocks.
+
+    They are k = 1, 2, 3, 4, 6, 9, 13, ....
+    """
     k = 1
     while True:
         yield chain.runs(recursive_sweeps(len(chain), k))
@@ -32,7 +37,10 @@ def chen_recursive_plans(chain: Chain) -> Iterator[Runs]:
 
 
 def recursive_sweeps(blocks: int, kept: int) -> Iterator[Sweep]:
-    """The sweeps after the first forward pass when every recursion keeps so many states. O(sweeps)."""
+    """List the sweeps when every recursion keeps so many states.
+
+    They come after the first forward pass. O(sweeps).
+    """
     left = [(0, blocks)]
     while left:
         base, n = left.pop()

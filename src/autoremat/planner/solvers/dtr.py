@@ -29,7 +29,9 @@ thrashes. They do not depend on the budget: so what it reaches for a budget, it 
 
 
 def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
-    """DTR under the budget; where it fails, under the lowest of a few higher limits. O(evictions * values).
+    """Run DTR under the budget, or under a higher limit.
+
+    Where it fails, under the lowest of a few higher limits. O(evictions * values).
 
     Near the floor it thrashes for minutes; past the ``deadline`` (on ``clock.worked``) it fails.
     """
@@ -47,7 +49,10 @@ def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> S
 
 
 def dtr_runs(course: Course, limit_bytes: int, *, deadline: float = inf) -> Runs | None:
-    """The reruns under a limit; None when an op does not fit, or nothing but recomputation happens in time."""
+    """List DTR's reruns under a limit, if it gets through.
+
+    None when an op does not fit, or nothing but recomputation happens in time.
+    """
     executor = _Online(course, Rules(limit_bytes, limit_bytes, most_bytes=limit_bytes))
     for t in range(len(course.tables.ops)):
         executor.step(t)
@@ -87,7 +92,10 @@ class _Online(Executor):
         return (self._cost(value) + self._cost_of_gone_users(value)) / (self.size[value] * staleness)
 
     def _cost_of_gone_users(self, value: int) -> float:
-        """Seconds of the ops that have run, whose results are gone and would need the value to be made again."""
+        """Add up the seconds of users that are gone, too.
+
+        They have run, and would need the value to be made again.
+        """
         seconds, seen, stack = 0.0, set[int](), [value]
         while stack and len(seen) < _FARTHEST:
             for i, w in self._gone_users(stack.pop()):

@@ -25,7 +25,7 @@ def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> S
 
 
 def block_of(tables: Tables) -> tuple[int, ...]:
-    """For every op the number of its block, -1 outside of blocks."""
+    """Number the block of every op, -1 outside of blocks."""
     if not any(tables.ops[i].module for i in tables.early):
         return tuple(-1 if late else i for i, late in enumerate(tables.late))
     table, number, current = [-1] * len(tables.late), -1, ""
@@ -48,13 +48,19 @@ def _numbered_prefix(module: str) -> str:
 
 
 def _leaves_its_block(tables: Tables, blocks: tuple[int, ...], value: int) -> bool:
-    """Whether checkpointing would keep the value: made outside of blocks, or read by an op of another block."""
+    """Tell whether checkpointing would keep the value.
+
+    It is made outside of blocks, or read by an op of another block.
+    """
     home = blocks[tables.producer[value]]
     return home < 0 or any(blocks[i] != home for i in tables.early_readers[value])
 
 
 def _rest_of_blocks(tables: Tables, blocks: tuple[int, ...], runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
-    """The reruns that demand alone would not ask for: checkpointing runs a block as a whole."""
+    """Add the reruns that demand alone would not ask for.
+
+    Checkpointing runs a block as a whole.
+    """
     when: dict[int, int] = {}
     last: dict[int, int] = {}
     for time, i in runs:

@@ -1,4 +1,7 @@
-"""Keep everything: plain training, no reruns, the largest peak. What every other plan is compared with."""
+"""Keep everything: plain training, without reruns, with the largest peak.
+
+Every other plan is compared with it.
+"""
 
 from __future__ import annotations
 
@@ -8,5 +11,8 @@ from autoremat.program import Program, Schedule
 
 
 def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
-    """The program as it is, whatever the budget: every value stays until its last reader has run."""
+    """Return the program as it is, whatever the budget.
+
+    Every value stays until its last reader has run.
+    """
     return Schedule.plain(program)

@@ -28,7 +28,7 @@ def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> S
 
 
 def revolve_plans(chain: Chain, accountant: Accountant, budget_bytes: int) -> Iterator[Runs]:
-    """With the fewest slots, and with the most that fit."""
+    """Make plans with the fewest slots and the most that fit."""
     fewest = fewest_slots(len(chain))
 
     def fits(slots: int) -> bool:
@@ -40,12 +40,15 @@ def revolve_plans(chain: Chain, accountant: Accountant, budget_bytes: int) -> It
 
 
 def revolve_runs(chain: Chain, slots: int) -> Runs:
-    """The reruns of Revolve with so many slots, initial state included."""
+    """List Revolve's reruns with so many slots, initial state included."""
     return chain.runs(revolve_sweeps(len(chain), slots))
 
 
 def most_that_fit(most: int, fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 to ``most`` that fits, where those below one that fits do; 1 where none does."""
+    """Find the largest number up to ``most`` that fits.
+
+    Those below one that fits do; it is 1 where none does.
+    """
     low, high = 1, most
     while low < high:
         middle = (low + high + 1) // 2
@@ -54,12 +57,17 @@ def most_that_fit(most: int, fits: Callable[[int], bool]) -> int:
 
 
 def fewest_slots(steps: int) -> int:
-    """The fewest slots worth asking for: one on all but long chains, whose schedule would never end."""
+    """Find the fewest slots worth asking for.
+
+    It is one on all but long chains, whose schedule would never end.
+    """
     return most_that_fit(steps, lambda s: s == 1 or revolve_forwards(steps, s - 1) > max(_MOST_RUNS, 20 * steps))
 
 
 def revolve_forwards(steps: int, slots: int) -> int:
-    """Forward steps in all, the first run of every step included (section 2, equation 5). O(repetitions).
+    """Count all forward steps, first runs included.
+
+    Section 2, equation 5. O(repetitions).
 
     Raises:
         ValueError: fewer than one step or slot.
@@ -69,7 +77,10 @@ def revolve_forwards(steps: int, slots: int) -> int:
 
 
 def revolve_split(steps: int, slots: int) -> int:
-    """After how many steps the next state goes into a slot: the largest optimal number. O(repetitions)."""
+    """Find after how many steps the next state is kept.
+
+    It is the largest optimal number. O(repetitions).
+    """
     if slots == 1:
         return steps - 1
     r = _repetitions(steps, slots)
@@ -77,7 +88,10 @@ def revolve_split(steps: int, slots: int) -> int:
 
 
 def revolve_sweeps(steps: int, slots: int) -> Iterator[Sweep]:
-    """The sweeps after the first forward pass, in the order they run. O(sweeps + splits)."""
+    """List the sweeps after the first forward pass, in order.
+
+    O(sweeps + splits).
+    """
     left: list[tuple[int, int, int]] = [(0, steps, slots)]
     while left:
         base, n, free = left.pop()

@@ -40,19 +40,25 @@ _CLIMB = 6
 
 
 def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
-    """The best schedule on at most 200 blocks, with about 500 slots. O(blocks^3 * slots)."""
+    """Find the best schedule on at most 200 blocks.
+
+    It has about 500 slots. O(blocks^3 * slots).
+    """
     chain, accountant = chain_of(tables_of(program), MOST_BLOCKS), accountant_of(program)
     return pick(program, budget_bytes, rotor_plans(chain, accountant, budget_bytes))
 
 
 def rotor_plans(chain: Chain, accountant: Accountant, budget_bytes: int, slots: int = _SLOTS) -> Iterator[Runs]:
-    """Plans with limits around the highest whose peak is within the budget; where none is, with the lowest limit."""
+    """Make plans with limits around the highest that fits.
+
+    Where none is within the budget, there is one with the lowest limit.
+    """
     demand = demand_of(chain)
     table = Table(demand, int(budget_bytes * _SPARE), slots)
     limits = table.limits()
 
     def fits(k: int) -> bool:
-        """Whether the plan with the k-th lowest limit does."""
+        """Tell whether the plan with the k-th lowest limit fits."""
         return accountant(accountant.order(chain.runs(table.sweeps(limits[k - 1])))).peak_bytes <= budget_bytes
 
     highest = most_that_fit(len(limits), fits) - 1
@@ -67,7 +73,9 @@ def rotor_plans(chain: Chain, accountant: Accountant, budget_bytes: int, slots: 
 
 
 class Table:
-    """The cheapest way through every part of a chain with every number of memory slots.
+    """The cheapest way through every part of a chain.
+
+    There is one for every number of memory slots.
 
     ``again[s, t, m]`` are the seconds of reruns for the blocks s..t when the backward of t comes next and only
     state s, outside of the m slots, is there; ``shifted[t, s, m]`` the same when state s takes its place in the slots
@@ -95,14 +103,17 @@ class Table:
             self._solve_first(s)
 
     def limits(self) -> list[int]:
-        """The numbers of slots at which the seconds fall, ascending."""
+        """List the numbers of slots at which the seconds fall, ascending."""
         row = self.first[0]
         falls = np.flatnonzero(row[1:] < row[:-1]) + 1
         start = [0] if np.isfinite(row[0]) else []
         return [*start, *falls.tolist()]
 
     def sweeps(self, slots: int) -> Iterator[Sweep]:
-        """The schedule for a number of slots: the sweeps after the first forward pass."""
+        """List the sweeps for a number of slots.
+
+        They come after the first forward pass.
+        """
         left: list[tuple[int, int, int]] = []
         self._walk(0, self.count - 1, slots, left, self._choose_first)
         while left:
@@ -134,7 +145,7 @@ class Table:
         np.minimum(row, self._first_whole(s), out=row)
 
     def _first_splits(self, s: int) -> Costs:
-        """Keep state s, and go on to s', for every s' beyond s."""
+        """Keep state s, and go on to every s' beyond it."""
         d = self.demand
         after = range(s + 1, self.count)
         table = np.stack([self._moved(self.first[k], d.state[k]) for k in after])
@@ -150,11 +161,11 @@ class Table:
         return row
 
     def _units(self, nbytes: int) -> int:
-        """Slots that so many bytes take, at most one more than there are."""
+        """Count the slots of so many bytes, at most one extra."""
         return max(0, min(-(-nbytes * self._parts // self._of_bytes), self.slots + 1))
 
     def _moved(self, row: Costs, *nbytes: int) -> Costs:
-        """The costs when so many bytes of the slots are taken."""
+        """Shift the costs by so many bytes of the slots."""
         by = min(sum(self._units(n) for n in nbytes), self.slots + 1)
         moved = np.full_like(row, np.inf)
         moved[by:] = row[: self.slots + 1 - by]
@@ -163,7 +174,10 @@ class Table:
     # -- from the table to the schedule --------------------------------------------------------------------------------
 
     def _walk(self, s: int, t: int, m: int, left: list[tuple[int, int, int]], choose: _Choose) -> frozenset[int]:
-        """One sweep from state s to block t with m slots: which blocks run whole; ``left`` gets what is still to do."""
+        """Walk one sweep from state s to block t.
+
+        There are m slots; it says which blocks run whole, and ``left`` gets what is still to do.
+        """
         d, whole = self.demand, set[int]()
         while s < t:
             k = choose(s, t, m)
@@ -178,7 +192,10 @@ class Table:
         return frozenset(whole)
 
     def _choose(self, s: int, t: int, m: int) -> int:
-        """The next state to keep; s itself when block s is kept whole."""
+        """Choose the next state to keep, or s itself.
+
+        It is s when block s is kept whole.
+        """
         d = self.demand
         split = self.again[s, s:t, m] + self.shifted[t, s + 1 : t + 1, m]
         split = split + self.advance[s + 1 : t + 1] - self.advance[s]

@@ -18,14 +18,19 @@ from autoremat.program import Program, Schedule
 
 
 def schedule(program: Program, budget_bytes: int, *, deadline: float = inf) -> Schedule:
-    """Whatever the budget, about sqrt(n) segments, n the number of forward ops that may run again. O(n log n)."""
+    """Cut into about sqrt(n) segments, whatever the budget.
+
+    n is the number of forward ops that may run again. O(n log n).
+    """
     tables = tables_of(program)
     count = max(1, isqrt(len(tables.replayed)))
     return Schedule.from_order(program, unroll(program, crossing(tables, boundaries(tables, count))))
 
 
 def boundaries(tables: Tables, count: int, *, tapered: bool = False) -> tuple[int, ...]:
-    """The early ops at which segments begin, for about ``count`` segments (fewer where no more cuts exist).
+    """Find the early ops at which segments begin.
+
+    There are about ``count`` segments, fewer where no more cuts exist.
 
     ``tapered`` makes the segments shrink linearly towards the end: while an early segment runs again, what the later
     ones kept has left, so it may be larger (for the uniform chain this is the optimal shape with one rerun).
@@ -51,7 +56,9 @@ FORBIDDEN = 1 << 60
 
 
 def narrow_cuts(tables: Tables) -> tuple[int, ...]:
-    """The early ops right before which at most one droppable value crosses; none if that leaves too large a block.
+    """Find early ops before which at most one droppable value crosses.
+
+    There are none if that leaves too large a block.
 
     Too large is a block with more than a quarter of the bytes that the backward needs. O(reads).
     """
@@ -72,12 +79,15 @@ def narrow_cuts(tables: Tables) -> tuple[int, ...]:
 
 
 def saved_bytes(tables: Tables, op: int) -> int:
-    """Bytes of what the op writes and the backward asks for."""
+    """Count the op's bytes that the backward asks for."""
     return sum(tables.values[v].nbytes for v in tables.ops[op].writes if tables.starts[v])
 
 
 def crossing_bytes(tables: Tables) -> list[int]:
-    """For every early op, by position, the bytes that a cut right after it would have to keep."""
+    """Count, for every early op, what a cut after it keeps.
+
+    They are bytes, by position.
+    """
     position = {i: k for k, i in enumerate(tables.early)}
     steps = [0] * (len(tables.early) + 1)
     for v, readers in enumerate(tables.early_readers):
@@ -91,12 +101,15 @@ def crossing_bytes(tables: Tables) -> list[int]:
 
 
 def segment_of(tables: Tables, cuts: Sequence[int]) -> list[int]:
-    """For every op the number of its segment (late ops: that of the last early op before them)."""
+    """Number the segment of every op.
+
+    That of late ops is that of the last early op before them.
+    """
     return [bisect_right(cuts, i) for i in range(len(tables.late))]
 
 
 def crossing(tables: Tables, cuts: Sequence[int]) -> frozenset[int]:
-    """The droppable values that an op of a later segment reads when it runs again."""
+    """Collect droppable values that a later segment's reruns read."""
     home = segment_of(tables, cuts)
     return frozenset(
         v

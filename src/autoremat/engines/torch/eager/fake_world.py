@@ -52,7 +52,7 @@ class FakeWorld:
             yield
 
     def as_fake(self, tensor: Tensor) -> Tensor:
-        """Turn a tensor into a fake one, or into the one beside it."""
+        """Turn a tensor into a fake one, or the one beside it."""
         if (twin := twin_beside(tensor)) is not None:
             return twin
         return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)

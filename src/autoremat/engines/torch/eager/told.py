@@ -1,4 +1,4 @@
-"""The recorder of a shadow: it knows the sizes that real calls have shown."""
+"""The shadow's recorder, which knows sizes that real calls have shown."""
 
 from __future__ import annotations
 

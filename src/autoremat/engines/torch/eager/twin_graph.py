@@ -1,4 +1,4 @@
-"""The graph of the twins: what stands for the nodes of the real one."""
+"""The graph of the twins, which stands for the real one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What autograd saves of twins, matched with what it saves of the real step."""
+"""What autograd saves of twins, matched with the real step's."""
 
 from __future__ import annotations
 

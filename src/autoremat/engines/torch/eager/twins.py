@@ -1,4 +1,4 @@
-"""The twins of a step's tensors: fake tensors that live as long as they do."""
+"""The twins of a step's tensors, which live as long."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class Twins:
         self._twins.pop(id(tensor), None)
 
     def bind(self, tensor: Tensor, twin: Tensor, node: Any) -> Tensor:
-        """Make this the twin of a tensor, and of its place in the graph."""
+        """Make this a tensor's twin, and place it in the graph."""
         key, gone = id(tensor), self._gone
         before = self._twins.pop(key, None)
         if before is not None and before[0]() is None:  # another tensor, which is gone, had this address
