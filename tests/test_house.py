@@ -51,7 +51,6 @@ LARGER = {
     "engines.torch.eager.passes.Passes": (93, 14),
     "engines.torch.eager.planning.Planning": (235, 4),
     "engines.torch.eager.tape.Tape": (215, 20),
-    "engines.torch.recording.recorder.Recorder": (350, 21),
     "engines.torch.recording.recording.RecordedOp": (23, 14),
     "planner.bounds.stages.Stages": (259, 11),
     "planner.search.account.Accountant": (114, 17),

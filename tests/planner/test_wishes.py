@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given
@@ -60,6 +62,16 @@ def test_no_schedule_without_what_must_be_kept_is_below_the_bound(data: st.DataO
     best = optimum(limited, plan.budget_bytes)
     assert best is not None
     assert plan.lower_bound * program.seconds <= best + 1e-9 <= plan.overhead * program.seconds + 2e-9
+
+
+def test_a_program_with_wishes_is_a_program_like_any_other():
+    program = replace(gpt(2), recorded="fake", timing="measured", measured_share=0.5)
+    wished = Wishes(keep="head", recompute="gelu").applied_to(program)
+    assert type(wished) is Program
+    assert {program.ops[program.producer[v]].name for v in wished.passing} == {"gelu"}
+    assert Program.from_json(wished.to_json()) == wished
+    assert replace(wished, values=program.values, ops=program.ops) == program
+    assert Wishes().applied_to(program) is program
 
 
 def attempt(program: Program, solver: str) -> Plan | str:

@@ -84,11 +84,11 @@ class Region:
         inside = [n for n in made if n >= self._begin]
         op = RecordedOp(_OF_TORCH, list(self._reads), (), (), True, None, module=min(p.module for p in waiting))
         op.writes = tuple(recorder.map.bind_made(made[n].untyped_storage()) for n in inside)
-        recorder._append(op)
+        recorder.log.append(op)
         for new, n in zip(op.writes, inside, strict=True):
-            recorder._born(new, made[n], op)
+            recorder.storages.born(new, made[n], op)
         for n in made.keys() - inside:
-            recorder.hold(made[n].untyped_storage(), n)
+            recorder.storages.hold(made[n].untyped_storage(), n)
         for packed in waiting:
             packed.tensor = made[packed.number]
 

@@ -32,11 +32,11 @@ from autoremat.engines.torch.operators.history import is_leaf
 from autoremat.engines.torch.operators.local import is_taken_apart, local_of, prepare_jagged
 from autoremat.engines.torch.operators.timing import Progress
 from autoremat.engines.torch.operators.values import storage_of
+from autoremat.engines.torch.recording.doubles import Doubles
 from autoremat.engines.torch.recording.fakes import fake_world
 from autoremat.engines.torch.recording.living import Living, let_go_of_frames, let_go_of_lines
 from autoremat.engines.torch.recording.recording import Recording
 from autoremat.engines.torch.recording.step import Step, apart_or, refuse_left
-from autoremat.engines.torch.recording.twins import Twins
 from autoremat.engines.torch.recording.whole import Whole
 from autoremat.engines.torch.world.apart import RecordingDied
 from autoremat.engines.torch.world.devices import check_devices, check_target, is_unreal, refuse_shared_memory
@@ -212,7 +212,7 @@ def _on_real(step: Step) -> Recording:
         raise NotSupported("a recording on real tensors would have to gather the shards of fully_shard")
 
     def work(progress: Progress | None) -> Recording:
-        twin = Twins()
+        twin = Doubles()
         with without_caches(), _put_back() as before_writing:
             swap_tensors(step.modules, twin)
             args, kwargs = map_tensors((tuple(step.args), step.kwargs), twin)

@@ -46,7 +46,8 @@ from autoremat.engines.torch.operators.local import (
 from autoremat.engines.torch.operators.signature import signature_of
 from autoremat.engines.torch.operators.timing import estimate
 from autoremat.engines.torch.operators.values import storage_of
-from autoremat.engines.torch.recording.recorder import ASKS_FOR_DEVICE, _covers_storage
+from autoremat.engines.torch.recording.dense import covers_storage
+from autoremat.engines.torch.recording.recorder import ASKS_FOR_DEVICE
 from autoremat.program.once import Once, Reason
 
 OPAQUE, UNKNOWN, FOREIGN = Reason(Once.OPAQUE), Reason(Once.UNKNOWN), Reason(Once.FOREIGN)
@@ -422,7 +423,7 @@ class _Probe(TorchDispatchMode):
             self.statistics |= set(self._positions([args[i] for i in RUNNING_STATISTICS]))
         else:
             written = facts.written(args, kwargs)
-            if facts.overwriting and _covers_storage(args[0]):
+            if facts.overwriting and covers_storage(args[0]):
                 self.covered |= set(self._positions(written)) - self.written
             self.written |= set(self._positions(written))
         out = func(*args, **kwargs)

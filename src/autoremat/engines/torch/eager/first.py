@@ -244,7 +244,7 @@ class FirstStep:
 
     def on_op(self, report: Callable[[int], None]) -> None:
         """Report every recorded op, by the number of those so far."""
-        self._shadow.recorder.on_op = report
+        self._shadow.recorder.log.on_op = report
 
     def recording(self) -> Recording:
         """Return what has been recorded, as plain data."""

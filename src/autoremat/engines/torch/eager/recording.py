@@ -86,20 +86,20 @@ def record_backward(
             for _, tensor in named:
                 shadow.twin(tensor).grad = None
         for leaf in leaves:  # a hook left in place would hold the recorder, in a circle through torch's graph
-            stack.callback(leaf.register_hook(recorder.accumulates).remove)
+            stack.callback(leaf.register_hook(recorder.log.accumulates).remove)
         with recorder.seeded(twins) as start:
             recorder.backward = True
             start()
             for leaf in leaves:
                 if leaf.grad is not None:
                     name = names.get(id(leaf), "")
-                    recorder.call_gradient(leaf.grad, name, name.rpartition(".")[0])
+                    recorder.log.call_gradient(leaf.grad, name, name.rpartition(".")[0])
             recorder.finish()
             for n in cached:
                 if recorder.values[n].forever:
                     recorder.values[n].forever, recorder.values[n].died = False, end
             gone = {id(shadow.twin(t)) for t in moving}
-            recorder.leave_gradients([leaf.grad for leaf in leaves if leaf.grad is not None and id(leaf) in gone])
+            recorder.log.leave_gradients([leaf.grad for leaf in leaves if leaf.grad is not None and id(leaf) in gone])
 
 
 def program_of(

@@ -184,7 +184,7 @@ class Sections:
         shadow.forget_graph(section.graph)
         recorder, first = shadow.recorder, section.first_value
         given = {recorder.map.number(s) for t in tensors_in(out) if (s := storage_of(local_of(shadow.twin(t))))}
-        left = {n for s in recorder._storages.values() if s.unpacked_at is None and (n := s.number) >= first} - given
+        left = {n for n in recorder.storages.living() if n >= first} - given
         ops = recorder.ops[section.first_op :]
         return Taken(
             shadow.graph.marks[section.key],

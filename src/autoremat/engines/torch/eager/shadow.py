@@ -21,8 +21,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.calls import is_pass, name_of
 from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
-from autoremat.engines.torch.eager.fake_world import (
-    FakeWorld,
+from autoremat.engines.torch.eager.state import heard_by_classes
+from autoremat.engines.torch.eager.twin_graph import TwinGraph
+from autoremat.engines.torch.eager.twin_packs import TwinPacks, spoken_name
+from autoremat.engines.torch.eager.twin_world import (
+    TwinWorld,
     Unlike,
     blank_of,
     count_of,
@@ -30,15 +33,13 @@ from autoremat.engines.torch.eager.fake_world import (
     is_opaque,
     is_small_index,
 )
-from autoremat.engines.torch.eager.state import heard_by_classes
-from autoremat.engines.torch.eager.twin_graph import TwinGraph
-from autoremat.engines.torch.eager.twin_packs import TwinPacks, spoken_name
 from autoremat.engines.torch.eager.twins import Twins
 from autoremat.engines.torch.operators.facts import facts_of
 from autoremat.engines.torch.operators.history import node_made, node_of
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.values import storage_of
-from autoremat.engines.torch.recording.recorder import Recorder, _user_line
+from autoremat.engines.torch.recording.frames import user_line
+from autoremat.engines.torch.recording.recorder import Recorder
 from autoremat.engines.torch.recording.recording import RecordedOp
 from autoremat.program.model import INSIDE
 from autoremat.program.once import Once, Reason
@@ -60,7 +61,7 @@ class Shadow:
     """
 
     def __init__(self, module_path: Callable[[], str]) -> None:
-        self._world = world = FakeWorld(module_path)
+        self._world = world = TwinWorld(module_path)
         self.mode, self.recorder = world.mode, world.recorder
         self.packs, self.twins = TwinPacks(world), Twins(world)
         self.graph = self.twins.graph = TwinGraph(world, self.twins, self.packs)
@@ -71,14 +72,14 @@ class Shadow:
     def know(self, tensor: Tensor, label: str, kind: str, module: str = "") -> None:
         """Register a tensor that exists before the step."""
         with self._world.here():
-            self.recorder.know(self.twin(tensor, node_of), label, kind, module)
+            self.recorder.log.know(self.twin(tensor, node_of), label, kind, module)
 
     def know_gradient(self, leaf: Tensor, label: str, module: str) -> None:
         """Register a leaf's existing gradient, to which the backward adds."""
         gradient = self.twin(leaf).grad
         if gradient is not None:
             with self._world.here():
-                self.recorder.know(gradient, label, "gradient", module)
+                self.recorder.log.know(gradient, label, "gradient", module)
 
     def twin(self, tensor: Tensor, node_of: Callable[[Tensor], Any] = node_made) -> Tensor:
         """Return a tensor's twin, made or corrected if need be."""
@@ -99,7 +100,7 @@ class Shadow:
             for n in op.reads:
                 if n >= 0 and recorder.values[n].available == INSIDE and maker[n] != op.call:
                     recorder.values[n].available = last[maker[n]]
-        return {s.number for s in recorder._storages.values() if s.number >= 0 and s.unpacked_at is None} - known
+        return {n for n in recorder.storages.living() if n >= 0} - known
 
     def number(self, tensor: Tensor) -> int:
         """Return the number of the value that a tensor looks at."""
@@ -110,7 +111,7 @@ class Shadow:
         """Put a tensor's twin on the memory of a lost value."""
         storage = storage_of(local_of(self.twin(tensor)))
         if storage is not None:
-            self.recorder.revive(storage, number)
+            self.recorder.storages.revive(storage, number)
 
     def forget_graph(self, but: frozenset[tuple[int, int]]) -> None:
         """Free histories of newer nodes, from which nobody goes on."""
@@ -218,17 +219,17 @@ class Shadow:
             aliases = [own.get(id(t), self.twins.alias_of(t)) for t in real]
             made = [self.twins.blank_like(t) if a is None else a for a, t in zip(aliases, real, strict=True)]
             numbers, _ = recorder.map.reads(inputs)
-            recorder._know_outside(inputs)
+            recorder.log.know_outside(inputs)
             facts = replace(facts_of(torch.ops.aten.mul.Tensor), name=_spoken(func))
             op = RecordedOp(_spoken(func), list(numbers), (), (), False, facts, call=recorder.call,
-                            module=recorder.module_path(), source=_user_line())  # fmt: skip
+                            module=recorder.module_path(), source=user_line())  # fmt: skip
             fresh = [t for t, a in zip(made, aliases, strict=True) if a is None]
             seen = [(s, t) for t in fresh if (s := storage_of(t)) is not None]
             writes = [(recorder.map.bind_made(s), t) for s, t in seen]
             op.writes, op.opaque = tuple(n for n, _ in writes), len(seen) < len(fresh)
-            recorder._append(op)
+            recorder.log.append(op)
             for number, tensor in writes:
-                recorder._born(number, tensor, op)
+                recorder.storages.born(number, tensor, op)
             self.packs.packs = []
             if not any(t.requires_grad for t in real):
                 return made
@@ -269,7 +270,7 @@ def _note_what_leaves(recorder: Recorder, saved_after: Mapping[int, int], begin:
             overwrites = any(new == n and old not in born for new, old in op.in_place)
             if n in saved_after and n not in inner:
                 recorder.values[n].available = max(i, saved_after[n])
-            elif recorder._packs_of.get(n) or ((n in outputs or overwrites) and n not in inner):
+            elif recorder.packs.is_saved(n) or ((n in outputs or overwrites) and n not in inner):
                 recorder.values[n].available = last
             else:
                 recorder.values[n].available = INSIDE

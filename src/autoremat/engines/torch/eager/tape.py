@@ -33,7 +33,7 @@ from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.eager.values import Numbers
 from autoremat.engines.torch.eager.witness import Witness
-from autoremat.engines.torch.recording.recorder import _user_line
+from autoremat.engines.torch.recording.frames import user_line
 
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
@@ -238,7 +238,7 @@ class Tape:
 
     def met_compiled_code(self) -> None:
         """Note that compiled code makes the call that comes next."""
-        self.compiled = self.compiled or _user_line() or "a function"
+        self.compiled = self.compiled or user_line() or "a function"
 
     # ---- afterwards ------------------------------------------------------------------------------------------------
 

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from autoremat.engines.torch.eager.fake_world import Blank, FakeWorld, blank_of, without_duals
 from autoremat.engines.torch.eager.twin_packs import TwinPacks
+from autoremat.engines.torch.eager.twin_world import Blank, TwinWorld, blank_of, without_duals
 from autoremat.engines.torch.eager.twins import Twins
 from autoremat.engines.torch.operators.local import is_jagged, local_of
 from autoremat.engines.torch.operators.values import storage_of
-from autoremat.engines.torch.recording.recorder import _user_line
+from autoremat.engines.torch.recording.frames import user_line
 from autoremat.engines.torch.recording.recording import RecordedOp
 
 _COMPILED: Final = "CompiledFunctionBackward"
@@ -36,7 +36,7 @@ class TwinGraph:
         packs: what autograd saves of them.
     """
 
-    def __init__(self, world: FakeWorld, twins: Twins, packs: TwinPacks) -> None:
+    def __init__(self, world: TwinWorld, twins: Twins, packs: TwinPacks) -> None:
         self._world, self._twins, self._packs = world, twins, packs
         self.compiled = ""
         """Where the output of compiled code was met."""
@@ -71,7 +71,7 @@ class TwinGraph:
     def of_node(self, tensor: Tensor, node: Any) -> Tensor | None:
         """Make a twin of a custom function's result, behind its inputs' twins."""
         if type(node).__name__ == _COMPILED:
-            self.compiled = self.compiled or _user_line() or "a function"
+            self.compiled = self.compiled or user_line() or "a function"
         found = list(self._behind(node, set()))
         if not found:
             return None
@@ -140,7 +140,7 @@ class TwinGraph:
         storages = (storage_of(local_of(g)) for g in gradients if isinstance(g, Tensor))
         reads = [n for s in storages if s is not None and (n := recorder.map.number(s)) >= 0]
         self.marks[key] = len(recorder.ops)
-        recorder._append(RecordedOp(name, reads, (), (), True, None))
+        recorder.log.append(RecordedOp(name, reads, (), (), True, None))
 
     def known(self) -> frozenset[tuple[int, int]]:
         """Return the nodes whose twins have a history by now."""

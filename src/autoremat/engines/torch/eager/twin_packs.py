@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.by_hand import Region, Regions, SetAside
-from autoremat.engines.torch.eager.fake_world import FakeWorld, Unlike, is_small_index, with_twin
+from autoremat.engines.torch.eager.twin_world import TwinWorld, Unlike, is_small_index, with_twin
 from autoremat.engines.torch.operators.local import PackedLocal, local_of
 from autoremat.engines.torch.operators.values import storage_of
-from autoremat.engines.torch.recording.recorder import _Packed
+from autoremat.engines.torch.recording.packs import Packed
 
 
 class TwinPacks:
@@ -23,7 +23,7 @@ class TwinPacks:
         world: of the twins.
     """
 
-    def __init__(self, world: FakeWorld) -> None:
+    def __init__(self, world: TwinWorld) -> None:
         self.recorder = world.recorder
         self.pack_of: dict[int, int] = {}
         """By the recorder's count of packs, the real step's pack."""
@@ -77,7 +77,7 @@ class TwinPacks:
         self._sizes.append(local_of(tensor).size())
         inner = packed.packed if isinstance(packed, PackedLocal) else packed
         storage = storage_of(local_of(tensor))
-        if isinstance(inner, _Packed) and storage is not None and storage._cdata not in self._packed_once:
+        if isinstance(inner, Packed) and storage is not None and storage._cdata not in self._packed_once:
             self._packed_once.add(storage._cdata)
             self.saved_after.setdefault(inner.number, len(self.recorder.ops) - 1)
         return packed
@@ -87,7 +87,7 @@ class TwinPacks:
         if isinstance(packed, SetAside):
             return packed.unpack()
         fake = self.recorder.unpack(packed)
-        numbers = self._numbers.get(packed.n) if isinstance(packed, _Packed) else None
+        numbers = self._numbers.get(packed.n) if isinstance(packed, Packed) else None
         return fake if numbers is None else with_twin(numbers, fake)
 
     def match_all(self, func: Any, packs: Sequence[int]) -> None:
@@ -112,7 +112,7 @@ class TwinPacks:
         """Match one pack of a twin with a real pack."""
         if isinstance(packed, PackedLocal):
             packed = packed.packed
-        if isinstance(packed, _Packed):
+        if isinstance(packed, Packed):
             self.pack_of[packed.n] = j
             self.number_of[j] = packed.number
             real = self.here.get(j)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import requiring_grad
-from autoremat.engines.torch.eager.fake_world import FakeWorld, Unlike, is_like, is_nested, is_opaque
+from autoremat.engines.torch.eager.twin_world import TwinWorld, Unlike, is_like, is_nested, is_opaque
 from autoremat.engines.torch.operators.history import is_leaf, node_made
 from autoremat.engines.torch.operators.local import (
     Jagged,
@@ -38,7 +38,7 @@ class Twins:
     graph: TwinGraph
     """Where their histories are; set by whoever makes it."""
 
-    def __init__(self, world: FakeWorld) -> None:
+    def __init__(self, world: TwinWorld) -> None:
         self._world = world
         self._twins: dict[int, tuple[weakref.ref[Tensor], Tensor]] = {}
         self._memory: dict[int, tuple[weakref.ref[torch.UntypedStorage], weakref.ref[Tensor]]] = {}

@@ -92,7 +92,7 @@ class Witness:
     def changed_unseen(self, values: Iterable[int]) -> None:
         """Note that code outside torch may change these values' memory."""
         if self.shadow is not None:
-            self.shadow.recorder.changed_unseen.update(values)
+            self.shadow.recorder.log.changed_unseen.update(values)
 
     def names_of(self, call: int) -> list[tuple[str, str]]:
         """List module and name of the operators inside a call."""

@@ -33,7 +33,7 @@ class Unlike(Exception):
     """A call differs on fake tensors; the step cannot be recorded."""
 
 
-class FakeWorld:
+class TwinWorld:
     """Where twins live: the mode of fake tensors, and what records them.
 
     Args:

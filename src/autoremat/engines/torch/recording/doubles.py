@@ -1,4 +1,4 @@
-"""Makes twins of real tensors: other tensors on the same memory."""
+"""Makes doubles of real tensors: other tensors on the same memory."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from autoremat.engines.torch.operators.history import is_leaf
 
 
-class Twins:
+class Doubles:
     """Real tensors under another identity, on the same memory.
 
     They keep three things out of a recording: the user's hooks on parameters, which may step an optimizer; the graph
@@ -16,26 +16,26 @@ class Twins:
     """
 
     def __init__(self) -> None:
-        self._twins: dict[int, tuple[Tensor, Tensor]] = {}
+        self._doubles: dict[int, tuple[Tensor, Tensor]] = {}
         self._own: set[int] = set()
-        """The identities of the twins themselves."""
+        """The identities of the doubles themselves."""
 
     def __call__(self, tensor: Tensor) -> Tensor:
-        """Return the twin of a tensor, always the same one.
+        """Return the double of a tensor, always the same one.
 
-        A twin is its own twin.
+        A double is its own double.
         """
         if type(tensor) not in (Tensor, nn.Parameter, nn.Buffer) or id(tensor) in self._own:
             return tensor
-        if id(tensor) not in self._twins:
-            twin = tensor.detach()
+        if id(tensor) not in self._doubles:
+            double = tensor.detach()
             if isinstance(tensor, nn.Parameter):
-                twin = nn.Parameter(twin, requires_grad=tensor.requires_grad)
+                double = nn.Parameter(double, requires_grad=tensor.requires_grad)
             else:
-                twin.requires_grad_(tensor.requires_grad)
-            vars(twin).update(vars(tensor))
+                double.requires_grad_(tensor.requires_grad)
+            vars(double).update(vars(tensor))
             if is_leaf(tensor):
-                twin.grad = tensor.grad
-            self._twins[id(tensor)] = tensor, twin
-            self._own.add(id(twin))
-        return self._twins[id(tensor)][1]
+                double.grad = tensor.grad
+            self._doubles[id(tensor)] = tensor, double
+            self._own.add(id(double))
+        return self._doubles[id(tensor)][1]
