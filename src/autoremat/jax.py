@@ -18,14 +18,13 @@ if find_spec("jax") is None:
 
 from autoremat.engines.jax.compiler import BarriersRemoved, Memory, compiler_options, keeps_barriers, memory
 from autoremat.engines.jax.fitting import Fitted, fitted
-from autoremat.engines.jax.planning import Given, Wishes, budget_bytes, planned
+from autoremat.engines.jax.planning import Asked, Given, budget_bytes, planned
 from autoremat.engines.jax.steps import record_step
 from autoremat.engines.jax.variants import Variants
 from autoremat.engines.jax.wrapping import checkpointed
 from autoremat.planner import Frontier
 from autoremat.planner import frontier as frontier_of
-from autoremat.planner import wishes as wanted
-from autoremat.planner.wishes import Patterns
+from autoremat.planner.wishes import Patterns, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget
 from autoremat.refusals import check_alone, check_explained
@@ -118,7 +117,7 @@ def checkpoint(
     if hasattr(fn, "__wrapped_by_autoremat__"):
         raise ValueError(f"{getattr(fn, '__name__', 'this')} is checkpointed by autoremat already")
     static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-    return checkpointed(fn, Wishes(budget, keep, recompute, time_limit_seconds), static)
+    return checkpointed(fn, Asked(budget, Wishes(keep, recompute), time_limit_seconds), static)
 
 
 def plan(
@@ -159,7 +158,7 @@ def plan(
         True
     """
     _read(budget)
-    return _plan_of(record_step(fn, args, kwargs, argnums), Wishes(budget, keep, recompute, time_limit_seconds))
+    return _plan_of(record_step(fn, args, kwargs, argnums), Asked(budget, Wishes(keep, recompute), time_limit_seconds))
 
 
 def explain(
@@ -197,20 +196,20 @@ def explain(
         >>> sum(why.categories.values()) == why.peak_bytes
         True
     """
-    check_explained(step, budget, wanted.Wishes(keep, recompute), has_more=bool(args or kwargs))
+    check_explained(step, budget, Wishes(keep, recompute), has_more=bool(args or kwargs))
     if isinstance(step, Plan):
         return explanation_of(step.program, step)
     if budget is not None:
         _read(budget)
-    wishes = Wishes(budget, keep, recompute, time_limit_seconds)
+    asked = Asked(budget, Wishes(keep, recompute), time_limit_seconds)
     if isinstance(step, Program):
         program = _program_of(step, args, kwargs, argnums)
-        plan = None if budget is None else wishes.solve(program, budget_bytes(budget, program))
+        plan = None if budget is None else asked.solve(program, budget_bytes(budget, program))
         return explanation_of(program, plan)
     variants = record_step(step, args, kwargs, argnums)
     if budget is None:
         return explanation_of(variants.plain.program)
-    plan = _plan_of(variants, wishes)
+    plan = _plan_of(variants, asked)
     return explanation_of(plan.program, plan)
 
 
@@ -252,7 +251,7 @@ def frontier(
         True
     """
     program = _program_of(program_or_fn, args, kwargs, argnums)
-    wishes = wanted.Wishes(keep, recompute)
+    wishes = Wishes(keep, recompute)
     return frontier_of(program, points=points, wishes=wishes, time_limit_seconds=time_limit_seconds)
 
 
@@ -359,16 +358,16 @@ def max_batch(
     """
     _read(budget)
     check_limits(budget, overhead, start, most)
-    wishes = Wishes(budget, keep, recompute, time_limit_seconds)
+    asked = Asked(budget, Wishes(keep, recompute), time_limit_seconds)
     return largest(
-        lambda n: _plan_of(record_step(fn, tuple(make_args(n)), {}, argnums), wishes),
+        lambda n: _plan_of(record_step(fn, tuple(make_args(n)), {}, argnums), asked),
         overhead=overhead, start=start, most=most,
     )  # fmt: skip
 
 
-def _plan_of(variants: Variants, wishes: Wishes) -> Plan:
+def _plan_of(variants: Variants, asked: Asked) -> Plan:
     """Plan a step within its budget."""
-    return planned(variants, wishes).plan
+    return planned(variants, asked).plan
 
 
 def _program_of(

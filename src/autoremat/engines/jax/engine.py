@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from autoremat.engines.jax.planning import Wishes
+from autoremat.engines.jax.planning import Asked
 from autoremat.engines.jax.steps import record_step
 from autoremat.engines.jax.wrapping import checkpointed
 from autoremat.program import Abilities, Plan, Program
@@ -30,7 +30,7 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Given(Wishes):
+class Given(Asked):
     """A plan, in place of wishes for one."""
 
     plan: Plan | None = None

@@ -10,8 +10,7 @@ from typing import Final
 
 from autoremat.engines.jax.variants import Planned, Variants
 from autoremat.planner import solve
-from autoremat.planner import wishes as wanted
-from autoremat.planner.wishes import Patterns
+from autoremat.planner.wishes import NO_WISHES, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 from autoremat.program.units import Budget
 
@@ -21,19 +20,17 @@ _REMEMBERED: Final = 32
 
 
 @dataclass(frozen=True)
-class Wishes:
+class Asked:
     """What a user asks of a plan.
 
     Attributes:
         budget: of the peak; None: as much as ``fit`` allows.
-        keep: patterns of what is not computed again.
-        recompute: patterns of what does not stay.
+        wishes: what is kept or computed again, whatever the planner thinks.
         time_limit_seconds: the longest that planning may take.
     """
 
     budget: Given | None = None
-    keep: Patterns = ()
-    recompute: Patterns = ()
+    wishes: Wishes = NO_WISHES
     time_limit_seconds: float = 10.0
 
     def solve(self, program: Program, nbytes: int) -> Plan:
@@ -42,16 +39,15 @@ class Wishes:
         Raises:
             InfeasibleBudget: no known plan fits.
         """
-        wishes = wanted.Wishes(self.keep, self.recompute)
-        key = program, nbytes, wishes
+        key = program, nbytes, self.wishes
         if key not in _PLANS:
             while len(_PLANS) >= _REMEMBERED:
                 _PLANS.pop(next(iter(_PLANS)))
-            _PLANS[key] = solve(program, nbytes, wishes=wishes, time_limit_seconds=self.time_limit_seconds)
+            _PLANS[key] = solve(program, nbytes, wishes=self.wishes, time_limit_seconds=self.time_limit_seconds)
         return _PLANS[key]
 
 
-_PLANS: dict[tuple[Program, int, wanted.Wishes], Plan] = {}
+_PLANS: dict[tuple[Program, int, Wishes], Plan] = {}
 
 
 def budget_bytes(budget: Given, program: Program) -> int:
@@ -77,15 +73,15 @@ class Allowance:
     plans: list[Plan] = field(default_factory=list)
     is_at_the_floor: bool = True
 
-    def planned(self, variants: Variants, wishes: Wishes) -> Planned:
+    def planned(self, variants: Variants, asked: Asked) -> Planned:
         """The plan that is allowed, or the smallest that there is."""
         program = variants.plain.program
         plain = simulate(program).peak_bytes
         nbytes = program.fixed_bytes + int(self.share * (plain - program.fixed_bytes))
         try:
-            found = variants.planned(nbytes, wishes.solve)
+            found = variants.planned(nbytes, asked.solve)
         except InfeasibleBudget as error:
-            found = variants.planned(error.floor_bytes, wishes.solve)
+            found = variants.planned(error.floor_bytes, asked.solve)
             self.is_at_the_floor &= True
         else:
             self.is_at_the_floor = False
@@ -111,7 +107,7 @@ def allowed(allowance: Allowance) -> Iterator[None]:
         _ALLOWANCE.reset(token)
 
 
-def planned(variants: Variants, wishes: Wishes) -> Planned:
+def planned(variants: Variants, asked: Asked) -> Planned:
     """The plan of a step: within what ``fit`` allows, or within the user's budget.
 
     Raises:
@@ -120,11 +116,11 @@ def planned(variants: Variants, wishes: Wishes) -> Planned:
     """
     allowance = _ALLOWANCE.get()
     if allowance is not None:
-        return allowance.planned(variants, wishes)
+        return allowance.planned(variants, asked)
     program = variants.plain.program
-    if wishes.budget is None:
+    if asked.budget is None:
         raise ValueError(
             f"{program.name} is checkpointed without a budget, which only autoremat.jax.fit can find: give one "
             '(autoremat.jax.checkpoint(fn, budget="10GiB")), or compile the train step with autoremat.jax.fit'
         )
-    return variants.planned(budget_bytes(wishes.budget, program), wishes.solve)
+    return variants.planned(budget_bytes(asked.budget, program), asked.solve)

@@ -18,7 +18,7 @@ from autoremat.engines.jax.compiler import warn_of_removed_barriers
 from autoremat.engines.jax.facts import is_inexact, unplannable_effects
 from autoremat.engines.jax.graph import jaxpr_of
 from autoremat.engines.jax.lowering import Lowered
-from autoremat.engines.jax.planning import Wishes, is_fitting, planned
+from autoremat.engines.jax.planning import Asked, is_fitting, planned
 from autoremat.engines.jax.recording import Names
 from autoremat.engines.jax.variants import Variants
 
@@ -84,14 +84,14 @@ def _without_constants(closed: Any) -> Any:
     return core.ClosedJaxpr(jaxpr_of(invars, jaxpr.outvars, jaxpr.eqns, jaxpr.effects), ())
 
 
-def checkpointed(fn: F, wishes: Wishes, static: Sequence[int] = ()) -> F:
+def checkpointed(fn: F, asked: Asked, static: Sequence[int] = ()) -> F:
     """The function with a gradient of our own."""
 
     @functools.wraps(fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         traced = trace(fn, args, kwargs, static)
         try:
-            outs = _with_own_gradient(traced.closed, traced.names, wishes)(*traced.arrays)
+            outs = _with_own_gradient(traced.closed, traced.names, asked)(*traced.arrays)
         except TypeError as error:
             if "forward-mode" not in str(error):
                 raise
@@ -109,13 +109,13 @@ _NO_FORWARD_MODE = (
 )
 
 
-def _with_own_gradient(closed: Any, names: Names, wishes: Wishes) -> Any:
+def _with_own_gradient(closed: Any, names: Names, asked: Asked) -> Any:
     """``custom_vjp`` of a flat function: planned when JAX tells which arguments are differentiated."""
 
     def forward(*primals: Any) -> tuple[list[Any], Saved]:
         values = [p.value for p in primals]
         is_differentiated = [p.perturbed and is_inexact(p.value) for p in primals]
-        lowered = lowered_for(closed, [jax.typeof(v) for v in values], is_differentiated, names, wishes)
+        lowered = lowered_for(closed, [jax.typeof(v) for v in values], is_differentiated, names, asked)
         outs, passed, kept = lowered.forward(values)
         return outs, Saved(passed, kept, lowered)
 
@@ -138,10 +138,10 @@ def _full(cotangent: Any) -> Any:
 
 
 def lowered_for(
-    closed: Any, avals: Sequence[Any], is_differentiated: Sequence[bool], names: Names, wishes: Wishes
+    closed: Any, avals: Sequence[Any], is_differentiated: Sequence[bool], names: Names, asked: Asked
 ) -> Lowered:
     """Record, plan, and make ready to run."""
-    found = planned(Variants(closed, avals, is_differentiated, names), wishes)
+    found = planned(Variants(closed, avals, is_differentiated, names), asked)
     lowered = Lowered(found.recorded, found.plan.schedule)
     if lowered.n_fences and not is_fitting():
         warn_of_removed_barriers()
