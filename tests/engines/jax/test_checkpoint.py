@@ -23,10 +23,12 @@ from autoremat.engines.jax.lowering import Lowered  # noqa: E402
 from autoremat.engines.jax.steps import record_step  # noqa: E402
 from autoremat.program import Once, simulate, verify  # noqa: E402
 from tests.engines.jax.models import (  # noqa: E402
+    BRIEF,
     MIB,
     OPTIONS,
     QUIET,
     batch,
+    checkpoint,
     error,
     gpt,
     gpt_parameters,
@@ -164,10 +166,10 @@ def test_options_are_added_to_the_users_own() -> None:
 
 def test_as_many_fences_as_stretches_of_further_runs() -> None:
     ws, x = weights(4, "float32"), batch("float32")
-    plan = aj.plan(layers, ws, x, budget=1.0)
-    plan = aj.plan(layers, ws, x, budget=plan.floor_bytes)
+    floor = aj.plan(layers, ws, x, budget=1.0, time_limit_seconds=BRIEF).floor_bytes
+    plan = aj.plan(layers, ws, x, budget=floor, time_limit_seconds=BRIEF)
     lowered = Lowered(record_step(layers, (ws, x), {}).plain, plan.schedule)
-    text = jax.jit(jax.grad(aj.checkpoint(layers, budget=plan.floor_bytes))).lower(ws, x).as_text()
+    text = jax.jit(jax.grad(checkpoint(layers, budget=floor))).lower(ws, x).as_text()
     assert text.count("stablehlo.optimization_barrier") == lowered.n_fences > 0
 
 
@@ -180,9 +182,9 @@ def small_gpt() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_a_plan_needs_shapes_alone_and_has_the_users_names() -> None:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), small_gpt())
-    plan = aj.plan(gpt, *shapes, budget=0.8)
+    plan = aj.plan(gpt, *shapes, budget=0.8, time_limit_seconds=BRIEF)
     program = plan.program
-    assert program == aj.plan(gpt, *small_gpt(), budget=0.8).program
+    assert program == record_step(gpt, small_gpt(), {}).plain.program
     assert verify(program, plan) == ()
     assert simulate(program, plan).peak_bytes == plan.peak_bytes <= plan.budget_bytes
     labels = {v.label for v in program.values}
@@ -199,17 +201,17 @@ def test_explanations_and_frontiers_read_as_they_do_for_torch() -> None:
     why = aj.explain(gpt, *args)
     assert sum(why.categories.values()) == why.peak_bytes
     assert "layers" in str(why)
-    plan = aj.plan(gpt, *args, budget=0.7)
+    plan = aj.plan(gpt, *args, budget=0.7, time_limit_seconds=BRIEF)
     assert aj.explain(plan).peak_bytes == plan.peak_bytes
-    assert aj.explain(gpt, *args, budget=0.7).peak_bytes == plan.peak_bytes
-    front = aj.frontier(plan.program, points=3)
+    assert aj.explain(gpt, *args, budget=0.7, time_limit_seconds=BRIEF).peak_bytes == plan.peak_bytes
+    front = aj.frontier(plan.program, points=3, time_limit_seconds=BRIEF)
     assert front.points[-1].overhead == 0
     assert "floor" in str(front)
 
 
 def test_wishes_are_obeyed() -> None:
     args = small_gpt()
-    plan = aj.plan(gpt, *args, budget=0.9, keep="layers.1*")
+    plan = aj.plan(gpt, *args, budget=0.9, keep="layers.1*", time_limit_seconds=BRIEF)
     again = {i for i, n in plan.schedule.runs_of.items() if n > 1}
     assert again
     assert not any(plan.program.ops[i].module.startswith("layers.1") for i in again)

@@ -11,8 +11,7 @@ jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402 - jax is optional
 
-import autoremat.jax as aj  # noqa: E402
-from tests.engines.jax.models import QUIET, error, tightest  # noqa: E402
+from tests.engines.jax.models import QUIET, checkpoint, error, tightest  # noqa: E402
 
 pytestmark = [
     pytest.mark.filterwarnings(QUIET),
@@ -73,7 +72,7 @@ def equinox() -> tuple[Loss, tuple[Any, ...], bool]:
 @pytest.mark.parametrize("library", [linen, nnx])
 def test_gradients_and_state_are_those_of_plain_training(library: Callable[[], Any]) -> None:
     loss, args, has_aux = library()
-    checkpointed = aj.checkpoint(loss, budget=0.9)
+    checkpointed = checkpoint(loss, budget=0.9)
     found, expected = (jax.jit(jax.grad(fn, has_aux=has_aux))(*args) for fn in (checkpointed, loss))
     assert error(found, expected) <= LIMIT
 
@@ -81,7 +80,7 @@ def test_gradients_and_state_are_those_of_plain_training(library: Callable[[], A
 def test_equinox_differentiates_its_modules() -> None:
     eqx = pytest.importorskip("equinox")
     loss, args, _ = equinox()
-    found, expected = (eqx.filter_jit(eqx.filter_grad(fn))(*args) for fn in (aj.checkpoint(loss, budget=0.9), loss))
+    found, expected = (eqx.filter_jit(eqx.filter_grad(fn))(*args) for fn in (checkpoint(loss, budget=0.9), loss))
     assert error(found, expected) <= LIMIT
 
 
@@ -90,7 +89,7 @@ def test_a_module_that_changes_itself_is_refused_with_the_way_out() -> None:
     nnx = pytest.importorskip("flax.nnx")
     model = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
     with pytest.raises(TypeError, match=r"changes its argument in place .*copy=True"):
-        nnx.grad(aj.checkpoint(lambda model: (model(X) ** 2).mean(), budget=1.0))(model)
+        nnx.grad(checkpoint(lambda model: (model(X) ** 2).mean(), budget=1.0))(model)
 
 
 def test_a_module_of_nnx_without_state_is_differentiated_as_it_is() -> None:
@@ -100,7 +99,7 @@ def test_a_module_of_nnx_without_state_is_differentiated_as_it_is() -> None:
         return (model(X) ** 2).mean()
 
     model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
-    found, expected = (nnx.grad(fn)(model) for fn in (aj.checkpoint(loss, budget=1.0), loss))
+    found, expected = (nnx.grad(fn)(model) for fn in (checkpoint(loss, budget=1.0), loss))
     assert error(found, expected) <= LIMIT
 
 
