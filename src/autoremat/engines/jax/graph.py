@@ -68,6 +68,12 @@ class Equation:
         return tuple(w for w in self.writes if w >= 0)
 
     @cached_property
+    def kind(self) -> str:
+        """Everything that tells it from others but the values that it reads and writes."""
+        types = ", ".join(f"{v.aval.str_short()}{'!' if isinstance(v, core.Literal) else ''}" for v in self.eqn.invars)
+        return f"{self.eqn.primitive} {self.eqn.params} {types} {[w < 0 for w in self.writes]}"
+
+    @cached_property
     def alone(self) -> Any:
         """A jaxpr of this equation and no other."""
         eqn = self.eqn
