@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import jax
 import numpy as np
-from jax.extend import core
 
+from autoremat.engines.jax import core
 from autoremat.engines.jax.graph import CALLS, Equation, Graph, graph_of
 from autoremat.program import Once
 

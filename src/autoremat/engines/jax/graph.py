@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
-from jax.extend import core, source_info_util
+from jax.extend import source_info_util
 from jax.extend.core import primitives
+
+from autoremat.engines.jax import core
 
 source_info_util.register_exclusion(str(Path(__file__).parent))  # lines of code are the user's
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 
 import jax
 import numpy as np
-from jax.extend import core
 
+from autoremat.engines.jax import core
 from autoremat.engines.jax.facts import Kind, abstract, facts_of, is_inexact, machine, nbytes
 from autoremat.engines.jax.fusion import Group, groups_of
 from autoremat.engines.jax.graph import Equation, Graph, graph_of, source_of
