@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 # Threads that wait busily make everything ten times slower where another process runs on one of two cores.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-guard test-all versions gpu lint types docs bench clean
+.PHONY: demo test test-guard test-all versions versions-jax gpu lint types docs bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/autoremat demo
@@ -32,6 +32,10 @@ test-all: $(VENV)/.dev
 # The everyday tests with several versions of torch: gigabytes and an hour, by hand. VERSIONS="2.13 2.15" for some.
 versions: $(BIN)/python
 	$(BIN)/python scripts/versions.py $(VERSIONS)
+
+# The tests of the engine for JAX with the oldest and the newest JAX that it is for, by hand.
+versions-jax: $(BIN)/python
+	$(BIN)/python scripts/versions.py jax $(VERSIONS)
 
 # Nothing is installed: another torch must not come over the one that fits the driver.
 RESULTS ?= build/gpu.json

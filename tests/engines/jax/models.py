@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ QUIET = "ignore:XLA for cpu takes away:UserWarning"
 OPTIONS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 """With these XLA for CPU keeps barriers, and memory is saved."""
 MIB = 2**20
+BRIEF = 0.2
+"""Seconds for a plan where any plan will do, as for whoever compares gradients."""
+checkpoint = functools.partial(aj.checkpoint, time_limit_seconds=BRIEF)
 
 
 def weights(n: int = 4, dtype: Any = jnp.float64) -> list[jax.Array]:
@@ -51,8 +55,8 @@ def numbers(leaf: Any) -> np.ndarray:
 
 def tightest(fn: Callable[..., Any], *args: Any, **options: Any) -> Any:
     """The function with the smallest plan there is for its gradient, so that as much as possible runs again."""
-    plan = aj.plan(fn, *args, budget=1.0, **options)
-    return aj.checkpoint(fn, budget=plan.floor_bytes)
+    plan = aj.plan(fn, *args, budget=1.0, time_limit_seconds=BRIEF, **options)
+    return checkpoint(fn, budget=plan.floor_bytes)
 
 
 # ---- a GPT -----------------------------------------------------------------------------------------------------------

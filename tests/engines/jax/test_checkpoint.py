@@ -18,16 +18,16 @@ from jax import lax  # noqa: E402
 
 import autoremat.jax as aj  # noqa: E402
 from autoremat.engines.jax import compiler  # noqa: E402
-from autoremat.engines.jax.compiler import BarriersRemoved, compiler_options, flops, keeps_barriers  # noqa: E402
+from autoremat.engines.jax.compiler import BarriersRemoved, compiler_options, keeps_barriers  # noqa: E402
 from autoremat.engines.jax.lowering import Lowered  # noqa: E402
 from autoremat.engines.jax.steps import record_step  # noqa: E402
 from autoremat.program import Once, simulate, verify  # noqa: E402
 from tests.engines.jax.models import (  # noqa: E402
-    MIB,
+    BRIEF,
     OPTIONS,
     QUIET,
     batch,
-    error,
+    checkpoint,
     gpt,
     gpt_parameters,
     layers,
@@ -164,10 +164,10 @@ def test_options_are_added_to_the_users_own() -> None:
 
 def test_as_many_fences_as_stretches_of_further_runs() -> None:
     ws, x = weights(4, "float32"), batch("float32")
-    plan = aj.plan(layers, ws, x, budget=1.0)
-    plan = aj.plan(layers, ws, x, budget=plan.floor_bytes)
+    floor = aj.plan(layers, ws, x, budget=1.0, time_limit_seconds=BRIEF).floor_bytes
+    plan = aj.plan(layers, ws, x, budget=floor, time_limit_seconds=BRIEF)
     lowered = Lowered(record_step(layers, (ws, x), {}).plain, plan.schedule)
-    text = jax.jit(jax.grad(aj.checkpoint(layers, budget=plan.floor_bytes))).lower(ws, x).as_text()
+    text = jax.jit(jax.grad(checkpoint(layers, budget=floor))).lower(ws, x).as_text()
     assert text.count("stablehlo.optimization_barrier") == lowered.n_fences > 0
 
 
@@ -180,9 +180,9 @@ def small_gpt() -> tuple[dict[str, Any], dict[str, Any]]:
 
 def test_a_plan_needs_shapes_alone_and_has_the_users_names() -> None:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), small_gpt())
-    plan = aj.plan(gpt, *shapes, budget=0.8)
+    plan = aj.plan(gpt, *shapes, budget=0.8, time_limit_seconds=BRIEF)
     program = plan.program
-    assert program == aj.plan(gpt, *small_gpt(), budget=0.8).program
+    assert program == record_step(gpt, small_gpt(), {}).plain.program
     assert verify(program, plan) == ()
     assert simulate(program, plan).peak_bytes == plan.peak_bytes <= plan.budget_bytes
     labels = {v.label for v in program.values}
@@ -199,55 +199,22 @@ def test_explanations_and_frontiers_read_as_they_do_for_torch() -> None:
     why = aj.explain(gpt, *args)
     assert sum(why.categories.values()) == why.peak_bytes
     assert "layers" in str(why)
-    plan = aj.plan(gpt, *args, budget=0.7)
+    plan = aj.plan(gpt, *args, budget=0.7, time_limit_seconds=BRIEF)
     assert aj.explain(plan).peak_bytes == plan.peak_bytes
-    assert aj.explain(gpt, *args, budget=0.7).peak_bytes == plan.peak_bytes
-    front = aj.frontier(plan.program, points=3)
+    assert aj.explain(gpt, *args, budget=0.7, time_limit_seconds=BRIEF).peak_bytes == plan.peak_bytes
+    front = aj.frontier(plan.program, points=3, time_limit_seconds=BRIEF)
     assert front.points[-1].overhead == 0
     assert "floor" in str(front)
 
 
 def test_wishes_are_obeyed() -> None:
     args = small_gpt()
-    plan = aj.plan(gpt, *args, budget=0.9, keep="layers.1*")
+    plan = aj.plan(gpt, *args, budget=0.9, keep="layers.1*", time_limit_seconds=BRIEF)
     again = {i for i, n in plan.schedule.runs_of.items() if n > 1}
     assert again
     assert not any(plan.program.ops[i].module.startswith("layers.1") for i in again)
     with pytest.raises(ValueError, match="matches no module"):
         aj.plan(gpt, *args, budget=0.7, keep="blocks.*")
-
-
-@pytest.mark.slow
-@pytest.mark.real_seconds
-@pytest.mark.parametrize(("share", "mib", "ratio"), [(0.35, 42, 1.02), (0.25, 29.5, 1.10), (0.15, 21, 1.20)])
-def test_a_gpt_in_the_memory_and_operations_of_xla(share: float, mib: float, ratio: float) -> None:
-    """``jax.checkpoint`` of every block takes 27.5 MiB and 1.209 times the operations."""
-    args = gpt_parameters(6, 128, 512, 128), tokens(8, 128, 512)
-    plain = jax.jit(jax.grad(gpt)).lower(*args).compile(compiler_options=OPTIONS)
-    program = aj.plan(gpt, *args, budget=1.0).program
-    movable = simulate(program).peak_bytes - program.fixed_bytes
-    ahead = next(v.nbytes for v in program.values if v.id == "ahead")
-    assert movable + ahead == pytest.approx(aj.memory(plain).temporaries_bytes, rel=0.05)
-    budget = program.fixed_bytes + int(share * movable)
-    step = jax.jit(jax.grad(aj.checkpoint(gpt, budget=budget))).lower(*args).compile(compiler_options=OPTIONS)
-    assert aj.memory(step).temporaries_bytes <= mib * MIB
-    assert flops(step) <= ratio * flops(plain)
-    assert error(step(*args), plain(*args)) <= 2e-6
-
-
-@pytest.mark.slow
-def test_fences_hold_everything_that_is_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fences of fewer operands hold nothing: somebody who thins them out has to see this."""
-    args = gpt_parameters(3, 128, 512, 128), tokens(8, 128, 512)
-    plan = aj.plan(gpt, *args, budget=0.4)
-
-    def temporaries() -> int:
-        step = jax.jit(jax.grad(aj.checkpoint(gpt, budget=plan.budget_bytes)))
-        return aj.memory(step.lower(*args).compile(compiler_options=OPTIONS)).temporaries_bytes
-
-    full = temporaries()
-    monkeypatch.setattr("autoremat.engines.jax.lowering.fence", lambda arrays: list(arrays))
-    assert temporaries() > 2 * full
 
 
 # ---- without torch ---------------------------------------------------------------------------------------------------

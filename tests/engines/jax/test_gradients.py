@@ -16,7 +16,7 @@ from jax import lax  # noqa: E402
 from jax.sharding import PartitionSpec as P  # noqa: E402
 
 import autoremat.jax as aj  # noqa: E402
-from tests.engines.jax.models import QUIET, batch, error, layers, tightest, weights  # noqa: E402
+from tests.engines.jax.models import QUIET, batch, checkpoint, error, layers, tightest, weights  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 EXACT = 1e-12
@@ -89,7 +89,7 @@ TRANSFORMS: dict[str, Transform] = {
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_under_every_transformation(name: str) -> None:
     ws, x = weights(2), batch()
-    checkpointed = aj.checkpoint(layers, budget=0.85)
+    checkpointed = checkpoint(layers, budget=0.85)
     found, expected = (jax.jit(TRANSFORMS[name](fn))(ws, x) for fn in (checkpointed, layers))
     assert error(found, expected) <= EXACT
 
@@ -191,7 +191,7 @@ def test_whatever_is_inside(fn: Callable[..., Any]) -> None:
 def test_a_rule_that_lies_is_believed() -> None:
     """The gradient that a user has written down is the one that counts."""
     x = batch()
-    found = jax.grad(aj.checkpoint(lambda x: _doubled(x).sum(), budget=1.0))(x)
+    found = jax.grad(checkpoint(lambda x: _doubled(x).sum(), budget=1.0))(x)
     assert np.array_equal(found, np.full(x.shape, 2.0))
 
 
@@ -202,7 +202,7 @@ def test_second_derivatives_find_custom_rules() -> None:
         return (jax.nn.relu(x) ** 3 + x * jax.nn.relu(x)).sum()
 
     x = jnp.array([0.0, 1.0, -1.0])
-    second = jax.grad(lambda x: jax.grad(aj.checkpoint(fn, budget=1.0))(x).sum())(x)
+    second = jax.grad(lambda x: jax.grad(checkpoint(fn, budget=1.0))(x).sum())(x)
     assert np.array_equal(second, jax.grad(lambda x: jax.grad(fn)(x).sum())(x))
 
 
@@ -214,7 +214,7 @@ def test_auxiliary_outputs_of_all_kinds_come_back() -> None:
         return layers(ws, x), {"int": jnp.arange(3), "array": x @ ws[0], "number": 3, "text": "seen", "none": None}
 
     ws, x = weights(2), batch()
-    found = jax.grad(aj.checkpoint(fn, budget=0.8), has_aux=True)(ws, x)
+    found = jax.grad(checkpoint(fn, budget=0.8), has_aux=True)(ws, x)
     expected = jax.grad(fn, has_aux=True)(ws, x)
     assert found[1]["text"] == "seen"
     assert found[1]["number"] == 3
@@ -228,7 +228,7 @@ def test_what_is_closed_over_has_a_gradient() -> None:
     ws, x = weights(2), batch()
 
     def step(scale: jax.Array) -> Any:
-        return aj.checkpoint(lambda ws: layers(ws, x * scale), budget=1.0)(ws)
+        return checkpoint(lambda ws: layers(ws, x * scale), budget=1.0)(ws)
 
     expected = jax.grad(lambda scale: layers(ws, x * scale))(2.0)
     assert error(jax.grad(step)(2.0), expected) <= EXACT
@@ -240,7 +240,7 @@ def test_python_arguments_stay_what_they_are() -> None:
         return layers(ws, x) ** power if flag else x.sum()
 
     ws, x = weights(2), batch()
-    found = jax.grad(aj.checkpoint(fn, budget=1.0))(ws, x, 2, flag=True, name="me")
+    found = jax.grad(checkpoint(fn, budget=1.0))(ws, x, 2, flag=True, name="me")
     assert error(found, jax.grad(fn)(ws, x, 2, flag=True, name="me")) <= EXACT
 
 
@@ -252,7 +252,7 @@ def test_static_arguments_are_handed_on() -> None:
         return layers(ws[: settings.n], x)
 
     ws, x = weights(3), batch()
-    found = jax.grad(aj.checkpoint(fn, budget=1.0, static_argnums=0), argnums=1)(Settings(), ws, x)
+    found = jax.grad(checkpoint(fn, budget=1.0, static_argnums=0), argnums=1)(Settings(), ws, x)
     assert error(found, jax.grad(fn, argnums=1)(Settings(), ws, x)) <= EXACT
 
 

@@ -21,6 +21,7 @@ from tests.engines.jax.models import (  # noqa: E402
     MIB,
     OPTIONS,
     QUIET,
+    checkpoint,
     error,
     gpt_parameters,
     recurrence,
@@ -75,7 +76,7 @@ def test_every_choice_gives_the_same_gradients(
         fn, w, xs = everything(length, **options)
         expected = jax.jit(jax.grad(fn, argnums=(0, 1)))(w, xs)
         monkeypatch.setattr(variants, "chosen", forced)
-        found = jax.jit(jax.grad(aj.checkpoint(fn, budget=1.0), argnums=(0, 1)))(w, xs)
+        found = jax.jit(jax.grad(checkpoint(fn, budget=1.0), argnums=(0, 1)))(w, xs)
         assert error(found, expected) <= 1e-12
 
 
@@ -142,7 +143,7 @@ def test_what_communicates_is_not_in_segments() -> None:
         one = jax.shard_map(jax.grad(f), mesh=mesh, in_specs=(spec, spec), out_specs=spec, check_vma=False)
         return str(jax.make_jaxpr(one)(jnp.eye(4), jnp.ones((16, 2, 4))))
 
-    tight = traced(aj.checkpoint(fn, budget=0.99))
+    tight = traced(checkpoint(fn, budget=0.99))
     assert tight.count("psum") == traced(fn).count("psum")
 
 
@@ -152,7 +153,7 @@ def test_a_scan_of_one_iteration_and_of_none() -> None:
             lambda c, t: (jnp.sin(c) * t, c), x, jnp.ones(0)
         )[0]  # fmt: skip
 
-    assert jax.grad(aj.checkpoint(fn, budget=1.0))(0.5) == jax.grad(fn)(0.5)
+    assert jax.grad(checkpoint(fn, budget=1.0))(0.5) == jax.grad(fn)(0.5)
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -11,6 +11,8 @@ import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
+from autoremat.engines.jax.boxes import Box, boxes_of
+
 
 def is_array(leaf: Any) -> bool:
     """Whether JAX may differentiate or trace a leaf: arrays, tracers, descriptions of arrays; no Python numbers."""
@@ -26,6 +28,7 @@ class Arguments:
         paths: what a person calls each leaf.
         positions: of the positional argument that each leaf belongs to; -1 for keyword arguments.
         tree: how to put them together.
+        boxes: what of them a function may change.
         static: positional arguments that are handed on untouched, by position.
         n_positional: how many positional arguments there are, static ones included.
     """
@@ -34,6 +37,7 @@ class Arguments:
     paths: tuple[str, ...]
     positions: tuple[int, ...]
     tree: Any
+    boxes: tuple[Box, ...]
     static: Mapping[int, Any]
     n_positional: int
 
@@ -47,7 +51,8 @@ class Arguments:
         paths = tuple(_path_text(path, names) for path, _ in flat)
         leaves = tuple(leaf for _, leaf in flat)
         at = tuple(path[1].key if path[0].idx == 0 else -1 for path, _ in flat)
-        return Arguments(leaves, paths, at, tree, {k: args[k] for k in positions}, len(args))
+        boxes = boxes_of((dynamic, dict(kwargs)))
+        return Arguments(leaves, paths, at, tree, boxes, {k: args[k] for k in positions}, len(args))
 
     @property
     def arrays(self) -> list[Any]:
@@ -64,31 +69,42 @@ class Arguments:
         """The position of each of the arrays."""
         return tuple(p for p, leaf in zip(self.positions, self.leaves, strict=True) if is_array(leaf))
 
-    def call(self, fn: Callable[..., Any], arrays: Sequence[Any]) -> Any:
-        """Call a function with other arrays.
+    def call(self, fn: Callable[..., Any], arrays: Sequence[Any]) -> tuple[Any, dict[int, Any]]:
+        """Call a function with other arrays; returns its result, and what it has changed, by position of the leaf.
 
         Raises:
-            TypeError: it has changed one of its arguments.
+            TypeError: it has changed one of its arguments that cannot be changed from here.
         """
         rest = iter(arrays)
         leaves = [next(rest) if is_array(leaf) else leaf for leaf in self.leaves]
         dynamic, kwargs = jax.tree.unflatten(self.tree, leaves)
         args = [self.static[k] if k in self.static else dynamic[k] for k in range(self.n_positional)]
         result = fn(*args, **kwargs)
-        self._refuse_changes(leaves, (dynamic, kwargs))
-        return result
+        return result, self._changes(leaves, (dynamic, kwargs))
 
-    def _refuse_changes(self, leaves: Sequence[Any], after: Any) -> None:
+    def update(self, changes: Mapping[int, Any]) -> None:
+        """Change the user's own arguments as the function has changed its copies."""
+        for box in self.boxes:
+            if not changes.keys().isdisjoint(box.leaves):
+                box.put(changes)
+
+    def _changes(self, leaves: Sequence[Any], after: Any) -> dict[int, Any]:
         """A function works on copies of mutable arguments: what it changes there would be lost without a word."""
         now, tree = jax.tree.flatten(after)
-        if tree == self.tree and all(map(_is_same, leaves, now)):
-            return
-        changed = [p for p, a, b in zip(self.paths, leaves, now, strict=False) if not _is_same(a, b)] or ["its form"]
+        changed = [k for k, (a, b) in enumerate(zip(leaves, now, strict=False)) if not _is_same(a, b)]
+        own = {k for box in self.boxes if not box.is_shared for k in box.leaves if is_array(self.leaves[k])}
+        if tree == self.tree and own.issuperset(changed) and all(is_array(now[k]) for k in changed):
+            return {k: now[k] for k in changed}
+        shared = {k for box in self.boxes if box.is_shared for k in box.leaves}
+        lost = [k for k in changed if k not in own]
+        names = [self.paths[k] for k in lost[:3]] or ["its form"]
+        cause = " that it holds twice" if shared.intersection(lost) else ""
         raise TypeError(
-            f"the checkpointed function changes its argument in place ({', '.join(changed[:3])}), and autoremat.jax "
-            "calls it with copies: what it changes would be lost. Return the new state instead, as an auxiliary output "
-            "(for Flax NNX: split the module outside, merge it inside with copy=True, split it there again and return "
-            "the state)"
+            f"the checkpointed function changes its argument in place ({', '.join(names)}{cause}), and autoremat.jax "
+            "calls it with copies: what it changes would be lost. Return the new state instead, as an auxiliary "
+            "output. For Flax NNX: graph, params, rest = nnx.split(model, nnx.Param, ...) outside; in the function "
+            "model = nnx.merge(graph, params, rest, copy=True), and return loss, nnx.split(model, nnx.Param, ...)[2]; "
+            "outside jax.value_and_grad(..., has_aux=True)(params, rest), and nnx.update(model, rest)"
         )
 
 
@@ -116,23 +132,28 @@ def _path_text(path: Sequence[Any], names: Sequence[str]) -> str:
 
 @dataclass
 class Results:
-    """What a function returned, put aside while it was traced: its arrays come back another way."""
+    """What a function returned and changed, put aside while it was traced: its arrays come back another way."""
 
     leaves: tuple[Any, ...] = ()
     arrays: tuple[bool, ...] = ()
     paths: tuple[str, ...] = ()
     tree: Any = None
+    changed: tuple[int, ...] = ()
 
-    def take(self, result: Any) -> list[Any]:
-        """Keep the form of a result; returns its arrays."""
+    def take(self, result: Any, changes: Mapping[int, Any]) -> list[Any]:
+        """Keep the form of a result; returns its arrays, and those that arguments have from now on."""
         flat, self.tree = tree_flatten_with_path(result)
         self.leaves = tuple(leaf if not is_array(leaf) else None for _, leaf in flat)
         self.paths = tuple(f"output{keystr(path)}" for path, leaf in flat if is_array(leaf))
-        self.arrays = tuple(is_array(leaf) for _, leaf in flat)
-        return [leaf for _, leaf in flat if is_array(leaf)]
+        self.arrays, self.changed = tuple(is_array(leaf) for _, leaf in flat), tuple(changes)
+        return [*(leaf for _, leaf in flat if is_array(leaf)), *changes.values()]
 
     def put(self, arrays: Sequence[Any]) -> Any:
         """A result of the same form with other arrays."""
         rest = iter(arrays)
         leaves = [next(rest) if a else leaf for leaf, a in zip(self.leaves, self.arrays, strict=True)]
         return jax.tree.unflatten(self.tree, leaves)
+
+    def changes(self, arrays: Sequence[Any]) -> dict[int, Any]:
+        """What arguments have from now on, by position of the leaf."""
+        return dict(zip(self.changed, arrays[sum(self.arrays) :], strict=True))

@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import jax
 import numpy as np
-from jax.extend import core
 
+from autoremat.engines.jax import core
 from autoremat.engines.jax.graph import CALLS, Equation, Graph, graph_of
 from autoremat.program import Once
 
@@ -95,12 +95,20 @@ def is_inexact(aval: Any) -> bool:
 
 
 def abstract(aval: Any) -> jax.ShapeDtypeStruct:
-    """Type and shape to trace with, with what ``shard_map`` says of them."""
-    more = {"weak_type": bool(getattr(aval, "weak_type", False))}
+    """Type and shape to trace with, with what ``shard_map`` and explicit sharding say of them."""
+    more: dict[str, Any] = {"weak_type": bool(getattr(aval, "weak_type", False))}
     varies = getattr(aval, "manual_axis_type", None)
     if varies is not None and getattr(varies, "varying", None):
-        return jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=aval.sharding, manual_axis_type=varies, **more)
+        more |= {"sharding": aval.sharding, "manual_axis_type": varies}
+    elif _is_sharded_by_type(aval):
+        more["sharding"] = aval.sharding
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **more)
+
+
+def _is_sharded_by_type(aval: Any) -> bool:
+    """Whether its type says which devices have which part of it."""
+    mesh = getattr(getattr(aval, "sharding", None), "mesh", None)
+    return mesh is not None and jax.sharding.AxisType.Explicit in mesh.axis_types
 
 
 _FACTS: dict[str, Facts] = {}
@@ -109,9 +117,7 @@ _REMEMBERED: Final = 4096
 
 def facts_of(equation: Equation) -> Facts:
     """What is known of an equation, found out once for each kind of it."""
-    eqn = equation.eqn
-    types = ", ".join(f"{v.aval.str_short()}{'!' if isinstance(v, core.Literal) else ''}" for v in eqn.invars)
-    key = f"{eqn.primitive} {eqn.params} {types} {[w < 0 for w in equation.writes]}"
+    key = equation.kind
     if key not in _FACTS:
         while len(_FACTS) >= _REMEMBERED:
             _FACTS.pop(next(iter(_FACTS)))

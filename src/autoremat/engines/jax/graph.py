@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any, Final
 
 import jax
-from jax.extend import core, source_info_util
+from jax.extend import source_info_util
 from jax.extend.core import primitives
+
+from autoremat.engines.jax import core
 
 source_info_util.register_exclusion(str(Path(__file__).parent))  # lines of code are the user's
 
@@ -66,6 +68,12 @@ class Equation:
     def results(self) -> tuple[int, ...]:
         """The values that it writes."""
         return tuple(w for w in self.writes if w >= 0)
+
+    @cached_property
+    def kind(self) -> str:
+        """Everything that tells it from others but the values that it reads and writes."""
+        types = ", ".join(f"{v.aval.str_short()}{'!' if isinstance(v, core.Literal) else ''}" for v in self.eqn.invars)
+        return f"{self.eqn.primitive} {self.eqn.params} {types} {[w < 0 for w in self.writes]}"
 
     @cached_property
     def alone(self) -> Any:

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Final
 
 import jax
 import numpy as np
-from jax.extend import core
 
+from autoremat.engines.jax import core
 from autoremat.engines.jax.facts import Kind, abstract, facts_of, is_inexact, machine, nbytes
 from autoremat.engines.jax.fusion import Group, groups_of
-from autoremat.engines.jax.graph import Graph, graph_of, source_of
+from autoremat.engines.jax.graph import Equation, Graph, graph_of, source_of
 from autoremat.program import END, Abilities, Once, Op, Program, Schedule, Value, simulate
 
 Flat = Callable[..., Sequence[Any]]
@@ -202,7 +202,7 @@ class _Assembly:
         moved = sum(nbytes(self._graph.avals[v]) for v in (*group.reads, *group.writes))
         seconds = self._machine.seconds(sum(f.flops for f in facts), moved)
         once = Once.BACKWARD if group.is_late else next((f.once for f in facts if f.once), None)
-        inner = (inner_peak_bytes(e.eqn) for e, f in zip(equations, facts, strict=True) if f.kind is Kind.OTHER)
+        inner = (inner_peak_bytes(e) for e, f in zip(equations, facts, strict=True) if f.kind is Kind.OTHER)
         scratch = max(inner, default=0)
         return Op(
             _name(equations), tuple(self.index[r] for r in group.reads), tuple(self.index[w] for w in group.writes),
@@ -260,9 +260,19 @@ def _has_inner(eqn: Any) -> bool:
     return any(True for _ in core.jaxprs_in_params(eqn.params))
 
 
-def inner_peak_bytes(eqn: Any) -> int:
+_INNER_PEAKS: dict[str, int] = {}
+_REMEMBERED: Final = 4096
+
+
+def inner_peak_bytes(equation: Equation) -> int:
     """Bytes that an equation with equations inside takes beside what it reads and writes, by the same account."""
-    return max((_peak_beside(j) for j in core.jaxprs_in_params(eqn.params)), default=0)
+    if not _has_inner(equation.eqn):
+        return 0
+    if equation.kind not in _INNER_PEAKS:
+        while len(_INNER_PEAKS) >= _REMEMBERED:
+            _INNER_PEAKS.pop(next(iter(_INNER_PEAKS)))
+        _INNER_PEAKS[equation.kind] = max(_peak_beside(j) for j in core.jaxprs_in_params(equation.eqn.params))
+    return _INNER_PEAKS[equation.kind]
 
 
 def _peak_beside(jaxpr: Any) -> int:

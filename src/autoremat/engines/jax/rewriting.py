@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from jax.extend import core
 from jax.extend.core import primitives
 
+from autoremat.engines.jax import core
 from autoremat.engines.jax.graph import Atom, Constant, Equation, graph_of
 from autoremat.engines.jax.recording import Flat
 from autoremat.engines.jax.scans import Shape

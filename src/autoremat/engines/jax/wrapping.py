@@ -10,9 +10,9 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
-from jax.extend import core
 from jax.tree_util import register_dataclass
 
+from autoremat.engines.jax import core
 from autoremat.engines.jax.arguments import Arguments, Results
 from autoremat.engines.jax.compiler import warn_of_removed_barriers
 from autoremat.engines.jax.facts import is_inexact, unplannable_effects
@@ -44,6 +44,7 @@ class Traced:
         arrays: what to call it with.
         positions: of the argument that each of the last arrays belongs to; those before are closed over.
         names: of arrays and results.
+        arguments: of the user.
         results: puts results together.
     """
 
@@ -51,6 +52,7 @@ class Traced:
     arrays: list[Any]
     positions: tuple[int, ...]
     names: Names
+    arguments: Arguments
     results: Results
 
 
@@ -62,7 +64,7 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], s
         TypeError: it changes one of its arguments.
     """
     arguments, results = Arguments.of(fn, args, kwargs, static), Results()
-    closed = jax.make_jaxpr(lambda *arrays: results.take(arguments.call(fn, arrays)))(*arguments.arrays)
+    closed = jax.make_jaxpr(lambda *arrays: results.take(*arguments.call(fn, arrays)))(*arguments.arrays)
     name = getattr(fn, "__name__", type(fn).__name__)
     if effects := unplannable_effects(closed.effects):
         raise ValueError(
@@ -73,8 +75,9 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], s
     n = len(closed.consts)
     names = Names(name, (*(f"constant {k}" for k in range(n)), *arguments.array_paths), results.paths)
     return Traced(
-        _without_constants(closed), [*closed.consts, *arguments.arrays], arguments.array_positions, names, results
-    )
+        _without_constants(closed), [*closed.consts, *arguments.arrays], arguments.array_positions, names, arguments,
+        results,
+    )  # fmt: skip
 
 
 def _without_constants(closed: Any) -> Any:
@@ -96,6 +99,7 @@ def checkpointed(fn: F, asked: Asked, static: Sequence[int] = ()) -> F:
             if "forward-mode" not in str(error):
                 raise
             raise TypeError(_NO_FORWARD_MODE.format(traced.names.step)) from error
+        traced.arguments.update(traced.results.changes(outs))
         return traced.results.put(outs)
 
     wrapped.__wrapped_by_autoremat__ = fn  # type: ignore[attr-defined]
