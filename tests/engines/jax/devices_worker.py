@@ -33,7 +33,7 @@ def mesh(kind: AxisType = AxisType.Auto) -> jax.sharding.Mesh:
     return jax.make_mesh((N,), ("d",), axis_types=(kind,))
 
 
-def inputs(n: int = 4) -> tuple[list[jax.Array], jax.Array]:
+def inputs(n: int = 6) -> tuple[list[jax.Array], jax.Array]:
     keys = jax.random.split(jax.random.key(0), n + 1)
     return [jax.random.normal(k, (WIDTH, WIDTH)) * 0.4 for k in keys[:n]], jax.random.normal(keys[n], (ROWS, WIDTH))
 

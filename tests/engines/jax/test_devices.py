@@ -12,6 +12,7 @@ import pytest
 
 pytest.importorskip("jax")
 
+pytestmark = [pytest.mark.slow, pytest.mark.guard]
 EXACT = 1e-12
 DEVICES = "--xla_force_host_platform_device_count=4"
 

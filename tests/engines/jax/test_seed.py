@@ -65,7 +65,6 @@ def test_three_layers_have_the_gradients_by_hand() -> None:
     assert error(found, [x.T @ dz1, a1.T @ dz2, a2.T @ dy]) <= 2e-6
 
 
-@pytest.mark.real_seconds
 def test_a_network_learns_xor_within_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
     from examples.xor_jax import main
 

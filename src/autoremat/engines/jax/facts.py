@@ -97,9 +97,8 @@ def is_inexact(aval: Any) -> bool:
 def abstract(aval: Any) -> jax.ShapeDtypeStruct:
     """Type and shape to trace with, with what ``shard_map`` and explicit sharding say of them."""
     more: dict[str, Any] = {"weak_type": bool(getattr(aval, "weak_type", False))}
-    varies = getattr(aval, "manual_axis_type", None)
-    if varies is not None and getattr(varies, "varying", None):
-        more |= {"sharding": aval.sharding, "manual_axis_type": varies}
+    if core.varying(aval):
+        more |= {"sharding": aval.sharding} | core.axis_type(aval)
     elif _is_sharded_by_type(aval):
         more["sharding"] = aval.sharding
     return jax.ShapeDtypeStruct(aval.shape, aval.dtype, **more)
@@ -181,12 +180,7 @@ def _only_says_it_varies(eqn: Any) -> bool:
     if eqn.effects or len(eqn.invars) != 1 or len(eqn.outvars) != 1:
         return False
     before, after = eqn.invars[0].aval, eqn.outvars[0].aval
-    return before.shape == after.shape and _varying(before) < _varying(after)
-
-
-def _varying(aval: Any) -> frozenset[str]:
-    """The axes of a mesh along which it differs."""
-    return frozenset(getattr(getattr(aval, "manual_axis_type", None), "varying", ()))
+    return before.shape == after.shape and core.varying(before) < core.varying(after)
 
 
 def _has_callback(eqn: Any) -> bool:

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 from jax import lax
 
+from autoremat.engines.jax import core
 from autoremat.engines.jax.graph import Atom, Constant
 from autoremat.engines.jax.recording import Recorded
 from autoremat.program import Schedule
@@ -156,7 +157,7 @@ def fence(arrays: Sequence[Any]) -> list[Any]:
     """
     kinds: dict[str, list[int]] = {}
     for k, array in enumerate(arrays):
-        kinds.setdefault(str(getattr(jax.typeof(array), "manual_axis_type", "")), []).append(k)
+        kinds.setdefault(str(core.axis_type(jax.typeof(array))), []).append(k)
     behind = list(arrays)
     for positions in kinds.values():
         for k, array in zip(positions, lax.optimization_barrier([arrays[k] for k in positions]), strict=True):
