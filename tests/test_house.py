@@ -20,6 +20,7 @@ ALLOWED = {
     "program": set(),
     "planner": {"program"},
     "show": {"program"},
+    "bench": {"program", "planner"},
     "engines": {"program"},
     "engines.numpy": {"program"},
     "engines.jax": {"program", "planner"},
