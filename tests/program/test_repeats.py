@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from autoremat.program import InvalidProgram, Op, Program, Value, simulate
-from autoremat.program.repeats import KEPT, Layout, counterparts, fold, is_same, unfold, with_times
+from autoremat.program.repeats import KEPT, Layout, Repeated, counterparts, fold, is_same, unfold, with_times
 from tests.planner.layers import recurrence, stack
 
 GPT = Path(__file__).parents[2] / "benchmarks" / "programs" / "gpt-24.json.xz"
@@ -37,6 +37,36 @@ def test_any_number_is_what_it_would_have_been(make: type, times: int) -> None:
     assert folded is not None
     rest = 16 - folded.times
     assert is_same(unfold(folded, times), make(times + rest))
+
+
+def test_a_folded_program_is_a_file_that_reads_as_all_of_it() -> None:
+    folded = fold(recorded())
+    assert folded is not None
+    text = replace(folded, times=30).to_json()
+    assert Repeated.from_json(text) == replace(folded, times=30)
+    assert Program.from_json(text) == unfold(folded, 30)
+    data = json.loads(text)
+    del data["repeats"]
+    assert Program.from_json(data) == folded.program
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"times": 1},
+        {"count": 0},
+        {"forward": [4]},
+        {"forward": [4, -1]},
+        {"backward": [82, 4800]},
+        {"forward": [300, 10]},
+    ],
+)
+def test_repetitions_that_cannot_be_are_refused(change: dict[str, object]) -> None:
+    folded = fold(recorded())
+    assert folded is not None
+    data = json.loads(folded.to_json())
+    with pytest.raises(InvalidProgram, match="repeats"):
+        Program.from_json(data | {"repeats": data["repeats"] | change})
 
 
 def test_layers_have_their_own_names() -> None:

@@ -13,15 +13,21 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Final
-
-import numpy as np
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
 
 from autoremat.program.errors import InvalidProgram
 from autoremat.program.model import END, Op, Program, Value
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Keys = npt.NDArray[np.int64]
+    Bools = npt.NDArray[np.bool_]
 
 KEPT: Final = 6
 """Repetitions of a folded program: the first two and the last two are unlike those in the middle."""
@@ -88,17 +94,47 @@ class Repeated:
         program: with ``layout.count`` repetitions.
         layout: where they stand.
         times: how many repetitions are meant.
+
+    Raises:
+        InvalidProgram: the repetitions are not among the ops, or fewer than two.
     """
 
     program: Program
     layout: Layout
     times: int
 
+    def __post_init__(self) -> None:
+        (begin, size), (later, length), count = self.layout.forward, self.layout.backward, self.layout.count
+        end, last = begin + size * count, later + length * count
+        inside = begin >= 0 and size > 0 and end <= (later if length else end) and length >= 0
+        if not inside or max(end, last) > len(self.program.ops) or min(count, self.times) < 2:
+            raise InvalidProgram(
+                f"repeats: {count} repetitions with forward {self.layout.forward} and backward {self.layout.backward}, "
+                f"{self.times} times, do not stand in a program with {len(self.program.ops)} ops"
+            )
+
     @cached_property
     def ops(self) -> int:
         """How many ops all of it has."""
         each = self.layout.forward[1] + self.layout.backward[1]
         return len(self.program.ops) + each * (self.times - self.layout.count)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The few repetitions as a program file with a field ``repeats``, also written to ``path`` if given."""
+        from autoremat.program.json_format import repeated_to_data, write_json
+
+        return write_json(repeated_to_data(self), path)
+
+    @staticmethod
+    def from_json(source: str | Path | Mapping[str, Any]) -> Repeated:
+        """A folded program from such a file, without writing it out; ``Program.from_json`` writes it out.
+
+        Raises:
+            InvalidProgram: as ``Program.from_json``, or nothing is folded there.
+        """
+        from autoremat.program.json_format import read_json, repeated_from_data
+
+        return repeated_from_data(read_json(source))
 
 
 def fold(program: Program) -> Repeated | None:
@@ -199,6 +235,8 @@ def _value_of(program: Program, v: int) -> object:
 
 def _layouts(program: Program) -> Iterator[Layout]:
     """Where repetitions may stand, the layouts that cover most ops first."""
+    import numpy as np
+
     keys = _keys(program)
     is_backward = np.array([op.phase == "backward" for op in program.ops], dtype=bool)
     split = int(np.argmax(is_backward)) if is_backward.any() else len(keys)
@@ -235,8 +273,10 @@ def _trimmed(layout: Layout) -> Iterator[Layout]:
                 yield Layout(count, (begin + front * size, size), (later + back * length, length))
 
 
-def _keys(program: Program) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+def _keys(program: Program) -> Keys:
     """For every op a number; ops that may be repetitions of each other have the same."""
+    import numpy as np
+
     numbers: dict[object, int] = {}
     values = program.values
     found = [
@@ -252,7 +292,7 @@ def _keys(program: Program) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
     return np.array(found, dtype=np.int64)
 
 
-def _stretches(keys: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[tuple[int, int, int]]:
+def _stretches(keys: Keys) -> list[tuple[int, int, int]]:
     """Begin, length and count of what repeats itself; for each length the longest stretch, most ops first."""
     distances = Counter[int]()
     last: dict[int, int] = {}
@@ -270,8 +310,10 @@ def _stretches(keys: np.ndarray[tuple[int], np.dtype[np.int64]]) -> list[tuple[i
     return sorted(found, key=lambda s: -s[1] * s[2])[:_PERIODS]
 
 
-def _longest(same: np.ndarray[tuple[int], np.dtype[np.bool_]]) -> tuple[int, int]:
+def _longest(same: Bools) -> tuple[int, int]:
     """Where the longest run of True begins, and its length."""
+    import numpy as np
+
     edges = np.flatnonzero(np.diff(np.concatenate([[0], same.astype(np.int8), [0]])))
     if not len(edges):
         return 0, 0
