@@ -47,8 +47,9 @@ _FEW: Final = 6
 """Repetitions of the program that the kinds come from."""
 
 _PRICES: Final = 10
-_LARGE, _LARGEST = 1500, 60_000
-"""Ops of the programs that are looked at: beyond the first number fewer kinds are, beyond the second none."""
+_LARGE, _LARGER, _LARGEST = 1500, 20_000, 60_000
+"""Ops of the programs that are looked at: beyond the first number fewer kinds are, beyond the second only if nothing
+has been found yet, beyond the third none."""
 
 _TOO_MUCH: Final = 1 << 60
 """Added to the bytes of what the engine cannot run."""
@@ -134,10 +135,13 @@ def solve_repeated(folded: Repeated, budget: int | float | str) -> RepeatedPlan:
     bound = repeated_bound(folded, budget_bytes)
     best: RepeatedPlan | None = None
     lowest = plain
-    for grouped in _groupings(folded):
+    for grouped, is_larger in _groupings(folded):
+        if best and is_larger:
+            break
         kinds = _Kinds(grouped)
+        mixture = kinds.best(budget_bytes)
         lowest = min(lowest, kinds.lowest_bytes)
-        if (mixture := kinds.best(budget_bytes)) is not None:
+        if mixture is not None:
             model, counts = mixture
             overhead = model.extra_seconds(*counts) / _seconds(grouped)
             if best is None or overhead < best.overhead:
@@ -152,16 +156,16 @@ def solve_repeated(folded: Repeated, budget: int | float | str) -> RepeatedPlan:
     return best
 
 
-def _groupings(folded: Repeated) -> Iterator[Repeated]:
-    """The program as it is, then with 4, 16, ... repetitions as one."""
-    yield folded
+def _groupings(folded: Repeated) -> Iterator[tuple[Repeated, bool]]:
+    """The program as it is, then with 4, 16, ... repetitions as one, and whether these take long to look at."""
+    yield folded, False
     size, each = 4, folded.layout.forward[1] + folded.layout.backward[1]
     while size <= 2 * isqrt(folded.times) and 2 * _EACH * size * each <= _LARGEST:
         rest = folded.times % size
         if folded.times // size < 2 * _EACH:
             return
         program, layout = with_times(folded.program, folded.layout, _FEW * size + rest)
-        yield Repeated(program, layout.grouped(size), folded.times // size)
+        yield Repeated(program, layout.grouped(size), folded.times // size), 2 * _EACH * size * each > _LARGER
         size *= 4
 
 
@@ -207,6 +211,8 @@ class _Kinds:
     def __init__(self, folded: Repeated) -> None:
         self.folded = folded
         self._few = _written(folded, _FEW)
+        self.lowest_bytes = _TOO_MUCH
+        """The lowest peak that was met."""
         self._looks: dict[int, _Look] = {}
         self._tables = tables_of(planned_as(self._few.program))
         self._is_large = len(self._few.program.ops) > _LARGE
@@ -217,11 +223,6 @@ class _Kinds:
         """A model for each kind alone."""
         for price in self._pricer.prices(3 if self._is_large else _PRICES):
             self._add(price)
-
-    @property
-    def lowest_bytes(self) -> int:
-        """The lowest peak that is known."""
-        return min(m.peak_bytes(self.folded.times) for m in self._alone.values())
 
     def best(self, budget_bytes: int) -> tuple[Model, tuple[int, int]] | None:
         """The mixture with the fewest seconds that fits; kinds between the two of it are looked for, too."""
@@ -252,21 +253,32 @@ class _Kinds:
     def _mixtures(self, budget_bytes: int) -> Iterator[tuple[Model, tuple[int, int]]]:
         """Models and counts that fit: one kind alone, and pairs of kinds around the budget."""
         times, frontier = self.folded.times, self._frontier()
+        self.lowest_bytes = min(self.lowest_bytes, frontier[0].peak_bytes(times))
         fit = [m for m in frontier if m.peak_bytes(times) <= budget_bytes]
         yield from ((m, (times, 0)) for m in fit[-1:])
         above = [m for m in frontier if m.peak_bytes(times) > budget_bytes]
-        for small in fit[-3:]:
-            for large in above[:4]:
-                model = self.model(small.kinds[0], large.kinds[0])
-                most = _most(lambda n, m=model: m.peak_bytes(times - n, n) <= budget_bytes, times - _EACH)
-                if most >= _EACH:
-                    yield model, (times - most, most)
-                    continue
-                for n in range(_EACH - 1, 0, -1):
-                    model = self.model(small.kinds[0], large.kinds[0], n)
-                    if model.peak_bytes(times - n, n) <= budget_bytes:
-                        yield model, (times - n, n)
-                        break
+        small = fit[-3:] or above[:2]
+        large = above[:4] if fit else [above[0], *above[1:4], above[-1]]
+        pairs = [(a.kinds[0], b.kinds[0]) for a in small for b in dict.fromkeys(large) if a is not b]
+        for kinds in pairs:
+            yield from self._fitting(kinds, budget_bytes)
+
+    def _fitting(self, kinds: tuple[Keep, Keep], budget_bytes: int) -> Iterator[tuple[Model, tuple[int, int]]]:
+        """The pair with the most repetitions of the second kind that fit; the peak is convex in their number."""
+        times, model = self.folded.times, self.model(*kinds)
+        least = _most(lambda n: n == 0 or model.peak_bytes(times - n, n) < model.peak_bytes(times - n + 1, n - 1),
+                      times - _EACH)  # fmt: skip
+        lowest = model.peak_bytes(times - least, least)
+        self.lowest_bytes = min(self.lowest_bytes, lowest if least >= _EACH else self.lowest_bytes)
+        most = _most(lambda n: n <= least or model.peak_bytes(times - n, n) <= budget_bytes, times - _EACH)
+        if most >= _EACH and model.peak_bytes(times - most, most) <= budget_bytes:
+            yield model, (times - most, most)
+            return
+        for n in range(_EACH - 1, 0, -1):
+            model = self.model(*kinds, n)
+            if model.peak_bytes(times - n, n) <= budget_bytes:
+                yield model, (times - n, n)
+                return
 
     def _add(self, price: float) -> bool:
         """Add the kinds of a price; whether one is new."""
