@@ -211,8 +211,6 @@ class _Kinds:
     def __init__(self, folded: Repeated) -> None:
         self.folded = folded
         self._few = _written(folded, _FEW)
-        self.lowest_bytes = _TOO_MUCH
-        """The lowest peak that was met."""
         self._looks: dict[int, _Look] = {}
         self._tables = tables_of(planned_as(self._few.program))
         self._is_large = len(self._few.program.ops) > _LARGE
@@ -223,6 +221,11 @@ class _Kinds:
         """A model for each kind alone."""
         for price in self._pricer.prices(3 if self._is_large else _PRICES):
             self._add(price)
+
+    @property
+    def lowest_bytes(self) -> int:
+        """The lowest peak that is known."""
+        return min(m.peak_bytes(self.folded.times) for m in self._alone.values())
 
     def best(self, budget_bytes: int) -> tuple[Model, tuple[int, int]] | None:
         """The mixture with the fewest seconds that fits; kinds between the two of it are looked for, too."""
@@ -253,25 +256,22 @@ class _Kinds:
     def _mixtures(self, budget_bytes: int) -> Iterator[tuple[Model, tuple[int, int]]]:
         """Models and counts that fit: one kind alone, and pairs of kinds around the budget."""
         times, frontier = self.folded.times, self._frontier()
-        self.lowest_bytes = min(self.lowest_bytes, frontier[0].peak_bytes(times))
         fit = [m for m in frontier if m.peak_bytes(times) <= budget_bytes]
         yield from ((m, (times, 0)) for m in fit[-1:])
         above = [m for m in frontier if m.peak_bytes(times) > budget_bytes]
-        small = fit[-3:] or above[:2]
-        large = above[:4] if fit else [above[0], *above[1:4], above[-1]]
-        pairs = [(a.kinds[0], b.kinds[0]) for a in small for b in dict.fromkeys(large) if a is not b]
-        for kinds in pairs:
-            yield from self._fitting(kinds, budget_bytes)
+        for small in fit[-3:]:
+            for large in above[:4]:
+                yield from self._fitting((small.kinds[0], large.kinds[0]), budget_bytes)
 
     def _fitting(self, kinds: tuple[Keep, Keep], budget_bytes: int) -> Iterator[tuple[Model, tuple[int, int]]]:
-        """The pair with the most repetitions of the second kind that fit; the peak is convex in their number."""
+        """The pair with the most repetitions of the second kind that fit.
+
+        With none of them it fits, and the peak is the largest of many straight lines in their number. So where some do
+        not fit, more do not either.
+        """
         times, model = self.folded.times, self.model(*kinds)
-        least = _most(lambda n: n == 0 or model.peak_bytes(times - n, n) < model.peak_bytes(times - n + 1, n - 1),
-                      times - _EACH)  # fmt: skip
-        lowest = model.peak_bytes(times - least, least)
-        self.lowest_bytes = min(self.lowest_bytes, lowest if least >= _EACH else self.lowest_bytes)
-        most = _most(lambda n: n <= least or model.peak_bytes(times - n, n) <= budget_bytes, times - _EACH)
-        if most >= _EACH and model.peak_bytes(times - most, most) <= budget_bytes:
+        most = _most(lambda n: model.peak_bytes(times - n, n) <= budget_bytes, times - _EACH)
+        if most >= _EACH:
             yield model, (times - most, most)
             return
         for n in range(_EACH - 1, 0, -1):
