@@ -38,6 +38,7 @@ ALLOWED = {
 FETCHED = {
     "program.model": {"program.json_format"},
     "program.plan": {"program.json_format", "show.page", "show.plots", "show.report.render", "show.text"},
+    "program.repeats": {"program.json_format"},
     "planner.frontiers": {"show.page", "show.plots", "show.text"},
     "show.explanation": {"show.explanation_lines"},
 }
