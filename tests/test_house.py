@@ -20,6 +20,7 @@ ALLOWED = {
     "program": set(),
     "planner": {"program"},
     "show": {"program"},
+    "bench": {"program", "planner"},
     "engines": {"program"},
     "engines.numpy": {"program"},
     "engines.jax": {"program", "planner"},
@@ -37,6 +38,7 @@ ALLOWED = {
 FETCHED = {
     "program.model": {"program.json_format"},
     "program.plan": {"program.json_format", "show.page", "show.plots", "show.report.render", "show.text"},
+    "program.repeats": {"program.json_format"},
     "planner.frontiers": {"show.page", "show.plots", "show.text"},
     "show.explanation": {"show.explanation_lines"},
 }

@@ -1,4 +1,4 @@
-"""The ``autoremat`` command: ``plan``, ``explain``, ``frontier``, ``check``, ``solve``, ``demo``."""
+"""The ``autoremat`` command: ``plan``, ``explain``, ``frontier``, ``check``, ``solve``, ``bench``, ``demo``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Protocol, TypeVar
 import click
 from click.shell_completion import CompletionItem
 
-from autoremat.loading import NoSuchStep, load_step
+from autoremat.loading import NoSuchStep, load_function, load_step
 from autoremat.planner import SOLVERS, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget, parse_budget
@@ -31,6 +31,7 @@ _SPIN_COUNT = "1000"
 USAGE: Final = 2
 INFEASIBLE: Final = 3
 NOT_THE_SAME: Final = 4
+REFUSED: Final = 5
 
 _PAGE_POINTS: Final = 9
 """Number of budgets of the frontier on an HTML page."""
@@ -464,7 +465,7 @@ def _examples(*lines: str) -> str:
     cls=_OneLineErrors,
     context_settings={"help_option_names": ["-h", "--help"]},
     epilog="Exit codes: 0 done, 1 an error, 2 a wrong command line, 3 no plan fits into the budget, "
-    "4 a check found a difference.",
+    "4 a check found a difference, 5 a schedule was refused by the judge of the benchmark.",
 )
 @click.version_option(_version(), prog_name="autoremat")
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
@@ -641,6 +642,55 @@ def solve(
     _solve_and_show(
         Program.from_json(file), budget, solver, Wishes(keep, recompute), time_limit, json_path, plot_path, html_path
     )
+
+
+@main.command(
+    epilog=_examples(
+        "autoremat bench auto --only layered",
+        "autoremat bench my_package.planning:schedule --by 'A. Author 2027' --update",
+    )
+)
+@click.argument("solver")
+@click.option(
+    "--programs",
+    type=click.Path(path_type=Path),
+    default=Path("benchmarks/programs"),
+    show_default=True,
+    help="The folder of the benchmark.",
+)
+@click.option("--only", default="", metavar="TEXT", help="Programs with this in their names.")
+@_time_limit(10.0)
+@click.option("--effort", type=_Seconds(min=0, min_open=True), help="Work instead of time; 1 is 10 quiet seconds.")
+@click.option("--update", is_flag=True, help="Write what is better than known into the folder's table.")
+@click.option("--by", default="", metavar="NAME", help="Who found it, for the table.")
+@click.pass_context
+def bench(
+    context: click.Context, solver: str, programs: Path, only: str, time_limit: float, effort: float | None,
+    update: bool, by: str,
+) -> None:  # fmt: skip
+    """Run SOLVER on the programs of the benchmark, judge what it finds, and print it beside the best that is known.
+
+    SOLVER is a solver of `autoremat solve`, or package.module:function: a function (program, budget_bytes, *, deadline)
+    that returns a Schedule.
+    """
+    from autoremat.bench.catalog import Catalog
+    from autoremat.bench.contest import Effort, rows_of
+    from autoremat.bench.lines import HEAD, line_of, summary_of
+    from autoremat.show.progress import progress_bar
+
+    if update and not by:
+        raise click.UsageError("--update needs --by: who found it.")
+    asked = solver if solver in SOLVERS else load_function(solver)
+    rows, catalog = [], Catalog.at(programs)
+    click.echo(HEAD)
+    with progress_bar() as progress:
+        for row in rows_of(catalog, asked, Effort(time_limit, effort), only=only, progress=progress):
+            rows.append(row)
+            click.echo(line_of(row))
+            if update and row.plan and not row.faults:
+                catalog = catalog.with_plan(row.task.name, row.number, row.plan, by)
+    click.echo(summary_of(rows))
+    context.exit(REFUSED if any(row.faults for row in rows) else 0)
 
 
 @main.command(epilog=_examples("autoremat demo", "autoremat demo --quick --out pictures"))

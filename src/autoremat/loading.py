@@ -1,4 +1,4 @@
-"""Loads the training step that a command line names.
+"""Loads the training step, or the function, that a command line names.
 
 It is ``package.module:function`` or ``path/to/file.py:function``; a file alone stands for its function ``step``.
 """
@@ -48,17 +48,28 @@ def load_step(target: str) -> Step:
         NoSuchStep: not of that form, no such file, module or function.
         BrokenStep: the file cannot be imported, the function raises, or returns something else.
     """
-    place, _, name = (f"{target}:step" if target.endswith(".py") else target).rpartition(":")
-    if not place or not name.isidentifier():
-        raise NoSuchStep(f"{target!r} names no function; write package.module:function or path/to/file.py:function")
-    make = getattr(_module(place), name, None)
-    if not callable(make):
-        raise NoSuchStep(f"{place} has no function {name!r}; it has: {_functions(_module(place))}")
+    make = load_function(f"{target}:step" if target.endswith(".py") else target)
     try:
         made = make()
     except Exception as error:
         raise BrokenStep(f"{target} raised {_said(error)}; call it in Python to look into it") from error
     return _step(target, made)
+
+
+def load_function(target: str) -> Callable[..., Any]:
+    """Import the file or module, and look the function up.
+
+    Raises:
+        NoSuchStep: not of that form, no such file, module or function.
+        BrokenStep: the file cannot be imported.
+    """
+    place, _, name = target.rpartition(":")
+    if not place or not name.isidentifier():
+        raise NoSuchStep(f"{target!r} names no function; write package.module:function or path/to/file.py:function")
+    found = getattr(_module(place), name, None)
+    if not callable(found):
+        raise NoSuchStep(f"{place} has no function {name!r}; it has: {_functions(_module(place))}")
+    return found
 
 
 def _module(place: str) -> ModuleType:

@@ -38,3 +38,44 @@ def layers(n: int) -> Program:
         ]
         grad = v + 1
     return Program("layers", tuple(values), tuple(ops))
+
+
+def stack(n: int) -> Program:
+    """A chain of ``n`` equal layers of two ops each, and its backward; the last one's is a loss as well."""
+    values, ops = [Value("x", 64, fixed=True)], list[Op]()
+
+    def write(name: str, nbytes: int, reads: tuple[int, ...], seconds: float, phase: str = "forward") -> int:
+        values.append(Value(f"v{len(values)}", nbytes))
+        ops.append(Op(name, reads, (len(values) - 1,), seconds, phase=phase))
+        return len(values) - 1
+
+    inputs, hidden = [0], []
+    for _ in range(n):
+        hidden.append(write("widen", 256, (inputs[-1],), 2.0))
+        inputs.append(write("narrow", 64, (hidden[-1],), 1.0))
+    gradient = write("loss", 64, (inputs[-1],), 1.0, "backward")
+    for k in reversed(range(n)):
+        wide = write("narrow backward", 256, (gradient, hidden[k]), 2.0, "backward")
+        gradient = write("widen backward", 64, (wide, inputs[k]), 4.0, "backward")
+    return Program(f"stack of {n}", tuple(values), tuple(ops))
+
+
+def recurrence(steps: int) -> Program:
+    """A cell unrolled over time with weights that all steps read, and a loss at every step."""
+    values, ops = [Value("weights", 512, fixed=True), Value("start", 32, fixed=True)], list[Op]()
+
+    def write(name: str, nbytes: int, reads: tuple[int, ...], seconds: float, phase: str = "forward") -> int:
+        values.append(Value(f"v{len(values)}", nbytes))
+        ops.append(Op(name, reads, (len(values) - 1,), seconds, phase=phase))
+        return len(values) - 1
+
+    states, gates, losses = [1], [], []
+    for _ in range(steps):
+        gates.append(write("gates", 128, (0, states[-1]), 3.0))
+        states.append(write("cell", 32, (gates[-1], states[-1]), 1.0))
+        losses.append(write("loss", 4, (states[-1],), 0.5))
+    gradient: tuple[int, ...] = ()
+    for t in reversed(range(steps)):
+        here = write("cell backward", 128, (gates[t], states[t], states[t + 1], losses[t], *gradient), 2.0, "backward")
+        gradient = (write("gates backward", 32, (0, here, states[t]), 6.0, "backward"),)
+    return Program(f"recurrence of {steps}", tuple(values), tuple(ops))

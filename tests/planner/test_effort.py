@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import random
 from unittest.mock import patch
 
 import pytest
 
 from autoremat import Plan, solve, verify
 from autoremat.planner import clock
+from autoremat.planner.bounds.stages import Table
 from benchmarks.layered import layered_graph
 from benchmarks.training_graphs import layered, training_graph
 
@@ -71,6 +73,34 @@ def test_what_is_over_stays_over_and_an_inner_limit_ends_with_itself() -> None:
             assert clock.is_over()
         assert not clock.has_cut()
         assert not clock.is_over()
+
+
+def knapsack_by(seconds_a_look: float) -> tuple[float, float]:
+    """The bound of a knapsack that takes some hundred nodes, and the work it took, by such a clock."""
+    dice, table = random.Random(3), Table()
+    columns = [table.column(-dice.uniform(1, 2)) for _ in range(40)]
+    for _ in range(8):
+        table.row([(dice.uniform(1, 2), c) for c in columns], 20.0)
+    ticks = itertools.count()
+    with patch.object(clock, "now", lambda: next(ticks) * seconds_a_look), clock.limited(1e9):
+        begin = clock.worked()
+        found = table.solve(0.1)
+        return found.bound, clock.worked() - begin
+
+
+@pytest.mark.real_seconds
+def test_an_integer_program_ends_by_its_nodes_and_not_by_its_seconds() -> None:
+    quick, slow = knapsack_by(1e-6), knapsack_by(50.0)
+    assert quick == slow
+    assert 0 < quick[1] <= 0.1
+
+
+@pytest.mark.real_seconds
+def test_an_integer_program_that_does_not_fit_into_the_effort_is_not_begun() -> None:
+    table = Table()
+    table.row([(1.0, table.column(-1.0)) for _ in range(1000)], 20.5)
+    with patch("scipy.optimize.milp", side_effect=AssertionError):
+        assert table.solve(0.001).point is None
 
 
 def test_a_deadline_is_a_point_of_work() -> None:

@@ -45,6 +45,9 @@ LIMIT_SECONDS: Final = 10.0
 _FAR: Final = 0.1
 """The gap to the bound that a plan does not have without saying so."""
 
+_REPEATS: Final = 20_000
+"""Ops from which on ``auto`` looks for repetitions first: what it finds then takes a fraction of the time."""
+
 _FIRST_SHARE: Final = 0.25
 """Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
 
@@ -142,6 +145,10 @@ def _solved(
     early = _first_plan(program, budget_bytes, plain_peak) if first and solver == "auto" else None
     if early:
         return early
+    repeated = _repeated_plan(program, budget_bytes, plain_peak) if solver == "auto" else None
+    if repeated:
+        progress("done", 1.0)
+        return repeated
     begin, share = clock.worked(), _FIRST_SHARE if solver == "exact" else 1.0
     found = _pool_of(program).solve(
         program, budget_bytes, "greedy" if solver == "greedy" else "auto", share * work, progress
@@ -280,6 +287,26 @@ def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | 
         program, found.schedule, budget_bytes, plain_peak, floor.met_bytes, found.lower_bound, found.name,
         found.candidates,
     )  # fmt: skip
+
+
+def _repeated_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
+    """The plan of a large program that repeats itself; None for all others, and where it is far from the bound."""
+    from autoremat.planner.repeated import ENOUGH, folded_for_planning, solve_repeated
+    from autoremat.planner.search.floor import floor_of
+
+    if len(program.ops) < _REPEATS or budget_bytes >= plain_peak or program.passing:
+        return None
+    folded = folded_for_planning(program)
+    if folded is None or not (floor := floor_of(program)).is_within(budget_bytes):
+        return None
+    try:
+        found = solve_repeated(folded, budget_bytes)
+    except InfeasibleBudget:
+        return None
+    if found.overhead > found.lower_bound + ENOUGH:
+        return None
+    schedule = Schedule.from_order(program, found.unfold().schedule.order)
+    return _plan(program, schedule, budget_bytes, plain_peak, floor.met_bytes, found.lower_bound, "repeated", ())
 
 
 @per_program

@@ -10,6 +10,7 @@ from autoremat.program.errors import InfeasibleBudget, InvalidProgram, InvalidSc
 from autoremat.program.model import END, INSIDE, Op, Program, Value
 from autoremat.program.once import Once
 from autoremat.program.plan import Plan
+from autoremat.program.repeats import Repeated, fold, unfold
 from autoremat.program.schedule import Free, Run, Schedule
 from autoremat.program.simulator import Timeline, simulate
 from autoremat.program.verifier import Violation, verify
@@ -27,6 +28,7 @@ __all__ = [
     "Op",
     "Plan",
     "Program",
+    "Repeated",
     "Run",
     "Schedule",
     "Timeline",
@@ -34,6 +36,8 @@ __all__ = [
     "Violation",
     "beyond_decisions",
     "decisions_of",
+    "fold",
     "simulate",
+    "unfold",
     "verify",
 ]

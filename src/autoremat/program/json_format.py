@@ -22,6 +22,7 @@ from autoremat.program.files import write_text
 from autoremat.program.model import END, INSIDE, Kind, Op, Program, Value, abilities_of
 from autoremat.program.once import Once, Reason
 from autoremat.program.plan import Plan
+from autoremat.program.repeats import Layout, Repeated, unfold
 from autoremat.program.schedule import Schedule
 
 PROGRAM_FORMAT: Final = "autoremat-program"
@@ -94,6 +95,16 @@ def program_to_data(program: Program) -> dict[str, Any]:
         "values": [_value_to_data(v) for v in program.values],
         "ops": [_op_to_data(op, ids) for op in program.ops],
     }
+
+
+def repeated_to_data(folded: Repeated) -> dict[str, Any]:
+    """Turn a folded program into JSON data.
+
+    Its few repetitions are a program, and ``repeats`` says where they stand.
+    """
+    data, layout = program_to_data(folded.program), folded.layout
+    repeats = {"times": folded.times, "count": layout.count, "forward": [*layout.forward]}
+    return data | {"repeats": repeats | {"backward": [*layout.backward]}}
 
 
 def plan_to_data(plan: Plan) -> dict[str, Any]:
@@ -238,13 +249,36 @@ def _parse(text: str, what: str) -> Mapping[str, Any]:
     return data
 
 
+def repeated_from_data(data: Mapping[str, Any]) -> Repeated:
+    """Make a folded program of JSON data.
+
+    Raises:
+        InvalidProgram: as ``program_from_data``, or nothing is folded there.
+    """
+    item, where = _get(data, "program", "repeats", dict), "repeats"
+    stretches = [_stretch(item, name) for name in ("forward", "backward")]
+    layout = Layout(_get(item, where, "count", int), *stretches)
+    return Repeated(_written_program(data), layout, _get(item, where, "times", int))
+
+
+def _stretch(item: Mapping[str, Any], name: str) -> tuple[int, int]:
+    found = _get(item, "repeats", name, list)
+    if len(found) != 2 or any(type(n) is not int or n < 0 for n in found):
+        raise InvalidProgram(f"repeats: field {name!r} must be [first op, number of ops], got {found!r}")
+    return found[0], found[1]
+
+
 def program_from_data(data: Mapping[str, Any]) -> Program:
-    """Make a program of JSON data.
+    """Make a program of JSON data; write out one that is folded.
 
     Raises:
         InvalidProgram: wrong format or version, a missing field, a wrong type, an unknown id, or whatever ``Program``
             itself refuses.
     """
+    return unfold(repeated_from_data(data)) if "repeats" in data else _written_program(data)
+
+
+def _written_program(data: Mapping[str, Any]) -> Program:
     version = _check_header(data, PROGRAM_FORMAT)
     values = tuple(_value_from_data(i, item) for i, item in enumerate(_get(data, "program", "values", list)))
     index = {value.id: v for v, value in enumerate(values)}

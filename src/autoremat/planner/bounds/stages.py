@@ -36,8 +36,8 @@ _INFEASIBLE: Final = 2
 _ENTRIES_A_SECOND: Final = 3e8
 """Entries of the matrix times steps of the simplex algorithm that a second of work goes through."""
 
-_COLUMN_SECONDS: Final = 1e-4
-"""What a column of an integer program counts as work."""
+_ROOT_SECONDS, _NODE_SECONDS = 2.5e-5, 5e-6
+"""What an entry of an integer program's matrix counts as work: at the first node of the search, and at each further."""
 
 ZERO: Final = 0
 ONE: Final = 1
@@ -132,25 +132,34 @@ class Table:
     def solve(
         self, seconds: float, *, low: Floats | None = None, high: Floats | None = None, nodes: int | None = None
     ) -> Whole:
-        """The optimum over whole numbers (HiGHS), or how far it got in the time and the nodes of the search.
+        """The optimum over whole numbers (HiGHS), or how far it got in the nodes of the search.
+
+        What the search takes is counted in nodes, so that it ends at the same one on any machine; real time cuts it
+        only where all planning has to end.
 
         Args:
-            seconds: limit of time.
+            seconds: work, of a nominal machine; where not even the first node fits into it, nothing is looked for.
             low: narrower lower limits of the columns.
             high: narrower upper limits.
-            nodes: limit of the search that, unlike the time, makes no difference between fast and slow machines.
+            nodes: further limit of the search.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
 
-        limits = {**clock.search_limits(min(seconds, clock.left())), "mip_rel_gap": 0.0}
-        clock.spend(min(seconds, _COLUMN_SECONDS * len(self.cost)))
+        matrix = self.matrix()
+        root, each = _ROOT_SECONDS * matrix.nnz, _NODE_SECONDS * max(1, matrix.nnz)
+        if root > seconds:
+            return Whole(0.0, None)
+        limits: dict[str, float] = {**clock.search_limits(clock.left()), "mip_rel_gap": 0.0}
+        most = min(limits.get("node_limit", inf), inf if nodes is None else nodes, 1 + (seconds - root) / each)
         found = milp(
             np.array(self.cost),
             integrality=np.array(self.whole),
             bounds=Bounds(self.low if low is None else low, self.high if high is None else high),
-            constraints=LinearConstraint(self.matrix(), -np.inf, np.array(self.most)),
-            options=limits if nodes is None else limits | {"node_limit": nodes},
+            constraints=LinearConstraint(matrix, -np.inf, np.array(self.most)),
+            options=limits | {"node_limit": _whole_number(most)},
         )
+        clock.spend(min(seconds, root + each * (found.mip_node_count or 0)))
+        clock.is_over(closely=True)
         if found.status == _INFEASIBLE:
             return Whole(inf, None)
         bound = found.mip_dual_bound

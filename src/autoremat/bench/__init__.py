@@ -1,0 +1,1 @@
+"""The public benchmark: programs, the best that is known of each, and a judge."""
