@@ -14,7 +14,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import Made, Outside, Seen, Statistics, resolved, template, tensors_in
 from autoremat.engines.torch.eager.draws import Draws
-from autoremat.engines.torch.eager.state import Rerunning, State, generator_at, generator_of, heard_by_classes
+from autoremat.engines.torch.eager.state import Rerunning, State, generator_of, heard_by_classes
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.settings import state_of
 
@@ -90,37 +90,45 @@ class Entry:
             The memory of every wanted value.
         """
         found: dict[int, Tensor] = {}
-        inner = {i: v for i, v in self.saved if v in wanted}
+        inner = {i: v for i, v in self.saved if v in wanted} if self.saved else {}
         enough = len(inner) if self.stops.issuperset(wanted) else None
         if self.generator is None or self.generator_state is None:
             with rerunning.use(self.state):
-                self._make(memory, inner, enough, found)
+                self._make(memory, inner, enough, found, wanted)
         else:
-            with generator_at(self.generator, self.generator_state), rerunning.use(self.state):
-                stopped_at = self._make(memory, inner, enough, found)
+            rerunning.draw(self.generator, self.generator_state)
+            with rerunning.use(self.state):
+                stopped_at = self._make(memory, inner, enough, found, self.makes if self.draws else wanted)
                 if self.draws is not None:
                     self.draws.check(found, stopped_at, self.func)
-        return {v: t for v, t in found.items() if v in wanted}
+                    found = {v: t for v, t in found.items() if v in wanted}
+        return found
 
     def _make(
-        self, memory: Mapping[int, Tensor], inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]
-    ) -> int | None:
+        self, memory: Mapping[int, Tensor], inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor],
+        wanted: Collection[int],
+    ) -> int | None:  # fmt: skip
         """Make the call; return the last saved position if it ended early."""
         args = [resolved(a, memory) for a in self.args]
-        kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()}
+        kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()} if self.kwargs else {}
         hooked = self.state.settings.grad_enabled
         if hooked:
             _push_hooks(_catcher(inner, enough, found), _never)
         try:
             with heard_by_classes():
-                out = tensors_in(self.func(*args, **kwargs))
+                made = self.func(*args, **kwargs)
         except Enough as end:
             return int(end.args[0])
         finally:
             if hooked:
                 _pop_hooks()
-        found.update((value, local_of(out[i]).detach()) for i, value in self.results)
-        found.update((new, memory[old]) for new, old in self.in_place)
+        out = tensors_in(made)
+        for i, value in self.results:
+            if value in wanted:
+                found[value] = local_of(out[i]).detach()
+        for new, old in self.in_place:
+            if new in wanted:
+                found[new] = memory[old]
         return None
 
 
