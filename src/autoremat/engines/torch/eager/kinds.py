@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -32,6 +33,10 @@ _STEADY_FROM_THE_START: Final = 5
 """The same where no step has ever left the path."""
 _CHEAP: Final = 0.02
 """Spare is cheap below this share of a step's time."""
+_RERUN_SECONDS: Final = 5e-5
+"""Rough time of Python for a rerun, besides its operators."""
+_FORWARDS: Final = 3.0
+"""How many forwards a step takes, roughly."""
 _MATTERS: Final = 0.02
 """Spare is useful from this share of the budget kept."""
 _FORGIVEN: Final = 0.1
@@ -106,6 +111,7 @@ class Prepared:
         together: calls before one backward that the plan is for.
         measured_bytes: the measured peak of one of them.
         to_measure: how many more steps may be measured.
+        forward_seconds: the least that a forward under the plan has taken of the processor, at the recorded sizes.
     """
 
     plan: Plan | None = None
@@ -130,6 +136,7 @@ class Prepared:
     together: int = 1
     measured_bytes: int | None = None
     to_measure: int = 0
+    forward_seconds: float = math.inf
 
     def close_sections(self) -> None:
         """End the first step: note what user code in its backward took."""
@@ -165,7 +172,29 @@ class Prepared:
         fixed = plan.program.fixed_bytes
         above = max(1, plan.plain_peak_bytes - plan.budget_bytes)
         own = max(0.0, fixed + share * (plan.plain_peak_bytes - fixed) - plan.budget_bytes)
-        return plan.overhead * plan.program.seconds * share * max(0.0, 1 - own / above)
+        seconds = plan.overhead * plan.program.seconds * share
+        if self.script is not None:
+            seconds += _RERUN_SECONDS * sum(len(act.reruns) for act in self.script.acts)
+        return seconds * max(0.0, 1 - own / above)
+
+    @property
+    def step_seconds(self) -> float:
+        """What a plain step takes: as planned, or less if forwards turned out to be faster."""
+        assert self.plan is not None
+        return min(self.plan.program.seconds, _FORWARDS * self.forward_seconds)
+
+    @property
+    def shares_of_interest(self) -> tuple[float, ...]:
+        """Shares of the input's size for which plans of their own would do.
+
+        About at the first one nothing need be rerun any more; the second one is half-way. None where nothing is rerun.
+        """
+        plan = self.plan
+        if plan is None or plan.overhead <= 0:
+            return ()
+        fixed = plan.program.fixed_bytes
+        share = (plan.budget_bytes - fixed) / max(1, plan.plain_peak_bytes - fixed)
+        return (share, math.sqrt(share)) if 0 < share < 1 else ()
 
     @property
     def lost_by_now(self) -> float:
@@ -243,7 +272,12 @@ class Kind:
         if script is None or script.budget_bytes is None or script.saved_bytes[-1] < _MATTERS * script.budget_bytes:
             return False
         enough = _STEADY if self.prepared.has_strayed else _STEADY_FROM_THE_START
-        return self.prepared.steady < enough or script.spare_share < _CHEAP
+        return self.prepared.steady < enough or script.spare_seconds < _CHEAP * self.share * self.prepared.step_seconds
+
+    def forward_took(self, seconds: float) -> None:
+        """Note what a forward under the plan has taken of the processor."""
+        prepared = self.prepared
+        prepared.forward_seconds = min(prepared.forward_seconds, seconds / self.share)
 
     def serves(self, sizes: Sizes) -> bool:
         """Tell whether an input of these sizes may use its plan."""
