@@ -2,7 +2,7 @@
 
 Bytes are polynomials in the sizes of the input. Between two recordings a value has grown by some power of the sizes;
 rounded up to a whole one, that power bounds it from above for all larger sizes, as long as its coefficients are not
-negative and its degree is not higher than that. Rounded down, the power bounds the value for all smaller sizes.
+negative and its degree is not higher than that. For smaller sizes, what has grown by a whole power shrinks by that.
 """
 
 from __future__ import annotations
@@ -105,10 +105,16 @@ def grown_number(a: int, b: int, between: float, further: float) -> int:
 
 
 def shrunk_number(a: int, b: int, between: float, to: float) -> int:
-    """An upper bound of what was ``a`` and is ``b``, at this share of the larger sizes."""
+    """An upper bound of what was ``a`` and is ``b``, at this share of the larger sizes.
+
+    What has not grown by a whole power is a sum of several; it is taken not to shrink.
+    """
     if b <= a or a <= 0:
         return max(a, b)
-    share = to ** math.floor(math.log(b / a) / math.log(between) + _HAIR)
+    power = math.log(b / a) / math.log(between)
+    if abs(power - round(power)) > _HAIR:
+        return b
+    share = float(to ** round(power))
     return math.ceil(b * (share + _HAIR * (1 - share)))
 
 

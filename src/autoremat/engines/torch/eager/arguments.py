@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from autoremat.engines.torch.operators.values import View, storage_of
 _new_tuple: Any = tuple.__new__
 """Builds a named tuple in a third of the usual time."""
 _CONTAINERS = (tuple, list, dict, set, frozenset)
-_AS_THEY_ARE = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size))
+AS_THEY_ARE: Final = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size))
 """Types of arguments that are their own templates."""
 
 
@@ -206,7 +206,7 @@ def template(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 def resolved(tree: Any, memory: Mapping[int, Tensor]) -> Any:
     """Return the argument that a template stands for."""
     kind = type(tree)
-    if kind in _AS_THEY_ARE:
+    if kind in AS_THEY_ARE:
         return tree
     if kind is Made:
         return tree.tensor(memory)

@@ -12,12 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager.acting import Acting, carry_out
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.passes import NO_TASK, Passes, current_task, in_backward, in_python_node
 from autoremat.engines.torch.eager.room import Nothing, Room
 from autoremat.engines.torch.eager.script import Act, Script
-from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory
 
 _unseen = torch._C.DisableTorchFunction
@@ -40,7 +40,7 @@ class Backward:
     ) -> None:  # fmt: skip
         self._ledger, self._passes = ledger, passes
         self._rebind, self._out_of_memory = rebind, out_of_memory
-        self._script, self._cursor, self._begin = script, 0, 0
+        self._script, self._acting = script, Acting(script)
         self._is_through = False
         """The pass after the forward has begun."""
         self._is_noted = script is None
@@ -67,7 +67,8 @@ class Backward:
     def finish_forward(self) -> None:
         """Note that the forward is over."""
         self._ledger.finish_forward()
-        self.is_forward, self._begin = False, self._cursor
+        self._acting.finish_forward()
+        self.is_forward = False
         self._is_patient = self.is_planned and not self._is_noted
         if not self.is_planned:
             self._passes.needs.count()
@@ -75,7 +76,7 @@ class Backward:
     def take_plan(self, script: Script, can_go: Callable[[int], bool]) -> None:
         """Go on by a plan made of this forward: hold, drop, recompute."""
         ledger = self._ledger
-        self._script, self._cursor = script, 0
+        self._script, self._acting = script, Acting(script)
         for entry in ledger.entries.values():  # also of calls that the plan never reruns: they may be needed
             entry.stops = frozenset([v for _, v in entry.saved if v in script.stops])
         kept = script.kept | script.hold
@@ -136,7 +137,8 @@ class Backward:
                     self._rebind(tensor, value)
                 return tensor
             finally:
-                self._settle_if_due()
+                if not self._is_patient or passes.are_all_gone:
+                    self._settle()
 
     def asked(self, pack: int) -> None:
         """Act, where the plan does when a kept tensor is wanted."""
@@ -144,9 +146,8 @@ class Backward:
             task = current_task()
             if task != self._passes.task:
                 self._notice_pass(task)
-            act = self._next_act(pack)
-            if act is not None:
-                self._act(act)
+            if self._script is not None and self._acting.is_next(pack):
+                self._act()
 
     def _notice_pass(self, task: int) -> None:
         """Note a new pass; unplanned ones begin the plan's backward again."""
@@ -158,7 +159,7 @@ class Backward:
             return
         if self._passes.was_differentiated and self.is_planned:
             self.improvise()
-        self._cursor = self._begin
+        self._acting.begin_again()
         for value in list(self._ledger.recomputed):
             self._ledger.let_go(value)
 
@@ -180,9 +181,8 @@ class Backward:
 
     def _answer(self, handle: Handle, value: int) -> Tensor:
         if self._script is not None:
-            act = self._next_act(handle.pack)
-            if act is not None:
-                self._act(act)
+            if self._acting.is_next(handle.pack):
+                act = self._act()
                 tensor = handle.seen.on(self._fetched(value))
                 if act.drop:
                     self._drop(value)
@@ -198,39 +198,18 @@ class Backward:
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 
-    def _next_act(self, pack: int) -> Act | None:
-        """Return the plan's next act, if this pack sets it off."""
-        if self._script is None or self._cursor >= len(self._script.acts):
-            return None
-        act = self._script.acts[self._cursor]
-        return act if act.pack == pack else None
+    def _act(self) -> Act:
+        act = self._acting.take()
+        if act.reruns:
+            is_simple = not (self._is_noted or self._passes.retained or self.pinned)
+            carry_out(
+                act, self._ledger, self._fetched, self._ledger.let_go if is_simple else self._drop, self._still_waiting
+            )  # fmt: skip
+        return act
 
-    def _act(self, act: Act) -> None:
-        self._cursor += 1
-        if not act.reruns:
-            return
-        passes, ledger = self._passes, self._ledger
-        held, entries = ledger.held, ledger.entries
-        let_go = self._drop if self._is_noted or passes.retained or self.pinned else ledger.let_go
-        with Rerunning() as rerunning:
-            for rerun in act.reruns:
-                entry = entries.get(rerun.call)
-                if entry is None:
-                    continue  # in a noted forward, what this call makes has been kept
-                for value in entry.reads:
-                    if value not in held:
-                        self._fetched(value)
-                install: Collection[int] = rerun.install
-                if not held.keys().isdisjoint(install):
-                    install = [v for v in install if v not in held]
-                if install:
-                    ends: Collection[int] = ()
-                    if entry.in_place:
-                        self._settle()
-                        ends = [v for v in rerun.drops if not passes.waiting.get(v)]
-                    ledger.run(rerun.call, install, rerunning, ends)
-                for value in rerun.drops:
-                    let_go(value)
+    def _still_waiting(self) -> dict[int, int]:
+        self._settle()
+        return self._passes.waiting
 
     def _drop(self, value: int) -> None:
         """Drop a value, unless a retained graph needs it irreplaceably."""
@@ -287,13 +266,7 @@ class Backward:
             finally:
                 self._passes.lock.release()
 
-    def _settle_if_due(self) -> None:
-        if not self._is_patient or self._passes.are_all_gone:
-            self._settle()
-
     def _settle(self) -> None:
-        if not self._passes.has_gone:
-            return
         for value in self._passes.settle():
             if self.is_forward or value in self.pinned:
                 continue

@@ -13,6 +13,7 @@ from typing import Final
 
 from autoremat.engines.torch.eager.inputs import Sizes
 from autoremat.engines.torch.eager.kinds import Kind, Prepared
+from autoremat.engines.torch.eager.paying import lost_seconds, shares_of_interest
 from autoremat.planner import clock
 
 MAX_GUESTS: Final = 256
@@ -126,8 +127,8 @@ class Family:
         if known is None or host is None or guest in self or len(self._kinds) >= _RUNGS:
             return False
         share = guest.sizes.share_of(host.sizes)
-        level = next((s for s in host.prepared.shares_of_interest if share <= s), None)
-        if level is None or not known.pays(host.sizes, level, host.prepared.lost_seconds(share)):
+        level = next((s for s in shares_of_interest(host.plan) if share <= s), None)
+        if level is None or not known.pays(host.sizes, level, lost_seconds(host.plan, host.script, share)):
             return False
         further = level * host.sizes.elements / known.large.sizes.elements
         sizes = known.large.sizes.shrunk(known.small.sizes, further)
@@ -221,7 +222,7 @@ class Family:
     def _pays(self, sizes: Sizes, host: Kind) -> bool:
         """Tell whether such inputs lost more than their own plan costs."""
         share = sizes.share_of(host.sizes)
-        rung, lost = (host.sizes, int(-math.log2(share))), host.prepared.lost_seconds(share)
+        rung, lost = (host.sizes, int(-math.log2(share))), lost_seconds(host.plan, host.script, share)
         total = self._lost_seconds[rung] = self._lost_seconds.get(rung, 0.0) + lost
         if len(self._kinds) >= _RUNGS or total <= _PAYS * host.prepared.cost_seconds:
             return False

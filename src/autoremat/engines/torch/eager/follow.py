@@ -32,6 +32,7 @@ from autoremat.engines.torch.operators.values import is_parameter, storage_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape
+    from autoremat.engines.torch.eager.values import Numbers
 
 _unseen, _n_modes = torch._C.DisableTorchFunction, torch._C._len_torch_function_stack
 _NOTHING = contextlib.nullcontext()
@@ -130,7 +131,7 @@ class Follow:
             with _unseen():
                 given = tensors_given(args, kwargs)
                 is_right = self._is_as_recorded(work, given)
-                is_ready = is_ready or (work.spare and self._reads_as_recorded(call, given))
+                is_ready = is_ready or (work.spare and _reads_as_recorded(tape.numbers, call, given))
         if not is_right:
             return self._left(f"call {k} ({name_of(func)}) is given other tensors than recorded", func, args, kwargs)
         if call.effects or call.leaves:
@@ -161,25 +162,13 @@ class Follow:
         known, call = self._tape.numbers.known_tensor, work.call
         if self._script.loose and self._tape.n_packs != call.packs[0]:
             return False
-        if work.ready and not self._reads_as_recorded(call, given):
+        if work.ready and not _reads_as_recorded(self._tape.numbers, call, given):
             return False
         for position, old, _ in call.written:
             if position >= len(given):
                 return False
             number = known(given[position])
             if number is not None and number != old:
-                return False
-        return True
-
-    def _reads_as_recorded(self, call: Call, given: Sequence[Tensor]) -> bool:
-        """Tell whether a call can be rerun and is given recorded values."""
-        if not PLAIN.issuperset(map(type, given)) and any(map(is_overridden, given)):
-            return False
-        if _n_modes() and State.now().has_modes_of_others:
-            return False
-        known, n = self._tape.numbers.known_tensor, len(given)
-        for position, value in call.reads:  # noqa: SIM110 - a generator is slower
-            if position >= n or known(given[position]) != value:
                 return False
         return True
 
@@ -312,3 +301,16 @@ class Follow:
             tape.leave_path(f"autograd saved {tape.n_packs} tensors, {len(self._packs)} in the recorded forward")
         elif self.spare is not None:
             self.spare.forget()
+
+
+def _reads_as_recorded(numbers: Numbers, call: Call, given: Sequence[Tensor]) -> bool:
+    """Tell whether a call can be rerun and is given recorded values."""
+    if not PLAIN.issuperset(map(type, given)) and any(map(is_overridden, given)):
+        return False
+    if _n_modes() and State.now().has_modes_of_others:
+        return False
+    known, n = numbers.known_tensor, len(given)
+    for position, value in call.reads:  # noqa: SIM110 - a generator is slower
+        if position >= n or known(given[position]) != value:
+            return False
+    return True

@@ -54,16 +54,13 @@ class Passes:
         self.lock = threading.Lock()
         self.task: int | None = None
         """The pass that asked last."""
-        self._n_living = 0
         self._gone: deque[tuple[int, int]] = deque()
 
     def made(self, handle: Handle) -> None:
         """Count a handle that has been given out."""
-        value = handle.value
-        self.needs.add_handle(value)
-        self.waiting[value] = self.waiting.get(value, 0) + 1
+        self.needs.add_handle(handle.value)
+        self.waiting[handle.value] = self.waiting.get(handle.value, 0) + 1
         self.n_made += 1
-        self._n_living += 1
 
     def now(self, value: int) -> int:
         """Return the value that this one's memory holds in the end."""
@@ -112,21 +109,15 @@ class Passes:
         self._gone.append((handle.value, handle.served))
 
     @property
-    def has_gone(self) -> bool:
-        """Whether deaths of handles wait to be settled."""
-        return bool(self._gone)
-
-    @property
     def are_all_gone(self) -> bool:
         """Whether no handle is alive."""
-        return len(self._gone) >= self._n_living
+        return len(self._gone) >= self.needs.n_handles
 
     def settle(self) -> list[int]:
         """Settle the deaths of handles; return values no longer needed."""
         unneeded: list[int] = []
         while self._gone:
             value, served = self._gone.popleft()
-            self._n_living -= 1
             value = self.now(value)
             if served != self.number:
                 self.waiting[value] -= 1

@@ -272,10 +272,7 @@ class Planning:
         return plan
 
     def foreseen(self, small: Prepared, large: Prepared, between: float, further: float) -> Prepared | None:
-        """Plan for larger or smaller inputs, if two recordings tell how they grow.
-
-        ``further``: the sizes to plan for, as a multiple of the larger recording's.
-        """
+        """Plan for ``further`` times the sizes, if two recordings tell how they grow."""
         if small.program is None or large.program is None or small.path is None or large.path is None:
             return None
         change, number = (grown, grown_number) if further > 1 else (shrunk, shrunk_number)
@@ -283,8 +280,7 @@ class Planning:
         if program is None or large.plan is None or large.together > 1 or not small.path.is_like(large.path):
             return None
         both = zip(small.path.numels(), large.path.numels(), strict=True)
-        numels = [number(a, b, between, further) for a, b in both]
-        path = large.path.with_numels(numels)
+        path = large.path.with_numels([number(a, b, between, further) for a, b in both])
         found = Prepared(
             path=path, parallel=large.parallel, cost_seconds=large.cost_seconds, program=program,
             gradients=large.gradients, found=large.found,
