@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from autoremat.api import record_step
 from autoremat.demo.models import GPT, GPTConfig
-from autoremat.planner.growth import grown, grown_number, is_same
+from autoremat.planner.growth import grown, grown_number, is_same, shrunk, shrunk_number
 from autoremat.program import Program
 from tests.fixed import examples
 
@@ -32,6 +32,22 @@ def test_a_polynomial_is_bounded_from_above(coefficients: list[int], n: int, bet
     assert grown_number(value(n), value(middle), between, further) >= value(last) * (1 - 0.02 * 3 * further) - 4
 
 
+@examples(200)
+@given(
+    st.integers(0, 1000), st.integers(1, 50), st.integers(1, 3), st.integers(2, 200), st.floats(1.05, 3.0),
+    st.floats(0.1, 1.0),
+)  # fmt: skip
+def test_a_smaller_size_is_bounded_from_above(
+    c: int, factor: int, power: int, n: int, between: float, to: float
+) -> None:
+    def value(size: float) -> float:
+        return c + factor * size if power == 1 else factor * size**power
+
+    bound = shrunk_number(round(value(n)), round(value(n * between)), between, to)
+    assert bound >= value(n * between * to) * 0.98 - 4
+    assert bound <= round(value(n * between))
+
+
 @cache
 def gpt_step(n: int, rows: int = 4) -> Program:
     torch.manual_seed(0)
@@ -49,6 +65,15 @@ def test_a_real_step_takes_no_more_than_foreseen(sizes: tuple[int, int, int]) ->
     assert is_same(foreseen, largest)
     assert all(a.nbytes >= b.nbytes for a, b in zip(foreseen.values, largest.values, strict=True))
     assert sum(v.nbytes for v in foreseen.values) <= 1.05 * sum(v.nbytes for v in largest.values)
+
+
+def test_a_smaller_real_step_takes_no_more_than_foreseen() -> None:
+    small, large, smallest = map(gpt_step, (60, 64, 40))
+    foreseen = shrunk(small, large, 64 / 60, 40 / 64)
+    assert foreseen is not None
+    assert is_same(foreseen, smallest)
+    assert all(a.nbytes >= b.nbytes for a, b in zip(foreseen.values, smallest.values, strict=True))
+    assert sum(v.nbytes for v in foreseen.values) <= 1.05 * sum(v.nbytes for v in smallest.values)
 
 
 def test_other_steps_foresee_nothing() -> None:

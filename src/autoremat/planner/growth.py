@@ -1,15 +1,16 @@
-"""The program of a larger input, from two smaller recordings.
+"""The program of a larger or smaller input, from two recordings.
 
 Both recordings have the same calls.
 
 Bytes are polynomials in the sizes of the input. Between two recordings a value has grown by some power of the sizes;
 rounded up to a whole one, that power bounds it from above for all larger sizes, as long as its coefficients are not
-negative and its degree is not higher than that.
+negative and its degree is not higher than that. For smaller sizes, what has grown by a whole power shrinks by that.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from operator import attrgetter, eq
 
@@ -17,6 +18,7 @@ from autoremat.program import Op, Program
 
 _HAIR = 0.02
 """Powers this close to a whole number are that."""
+_Change = Callable[[int, int], int]
 
 
 _OF_OPS = attrgetter("name", "reads", "writes", "call", "in_place", "once")
@@ -54,24 +56,45 @@ def grown(small: Program, large: Program, between: float, further: float) -> Pro
     """
     if between <= 1 or not is_same(small, large):
         return None
+    return _changed(
+        small, large, lambda a, b: grown_number(a, b, between, further),
+        lambda a, b: _grown_seconds(a, b, between, further),
+    )  # fmt: skip
+
+
+def shrunk(small: Program, large: Program, between: float, to: float) -> Program | None:
+    """The program of a step with smaller sizes; None where the two are not the same but for sizes. O(program).
+
+    Args:
+        small: of a step.
+        large: of the same step with a larger input.
+        between: by how much sizes have grown from the one to the other, at least; above 1.
+        to: which share of the large sizes they are to have, at most.
+    """
+    if between <= 1 or not is_same(small, large):
+        return None
+    return _changed(small, large, lambda a, b: shrunk_number(a, b, between, to), lambda a, b: b * to)
+
+
+def _changed(small: Program, large: Program, number: _Change, seconds: Callable[[float, float], float]) -> Program:
     values = tuple(
-        replace(b, nbytes=grown_number(a.nbytes, b.nbytes, between, further), shape=None)
+        replace(b, nbytes=number(a.nbytes, b.nbytes), shape=None)
         for a, b in zip(small.values, large.values, strict=True)
     )
-    ops = tuple(_grown_op(a, b, between, further) for a, b in zip(small.ops, large.ops, strict=True))
+    ops = tuple(_changed_op(a, b, number, seconds) for a, b in zip(small.ops, large.ops, strict=True))
     return replace(large, values=values, ops=ops)
 
 
-def _grown_op(a: Op, b: Op, between: float, further: float) -> Op:
+def _changed_op(a: Op, b: Op, number: _Change, seconds: Callable[[float, float], float]) -> Op:
     again_seconds, again_scratch = b.rerun_seconds, b.rerun_scratch_bytes
     if again_seconds is not None:
-        again_seconds = _grown_seconds(a.again_seconds, again_seconds, between, further)
+        again_seconds = seconds(a.again_seconds, again_seconds)
     if again_scratch is not None:
-        again_scratch = grown_number(a.again_scratch_bytes, again_scratch, between, further)
+        again_scratch = number(a.again_scratch_bytes, again_scratch)
     return replace(
         b,
-        seconds=_grown_seconds(a.seconds, b.seconds, between, further),
-        scratch_bytes=grown_number(a.scratch_bytes, b.scratch_bytes, between, further),
+        seconds=seconds(a.seconds, b.seconds),
+        scratch_bytes=number(a.scratch_bytes, b.scratch_bytes),
         rerun_seconds=again_seconds,
         rerun_scratch_bytes=again_scratch,
     )
@@ -83,6 +106,20 @@ def grown_number(a: int, b: int, between: float, further: float) -> int:
         return math.ceil(max(a, b) * (further if b != a else 1.0))
     power = math.ceil(math.log(b / a) / math.log(between) - _HAIR)
     return math.ceil(b * further**power)
+
+
+def shrunk_number(a: int, b: int, between: float, to: float) -> int:
+    """An upper bound of what was ``a`` and is ``b``, at this share of the larger sizes.
+
+    What has not grown by a whole power is a sum of several; it is taken not to shrink.
+    """
+    if b <= a or a <= 0:
+        return max(a, b)
+    power = math.log(b / a) / math.log(between)
+    if abs(power - round(power)) > _HAIR:
+        return b
+    share = float(to ** round(power))
+    return math.ceil(b * (share + _HAIR * (1 - share)))
 
 
 def _grown_seconds(a: float, b: float, between: float, further: float) -> float:

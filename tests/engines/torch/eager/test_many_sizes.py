@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
+from autoremat.engines.torch.eager import families
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.world.memory_account import account, resident
 from tests.fixed import is_thorough, random_seed
@@ -81,6 +82,17 @@ def test_when_sizes_grow_a_plan_for_larger_ones_is_there_before_they_come() -> N
     budget = int(0.7 * plain_peak(model, text(90)))
     stats, peaks = train(model, [(text(n),) for n in (40, 48, 50, 66, 71, 84, 90)], budget=budget)
     assert stats.planned <= 3  # of two recordings, and of what they foresee
+    assert (stats.deviations, stats.unplanned) == (0, 0)
+    assert max(peaks[2:]) <= budget
+
+
+@pytest.mark.slow
+def test_smaller_sizes_are_foreseen_once_their_own_plan_pays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(families, "_FORESEEN_PAYS", 0.0)
+    model = gpt()
+    budget = int(0.7 * plain_peak(model, text(90)))
+    stats, peaks = train(model, [(text(n),) for n in (84, 90, 20, 20, 24, 20, 88)], budget=budget)
+    assert stats.planned > 3  # of two recordings, of what they foresee of larger inputs, and of smaller ones
     assert (stats.deviations, stats.unplanned) == (0, 0)
     assert max(peaks[2:]) <= budget
 

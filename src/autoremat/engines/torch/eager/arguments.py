@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from autoremat.engines.torch.operators.values import View, storage_of
 _new_tuple: Any = tuple.__new__
 """Builds a named tuple in a third of the usual time."""
 _CONTAINERS = (tuple, list, dict, set, frozenset)
+AS_THEY_ARE: Final = frozenset((type(None), bool, int, float, str, torch.dtype, torch.device, torch.Size))
+"""Types of arguments that are their own templates."""
 
 
 class Seen(NamedTuple):
@@ -40,8 +42,8 @@ class Seen(NamedTuple):
 
         It has no history, and a version counter of its own.
         """
-        is_same = self.view == View.of(memory)
-        tensor = memory.detach() if is_same else self.view.on(memory.untyped_storage())
+        view = self.view
+        tensor = memory.detach() if view.is_of(memory) else view.on(memory.untyped_storage())
         return tensor if self.description is None else self.description.around(tensor)
 
 
@@ -162,7 +164,13 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
 
 def tensors_given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     """List the tensors among the arguments of a call, in order."""
-    return [*_tensors(args), *_tensors(kwargs)] if kwargs else list(_tensors(args))
+    found: list[Tensor] = []
+    for item in (*args, *kwargs.values()) if kwargs else args:
+        if type(item) in PLAIN or isinstance(item, Tensor):
+            found.append(item)
+        elif isinstance(item, (tuple, list, dict)):
+            found += _tensors(item)
+    return found
 
 
 def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
@@ -181,7 +189,7 @@ def mapped(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 
 def template(tree: Any, change: Callable[[Tensor], Any]) -> Any:
     """Replace every tensor by ``change(tensor)``, and containers by ``Nest``."""
-    if isinstance(tree, Tensor):
+    if type(tree) in PLAIN or isinstance(tree, Tensor):
         return change(tree)
     if isinstance(tree, dict):
         if not any(isinstance(v, (Tensor, list, tuple, dict)) for v in tree.values()):
@@ -198,6 +206,8 @@ def template(tree: Any, change: Callable[[Tensor], Any]) -> Any:
 def resolved(tree: Any, memory: Mapping[int, Tensor]) -> Any:
     """Return the argument that a template stands for."""
     kind = type(tree)
+    if kind in AS_THEY_ARE:
+        return tree
     if kind is Made:
         return tree.tensor(memory)
     if kind is Outside or kind is Statistics:

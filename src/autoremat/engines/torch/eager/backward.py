@@ -12,13 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from autoremat.engines.torch.eager.acting import Acting, carry_out
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.ledger import Ledger
-from autoremat.engines.torch.eager.passes import Passes, in_backward, in_python_node
+from autoremat.engines.torch.eager.passes import NO_TASK, Passes, current_task, in_backward, in_python_node
 from autoremat.engines.torch.eager.room import Nothing, Room
 from autoremat.engines.torch.eager.script import Act, Script
-from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory
+
+_unseen = torch._C.DisableTorchFunction
 
 
 class Backward:
@@ -38,7 +40,7 @@ class Backward:
     ) -> None:  # fmt: skip
         self._ledger, self._passes = ledger, passes
         self._rebind, self._out_of_memory = rebind, out_of_memory
-        self._script, self._cursor, self._begin = script, 0, 0
+        self._script, self._acting = script, Acting(script)
         self._is_through = False
         """The pass after the forward has begun."""
         self._is_noted = script is None
@@ -48,6 +50,8 @@ class Backward:
         self.room: Room | None = None
         """Bounds what is held where no plan does."""
         self.is_forward = True
+        self._is_patient = False
+        """Deaths of handles change nothing before the next pass, or the last one."""
         self.on_ask: Callable[[int], None] | None = None
         """Told which values passes ask for, if set."""
         self.pinned: set[int] = set()
@@ -63,14 +67,16 @@ class Backward:
     def finish_forward(self) -> None:
         """Note that the forward is over."""
         self._ledger.finish_forward()
-        self.is_forward, self._begin = False, self._cursor
+        self._acting.finish_forward()
+        self.is_forward = False
+        self._is_patient = self.is_planned and not self._is_noted
         if not self.is_planned:
             self._passes.needs.count()
 
     def take_plan(self, script: Script, can_go: Callable[[int], bool]) -> None:
         """Go on by a plan made of this forward: hold, drop, recompute."""
         ledger = self._ledger
-        self._script, self._cursor = script, 0
+        self._script, self._acting = script, Acting(script)
         for entry in ledger.entries.values():  # also of calls that the plan never reruns: they may be needed
             entry.stops = frozenset([v for _, v in entry.saved if v in script.stops])
         kept = script.kept | script.hold
@@ -85,8 +91,9 @@ class Backward:
 
     def improvise(self) -> None:
         """Recompute values on demand from here on, within the budget's room."""
-        self._script = None
+        self._script, self._is_patient = None, False
         if not self.is_forward:
+            self._settle()
             self._passes.needs.count()
 
     # ---- what a pass asks for ------------------------------------------------------------------------------------
@@ -95,58 +102,64 @@ class Backward:
         """Return the tensor that was saved, recomputed if it is gone."""
         if isinstance(packed, Tensor):
             return packed
-        with torch._C.DisableTorchFunction():
-            if isinstance(packed, Kept) and packed.handle is not None:
+        with _unseen():
+            if type(packed) is Kept:
+                if packed.handle is None:
+                    if packed.backward is not None and in_backward():
+                        packed.backward.asked(packed.pack)
+                    return packed.get()
                 packed = packed.handle
-            if isinstance(packed, Kept):
-                if packed.backward is not None and in_backward():
-                    packed.backward.asked(packed.pack)
-                return packed.get()
             handle: Handle = packed
             return handle.backward.unpacked(handle)
 
     def unpacked(self, handle: Handle) -> Tensor:
         """Return a handle's tensor; several threads may go backward at once."""
-        with self._passes.lock:
+        passes = self._passes
+        with passes.lock:
             try:
                 handle.check_unchanged()
-                if not in_backward():  # somebody reads grad_fn._saved_...
-                    return handle.seen.on(self._looked_up(self._passes.now(handle.value)))
-                self._notice_pass()
-                if handle.stays is not None and handle.served == self._passes.number:
+                task = current_task()
+                if task != passes.task:
+                    if task == NO_TASK:  # somebody reads grad_fn._saved_...
+                        return handle.seen.on(self._looked_up(passes.now(handle.value)))
+                    self._notice_pass(task)
+                if handle.stays is not None and handle.served == passes.number:
                     return handle.stays
-                value = self._passes.serve(handle)
+                value = passes.serve(handle)
                 if self.on_ask is not None:
                     self.on_ask(value)
                 if self._script is None:
                     self._shrink()
                 tensor = self._served(handle, value)
                 # Keep it like autograd does: until the node is done, including sums over broadcast dimensions.
-                handle.stays = tensor if in_python_node() or not self._passes.retained else None
+                handle.stays = tensor if not passes.retained or in_python_node() else None
                 if self.is_forward:  # calls of a pass within the forward read this value
                     self._rebind(tensor, value)
                 return tensor
             finally:
-                self._settle()
+                if not self._is_patient or passes.are_all_gone:
+                    self._settle()
 
     def asked(self, pack: int) -> None:
         """Act, where the plan does when a kept tensor is wanted."""
         with self._passes.lock:
-            self._notice_pass()
-            if self._next_act(pack) is not None:
+            task = current_task()
+            if task != self._passes.task:
+                self._notice_pass(task)
+            if self._script is not None and self._acting.is_next(pack):
                 self._act()
 
-    def _notice_pass(self) -> None:
-        """Notice a new pass; unplanned ones begin the plan's backward again."""
-        if not self._passes.begins():
-            return
+    def _notice_pass(self, task: int) -> None:
+        """Note a new pass; unplanned ones begin the plan's backward again."""
+        self._settle()
+        self._passes.begin(task)
         self._passes.is_spent = not self.is_forward and not self._passes.retained
         is_planned, self._is_through = self.is_forward or not self._is_through, not self.is_forward
         if is_planned or not self._passes.is_again:
             return
         if self._passes.was_differentiated and self.is_planned:
             self.improvise()
-        self._cursor = self._begin
+        self._acting.begin_again()
         for value in list(self._ledger.recomputed):
             self._ledger.let_go(value)
 
@@ -168,7 +181,7 @@ class Backward:
 
     def _answer(self, handle: Handle, value: int) -> Tensor:
         if self._script is not None:
-            if self._next_act(handle.pack) is not None:
+            if self._acting.is_next(handle.pack):
                 act = self._act()
                 tensor = handle.seen.on(self._fetched(value))
                 if act.drop:
@@ -185,34 +198,18 @@ class Backward:
 
     # ---- the plan ------------------------------------------------------------------------------------------------
 
-    def _next_act(self, pack: int) -> Act | None:
-        """Return the plan's next act, if this pack sets it off."""
-        if self._script is None or self._cursor >= len(self._script.acts):
-            return None
-        act = self._script.acts[self._cursor]
-        return act if act.pack == pack else None
-
     def _act(self) -> Act:
-        assert self._script is not None
-        act = self._script.acts[self._cursor]
-        self._cursor += 1
+        act = self._acting.take()
         if act.reruns:
-            waiting, held, entries = self._passes.waiting, self._ledger.held, self._ledger.entries
-            with Rerunning() as rerunning:
-                for rerun in act.reruns:
-                    entry = entries.get(rerun.call)
-                    if entry is None:
-                        continue  # in a noted forward, what this call makes has been kept
-                    for value in entry.reads:
-                        if value not in held:
-                            self._fetched(value)
-                    install = [v for v in rerun.install if v not in held]
-                    if install:
-                        ends = [v for v in rerun.drops if not waiting.get(v)]
-                        self._ledger.run(rerun.call, install, rerunning, ends)
-                    for value in rerun.drops:
-                        self._drop(value)
+            is_simple = not (self._is_noted or self._passes.retained or self.pinned)
+            carry_out(
+                act, self._ledger, self._fetched, self._ledger.let_go if is_simple else self._drop, self._still_waiting
+            )  # fmt: skip
         return act
+
+    def _still_waiting(self) -> dict[int, int]:
+        self._settle()
+        return self._passes.waiting
 
     def _drop(self, value: int) -> None:
         """Drop a value, unless a retained graph needs it irreplaceably."""
@@ -242,6 +239,7 @@ class Backward:
             return self._ledger.fetch(value, lambda v: v in needs.handles, self._shrink)
         if value in self._ledger.held:
             return self._ledger.memory(value)
+        self._is_patient = False  # this goes with its last handle
         tensor = self._ledger.fetch(value, lambda v: v in script.kept or v in script.hold, lambda locked: None)
         self._ledger.recomputed.difference_update(script.kept | script.hold)  # these replace the forward's own values
         self._ledger.recomputed.discard(value)
@@ -259,6 +257,8 @@ class Backward:
     def released(self, handle: Handle) -> None:
         """Note that a handle is gone; drop what only handles needed."""
         self._passes.put_down(handle)
+        if self._is_patient and not self._passes.are_all_gone:
+            return
         # A finalizer must not wait for the lock: it may have interrupted the very thread that holds it.
         if self._passes.lock.acquire(blocking=False):
             try:
@@ -267,8 +267,6 @@ class Backward:
                 self._passes.lock.release()
 
     def _settle(self) -> None:
-        if not self._passes.has_gone:
-            return
         for value in self._passes.settle():
             if self.is_forward or value in self.pinned:
                 continue

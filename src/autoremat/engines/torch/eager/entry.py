@@ -12,9 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from autoremat.engines.torch.eager.arguments import Made, Outside, Seen, Statistics, resolved, template, tensors_in
+from autoremat.engines.torch.eager.arguments import (
+    AS_THEY_ARE,
+    Made,
+    Outside,
+    Seen,
+    Statistics,
+    resolved,
+    template,
+    tensors_in,
+)
 from autoremat.engines.torch.eager.draws import Draws
-from autoremat.engines.torch.eager.state import Rerunning, State, generator_at, generator_of, heard_by_classes
+from autoremat.engines.torch.eager.state import Rerunning, State, generator_of, heard_by_classes
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.settings import state_of
 
@@ -90,37 +99,36 @@ class Entry:
             The memory of every wanted value.
         """
         found: dict[int, Tensor] = {}
-        inner = {i: v for i, v in self.saved if v in wanted}
-        enough = len(inner) if self.stops.issuperset(wanted) else None
-        if self.generator is None or self.generator_state is None:
-            with rerunning.use(self.state):
-                self._make(memory, inner, enough, found)
-        else:
-            with generator_at(self.generator, self.generator_state), rerunning.use(self.state):
-                stopped_at = self._make(memory, inner, enough, found)
-                if self.draws is not None:
-                    self.draws.check(found, stopped_at, self.func)
+        if self.generator is not None and self.generator_state is not None:
+            rerunning.draw(self.generator, self.generator_state)
+        with rerunning.use(self.state):
+            stopped_at = self._make(memory, wanted, found)
+        if self.draws is None:
+            return found
+        self.draws.check(found, stopped_at, self.func)
         return {v: t for v, t in found.items() if v in wanted}
 
-    def _make(
-        self, memory: Mapping[int, Tensor], inner: Mapping[int, int], enough: int | None, found: dict[int, Tensor]
-    ) -> int | None:
+    def _make(self, memory: Mapping[int, Tensor], wanted: Collection[int], found: dict[int, Tensor]) -> int | None:
         """Make the call; return the last saved position if it ended early."""
+        inner = {i: v for i, v in self.saved if v in wanted} if self.saved else {}
+        enough = len(inner) if self.stops.issuperset(wanted) else None
+        wanted = wanted if self.draws is None else self.makes  # what else it makes tells whether it drew alike
         args = [resolved(a, memory) for a in self.args]
-        kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()}
+        kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()} if self.kwargs else {}
         hooked = self.state.settings.grad_enabled
         if hooked:
             _push_hooks(_catcher(inner, enough, found), _never)
         try:
             with heard_by_classes():
-                out = tensors_in(self.func(*args, **kwargs))
+                made = self.func(*args, **kwargs)
         except Enough as end:
             return int(end.args[0])
         finally:
             if hooked:
                 _pop_hooks()
-        found.update((value, local_of(out[i]).detach()) for i, value in self.results)
-        found.update((new, memory[old]) for new, old in self.in_place)
+        out = tensors_in(made)
+        found.update((v, local_of(out[i]).detach()) for i, v in self.results if v in wanted)
+        found.update((new, memory[old]) for new, old in self.in_place if new in wanted)
         return None
 
 
@@ -157,7 +165,8 @@ def prepared(
     generator = generator_of(args, kwargs) if random else None
     draws = Draws.of(generator)  # before the generator is read, so that a thread that starts in between is noticed
     return Entry(
-        func, [template(a, described) for a in args], {k: template(a, described) for k, a in kwargs.items()},
+        func, [a if type(a) in AS_THEY_ARE else template(a, described) for a in args],
+        {k: template(a, described) for k, a in kwargs.items()} if kwargs else kwargs,
         state, generator, None if generator is None else state_of(generator),
         values, tuple(outside), draws=draws, reads=tuple(dict.fromkeys(values.values())),
     )  # fmt: skip

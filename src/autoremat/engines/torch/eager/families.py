@@ -13,6 +13,8 @@ from typing import Final
 
 from autoremat.engines.torch.eager.inputs import Sizes
 from autoremat.engines.torch.eager.kinds import Kind, Prepared
+from autoremat.engines.torch.eager.paying import lost_seconds, shares_of_interest
+from autoremat.planner import clock
 
 MAX_GUESTS: Final = 256
 """Sizes of inputs without their own plan that are remembered."""
@@ -23,6 +25,11 @@ A stranger is a size that made other calls than the plan for larger ones.
 """
 _PAYS: Final = 1.0
 """Losses, per cost of a plan, after which smaller inputs get one."""
+_FORESEEN_PAYS: Final = 0.25
+"""The same, where the smaller inputs need no recording.
+
+Such a plan is soon made, and estimates of what is lost are low: small operators take longer than measured.
+"""
 _RUNGS: Final = 6
 """Plans for inputs of one form."""
 _ALIKE: Final = 2
@@ -35,6 +42,32 @@ _GROWTH: Final = (2.0, 1.5, 1.25, 1.1)
 
 The first one is taken for which a plan is within the budget.
 """
+
+Foreseen = Callable[[Prepared, Prepared, float, float], Prepared | None]
+"""Plans for other sizes than two recordings have: by how much these differ, and by how much those do."""
+
+
+@dataclass
+class Foreseeing:
+    """Two recordings of the same calls, which tell what other sizes take.
+
+    Attributes:
+        small: the smaller one.
+        large: the larger one.
+        plan_seconds: what a plan for other sizes takes.
+        lost_seconds: what guests lost under a host's plan, by host and share of its sizes.
+    """
+
+    small: Kind
+    large: Kind
+    plan_seconds: float
+    lost_seconds: dict[tuple[Sizes, float], float] = field(default_factory=dict)
+
+    def pays(self, host: Sizes, share: float, seconds: float) -> bool:
+        """Note what a guest loses; tell whether a plan for such sizes pays."""
+        lost = self.lost_seconds.get((host, share), 0.0) + seconds
+        self.lost_seconds[host, share] = 0.0 if (pays := lost > _FORESEEN_PAYS * self.plan_seconds) else lost
+        return pays
 
 
 @dataclass
@@ -55,6 +88,8 @@ class Family:
 
     By host, and by how much smaller they are.
     """
+    _foreseeing: Foreseeing | None = None
+    """Tells what smaller inputs take, once there are two recordings of the same calls."""
 
     def __len__(self) -> int:
         return len(self._kinds)
@@ -83,6 +118,28 @@ class Family:
         guest.pays = self._pays(sizes, host)
         return guest
 
+    def foresees_smaller(self, guest: Kind, foreseen: Foreseen) -> bool:
+        """Plan for smaller inputs, from recordings of larger ones, where that pays.
+
+        Tell whether there is a new plan by which the guest may go.
+        """
+        known, host = self._foreseeing, self._host(guest.sizes)
+        if known is None or host is None or guest in self or len(self._kinds) >= _RUNGS:
+            return False
+        share = guest.sizes.share_of(host.sizes)
+        level = next((s for s in shares_of_interest(host.plan) if share <= s), None)
+        if level is None or not known.pays(host.sizes, level, lost_seconds(host.plan, host.script, share)):
+            return False
+        further = level * host.sizes.elements / known.large.sizes.elements
+        sizes = known.large.sizes.shrunk(known.small.sizes, further)
+        if not guest.sizes.fits_into(sizes):
+            return False
+        between = known.small.sizes.ratio(known.large.sizes)
+        prepared = foreseen(known.small.prepared, known.large.prepared, between, further)
+        if prepared is not None:
+            self._kinds[sizes] = Kind(prepared, sizes)
+        return prepared is not None
+
     def relative(self, sizes: Sizes) -> Kind | None:
         """Return the kind whose plan lacks only the existing gradients."""
         if self._strangers >= _STRANGERS or self._host(self._known_as(sizes)) is not None:
@@ -109,7 +166,7 @@ class Family:
         """Return the largest kind with a plan."""
         return max((k for k in self._kinds.values() if k.script), key=lambda k: k.sizes.elements, default=None)
 
-    def recorded(self, kind: Kind, foreseen: Callable[[Prepared, Prepared, float, float], Prepared | None]) -> None:
+    def recorded(self, kind: Kind, foreseen: Foreseen) -> None:
         """Note a kind's first plan; where sizes grow, plan ahead."""
         if not kind.serves(kind.sizes) or kind.prepared.is_of_the_largest:
             return
@@ -122,10 +179,11 @@ class Family:
             return
         before = max(smaller, key=lambda k: k.sizes.elements)
         for factor in _GROWTH:
-            sizes = kind.sizes.grown(before.sizes, factor)
+            begin, sizes = clock.now(), kind.sizes.grown(before.sizes, factor)
             prepared = foreseen(before.prepared, kind.prepared, before.sizes.ratio(kind.sizes), factor)
             if prepared is not None:
                 self._kinds[sizes] = Kind(prepared, sizes)
+                self._foreseeing = Foreseeing(before, kind, clock.now() - begin)
                 return
 
     def forget(self) -> None:
@@ -164,7 +222,7 @@ class Family:
     def _pays(self, sizes: Sizes, host: Kind) -> bool:
         """Tell whether such inputs lost more than their own plan costs."""
         share = sizes.share_of(host.sizes)
-        rung, lost = (host.sizes, int(-math.log2(share))), host.prepared.lost_seconds(share)
+        rung, lost = (host.sizes, int(-math.log2(share))), lost_seconds(host.plan, host.script, share)
         total = self._lost_seconds[rung] = self._lost_seconds.get(rung, 0.0) + lost
         if len(self._kinds) >= _RUNGS or total <= _PAYS * host.prepared.cost_seconds:
             return False

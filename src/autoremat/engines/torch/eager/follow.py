@@ -27,11 +27,12 @@ from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.script import Script, Work
 from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.eager.state import DRAWING, State
-from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.local import PLAIN, local_of
 from autoremat.engines.torch.operators.values import is_parameter, storage_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape
+    from autoremat.engines.torch.eager.values import Numbers
 
 _unseen, _n_modes = torch._C.DisableTorchFunction, torch._C._len_torch_function_stack
 _NOTHING = contextlib.nullcontext()
@@ -124,10 +125,13 @@ class Follow:
             tape.n_calls = k + 1
             with DRAWING:
                 return func(*args, **kwargs)
-        with _unseen():
-            given = tensors_given(args, kwargs)
-            is_right = self._is_as_recorded(work, given)
-            is_ready = work.ready or (work.spare and self._reads_as_recorded(call, given))
+        given: list[Tensor] = []
+        is_ready, is_right = work.ready, True
+        if is_ready or work.spare or call.written or self._script.loose:
+            with _unseen():
+                given = tensors_given(args, kwargs)
+                is_right = self._is_as_recorded(work, given)
+                is_ready = is_ready or (work.spare and _reads_as_recorded(tape.numbers, call, given))
         if not is_right:
             return self._left(f"call {k} ({name_of(func)}) is given other tensors than recorded", func, args, kwargs)
         if call.effects or call.leaves:
@@ -143,13 +147,13 @@ class Follow:
                     if work.ready:
                         tape.check.before(k, given, call.reads, work.written)
                     self._draws = entry.draws
-            if work.hooked:
+            if not work.hooked:
+                out = func(*args, **kwargs)
+            else:
                 tape.n_packs = call.packs[0]
                 out = tape.hooked(func, args, kwargs)
                 if tape.n_packs != call.packs[1]:
                     tape.leave_path(f"call {k} ({name_of(func)}) saves other tensors than recorded")
-            else:
-                out = func(*args, **kwargs)
         with _unseen():
             self._take(k, work, func, given, entry, out)
         return out
@@ -158,7 +162,7 @@ class Follow:
         known, call = self._tape.numbers.known_tensor, work.call
         if self._script.loose and self._tape.n_packs != call.packs[0]:
             return False
-        if work.ready and not self._reads_as_recorded(call, given):
+        if work.ready and not _reads_as_recorded(self._tape.numbers, call, given):
             return False
         for position, old, _ in call.written:
             if position >= len(given):
@@ -167,13 +171,6 @@ class Follow:
             if number is not None and number != old:
                 return False
         return True
-
-    def _reads_as_recorded(self, call: Call, given: Sequence[Tensor]) -> bool:
-        """Tell whether a call can be rerun and is given recorded values."""
-        if any(map(is_overridden, given)) or (_n_modes() and State.now().has_modes_of_others):
-            return False
-        known, n = self._tape.numbers.known_tensor, len(given)
-        return all(position < n and known(given[position]) == value for position, value in call.reads)
 
     def _take(self, k: int, work: Work, func: Any, given: Sequence[Tensor], entry: Entry | None, out: Any) -> None:
         """Number what a call made and overwrote; hold what is needed."""
@@ -195,10 +192,9 @@ class Follow:
             numbers.rebind_tensor(given[position], new)
             tape.overwritten(old, new, given[position])
         for i, value in call.results:
-            if i >= len(made) or numbers.known_tensor(made[i]) not in (None, value):
+            if i >= len(made) or not numbers.agrees(made[i], value):
                 tape.leave_path(f"call {k} ({name_of(func)}) gives other tensors than recorded")
                 break
-            numbers.rebind_tensor(made[i], value)
             if value in work.hold:
                 ledger.hold(value, local_of(made[i]).detach())
         for position, _, new in call.written:
@@ -305,3 +301,16 @@ class Follow:
             tape.leave_path(f"autograd saved {tape.n_packs} tensors, {len(self._packs)} in the recorded forward")
         elif self.spare is not None:
             self.spare.forget()
+
+
+def _reads_as_recorded(numbers: Numbers, call: Call, given: Sequence[Tensor]) -> bool:
+    """Tell whether a call can be rerun and is given recorded values."""
+    if not PLAIN.issuperset(map(type, given)) and any(map(is_overridden, given)):
+        return False
+    if _n_modes() and State.now().has_modes_of_others:
+        return False
+    known, n = numbers.known_tensor, len(given)
+    for position, value in call.reads:  # noqa: SIM110 - a generator is slower
+        if position >= n or known(given[position]) != value:
+            return False
+    return True

@@ -62,8 +62,10 @@ class Handle:
         self.backward, self.pack, self.value = backward, pack, _NOT_KNOWN
         self.seen = Seen.of(tensor)
         local = local_of(tensor)
-        self.version = version_of(local)
-        self.probe = _without_memory(local)
+        if local.is_inference():
+            self.version, self.probe = 0, None
+        else:
+            self.version, self.probe = local._version, _without_memory(local)
         self.stays: Tensor | None = None
         """What the running node was given, until it is done.
 
@@ -90,13 +92,14 @@ _EMPTY: dict[tuple[torch.dtype, torch.device], Tensor] = {}
 def _without_memory(tensor: Tensor) -> Tensor | None:
     """Make an alias with the version counter, but without memory.
 
-    None for fake and inference tensors.
+    None for fake tensors.
     """
-    if tensor.is_inference() or isinstance(tensor, FakeTensor):
+    if type(tensor) is not Tensor and isinstance(tensor, FakeTensor):
         return None
     alias = tensor.detach()
     key = alias.dtype, alias.device
-    if key not in _EMPTY:
-        _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
-    alias.data = _EMPTY[key]
+    empty = _EMPTY.get(key)
+    if empty is None:
+        empty = _EMPTY[key] = torch.empty(0, dtype=alias.dtype, device=alias.device)
+    alias.data = empty
     return alias

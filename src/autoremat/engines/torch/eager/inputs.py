@@ -80,6 +80,10 @@ class Sizes:
         n_grown = sum(b > a for a, b in zip(since.each, self.each, strict=True))
         return Sizes(each, numbers, math.ceil(self.elements * factor**n_grown), self.gradients)
 
+    def shrunk(self, since: Sizes, share: float) -> Sizes:
+        """Multiply the sizes that have grown since other sizes by less than 1."""
+        return replace(self.grown(since, share), elements=math.ceil(self.elements * share))
+
     @property
     def _all(self) -> tuple[int, ...]:
         return (*self.each, *self.numbers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ _STEADY_FROM_THE_START: Final = 5
 """The same where no step has ever left the path."""
 _CHEAP: Final = 0.02
 """Spare is cheap below this share of a step's time."""
+_FORWARDS: Final = 3.0
+"""How many forwards a step takes, roughly."""
 _MATTERS: Final = 0.02
 """Spare is useful from this share of the budget kept."""
 _FORGIVEN: Final = 0.1
@@ -80,6 +83,31 @@ class Straying:
 
 
 @dataclass
+class Steadiness:
+    """How steps under a plan have gone.
+
+    Attributes:
+        steps: how many in a row have stayed on the path.
+        has_strayed: some step has not.
+        forward_seconds: the least that a forward has taken of the processor, at the recorded sizes.
+    """
+
+    steps: int = 0
+    has_strayed: bool = False
+    forward_seconds: float = math.inf
+
+    def step_is_over(self, *, is_on_path: bool) -> None:
+        """End a step."""
+        self.steps = self.steps + 1 if is_on_path else 0
+        self.has_strayed = self.has_strayed or not is_on_path
+
+    @property
+    def is_enough(self) -> bool:
+        """Whether so many steps have stayed that the next one will."""
+        return self.steps >= (_STEADY if self.has_strayed else _STEADY_FROM_THE_START)
+
+
+@dataclass
 class Prepared:
     """A recorded step with its plan, and what is known of both.
 
@@ -100,8 +128,7 @@ class Prepared:
         budget_bytes: what all calls before one backward have.
         checked: a step with this plan has been through the self-check.
         is_of_the_largest: the plan is the user's own, for the largest input and all smaller ones.
-        steady: how many steps in a row have stayed on the path.
-        has_strayed: some step has not.
+        steadiness: how steps under the plan have gone.
         cost_seconds: what recording and planning have taken.
         together: calls before one backward that the plan is for.
         measured_bytes: the measured peak of one of them.
@@ -124,8 +151,7 @@ class Prepared:
     budget_bytes: int = 0
     checked: bool = False
     is_of_the_largest: bool = False
-    steady: int = 0
-    has_strayed: bool = False
+    steadiness: Steadiness = field(default_factory=Steadiness)
     cost_seconds: float = 0.0
     together: int = 1
     measured_bytes: int | None = None
@@ -138,8 +164,7 @@ class Prepared:
 
     def step_is_over(self, *, is_on_path: bool) -> None:
         """End a step that has been through the self-check."""
-        self.steady = self.steady + 1 if is_on_path else 0
-        self.has_strayed = self.has_strayed or not is_on_path
+        self.steadiness.step_is_over(is_on_path=is_on_path)
         self.checked = True
 
     def is_within(self, other: Prepared) -> bool:
@@ -153,19 +178,6 @@ class Prepared:
             and all(a <= b for a, b in zip(self.path.numels(), other.path.numels(), strict=True))
             and all(a.nbytes <= b.nbytes for a, b in zip(mine, theirs, strict=True))
         )
-
-    def lost_seconds(self, share: float) -> float:
-        """Estimate what an input of this share of the size loses.
-
-        It would lose less under its own plan. All but what is always there grows with the input; so does time.
-        """
-        plan = self.plan
-        if plan is None or plan.overhead <= 0:
-            return 0.0
-        fixed = plan.program.fixed_bytes
-        above = max(1, plan.plain_peak_bytes - plan.budget_bytes)
-        own = max(0.0, fixed + share * (plan.plain_peak_bytes - fixed) - plan.budget_bytes)
-        return plan.overhead * plan.program.seconds * share * max(0.0, 1 - own / above)
 
     @property
     def lost_by_now(self) -> float:
@@ -242,8 +254,14 @@ class Kind:
         script = self.script
         if script is None or script.budget_bytes is None or script.saved_bytes[-1] < _MATTERS * script.budget_bytes:
             return False
-        enough = _STEADY if self.prepared.has_strayed else _STEADY_FROM_THE_START
-        return self.prepared.steady < enough or script.spare_share < _CHEAP
+        assert self.plan is not None
+        seconds = min(self.plan.program.seconds, _FORWARDS * self.prepared.steadiness.forward_seconds)
+        return not self.prepared.steadiness.is_enough or script.spare_seconds < _CHEAP * self.share * seconds
+
+    def forward_took(self, seconds: float) -> None:
+        """Note what a forward under the plan has taken of the processor."""
+        steadiness = self.prepared.steadiness
+        steadiness.forward_seconds = min(steadiness.forward_seconds, seconds / self.share)
 
     def serves(self, sizes: Sizes) -> bool:
         """Tell whether an input of these sizes may use its plan."""

@@ -31,7 +31,7 @@ class Ledger:
     def __init__(
         self,
         on_rerun: Callable[[float], None] = lambda seconds: None,
-        on_made: Callable[[int, Entry, dict[int, Tensor]], None] = lambda call, entry, made: None,
+        on_made: Callable[[int, Entry, dict[int, Tensor]], None] | None = None,
     ) -> None:
         self.held: dict[int, Tensor] = {}
         self.entries: dict[int, Entry] = {}
@@ -174,8 +174,7 @@ class Ledger:
             rerunning: the block in which this happens.
             ends: values that nobody needs afterwards, so that the call may overwrite them.
         """
-        entry = self.entries[call]
-        begin = perf_counter()
+        entry, begin = self.entries[call], perf_counter()
         memory = {v: self.memory(v) for v in entry.reads}
         for _, old in entry.in_place:
             if old in ends and old in self.recomputed:
@@ -187,9 +186,10 @@ class Ledger:
         except ModifiedInPlace as error:
             where = self.where[call] if call < len(self.where) else ""
             raise ModifiedInPlace(f"{error} {_needed_for(entry, where)}") from None
-        self._on_made(call, entry, made)
+        if self._on_made is not None:
+            self._on_made(call, entry, made)
         for value, tensor in made.items():
-            if value in wanted and value not in self.held:
+            if value not in self.held:
                 self.hold(value, tensor)
                 self.recomputed.add(value)
         self.reruns += 1

@@ -24,16 +24,20 @@ class Needs:
         """
         self.handles: dict[int, int] = {}
         """By value, the number of living handles."""
+        self.n_handles = 0
+        """How many there are of all values."""
 
     def add_handle(self, value: int) -> None:
         """Count a handle that stands for this value now."""
         self.handles[value] = self.handles.get(value, 0) + 1
+        self.n_handles += 1
         if self._reasons is not None:
             self._add(self._reasons, self._key(value))
 
     def remove_handle(self, value: int) -> Iterator[int]:
         """Uncount a handle that is gone; yield values no longer needed."""
         left = self.handles[value] - 1
+        self.n_handles -= 1
         if left:
             self.handles[value] = left
         else:
@@ -46,6 +50,7 @@ class Needs:
     def move_handles(self, old: int, new: int) -> None:
         """Let a value's handles stand for what its memory holds now."""
         n = self.handles.pop(old, 0)
+        self.n_handles -= n
         for _ in range(n):
             self.add_handle(new)
         if n and self._reasons is not None:

@@ -89,9 +89,9 @@ class Noting:
         numbers = [number(t) for t in given]
         if self._tape.check.is_looking:
             self._tape.look_at(given)
-        versions = self._versions
-        for tensor, n in zip(given, numbers, strict=True):
-            if n in versions and versions[n] != version_of(local_of(tensor)):
+        before, versions = [version_of(t) for t in given], self._versions
+        for tensor, n, version in zip(given, numbers, before, strict=True):
+            if n in versions and versions[n] != (version if is_plain else version_of(local_of(tensor))):
                 self._tape.keeping.has_changed(n, tensor)  # in another thread or a hook, where nobody listens
                 self._tape.check.forget(n)
                 versions[n] = version_of(local_of(tensor))
@@ -106,7 +106,7 @@ class Noting:
             facts = _PASS
         else:
             facts = facts_of_call(func, args, kwargs, state, is_plain=is_plain and None not in numbers)
-        return self._noted(func, args, kwargs, given, numbers, facts, state)
+        return self._noted(func, args, kwargs, given, numbers, before, facts, state)
 
     def _looked_into(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         begin = self._tape.n_calls
@@ -117,7 +117,7 @@ class Noting:
 
     def _noted(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor],
-        numbers: Sequence[int | None], facts: CallFacts, state: State,
+        numbers: Sequence[int | None], before: list[int], facts: CallFacts, state: State,
     ) -> Any:  # fmt: skip
         tape = self._tape
         for i in (*facts.written, *facts.statistics):
@@ -128,7 +128,6 @@ class Noting:
         tape.n_calls += 1
         if self._funcs is not None and self.differs_at is None:
             self._compare(call, func)
-        before = [version_of(t) for t in given]
         with DRAWING if facts.random else _NOTHING:
             unknown = facts.foreign or bool(facts.once)
             drawn = [(g, state_of(g)) for g in generators_of(args, kwargs)] if unknown else []
@@ -145,7 +144,8 @@ class Noting:
                 self._busy = None
         if drawn and not facts.random and any(state_of(g) != s for g, s in drawn):
             entry = None
-        written = {i for i, t in enumerate(given) if version_of(t) != before[i]}.union(facts.written)
+        after, written = [version_of(t) for t in given], set(facts.written)
+        written.update(() if after == before else (i for i, version in enumerate(after) if version != before[i]))
         if tape.witness.shadow is not None:
             tape.witness.made(func, args, kwargs, out, range(first, tape.n_packs), call)
             if entry is not None and any(self._is_kept(*names) for names in tape.witness.names_of(call)):

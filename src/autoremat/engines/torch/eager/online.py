@@ -58,7 +58,8 @@ class Online:
     def used(self, values: Collection[int]) -> None:
         """Note which values are needed now."""
         self._clock += 1
-        self._used.update(dict.fromkeys(values, self._clock))
+        for value in values:
+            self._used[value] = self._clock
 
     def shrink(self, allowed: float, locked: Collection[int] = ()) -> None:
         """Drop values that can be recomputed until the rest is within bounds."""

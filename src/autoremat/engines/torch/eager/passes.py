@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
+from typing import Final
 
 import torch
 
@@ -11,12 +12,17 @@ from autoremat.engines.torch.eager.handle import Handle
 from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.needs import Needs
 
-_NO_TASK = -1
+NO_TASK: Final = -1
+"""What torch calls the pass in a thread that goes not backward."""
+
+
+current_task: Final = torch._C._current_graph_task_id
+"""Returns the number of the pass that runs in this thread."""
 
 
 def in_backward() -> bool:
     """Tell whether a backward pass runs in this thread."""
-    return torch._C._current_graph_task_id() != _NO_TASK
+    return current_task() != NO_TASK
 
 
 def in_python_node() -> bool:
@@ -46,7 +52,8 @@ class Passes:
         self.is_spent = False
         """The last pass has begun; handles that remain belong to other graphs."""
         self.lock = threading.Lock()
-        self._task: int | None = None
+        self.task: int | None = None
+        """The pass that asked last."""
         self._gone: deque[tuple[int, int]] = deque()
 
     def made(self, handle: Handle) -> None:
@@ -76,28 +83,24 @@ class Passes:
 
     def serve(self, handle: Handle) -> int:
         """Note that a pass asks for a handle; return its value."""
-        value = self.now(handle.value)
+        value = self.now(handle.value) if self.moved else handle.value
         if handle.served != self.number:
             handle.served = self.number
             self.waiting[value] -= 1
             self.n_served += 1
         return value
 
-    def begins(self) -> bool:
-        """Tell whether this is the first request of a new pass."""
-        task = torch._C._current_graph_task_id()
-        if task == self._task:
-            return False
+    def begin(self, task: int) -> None:
+        """Note the first request of a new pass; deaths have been settled."""
         self.is_again = self.retained
         if self.is_again:
             self.number += 1
             self.n_served = 0
             self.waiting = dict(self.needs.handles)
-        self._task = task
+        self.task = task
         self.was_differentiated = self.differentiated
         self.differentiated = torch.is_grad_enabled()
         self.retained = self.differentiated or torch._C._autograd._get_current_graph_task_keep_graph()
-        return True
 
     was_differentiated = is_again = False
 
@@ -106,9 +109,9 @@ class Passes:
         self._gone.append((handle.value, handle.served))
 
     @property
-    def has_gone(self) -> bool:
-        """Whether deaths of handles wait to be settled."""
-        return bool(self._gone)
+    def are_all_gone(self) -> bool:
+        """Whether no handle is alive."""
+        return len(self._gone) >= self.needs.n_handles
 
     def settle(self) -> list[int]:
         """Settle the deaths of handles; return values no longer needed."""

@@ -20,7 +20,7 @@ from autoremat.engines.torch.world.gradients import gradients_found, gradients_l
 from autoremat.engines.torch.world.memory import told
 from autoremat.planner import beside
 from autoremat.planner.beside import SearchFailed, Wanted
-from autoremat.planner.growth import grown, grown_number, is_same
+from autoremat.planner.growth import grown, grown_number, is_same, shrunk, shrunk_number
 from autoremat.planner.refusals import with_arrivals
 from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
 
@@ -272,15 +272,15 @@ class Planning:
         return plan
 
     def foreseen(self, small: Prepared, large: Prepared, between: float, further: float) -> Prepared | None:
-        """Plan for larger inputs, if two recordings tell how they grow."""
+        """Plan for ``further`` times the sizes, if two recordings tell how they grow."""
         if small.program is None or large.program is None or small.path is None or large.path is None:
             return None
-        program = grown(small.program, large.program, between, further)
+        change, number = (grown, grown_number) if further > 1 else (shrunk, shrunk_number)
+        program = change(small.program, large.program, between, further)
         if program is None or large.plan is None or large.together > 1 or not small.path.is_like(large.path):
             return None
         both = zip(small.path.numels(), large.path.numels(), strict=True)
-        numels = [grown_number(a, b, between, further) for a, b in both]
-        path = large.path.with_numels(numels)
+        path = large.path.with_numels([number(a, b, between, further) for a, b in both])
         found = Prepared(
             path=path, parallel=large.parallel, cost_seconds=large.cost_seconds, program=program,
             gradients=large.gradients, found=large.found,

@@ -110,7 +110,7 @@ class Script:
         last: number of the pack that is asked for last.
         stops: values that a rerun of their call can hand out before its end.
         spare_works: in place of ``works``, where the path may be left: whatever may be rerun is prepared.
-        spare_share: what that takes, as a share of the time of plain training: an estimate.
+        spare_seconds: what that takes: an estimate.
         packed: for everything that autograd saves the value, if it has one.
         costs: for every call a rerun's seconds, and the bytes of what it makes, temporaries included.
         composites: by their first call, functions made of others at whose calls there is nothing to do.
@@ -139,7 +139,7 @@ class Script:
     last: int = -1
     stops: frozenset[int] = frozenset()
     spare_works: tuple[Work | None, ...] = ()
-    spare_share: float = 0.0
+    spare_seconds: float = 0.0
     packed: tuple[int | None, ...] = ()
     costs: tuple[tuple[float, int], ...] = ()
     composites: dict[int, Composite] = field(default_factory=dict)

@@ -76,7 +76,7 @@ def script_of(plan: Plan, path: Path) -> Script:
         last=last,
         stops=stops,
         spare_works=spare_works,
-        spare_share=n_spare * _SPARE_SECONDS / (program.seconds or 1.0),
+        spare_seconds=n_spare * _SPARE_SECONDS,
         packed=path.packed,
         costs=costs_of(program, n_calls),
         composites=untouched(path.composites, works),

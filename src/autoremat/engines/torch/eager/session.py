@@ -116,6 +116,8 @@ class Session:
             if family is not None:
                 self._families.move_to_end(form)
                 kind = family.find(sizes) or self._accumulating(family, sizes, args, kwargs)
+                if kind is not None and family.foresees_smaller(kind, self._planning.foreseen):
+                    kind = family.find(sizes)
             if kind is None or kind.stale or kind.pays:
                 return self._of_no_plan(args, kwargs, form, sizes, kind)
             if kind.cached is not None and not kind.prepared.differing and kind.cached.outlive():

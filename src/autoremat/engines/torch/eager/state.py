@@ -25,7 +25,12 @@ DRAWING = threading.RLock()
 Other threads may draw from the same generator.
 """
 _DEVICES = ("cpu", "cuda")
+_NO_GENERATORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float))
+"""Types that are looked up faster than they are asked whether they are generators."""
 _autocast_is_on, _set_autocast = torch.is_autocast_enabled, torch.set_autocast_enabled
+_is_inference, _uses_cache, _use_cache = (
+    torch.is_inference_mode_enabled, torch.is_autocast_cache_enabled, torch.set_autocast_cache_enabled
+)  # fmt: skip
 
 
 class State(NamedTuple):
@@ -43,13 +48,15 @@ class State(NamedTuple):
     @staticmethod
     def now() -> State:
         """Read the present state; takes some microseconds."""
-        settings, inference = NumericSettings.now(), torch.is_inference_mode_enabled()
+        settings, inference = NumericSettings.now(), _is_inference()
         autocast = tuple([(d, torch.get_autocast_dtype(d)) for d in _DEVICES if _autocast_is_on(d)])
         modes = tuple(_get_current_function_mode_stack()) if _n_modes() else ()
-        now = State(settings, inference, autocast, modes)
         last = _LAST.state
-        if last is None or last.settings is not settings or last[1:] != now[1:]:
-            last = _LAST.state = now
+        if (
+            last is None or last.settings is not settings or last.inference is not inference
+            or last.autocast != autocast or last.modes != modes
+        ):  # fmt: skip
+            last = _LAST.state = State(settings, inference, autocast, modes)
         return last
 
     @property
@@ -71,23 +78,50 @@ _LAST = _Last()
 class Rerunning:
     """The block in which calls are rerun, each in its own state.
 
-    No function mode sees them. Everything is restored at the end.
+    No function mode sees them. Everything is restored at the end, generators included: from the first call that draws
+    until then no other thread may draw.
     """
 
-    __slots__ = ("_before", "_cache", "_now", "_unseen")
+    __slots__ = ("_before", "_cache", "_drawn", "_now", "_unseen")
 
     def __enter__(self) -> Rerunning:
         self._unseen = without_function_modes()
         self._unseen.__enter__()
         self._before = self._now = State.now()
-        self._cache = torch.is_autocast_cache_enabled()
-        torch.set_autocast_cache_enabled(False)  # the cache is for casts of the forward
+        self._cache = _uses_cache()
+        self._drawn: dict[torch.Generator, bytearray] = {}
+        if self._cache:
+            _use_cache(False)  # the cache is for casts of the forward
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._switch(self._before)
-        torch.set_autocast_cache_enabled(self._cache)
+        if self._drawn:
+            self._put_generators_back()
+        if self._now is not self._before:
+            self._switch(self._before)
+        if self._cache:
+            _use_cache(True)
         self._unseen.__exit__(None, None, None)
+
+    def draw(self, generator: torch.Generator, state: bytearray) -> None:
+        """Put a generator into an earlier state, until the end of the block."""
+        if generator not in self._drawn:
+            if not self._drawn:
+                DRAWING.acquire()
+            try:
+                self._drawn[generator] = state_of(generator)
+            except BaseException:
+                if not self._drawn:
+                    DRAWING.release()
+                raise
+        set_state(generator, state)
+
+    def _put_generators_back(self) -> None:
+        try:
+            for generator, state in self._drawn.items():
+                set_state(generator, state)
+        finally:
+            DRAWING.release()
 
     def use(self, state: State) -> contextlib.AbstractContextManager[Any]:
         """Switch to a call's state; make the call inside the result."""
@@ -149,25 +183,13 @@ heard_by_classes = torch._C._EnableTorchFunction
 """Lets tensor subclasses see calls, as in training, inside ``without_function_modes``."""
 
 
-@contextlib.contextmanager
-def generator_at(generator: torch.Generator, state: bytearray) -> Iterator[None]:
-    """Put a generator into an earlier state for the block."""
-    with DRAWING:
-        now = state_of(generator)
-        set_state(generator, state)
-        try:
-            yield
-        finally:
-            set_state(generator, now)
-
-
 def generator_of(args: Any, kwargs: Any) -> torch.Generator:
     """Return the generator that a random call draws from.
 
     It is the one given, or else the default one of the call's device.
     """
     for a in (*args, *kwargs.values()):
-        if isinstance(a, torch.Generator):
+        if type(a) not in _NO_GENERATORS and isinstance(a, torch.Generator):
             return a
     given = kwargs.get("device")
     first = next(iter(tensors_in((args, kwargs))), None)

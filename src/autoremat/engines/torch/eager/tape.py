@@ -90,7 +90,7 @@ class Tape:
     ) -> None:  # fmt: skip
         self._others_bytes = others_bytes
         self.reports, self.check = reports or Reports(), check or NoCheck()
-        self.ledger = Ledger(self.reports.rerun, self.check.remade)
+        self.ledger = Ledger(self.reports.rerun, self.check.remade if self.check.is_looking else None)
         self.passes = Passes(self.ledger)
         self.has_effects = False
         self.n_calls = self.n_packs = 0
@@ -250,7 +250,7 @@ class Tape:
             if last is not None and last() is not None:
                 return True
             there = passes()
-            return there is not None and bool(there.needs.handles) and not there.is_spent
+            return there is not None and not there.are_all_gone and not there.is_spent
 
         return is_alive
 

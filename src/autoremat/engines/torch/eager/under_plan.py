@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from time import thread_time
 from typing import Any, Final
 
+import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.check import SelfCheck
@@ -47,8 +49,11 @@ class UnderPlan:
         for attempt in range(MAX_RETRIES + 1):
             tape, plan, before = self._tape(kind), kind.plan, RandomStates.now()
             try:
+                begin = thread_time()
                 with hidden(kind.prepared.parallel), tape.forward():
                     result = self._fn(*args, **kwargs)
+                if not torch.cuda.is_initialized():  # there, what takes long goes on beside the forward
+                    kind.forward_took(thread_time() - begin)
                 self._through(kind, tape)
                 self.waits(kind, tape)
                 return result

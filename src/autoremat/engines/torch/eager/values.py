@@ -36,6 +36,18 @@ class Numbers(ValueMap):
         storage = storage_of(local_of(tensor))
         return None if storage is None else self._known.get(storage._cdata)
 
+    def agrees(self, tensor: Tensor, number: int) -> bool:
+        """Number a tensor's value if it has no number; tell whether it has this one."""
+        storage = storage_of(local_of(tensor))
+        if storage is None:
+            return True
+        address = storage._cdata
+        known = self._known.get(address)
+        if known is None:
+            self._weak_references.append(storage._weak_ref())
+            self._known[address] = number
+        return known is None or known == number
+
     # ---- in a step that is noted -----------------------------------------------------------------------------------
 
     def of(self, tensor: Tensor) -> int | None:

@@ -43,6 +43,14 @@ class View(NamedTuple):
         seen = tensor.dtype, tensor.size(), tensor.stride(), int(tensor.storage_offset())
         return _new_tuple(View, (*seen, tensor.is_conj(), tensor.is_neg()))
 
+    def is_of(self, tensor: Tensor) -> bool:
+        """Tell whether a tensor is this view of its storage."""
+        return (
+            tensor.size() == self.size and tensor.stride() == self.stride and tensor.dtype is self.dtype
+            and tensor.storage_offset() == self.offset
+            and tensor.is_conj() is self.conjugated and tensor.is_neg() is self.negated
+        )  # fmt: skip
+
     def on(self, storage: torch.UntypedStorage) -> Tensor:
         """Make a tensor that views the storage in this way.
 
