@@ -16,6 +16,7 @@ from autoremat.engines.torch.compiled.joint import Joint, facts_of_node, handed_
 from autoremat.engines.torch.compiled.naming import Names, line_of, module_of
 from autoremat.engines.torch.compiled.sizes import bytes_of, number_of, signature_of_node
 from autoremat.engines.torch.operators.costs import Cost
+from autoremat.engines.torch.operators.storages import without_beyond
 from autoremat.engines.torch.operators.timing import estimate_all, measure_all
 from autoremat.program import END, Abilities, Once, Op, Program, Value
 from autoremat.program.once import Reason
@@ -102,7 +103,7 @@ def costs_of(nodes: Sequence[Node], is_fused: Callable[[Node], bool]) -> list[Co
     fused = [is_fused(node) for node in nodes]
     alone = [None if is_one else s for s, is_one in zip(signatures, fused, strict=True)]
     with ThreadPoolExecutor(1) as thread:
-        measured = thread.submit(measure_all, alone).result()
+        measured = thread.submit(lambda: measure_all([s and without_beyond(s) for s in alone])).result()
     written = [sum(map(bytes_of, made_by(node))) for node in nodes]
     estimated = estimate_all(signatures, written)
     return [e if is_one else m for m, e, is_one in zip(measured, estimated, fused, strict=True)]

@@ -12,6 +12,7 @@ from torch.fx.node import Node
 from autoremat.engines.torch.compiled.joint import NotPlannable, tensor_of
 from autoremat.engines.torch.compiled.torch_names import size_hint
 from autoremat.engines.torch.operators.signature import CallSignature, Items, TensorSpec
+from autoremat.engines.torch.operators.timing import extent_of
 
 
 def number_of(size: Any) -> Any:
@@ -36,7 +37,8 @@ def bytes_of(tensor: Tensor) -> int:
 def spec_of_node(tensor: Tensor) -> TensorSpec:
     """Everything about a fake tensor but its numbers."""
     size, stride = (tuple(map(number_of, shape)) for shape in (tensor.shape, tensor.stride()))
-    return TensorSpec(tensor.dtype, size, stride, tensor.device)
+    spec = TensorSpec(tensor.dtype, size, stride, tensor.device)
+    return spec._replace(beyond=max(0, bytes_of(tensor) // tensor.itemsize - extent_of(spec)))
 
 
 def signature_of_node(node: Node) -> CallSignature | None:
