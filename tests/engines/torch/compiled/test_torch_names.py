@@ -147,13 +147,40 @@ def test_inductor_says_what_it_would_run() -> None:
     def look(module: torch.fx.GraphModule, inputs: object, *, compiler: str, **given: object) -> object:
         halves = torch._functorch.partitioners.default_partition(module, inputs, **given)
         for k, half in enumerate(halves):
-            found.append(names.scheduled(half, (), is_backward=bool(k)))
+            found.append(names.scheduled(half, (), is_backward=bool(k), n_visible=1))
         return halves
 
     torch._inductor.metrics.reset()
     with names.inductor_splits_by(look, ""):
         torch.compile(nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 8)))(torch.randn(4, 8)).sum().backward()
     forward, backward = found
-    assert max(nbytes for nbytes, *_ in forward) >= 3 * 4 * 8 * 4
-    assert max(nbytes for nbytes, *_ in backward) >= 2 * 8 * 8 * 4
-    assert {str(node.target) for _, nodes, is_alone in forward for node in nodes if is_alone} == {"aten.addmm.default"}
+    assert max(step.nbytes for step in forward.steps) >= 3 * 4 * 8 * 4
+    assert max(step.nbytes for step in backward.steps) >= 2 * 8 * 8 * 4
+    called = {str(node.target) for step in forward.steps if step.layouts is not None for node in step.nodes}
+    assert called == {"aten.addmm.default"}
+    assert ((4, 8), (8, 1)) in next(step.layouts for step in forward.steps if step.layouts)
+    assert set(forward.strides.values()) >= {(8, 1)}
+    assert forward.copied_bytes == backward.copied_bytes == 0
+
+
+@pytest.mark.slow
+def test_inductor_compiles_the_backward_as_it_was_asked_to() -> None:
+    """Not in the first backward, when what it was asked is forgotten; and in the order of the plan."""
+    orders = []
+
+    class Watching(names._Orders):
+        def __call__(self, kernels: object) -> object:
+            orders.append(kernels)
+            return super().__call__(kernels)
+
+    def look(module: torch.fx.GraphModule, inputs: object, *, compiler: str, **given: object) -> object:
+        return torch._functorch.partitioners.default_partition(module, inputs, **given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(names, "_Orders", Watching)
+        with names.inductor_splits_by(look, ""):
+            call = torch.compile(nn.Sequential(nn.Linear(8, 8), nn.GELU()))
+            loss = call(torch.randn(4, 8)).sum()
+    assert len(orders) == 2
+    loss.backward()
+    assert len(orders) == 2

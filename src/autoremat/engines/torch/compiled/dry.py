@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
 from torch.fx.node import Node
 
+from autoremat.engines.torch.compiled.joint import tensor_of
 from autoremat.engines.torch.compiled.partition import Halves
-from autoremat.engines.torch.compiled.torch_names import scheduled
+from autoremat.engines.torch.compiled.reading import costs_of_calls
+from autoremat.engines.torch.compiled.sizes import bytes_of, laid_out, signature_of_node
+from autoremat.engines.torch.compiled.torch_names import Step, scheduled
 from autoremat.engines.torch.compiled.writing import OP
+from autoremat.engines.torch.operators.costs import Cost
+from autoremat.engines.torch.operators.signature import CallSignature
 from autoremat.program import Program
 
 
@@ -37,10 +42,12 @@ class DrySchedule:
     Attributes:
         kernels: those of the forward first.
         beside_bytes: what is in memory during all of them.
+        costs: of operators that are called as they are, by op: on tensors as Inductor lays them out.
     """
 
     kernels: tuple[Kernel, ...]
     beside_bytes: int
+    costs: Mapping[int, Cost] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -56,19 +63,49 @@ class DrySchedule:
 def dry_schedule(halves: Halves, program: Program, given: dict[str, Any]) -> DrySchedule:
     """How Inductor would run two halves; a third of the time that compiling them takes, and nothing is generated.
 
+    Operators that Inductor calls as they are take scratch, of which it knows nothing. They are measured on tensors that
+    lie in memory as it lays them out: a convolution takes far less where channels come last.
+
     Args:
         halves: of a joint graph that was written for the program.
-        program: has the scratch of operators that Inductor calls as they are, which it does not know.
+        program: has the scratch of operators whose layouts are not known.
         given: what the partitioner was given.
     """
-    kernels = list[Kernel]()
-    for is_late, module in enumerate(halves):
-        static = given.get("static_lifetime_input_indices") or () if not is_late else _fixed_inputs(module)
-        for nbytes, nodes, is_alone in scheduled(module, static, is_backward=bool(is_late)):
-            ops = _ops(nodes)
-            scratch = max((program.ops[i].scratch_bytes for i in ops), default=0) if is_alone else 0
-            kernels.append(Kernel(nbytes + scratch, ops, bool(is_late)))
-    return DrySchedule(tuple(kernels), program.fixed_bytes)
+    forward, backward = halves
+    static = given.get("static_lifetime_input_indices") or ()
+    first = scheduled(forward, static, is_backward=False, n_visible=given["num_fwd_outputs"])
+    second = scheduled(backward, _fixed_inputs(backward), is_backward=True, strides=first.strides)
+    steps, beside = [*first.steps, *second.steps], first.copied_bytes + _returned_bytes(halves, given)
+    costs = costs_of_calls([_called(step) for step in steps])
+    kernels, known = list[Kernel](), dict[int, Cost]()
+    for k, (step, cost) in enumerate(zip(steps, costs, strict=True)):
+        ops, scratch = _ops(step.nodes), 0
+        if step.layouts is not None:
+            scratch = max((program.ops[i].scratch_bytes for i in ops), default=0)
+            if cost.has_run and len(ops) == 1:
+                scratch = cost.scratch_bytes
+                known[ops[0]] = max(known.get(ops[0], cost), cost, key=lambda c: c.scratch_bytes)
+        is_late = k >= len(first.steps)
+        kernels.append(Kernel(step.nbytes + scratch + is_late * beside, ops, is_late))
+    return DrySchedule(tuple(kernels), program.fixed_bytes, known)
+
+
+def _returned_bytes(halves: Halves, given: dict[str, Any]) -> int:
+    """What the caller holds during the backward, beside what the backward reads: results of the forward."""
+    forward, backward = halves
+    output: Any = forward.graph.output_node().args[0]
+    returned = output[: given["num_fwd_outputs"]]
+    read = {node.name for node in backward.graph.find_nodes(op="placeholder")}
+    tensors = [tensor_of(n) for n in returned if isinstance(n, Node) and n.op != "placeholder" and n.name not in read]
+    return sum({t.untyped_storage()._cdata: bytes_of(t) for t in tensors if t is not None}.values())
+
+
+def _called(step: Step) -> CallSignature | None:
+    """The call of an operator that Inductor calls as it is; None where it is not known how its tensors lie."""
+    if not step.layouts or len(step.nodes) != 1:
+        return None
+    call = signature_of_node(step.nodes[0])
+    return None if call is None else laid_out(call, step.layouts)
 
 
 def _fixed_inputs(module: fx.GraphModule) -> Sequence[int]:

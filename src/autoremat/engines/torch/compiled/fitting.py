@@ -38,6 +38,23 @@ class Fitted:
     tries: int
 
 
+@dataclass(frozen=True)
+class _Look:
+    """A plan, as Inductor would run it.
+
+    Attributes:
+        plan: as it was made.
+        program: that it was made for, without what was added to it.
+        halves: the two graphs.
+        found: Inductor's schedule of them.
+    """
+
+    plan: Plan
+    program: Program
+    halves: Halves
+    found: DrySchedule
+
+
 def fit(
     reading: Reading,
     budget_bytes: int,
@@ -47,6 +64,9 @@ def fit(
     margin_bytes: int = 0,
 ) -> Fitted:
     """The first plan whose schedule, as Inductor makes it, stays within the budget.
+
+    Every schedule teaches what operators take as Inductor lays out their tensors. Where that is less than was thought,
+    what fits is planned once more: there may be a cheaper plan.
 
     Args:
         reading: the joint graph.
@@ -59,49 +79,85 @@ def fit(
     Raises:
         InfeasibleBudget: not even the plan with the lowest peak stays within; names what its schedule takes.
     """
-    within, program, lowest = budget_bytes - margin_bytes, reading.program, -1
-    for k in range(MOST_TRIES):
-        try:
-            plan = solve(program, within)
-        except InfeasibleBudget:
-            break
+
+    def look(plan: Plan, program: Program) -> _Look:
         halves = split(plan.schedule)
-        found = dry(halves)
-        if found.peak_bytes <= within:
-            return Fitted(_as_read(plan, reading.program, budget_bytes), halves, found.peak_bytes, k + 1)
-        if 0 <= lowest <= found.peak_bytes:
+        return _Look(plan, program, halves, dry(halves))
+
+    within, best, tries = budget_bytes - margin_bytes, None, 0
+    known = program = reading.program
+    while tries < MOST_TRIES:
+        plan = _within(solve, program, within)
+        if plan is None and tries:
             break
-        lowest = found.peak_bytes
-        program = _with_excess(program, plan.schedule, found, within)
-    return _of_the_floor(reading, budget_bytes, within, solve, split, dry)
+        seen, before, tries = look(plan or _lowest(program, solve), known), known, tries + 1
+        known = _as_laid_out(known, seen.found)
+        if seen.found.peak_bytes <= within:
+            best = _cheaper(best, seen)
+            if not seen.plan.overhead or not _takes_less(known, before):
+                break
+            program = known
+        else:
+            program = _with_excess(known, seen.plan.schedule, seen.found, within)
+    if best is None:
+        best = _lowest_look(reading.program, solve, look)
+        tries += 2
+    if best.found.peak_bytes > within:
+        raise _infeasible(best, budget_bytes, margin_bytes)
+    return Fitted(_as_read(best.plan, best.program, budget_bytes), best.halves, best.found.peak_bytes, tries)
 
 
-def _of_the_floor(
-    reading: Reading,
-    budget_bytes: int,
-    within: int,
-    solve: Callable[[Program, int], Plan],
-    split: Callable[[Schedule], Halves],
-    dry: Callable[[Halves], DrySchedule],
-) -> Fitted:
-    """The plan of the program's floor, if Inductor's schedule of it fits."""
-    plan = _lowest(reading.program, solve)
-    halves = split(plan.schedule)
-    found = dry(halves)
-    if found.peak_bytes <= within:
-        return Fitted(replace(plan, budget_bytes=budget_bytes), halves, found.peak_bytes, MOST_TRIES + 1)
-    floor = found.peak_bytes + budget_bytes - within
-    at = found.at_peak
-    names = ", ".join(dict.fromkeys(reading.program.ops[i].name for i in at.ops)) if at is not None else ""
-    raise InfeasibleBudget(
-        f"no plan of {reading.program.name!r} stays within {format_bytes(budget_bytes)} ({budget_bytes} bytes) once "
+def _lowest_look(
+    program: Program, solve: Callable[[Program, int], Plan], look: Callable[[Plan, Program], _Look]
+) -> _Look:
+    """The plan of the program's floor with the lowest peak, as Inductor would run it. No budget has a say in it."""
+    seen = look(_lowest(program, solve), program)
+    known = _as_laid_out(program, seen.found)
+    again = look(_lowest(known, solve), known)
+    return min(seen, again, key=lambda s: s.found.peak_bytes)
+
+
+def _infeasible(lowest: _Look, budget_bytes: int, margin_bytes: int) -> InfeasibleBudget:
+    floor, at = lowest.found.peak_bytes + margin_bytes, lowest.found.at_peak
+    program = lowest.program
+    names = ", ".join(dict.fromkeys(program.ops[i].name for i in at.ops)) if at is not None else ""
+    return InfeasibleBudget(
+        f"no plan of {program.name!r} stays within {format_bytes(budget_bytes)} ({budget_bytes} bytes) once "
         f"Inductor has fused it; the smallest known peak of the compiled step (the floor) is {format_bytes(floor)} "
-        f"({floor} bytes), in the kernel of {names or 'an input'}; without fusing it is {plan.peak_bytes} bytes. "
-        f"Give a budget of at least {floor} bytes, or make the step smaller (a smaller batch, shorter sequences).",
+        f"({floor} bytes), in the kernel of {names or 'an input'}; without fusing it is {lowest.plan.peak_bytes}. Give "
+        f"a budget of at least {floor} bytes, or make the step smaller (a smaller batch, shorter sequences).",
         budget_bytes=budget_bytes,
         floor_bytes=floor,
         peak_op=names.partition(",")[0],
     )
+
+
+def _within(solve: Callable[[Program, int], Plan], program: Program, budget_bytes: int) -> Plan | None:
+    """A plan within a budget; None where there is none."""
+    try:
+        return solve(program, budget_bytes)
+    except InfeasibleBudget:
+        return None
+
+
+def _cheaper(known: _Look | None, seen: _Look) -> _Look:
+    """The one whose further runs take less, as the later one's program has it."""
+    if known is None:
+        return seen
+    return min(known, seen, key=lambda s: s.plan.schedule.extra_seconds(seen.program))
+
+
+def _as_laid_out(program: Program, found: DrySchedule) -> Program:
+    """The program with what its operators take on tensors as Inductor lays them out."""
+    ops = list(program.ops)
+    for i, cost in found.costs.items():
+        ops[i] = replace(ops[i], scratch_bytes=cost.scratch_bytes, seconds=cost.seconds)
+    return replace(program, ops=tuple(ops))
+
+
+def _takes_less(program: Program, before: Program) -> bool:
+    """Whether some operator takes less scratch than was thought."""
+    return any(a.scratch_bytes < b.scratch_bytes for a, b in zip(program.ops, before.ops, strict=True))
 
 
 def _lowest(program: Program, solve: Callable[[Program, int], Plan]) -> Plan:

@@ -16,6 +16,8 @@ from autoremat.engines.torch.compiled.joint import Joint, facts_of_node, handed_
 from autoremat.engines.torch.compiled.naming import Names, line_of, module_of
 from autoremat.engines.torch.compiled.sizes import bytes_of, number_of, signature_of_node
 from autoremat.engines.torch.operators.costs import Cost
+from autoremat.engines.torch.operators.signature import CallSignature
+from autoremat.engines.torch.operators.storages import without_beyond
 from autoremat.engines.torch.operators.timing import estimate_all, measure_all
 from autoremat.program import END, Abilities, Once, Op, Program, Value
 from autoremat.program.once import Reason
@@ -94,18 +96,23 @@ def with_optimizer(reading: Reading, scratch_bytes: int) -> Reading:
 
 
 def costs_of(nodes: Sequence[Node], is_fused: Callable[[Node], bool]) -> list[Cost]:
-    """What operators take: measured, but for those that no kernel of theirs runs; these move memory.
-
-    In a thread of its own, where nothing is switched on: neither the compiler nor fake tensors.
-    """
+    """What operators take: measured, but for those that no kernel of theirs runs; these move memory."""
     signatures = [signature_of_node(node) for node in nodes]
     fused = [is_fused(node) for node in nodes]
     alone = [None if is_one else s for s, is_one in zip(signatures, fused, strict=True)]
-    with ThreadPoolExecutor(1) as thread:
-        measured = thread.submit(measure_all, alone).result()
+    measured = costs_of_calls(alone)
     written = [sum(map(bytes_of, made_by(node))) for node in nodes]
     estimated = estimate_all(signatures, written)
     return [e if is_one else m for m, e, is_one in zip(measured, estimated, fused, strict=True)]
+
+
+def costs_of_calls(calls: Sequence[CallSignature | None]) -> list[Cost]:
+    """What calls of operators take, measured; None takes nothing.
+
+    In a thread of its own, where nothing is switched on: neither the compiler nor fake tensors.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(lambda: measure_all([c and without_beyond(c) for c in calls])).result()
 
 
 class _Values:

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor, fx
 
 from autoremat.engines.torch.compiled.sizes import number_of
-from autoremat.engines.torch.operators.costs import folder
+from autoremat.engines.torch.operators.costs import folder, place_of
 from autoremat.program import InvalidProgram, Plan, Program
 from autoremat.program.json_format import plan_to_data
 
 _FOLDER: Final = "compiled"
-_VERSION: Final = 1
+_VERSION: Final = 2
 """Of what the files say, and of how graphs are planned: another one finds nothing."""
 
 
@@ -50,7 +50,7 @@ class PlannedGraph:
     is_stored: bool = False
 
     def serves(self, program: Program) -> bool:
-        """Whether the plan is one of this program, whatever its operators are timed to take."""
+        """Whether the plan is one of this program, whatever its operators are measured to take."""
         return _shape(self.plan.program) == _shape(program)
 
 
@@ -100,6 +100,7 @@ def place_of_graph(module: fx.GraphModule, inputs: Sequence[Any], wishes: Sequen
         torch.get_default_dtype(),
         torch.is_autocast_enabled("cpu"),
         torch.is_grad_enabled(),
+        *sorted({place_of(t.device) for t in inputs if isinstance(t, Tensor)}),
         *wishes,
     )
     text = "\n".join((module.code, *map(_described, inputs), *map(repr, known)))
@@ -127,6 +128,6 @@ def _read(path: Path) -> Place | None:
 
 
 def _shape(program: Program) -> tuple[object, ...]:
-    """All of a program that a schedule depends on."""
+    """All of a program that a schedule depends on; what operators take depends on the place, and that is known."""
     values = tuple((v.nbytes, v.fixed, v.held) for v in program.values)
-    return values, tuple((op.name, op.reads, op.writes, op.once, op.scratch_bytes) for op in program.ops)
+    return values, tuple((op.name, op.reads, op.writes, op.once) for op in program.ops)

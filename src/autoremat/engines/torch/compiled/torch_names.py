@@ -7,12 +7,14 @@ the compiler's configuration.
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 import operator
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from types import CodeType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import fx
@@ -28,7 +30,7 @@ from torch._functorch._aot_autograd.descriptors import (
 )
 from torch._functorch.partitioners import get_default_op_list
 from torch._inductor import config as inductor_config
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._inductor.custom_graph_pass import CustomPartitionerFn, CustomSchedulerPass
 from torch.fx.node import Node
 from torch.utils._ordered_set import OrderedSet
 
@@ -49,6 +51,8 @@ _BY_HAND: Final = "recompute"
 """Key under which ``torch.utils.checkpoint`` says what is to be made again."""
 _GENERATORS: Final = ("fwd_seed", "fwd_base_offset", "bwd_seed", "bwd_base_offset", "fwd_rng_state", "bwd_rng_state")
 """Parts of the names of inputs that are states of generators."""
+_TANGENTS: Final = "tangents"
+"""Part of the names of inputs that are gradients of outputs."""
 _DESCRIPTION: Final = "desc"
 """Key under which AOTAutograd says what an input or an output of a graph is."""
 
@@ -77,7 +81,7 @@ def is_made_again_by_hand(node: Node) -> bool:
 
 def is_tangent(node: Node) -> bool:
     """Whether a node is the gradient of an output, which the backward is given; torch's partitioners go by the name."""
-    return node.op == "placeholder" and "tangents" in str(node.target)
+    return node.op == "placeholder" and _TANGENTS in str(node.target)
 
 
 def is_seed_or_offset(node: Node) -> bool:
@@ -202,6 +206,21 @@ AGAIN: Final = "autoremat_again"
 """Key of a node's ``meta`` under which stands that it is a further run."""
 
 
+PLACE: Final = "autoremat_place"
+"""Key of a node's ``meta`` under which stands at which run of the plan it was written."""
+
+
+class _Orders(CustomSchedulerPass):
+    """Orders kernels once they are fused (``_post_fusion_custom_pass``): the hook before Inductor's own ordering."""
+
+    def __call__(self, kernels: Any) -> Any:
+        return ordered(kernels) if kernels else kernels
+
+    def uuid(self) -> Any:
+        """What the order depends on, beside the graph."""
+        return "autoremat", "the plan's order"
+
+
 class _Splits(CustomPartitionerFn):
     """A partitioner as Inductor takes one.
 
@@ -227,7 +246,9 @@ class _Splits(CustomPartitionerFn):
 
 @contextmanager
 def inductor_splits_by(partitioner: Any, key: str) -> Iterator[None]:
-    """Within this block Inductor splits joint graphs by this partitioner.
+    """Within this block Inductor splits joint graphs by this partitioner, and compiles both halves.
+
+    Without being asked to, it would compile the backward in the first backward, outside of this block.
 
     Args:
         partitioner: takes the joint graph as Inductor will lower it.
@@ -235,9 +256,16 @@ def inductor_splits_by(partitioner: Any, key: str) -> Iterator[None]:
     """
     from torch._inductor.virtualized import V
 
-    cached = {"enable_autograd_cache": functorch_config.enable_autograd_cache and bool(key)}
-    changes = {"custom_partitioner_fn": _Splits(partitioner, ("autoremat", key)), "inductor_choices_class": _choices}
-    with inductor_config.patch(changes), functorch_config.patch(cached), V.set_choices_handler(_choices()):
+    both = {
+        "enable_autograd_cache": functorch_config.enable_autograd_cache and bool(key),
+        "force_non_lazy_backward_lowering": True,
+    }
+    changes = {
+        "custom_partitioner_fn": _Splits(partitioner, ("autoremat", key)), "inductor_choices_class": _choices,
+        "_post_fusion_custom_pass": _Orders(), "reorder_for_peak_memory": False,
+        "allow_buffer_reuse": False,  # what waits to be used again is in memory, also where an operator takes scratch
+    }  # fmt: skip
+    with inductor_config.patch(changes), functorch_config.patch(both), V.set_choices_handler(_choices()):
         yield
 
 
@@ -261,19 +289,51 @@ def _op_types() -> Any:
 # ---- what Inductor makes of a graph, before it generates code ----------------------------------------------------
 
 
-Steps = list[tuple[int, list[Node], bool]]
-"""Bytes in memory while each kernel runs, the nodes that it computes, and whether it is an operator called as it is."""
+Layout = tuple[tuple[int, ...], tuple[int, ...]]
+"""Size and strides of a tensor."""
+
+
+class Step(NamedTuple):
+    """A kernel that Inductor makes.
+
+    Attributes:
+        nbytes: in memory while it runs.
+        nodes: that it computes.
+        layouts: of the tensors that an operator is given which is called as it is, in order; None for other kernels,
+            and empty where the sizes are symbols.
+    """
+
+    nbytes: int
+    nodes: list[Node]
+    layouts: tuple[Layout, ...] | None
+
+
+class Half(NamedTuple):
+    """What Inductor makes of a half.
+
+    Attributes:
+        steps: its kernels, in order.
+        strides: by name those of what the half returns.
+        copied_bytes: of inputs that it returns as copies, laid out anew: weights of convolutions, channels last.
+    """
+
+    steps: list[Step]
+    strides: dict[str, tuple[int, ...]]
+    copied_bytes: int = 0
 
 
 class _Scheduled(BaseException):
     """Ends a compilation once it is scheduled. No ``Exception``: nobody on the way takes it for an error."""
 
-    def __init__(self, steps: Steps) -> None:
+    def __init__(self, half: Half) -> None:
         super().__init__("scheduled")
-        self.steps = steps
+        self.half = half
 
 
-def scheduled(module: fx.GraphModule, static_inputs: Sequence[int], *, is_backward: bool) -> Steps:
+def scheduled(
+    module: fx.GraphModule, static_inputs: Sequence[int], *, is_backward: bool, n_visible: int = 0,
+    strides: Mapping[str, tuple[int, ...]] | None = None,
+) -> Half:  # fmt: skip
     """The kernels that Inductor makes of a graph, in order: bytes while each runs, and the nodes that it computes.
 
     Lowers, fuses and orders a copy of the graph as the compilation that follows does, and ends before any code is
@@ -284,12 +344,15 @@ def scheduled(module: fx.GraphModule, static_inputs: Sequence[int], *, is_backwa
         module: of one half.
         static_inputs: positions of the inputs that stay.
         is_backward: which half it is.
+        n_visible: outputs that the user sees, so that their layout is that of eager; all of them in a backward.
+        strides: by name those of inputs that the other half has laid out in its own way.
     """
     from torch._inductor.compile_fx import compile_fx_inner
 
     copy = fx.GraphModule(module, _graph_copied(module.graph))
     copy.meta = dict(module.meta)
-    inputs = [node.meta["val"] for node in copy.graph.find_nodes(op="placeholder")]
+    inputs = [_laid_out(node, strides or {}) for node in copy.graph.find_nodes(op="placeholder")]
+    _say_what_is_visible(copy, None if is_backward else n_visible)
     quiet = {"force_disable_caches": True, "custom_partitioner_fn": None, "_post_fusion_custom_pass": _stop}
     try:
         with inductor_config.patch(quiet):
@@ -297,8 +360,26 @@ def scheduled(module: fx.GraphModule, static_inputs: Sequence[int], *, is_backwa
                 copy, inputs, static_input_idxs=list(static_inputs), is_backward=is_backward, graph_id=None
             )
     except _Scheduled as found:
-        return found.steps
-    return []
+        return found.half
+    return Half([], {})
+
+
+def _laid_out(node: Node, strides: Mapping[str, tuple[int, ...]]) -> Any:
+    """An example of an input, as the other half has laid it out."""
+    value, known = node.meta["val"], strides.get(node.name)
+    return value if known is None or len(known) != value.dim() else value.as_strided(value.shape, known)
+
+
+def _say_what_is_visible(module: fx.GraphModule, n_visible: int | None) -> None:
+    """Note at the output of a half which positions the user sees, as ``compile_fx`` does; None: all."""
+    graph: fx.Graph = module.graph
+    output = graph.output_node()
+    about = torch.utils._pytree.tree_leaves(output.meta.get(_DESCRIPTION, ()))
+    returned = output.args[0]
+    assert isinstance(returned, Sequence)
+    hidden = {k for k, what in enumerate(about) if mutated_input_of(what) is not None}
+    visible = [k for k, node in enumerate(returned[:n_visible]) if isinstance(node, Node) and k not in hidden]
+    output.meta["user_visible_output_idxs"] = visible
 
 
 def _graph_copied(graph: fx.Graph) -> fx.Graph:
@@ -310,25 +391,106 @@ def _graph_copied(graph: fx.Graph) -> fx.Graph:
     return new
 
 
-def _stop(kernels: Any) -> Any:
-    """Order the kernels as Inductor does after this hook, and end."""
+def ordered(kernels: Any) -> Any:
+    """The kernels in the order of the plan, or as Inductor would order them, whichever takes less.
+
+    Inductor takes the best of some orders; in all of them what runs again may come long before anybody reads it.
+    """
     from torch._inductor import memory
     from torch._inductor.virtualized import V
 
-    scheduler = kernels[0].scheduler if kernels else None
-    if scheduler is None:
-        raise _Scheduled([])
+    scheduler = kernels[0].scheduler
+    names = OrderedSet(V.graph.graph_inputs.keys()), OrderedSet(V.graph.get_output_names())
+    theirs = memory.reorder_for_peak_memory(
+        kernels, scheduler.name_to_buf, scheduler.name_to_fused_node, *names
+    )  # fmt: skip
+    places = _places_of(kernels)
+    ours = scheduler.topological_sort_schedule(sorted(kernels, key=places.__getitem__))
+    return min(theirs, ours, key=lambda order: max(_taken(order)))
+
+
+def _places_of(kernels: Any) -> dict[Any, float]:
+    """For every kernel where in the plan the last node stands that it computes.
+
+    What computes none, such as taking one of several results apart, follows what it needs: the results are held
+    together until each has been taken. What needs nothing comes when it is needed itself.
+    """
+    places, maker = dict[Any, float](), dict[str, Any]()
+    for kernel in kernels:
+        known = [node.meta[PLACE] for node in _computed(kernel) if PLACE in node.meta]
+        needed = [places[maker[dep.name]] for dep in kernel.unmet_dependencies if dep.name in maker]
+        places[kernel] = max(known or needed, default=math.inf)
+        maker |= dict.fromkeys(kernel.get_buffer_names(), kernel)
+    return places
+
+
+def _taken(order: Any) -> list[int]:
+    """The bytes in memory while each of these kernels runs in this order."""
+    from torch._inductor import memory
+    from torch._inductor.virtualized import V
+
+    scheduler = order[0].scheduler
     inputs, outputs = OrderedSet(V.graph.graph_inputs.keys()), OrderedSet(V.graph.get_output_names())
-    order = kernels
-    if inductor_config.reorder_for_peak_memory:
-        order = memory.reorder_for_peak_memory(
-            kernels, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
-        )  # fmt: skip
     _, freed = memory.prepare_planning_info(
         order, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
     )  # fmt: skip
-    _, spans, *_ = memory.estimate_peak_memory_allocfree(order, freed, outputs)
-    raise _Scheduled([(int(s[0]), _computed(k), bool(k.is_extern())) for k, s in zip(order, spans, strict=True)])
+    tangents = [name for name in freed if _TANGENTS in name]  # the caller may hold them to the end
+    held = sum(freed.pop(name).mpi_buffer.size_free for name in tangents)
+    _, _, changes, _ = memory.estimate_peak_memory_allocfree(order, freed, outputs)
+    current, taken = held, list[int]()
+    for _, together in itertools.groupby(enumerate(order), key=_called_with):
+        kernels = [changes[kernel] for _, kernel in together]
+        current += sum(change.size_alloc for change in kernels)
+        taken += [int(current)] * len(kernels)
+        current -= sum(change.size_free for change in kernels)
+    return taken
+
+
+def _called_with(numbered: tuple[int, Any]) -> int:
+    """What kernels have in common that one call runs: on CPU Inductor writes all that follow one another as one.
+
+    All that they make is there before the call, and all that they read until its end.
+    """
+    number, kernel = numbered
+    device = kernel.get_device()
+    is_alone = kernel.is_extern() or device is None or device.type != "cpu"
+    return number if is_alone else -1
+
+
+def _stop(kernels: Any) -> Any:
+    """Order the kernels as the compilation that follows does, and end."""
+    from torch._inductor.virtualized import V
+
+    if not kernels:
+        raise _Scheduled(Half([], {}))
+    half: Any = V.graph
+    order = ordered(kernels)
+    steps = [Step(n, _computed(k), _given_to(k)) for k, n in zip(order, _taken(order), strict=True)]
+    strides, copied_bytes = dict[str, tuple[int, ...]](), 0
+    returned = half.module.graph.output_node().args[0]
+    for node, made in zip(returned, half.graph_outputs, strict=False):
+        if isinstance(node, Node) and (known := _layout_of(made)) is not None:
+            strides[node.name] = known[1]
+            if node.op == "placeholder" and made.get_name() not in half.graph_inputs:
+                copied_bytes += math.prod(known[0]) * node.meta["val"].itemsize
+    raise _Scheduled(Half(steps, strides, copied_bytes))
+
+
+def _layout_of(buffer: Any) -> Layout | None:
+    """Size and strides of what Inductor will have in memory; None where they are no numbers."""
+    try:
+        return tuple(map(int, buffer.get_size())), tuple(map(int, buffer.get_stride()))
+    except (TypeError, AttributeError, NotImplementedError):
+        return None
+
+
+def _given_to(kernel: Any) -> tuple[Layout, ...] | None:
+    """The layouts of what an operator is given that is called as it is; None for other kernels."""
+    if not kernel.is_extern():
+        return None
+    called = [node.node for node in kernel.get_nodes() if getattr(node.node, "inputs", None)]
+    known = [_layout_of(given) for given in called[0].inputs] if len(called) == 1 else [None]
+    return tuple(k for k in known if k is not None) if None not in known else ()
 
 
 def _computed(kernel: Any) -> list[Node]:

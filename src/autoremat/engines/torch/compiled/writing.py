@@ -10,7 +10,7 @@ from torch.fx.node import Node
 
 from autoremat.engines.torch.compiled.joint import Joint, is_result, is_size
 from autoremat.engines.torch.compiled.reading import TANGENTS, Reading
-from autoremat.engines.torch.compiled.torch_names import AGAIN, Mark, forget_how_to_recompute, put_mark
+from autoremat.engines.torch.compiled.torch_names import AGAIN, PLACE, Mark, forget_how_to_recompute, put_mark
 from autoremat.program import Schedule
 
 OP: Final = "autoremat_op"
@@ -40,7 +40,7 @@ class _Writer:
         self._joint, self._program, self._nodes = reading.joint, reading.program, reading.nodes
         self._graph = fx.Graph()
         self._is_late = False
-        self._op, self._is_again = -1, False
+        self._op, self._place, self._is_again = -1, -1, False
         self._latest: dict[Node, Node] = {}
         """Of every operator, result, input and size its latest copy."""
         self._views: dict[Node, tuple[tuple[Node, ...], Node]] = {}
@@ -53,7 +53,7 @@ class _Writer:
 
     def run(self, i: int) -> None:
         """One run of an op."""
-        node, self._op = self._nodes[i], i
+        node, self._op, self._place = self._nodes[i], i, self._place + 1
         self._is_again = node in self._latest
         if node is None:
             if self._program.ops[i].name == TANGENTS:
@@ -101,7 +101,7 @@ class _Writer:
         read: Callable[[Node], Node] = self._read
         arguments = {n: read(n) for n in node.all_input_nodes}  # first: they may have to be copied themselves
         copy = self._graph.node_copy(node, arguments.__getitem__)
-        copy.meta = dict(node.meta) | {OP: self._op, AGAIN: self._is_again}
+        copy.meta = dict(node.meta) | {OP: self._op, PLACE: self._place, AGAIN: self._is_again}
         put_mark(copy, Mark.BACKWARD if self._is_late else Mark.FORWARD)
         forget_how_to_recompute(copy)
         return copy

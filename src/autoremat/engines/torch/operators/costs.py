@@ -118,7 +118,8 @@ def text_of(call: CallSignature) -> str | None:
 
 def _text(tree: Any) -> str:
     if isinstance(tree, TensorSpec):
-        return f"{_short(tree.dtype)}{list(tree.size)}{list(tree.stride)}@{tree.device.type}"
+        beyond = f"+{tree.beyond}" if tree.beyond else ""
+        return f"{_short(tree.dtype)}{list(tree.size)}{list(tree.stride)}{beyond}@{tree.device.type}"
     if isinstance(tree, Items):
         if tree.kind is dict:
             return "{" + ", ".join(f"{k!r}: {_text(v)}" for k, v in tree.content) + "}"

@@ -12,12 +12,16 @@ from torch import Tensor
 
 
 class TensorSpec(NamedTuple):
-    """Everything about a tensor but its numbers."""
+    """Everything about a tensor but its numbers.
+
+    ``beyond`` counts elements of its memory outside of it. It is 0 but for the few operators that copy these as well.
+    """
 
     dtype: torch.dtype
     size: tuple[int, ...]
     stride: tuple[int, ...]
     device: torch.device
+    beyond: int = 0
 
 
 class Items(NamedTuple):

@@ -206,7 +206,7 @@ def _scaled(signature: CallSignature, output_bytes: int) -> Cost:
 
 def _taken_bytes(signature: CallSignature) -> int:
     """Add up the bytes of a call's arguments."""
-    return sum(_extent(s) * s.dtype.itemsize for s in _specs(signature))
+    return sum((extent_of(s) + s.beyond) * s.dtype.itemsize for s in _specs(signature))
 
 
 def _expected_seconds(signature: CallSignature, output_bytes: int = 0) -> float:
@@ -415,7 +415,18 @@ def _made_bytes(out: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
     return tuple(n for address, n in new.items() if address not in old)
 
 
-def _extent(spec: TensorSpec) -> int:
+def made_when_run(signature: CallSignature) -> tuple[int, ...]:
+    """Run a call once on random numbers, and list the bytes of every storage that it makes.
+
+    Raises:
+        Exception: random numbers do not suit the operator.
+    """
+    with _undisturbing():
+        args, kwargs = thaw(signature.args, _random), thaw(signature.kwargs, _random)
+        return _made_bytes(signature.func(*args, **kwargs), args, kwargs)
+
+
+def extent_of(spec: TensorSpec) -> int:
     """Count the elements from a tensor's first one to its last one."""
     return 1 + sum((n - 1) * s for n, s in zip(spec.size, spec.stride, strict=True)) if 0 not in spec.size else 0
 
@@ -426,12 +437,13 @@ def _random(spec: TensorSpec) -> Tensor:
     Floating-point numbers are random, because numbers may matter for speed, and between 0 and 1, as some operators ask
     of probabilities. Integers are zero, because they may index something.
     """
+    n = extent_of(spec) + spec.beyond
     if spec.dtype in _DRAWN:
-        base = torch.rand(_extent(spec), device=spec.device, dtype=spec.dtype)
+        base = torch.rand(n, device=spec.device, dtype=spec.dtype)
     elif spec.dtype.is_floating_point or spec.dtype.is_complex:
-        base = torch.rand(_extent(spec), device=spec.device, dtype=torch.float32).to(spec.dtype)
+        base = torch.rand(n, device=spec.device, dtype=torch.float32).to(spec.dtype)
     else:
-        base = torch.zeros(_extent(spec), dtype=spec.dtype, device=spec.device)
+        base = torch.zeros(n, dtype=spec.dtype, device=spec.device)
     return base.as_strided(spec.size, spec.stride)
 
 
