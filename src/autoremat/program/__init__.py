@@ -7,10 +7,11 @@ for one budget. ``simulate`` accounts for a schedule byte by byte, ``verify`` is
 from autoremat.program.abilities import Abilities
 from autoremat.program.decisions import Decision, beyond_decisions, decisions_of
 from autoremat.program.errors import InfeasibleBudget, InvalidProgram, InvalidSchedule
+from autoremat.program.link import Link
 from autoremat.program.model import END, INSIDE, Op, Program, Value
 from autoremat.program.once import Once
 from autoremat.program.plan import Plan
-from autoremat.program.schedule import Free, Run, Schedule
+from autoremat.program.schedule import Fetch, Free, Gone, Here, Offload, Run, Schedule, Send
 from autoremat.program.simulator import Timeline, simulate
 from autoremat.program.verifier import Violation, verify
 
@@ -19,16 +20,22 @@ __all__ = [
     "INSIDE",
     "Abilities",
     "Decision",
+    "Fetch",
     "Free",
+    "Gone",
+    "Here",
     "InfeasibleBudget",
     "InvalidProgram",
     "InvalidSchedule",
+    "Link",
+    "Offload",
     "Once",
     "Op",
     "Plan",
     "Program",
     "Run",
     "Schedule",
+    "Send",
     "Timeline",
     "Value",
     "Violation",
