@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from autoremat.planner import clock
 from autoremat.planner.constraints import Patterns, constrain, explained, kept_anyway, passing_values
@@ -22,7 +22,16 @@ from autoremat.planner.search.calls import folded_of, planned_as, unfolded, unti
 from autoremat.planner.search.memo import per_program
 from autoremat.planner.search.tables import tables_of
 from autoremat.planner.solvers import NAMES, solver_of
-from autoremat.program import InfeasibleBudget, InvalidSchedule, Plan, Program, Schedule, beyond_decisions, simulate
+from autoremat.program import (
+    InfeasibleBudget,
+    InvalidSchedule,
+    Link,
+    Plan,
+    Program,
+    Schedule,
+    beyond_decisions,
+    simulate,
+)
 from autoremat.program.decisions import can_carry_out
 from autoremat.program.units import parse_budget
 
@@ -42,6 +51,9 @@ LIMIT_SECONDS: Final = 10.0
 
 _FAR: Final = 0.1
 """The gap to the bound that a plan does not have without saying so."""
+
+_BASE_SHARE: Final = 0.6
+"""Of the time where values may move: for the plan that recomputes alone."""
 
 _FIRST_SHARE: Final = 0.25
 """Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
@@ -75,6 +87,7 @@ def solve(
     effort: float | None = None,
     progress: Callable[[str, float], None] | None = None,
     first: bool = False,
+    link: Link | None = None,
 ) -> Plan:
     """The plan with the least overhead known whose peak stays within the budget.
 
@@ -94,6 +107,8 @@ def solve(
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
         first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
             looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
+        link: to a slower tier, where values may be moved to; the plan's program has it then, and waiting for copies
+            counts as overhead. For engines that can do it: those that keep or recompute and no more cannot.
 
     Raises:
         InfeasibleBudget: no schedule known to the solver fits.
@@ -109,6 +124,11 @@ def solve(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     effort = time_limit_seconds / LIMIT_SECONDS if effort is None else effort
+    if link is not None:
+        return _offloaded(
+            program, budget, link, solver=solver, keep=keep, recompute=recompute, progress=progress, first=first,
+            time_limit_seconds=time_limit_seconds, effort=effort,
+        )  # fmt: skip
     if keep or recompute:
         limited = constrain(program, keep, recompute)
         try:
@@ -120,6 +140,25 @@ def solve(
     with clock.limited(time_limit_seconds):
         plan = _solved(program, budget, solver, effort * _WORK_SECONDS, progress or _silent, first=first)
         return replace(plan, stopped=f"after {time_limit_seconds:g} s, the limit of time") if clock.has_cut() else plan
+
+
+def _offloaded(
+    program: Program, budget: int | float | str, link: Link, *, time_limit_seconds: float, effort: float, **asked: Any
+) -> Plan:  # fmt: skip
+    """The plan where values may also be moved over a link."""
+    from autoremat.planner.offloading import offloaded
+
+    if program.abilities.reruns == "by decisions":
+        raise ValueError(
+            f"the engine of {program.name!r} keeps a value or computes it again; it cannot move one to another "
+            "tier, so plan it without a link"
+        )
+
+    def alone(program: Program, budget_bytes: int, share: float) -> Plan:
+        seconds = min(share, _BASE_SHARE) * time_limit_seconds
+        return solve(program, budget_bytes, time_limit_seconds=seconds, effort=share * effort, **asked)
+
+    return offloaded(program, budget, link, alone)
 
 
 def _solved(
