@@ -107,8 +107,8 @@ def solve(
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
         first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
             looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
-        link: to a slower tier, where values may be moved to; the plan's program has it then, and waiting for copies
-            counts as overhead. For engines that can do it: those that keep or recompute and no more cannot.
+        link: to a slower tier (that of the program unless given), where values may be moved to; the plan's program has
+            it then, and waiting for copies counts as overhead. Not for engines that keep or recompute and no more.
 
     Raises:
         InfeasibleBudget: no schedule known to the solver fits.
@@ -124,9 +124,11 @@ def solve(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     effort = time_limit_seconds / LIMIT_SECONDS if effort is None else effort
+    link = program.link if link is None else link
     if link is not None:
         return _offloaded(
-            program, budget, link, solver=solver, keep=keep, recompute=recompute, progress=progress, first=first,
+            program if program.link is None else replace(program, link=None), budget, link,
+            solver=solver, keep=keep, recompute=recompute, progress=progress, first=first,
             time_limit_seconds=time_limit_seconds, effort=effort,
         )  # fmt: skip
     if keep or recompute:

@@ -12,13 +12,14 @@ from hypothesis import strategies as st
 
 from autoremat.engines.numpy import Call, carry_out
 from autoremat.engines.numpy.tier import Array, AtOnce, Tier
-from autoremat.planner.search.moving import Gap, gaps, moved, places
+from autoremat.planner.search.moving import gaps, moved, places
 from autoremat.program import Link, Offload, Plan, Program, Schedule, simulate, verify
 from tests.engines.numpy.meter import Meter
 from tests.engines.numpy.steps_of_programs import calls_of, every_result, inputs_of, scaled
 from tests.engines.numpy.tiers import AsTold, AtOnceAndSpoiled, AtRandom, Late, all_orders, spoil
 from tests.fixed import examples
 from tests.planner.chains import uniform_steps
+from tests.planner.random_offloads import with_random_offloads
 from tests.planner.random_programs import steps
 
 LINK = Link(100.0, 200.0, 0.01)
@@ -52,30 +53,11 @@ def results_of(program: Program) -> dict[str, bytes]:
     return every_result(replace(program, link=None))
 
 
-def with_random_offloads(program: Program, dice: random.Random, most: int = 99) -> Schedule:
-    """The plain schedule with values moved wherever they may, at any moments."""
-    schedule = Schedule.plain(program)
-    found: list[Offload] = []
-    for gap in gaps(program, schedule, places(program, schedule)):
-        if dice.random() < 0.7 and len(found) < most:
-            found.append(somewhere_in(gap, places(program, schedule), dice))
-    return replace(schedule, offloads=tuple(sorted(found, key=lambda o: o.send)))
-
-
-def somewhere_in(gap: Gap, where: list[int], dice: random.Random) -> Offload:
-    """An offload with its four events anywhere in a gap."""
-    inside = [p for p in where if gap.begin <= p <= gap.end]
-    gone = dice.randrange(len(inside) - 1)
-    fetch = dice.randrange(gone + 1, len(inside))
-    send, here = dice.randrange(gone + 1), dice.randrange(fetch, len(inside))
-    return Offload(gap.value, inside[send] - 1, inside[gone] - 1, inside[fetch], inside[here])
-
-
 @examples(40, everyday=6)
 @given(program=steps(), seed=st.integers(0, 10**6))
 def test_random_offloads_give_the_same_over_every_link(program: Program, seed: int) -> None:
     program = replace(scaled(program), link=LINK)
-    schedule = with_random_offloads(program, random.Random(seed))
+    schedule = with_random_offloads(program, Schedule.plain(program), random.Random(seed))
     assert verify(program, schedule) == ()
     plan, results = plan_of(program, schedule), results_of(program)
     for tier in (AtOnce(), AtOnceAndSpoiled(), AtRandom(seed)):
