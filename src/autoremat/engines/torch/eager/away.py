@@ -1,4 +1,4 @@
-"""Away: which values of one step are in the tier, or on their way."""
+"""Away: which values of one step are in the tier."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ NOWHERE: Final = Nowhere()
 
 
 class Away(Nowhere):
-    """The values of a step that are in the tier, or on their way.
+    """Values of a step in the tier, or on their way.
 
     A value that cannot be written stays in memory. One that cannot be read back is recomputed, or ends the step in an
     error.
@@ -81,7 +81,10 @@ class Away(Nowhere):
         self._coming: dict[int, tuple[Any, View, torch.UntypedStorage]] = {}
 
     def carry_out(self, ledger: Ledger, moves: Sequence[Move]) -> None:
-        """Move what moves at this moment; what is not where the plan has it stays where it is."""
+        """Move what moves now.
+
+        What is not where the plan has it stays where it is.
+        """
         if moves:
             with torch._C.DisableTorchFunction():
                 for move in moves:
@@ -109,7 +112,10 @@ class Away(Nowhere):
         self._leaving[value] = self._store.send(storage), version_of(tensor)
 
     def _free(self, ledger: Ledger, value: int) -> None:
-        """Wait for the copy out; keep the value if that failed, or if it was overwritten meanwhile."""
+        """Wait for the copy out, and free the value.
+
+        It stays if the copy failed, or if it was overwritten meanwhile.
+        """
         if value not in self._leaving:
             return
         copy, version = self._leaving.pop(value)
@@ -148,7 +154,7 @@ class Away(Nowhere):
             self._warn(f"a value could not be read back from the tier ({self._where}): {failure}. It is computed again")
 
     def back(self, ledger: Ledger, value: int) -> bool:
-        """Bring a value back now, if it is away; tell whether it is in memory then."""
+        """Bring a value back now; tell whether it is in memory then."""
         self._fetch(value)
         self._receive(ledger, value)
         return value in ledger.held
@@ -161,13 +167,13 @@ class Away(Nowhere):
                 self.back(ledger, value)
 
     def take(self, ledger: Ledger, values: Iterable[int]) -> None:
-        """Move values that are in memory to the tier now, one after the other."""
+        """Move values that are in memory to the tier now."""
         for value in values:
             self._send(ledger, value)
             self._free(ledger, value)
 
     def close(self) -> None:
-        """Let go of everything: the step is over, or nobody will end it."""
+        """Let go of everything: the step is over, or abandoned."""
         for away in (self._leaving, self._gone, self._coming):
             away.clear()
         self._store.close()

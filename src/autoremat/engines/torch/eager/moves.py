@@ -1,4 +1,4 @@
-"""Moves: what a plan moves to the tier and back, as events at calls and at requests of the backward."""
+"""Moves: a plan's events at calls and at requests."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Moves:
             self._find(replace(schedule, offloads=tuple(able)))
 
     def _find(self, schedule: Schedule) -> None:
-        """Carry every event on to the next call of the forward, or request of the backward."""
+        """Carry every event on to the next call or request."""
         ops, pending, seen = self._stays.program.ops, list[Move](), set[int]()
         for p, i in enumerate(schedule.order):
             pending += [self._numbered(event) for events in schedule.moves[p] for event in events]
@@ -53,7 +53,7 @@ class Moves:
             seen.add(op.call)
 
     def _numbered(self, event: Move) -> Move:
-        """The same event, of the number that the path has for the value."""
+        """Return the same event, by the path's number."""
         return type(event)(self._stays.number[event.value])
 
     def added(self, works: Sequence[Work | None], path: Path) -> tuple[Work | None, ...]:

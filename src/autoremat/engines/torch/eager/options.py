@@ -34,7 +34,7 @@ It is used where the budget is too tight for the greedy.
 
 
 def _tier_named_in(plan: Plan | None) -> str | None:
-    """Name the tier that a user's plan was made for, if it moves anything."""
+    """Name the tier of a user's plan, if it moves anything."""
     if plan is None or plan.program.link is None or not plan.schedule.offloads:
         return None
     name = plan.program.link.name
@@ -150,7 +150,7 @@ class Options:
         return self._tier.link() if self._tier.name and program.abilities.reruns == "at asks" else None
 
     def store(self, nbytes: int) -> tuple[Store, str] | None:
-        """Open a step's part of the tier; None where there is no tier."""
+        """Open a step's part of the tier, if there is one."""
         return (self._tier.open(nbytes), self._tier.name) if self._tier.name else None
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:

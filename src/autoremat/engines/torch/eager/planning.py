@@ -83,7 +83,7 @@ class Planner(Protocol):
         """Describe the same plan, to be searched for elsewhere."""
 
     def store(self, nbytes: int) -> tuple[Store, str] | None:
-        """Open a step's part of the tier; None where there is no tier."""
+        """Open a step's part of the tier, if there is one."""
 
 
 class Planning:
@@ -324,7 +324,7 @@ class Planning:
 
 
 def away_for(planning: Planning, script: Script) -> Nowhere:
-    """Return what keeps the values of one step that the script moves away.
+    """Return what keeps the values that one step moves away.
 
     Raises:
         OffloadFailed: the tier has no room for them.

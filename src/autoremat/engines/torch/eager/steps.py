@@ -152,7 +152,7 @@ class Steps:
         self.under_plan.waits(kind, step.tape)
 
     def _follow(self, tape: Tape, script: Script) -> None:
-        """Go on by a plan; what is away by now, and still in memory, moves."""
+        """Go on by a plan; what it has away by now moves."""
         ledger = tape.ledger
         ledger.away = away_for(self._planning, script)
         tape.take_plan(script)

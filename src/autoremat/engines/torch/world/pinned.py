@@ -1,4 +1,6 @@
-"""A slower tier for tensors of a CUDA device: pinned memory of the host. Written, not yet run on a device.
+"""A slower tier for CUDA: pinned memory of the host.
+
+Written, not yet run on a device.
 
 Copies out run on one stream, copies back on another one. A copy begins once what the current stream has been told so
 far is done, and whoever waits has the *current* stream wait for the copy's event: then memory that is freed afterwards
@@ -59,13 +61,13 @@ class Store:
         return self.used_bytes + nbytes <= self._buffer.numel()
 
     def send(self, storage: torch.UntypedStorage) -> Copy:
-        """Begin to copy memory of the device to a place of its own."""
+        """Begin to copy device memory to its own place."""
         offset, nbytes = self.used_bytes, storage.nbytes()
         self.used_bytes += -(-nbytes // _ALIGNED) * _ALIGNED
         return self._begun(self._streams[0], offset, storage, is_out=True)
 
     def fetch(self, sent: Copy, storage: torch.UntypedStorage) -> Copy:
-        """Begin to copy it back, once this value's own copy out is done."""
+        """Begin to copy it back, behind this value's copy out."""
         self._streams[1].wait_event(sent.event)
         return self._begun(self._streams[1], sent.offset, storage, is_out=False)
 
@@ -81,7 +83,7 @@ class Store:
         return Copy(offset, event, memory)
 
     def wait(self, copy: Copy) -> BaseException | None:
-        """Have the current stream wait for a copy; errors of CUDA are raised by CUDA."""
+        """Have the current stream wait for a copy."""
         torch.cuda.current_stream(copy.memory.device).wait_event(copy.event)
         del copy.memory
         return None
@@ -111,7 +113,7 @@ class Pinned:
         self._stores: weakref.WeakSet[Store] = weakref.WeakSet()
 
     def open(self, nbytes: int) -> Store:
-        """Pin as much as a step will have there, or take what an earlier one had.
+        """Pin as much memory as a step will use, or reuse some.
 
         Raises:
             OffloadFailed: it is more than the tier's budget leaves.

@@ -1,4 +1,4 @@
-"""A slower tier for tensors of the CPU: a file in a folder, which a thread of its own writes and reads.
+"""A slower tier for the CPU: a file and a copying thread.
 
 The file has no name, so it is gone with the process, whatever ends that. A *store* is one step's part in it: every
 value has a place of its own there until the step has ended, so no place is written while somebody still reads it. A
@@ -31,11 +31,11 @@ _SAMPLE_BYTES, _SAMPLES = 16 << 20, 5
 
 
 class OffloadFailed(RuntimeError):
-    """A copy to or from the tier has failed; the message says which, and what to do."""
+    """A copy to or from the tier has failed."""
 
 
 class File:
-    """A file without a name, which is closed when nobody refers to it any more."""
+    """A file without a name, closed when nobody refers to it."""
 
     def __init__(self, folder: str) -> None:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -48,7 +48,9 @@ class File:
 
 
 class Copy:
-    """One copy, out or in. Whoever waits for it learns of its failure.
+    """One copy, out or in.
+
+    Whoever waits for it learns of its failure.
 
     Args:
         file: that is written or read.
@@ -67,7 +69,7 @@ class Copy:
         self._done = threading.Event()
 
     def carry_out(self) -> None:
-        """Copy all of it, or note why not; then let go of the memory."""
+        """Copy, or note why not; then let go of the memory."""
         memory, self.memory = self.memory, None
         try:
             if not self.is_cancelled:
@@ -110,7 +112,7 @@ def _read(file: int, memory: Any, offset: int) -> None:
 
 
 class Worker:
-    """A thread that makes one copy after the other, in the order in which they were handed over.
+    """A thread that makes one copy after the other, in order.
 
     It begins with the first copy, and ends where there has been none for a while.
     """
@@ -158,7 +160,7 @@ class Store:
         self._copies: list[Copy] = []
 
     def has_room(self, nbytes: int) -> bool:
-        """Whether so many bytes more are within the tier's budget, beside those of other steps."""
+        """Tell whether the tier's budget has room, beside other steps."""
         most = self.tier.most_bytes
         return most is None or self.tier.used_bytes + nbytes <= most
 
@@ -187,7 +189,10 @@ class Store:
         return copy.wait(self._worker)
 
     def close(self) -> None:
-        """End all copies. The file is used again by later steps if nobody reads or writes it any more."""
+        """End all copies.
+
+        Later steps use the file again if nobody reads or writes it any more.
+        """
         if os.getpid() != self._pid:
             return
         for copy in self._copies:
@@ -243,7 +248,7 @@ class Disk:
         return store
 
     def take_back(self, file: File) -> None:
-        """Have a file for the next step; more than one wait for steps that overlap."""
+        """Keep a file for the next step; two at most."""
         if len(self._files) < 2:
             self._files.append(file)
 
@@ -257,14 +262,17 @@ class Disk:
             ) from None
 
     def link(self) -> Link:
-        """The bandwidth each way, measured once for each folder: median of a few copies of 16 MiB."""
+        """Return the bandwidth each way, measured once for each folder.
+
+        It is the median of a few copies of 16 MiB.
+        """
         if self.folder not in _MEASURED:
             _MEASURED[self.folder] = self._measured()
         out, back = _MEASURED[self.folder]
         return Link(out, back, 1e-4, takes_turns=True, tier_bytes=self.most_bytes, name=f"disk:{self.folder}")
 
     def _measured(self) -> tuple[float, float]:
-        """As steps find it: each writes over what the one before has left in the file."""
+        """Measure by writing over the same place, as steps do."""
         rates, memory = dict[str, list[float]](out=[], back=[]), torch.zeros(_SAMPLE_BYTES, dtype=torch.uint8)
         for _ in range(1 + _SAMPLES):
             store, storage = self.open(_SAMPLE_BYTES), memory.untyped_storage()

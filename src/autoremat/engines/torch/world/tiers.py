@@ -16,7 +16,9 @@ _HOST: Final = "host"
 
 
 def tier_bytes(offload_budget: int | str | None) -> int | None:
-    """Read the most bytes in the tier; zero means none, None no limit.
+    """Read the most bytes in the tier; zero means none.
+
+    None is no limit.
 
     Raises:
         ValueError: a share, or what is no number of bytes.
