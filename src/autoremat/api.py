@@ -29,6 +29,7 @@ from autoremat.engines.torch.operators.compiled import inside_compiled
 from autoremat.engines.torch.operators.timing import Progress
 from autoremat.engines.torch.world.memory import free_bytes
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
+from autoremat.engines.torch.world.tiers import TierOf
 from autoremat.engines.torch.world.versions import warn_if_untested
 from autoremat.planner import Frontier, solve
 from autoremat.planner import frontier as frontier_of
@@ -49,15 +50,18 @@ TIMINGS: Final = ("auto", "measure", "estimate")
 def checkpoint(
     target: F, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
     keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
+    offload: str | None = None, offload_budget: int | str | None = None,
 ) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
     target: None = None, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
     keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
+    offload: str | None = None, offload_budget: int | str | None = None,
 ) -> Callable[[F], F]: ...  # fmt: skip
 def checkpoint(
     target: Any = None, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
     keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
+    offload: str | None = None, offload_budget: int | str | None = None,
 ) -> Any:  # fmt: skip
     """Make a module or a callable train within a memory budget.
 
@@ -85,6 +89,11 @@ def checkpoint(
             call, for ``stats``. On CPU that step runs under torch's profiler, in the main thread, and takes longer; on
             CUDA it resets the peak statistics of ``torch.cuda``. Without ``measure``, nothing is measured on CPU, and
             on CUDA only a step that raises those statistics.
+        offload: where values may be moved to, as a third choice beside keeping and recomputing them: ``"disk:/path"``
+            for a file in a folder, ``"host"`` for pinned memory beside a CUDA device, ``"auto"`` for the latter where
+            there is such a device and the folder for temporary files elsewhere. A value moves only where the plan
+            takes less time for it. None: nothing moves.
+        offload_budget: the most bytes in that tier, such as ``"64GiB"``; 0 for none, None for no limit.
 
     Returns:
         The same module, or the wrapped callable.
@@ -109,7 +118,18 @@ def checkpoint(
         )
     known = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan))
     wanted: Given = known.budget_bytes if known is not None else budget  # type: ignore[assignment]
-    options = Options(wanted, optimizer, keep, recompute, time_limit_seconds, measure, known, shown=progress_bar)
+    options = Options(
+        wanted,
+        optimizer,
+        keep,
+        recompute,
+        time_limit_seconds,
+        measure,
+        known,
+        shown=progress_bar,
+        offload=offload,
+        offload_budget=offload_budget,
+    )
     if target is None:
         return functools.partial(checkpoint, **options.arguments)
     if not callable(target):
@@ -193,6 +213,8 @@ def plan(
     time_limit_seconds: float = 10.0,
     accumulate: bool = False,
     compiled: bool | str = False,
+    offload: str | None = None,
+    offload_budget: int | str | None = None,
     **kwargs: Any,
 ) -> Plan:
     """Plan a training step without running it.
@@ -219,7 +241,9 @@ def plan(
             gradient accumulation takes from the second micro-step on. A plan of it serves the first one, too.
         compiled: plan what ``torch.compile`` makes of the step: the name of a backend, or True for ``"inductor"``. The
             callable is traced and planned, and Inductor orders its kernels; no code is generated, and nothing runs.
-            ``solver``, ``timing`` and ``accumulate`` are not for this.
+            ``solver``, ``timing``, ``accumulate`` and ``offload`` are not for this.
+        offload: as for ``checkpoint``; the bandwidth is measured, once for each folder.
+        offload_budget: as for ``checkpoint``.
         **kwargs: keyword arguments of ``fn``.
 
     Raises:
@@ -235,6 +259,7 @@ def plan(
         True
     """
     Budget.read(budget)
+    tier = TierOf(offload, offload_budget)
     if compiled:
         options = Options(budget, optimizer, keep, recompute, time_limit_seconds)
         return _plan_compiled(fn, args, kwargs, options, "inductor" if compiled is True else str(compiled))
@@ -242,7 +267,7 @@ def plan(
         program = record_step(fn, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
         return solve(
             program, in_bytes(budget, program), solver=solver, wishes=Wishes(keep, recompute),
-            time_limit_seconds=time_limit_seconds, progress=progress,
+            time_limit_seconds=time_limit_seconds, progress=progress, link=tier.link() if tier.name else None,
         )  # fmt: skip
 
 

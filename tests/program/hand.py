@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from autoremat.program import END, INSIDE, Once, Op, Plan, Program, Schedule, Value
+from dataclasses import replace
+
+from autoremat.program import END, INSIDE, Link, Offload, Once, Op, Plan, Program, Schedule, Value
 
 BACKWARD = {"phase": "backward", "once": Once.BACKWARD}
 
@@ -61,6 +63,29 @@ def handed() -> Program:
         Op("product_backward", (1, 2, 3), (), **BACKWARD),
     )
     return Program("handed", values, ops)
+
+
+RULES_OF_OFFLOAD = {
+    "sent whole",
+    "sources stay",
+    "gone when nobody needs it",
+    "away until fetched",
+    "read once it is here",
+    "moves between calls",
+    "offloads in order",
+    "a link to the tier",
+    "tier kept",
+}
+"""The rules of ``verify`` that are about values in a slower tier."""
+
+LINK = Link(20.0, 10.0, 0.5, takes_turns=False)
+"""20 bytes take 1.5 seconds to the tier, and 2.5 back."""
+
+
+def away() -> tuple[Program, Schedule]:
+    """``chain`` with a link, where ``a`` is in the tier while ``g2`` runs."""
+    program = replace(chain(), link=LINK)
+    return program, replace(Schedule.plain(program), offloads=(Offload(1, 1, 2, 4, 4),))
 
 
 CHAIN_AGAIN = (0, 1, 2, 3, 0, 4)

@@ -25,8 +25,9 @@ from autoremat.program import (
 )
 from autoremat.program import verify as _verify_function
 from autoremat.program.abilities import Reruns
+from autoremat.program.tier_judge import Tier
 from autoremat.program.verifier import MOST_VIOLATIONS, RULES
-from tests.program.hand import CHAIN_AGAIN, chain, chain_plan, handed, in_place, linear, split
+from tests.program.hand import CHAIN_AGAIN, RULES_OF_OFFLOAD, chain, chain_plan, handed, in_place, linear, split
 from tests.strategies import abilities, orders, programs
 
 AGAIN = Schedule.from_order(chain(), CHAIN_AGAIN)  # frees: - a - bc - a,db,da
@@ -286,6 +287,7 @@ def test_the_list_of_violations_is_bounded() -> None:
 def test_every_rule_is_broken_by_a_test_and_reads_as_a_sentence() -> None:
     broken = {name.split(",")[0] for name in BROKEN}
     elsewhere = {"runs allowed", "reruns at asks", "reruns by decisions"}  # test_abilities.py
+    elsewhere |= RULES_OF_OFFLOAD  # test_offload.py
     assert broken | elsewhere | {"budget kept", "plan's figures", "plan's program"} == set(RULES)
     assert all(sentence.startswith("is read as: ") for sentence in RULES.values())
 
@@ -299,13 +301,16 @@ def test_a_violation_is_one_readable_line() -> None:
 
 def test_the_judge_shares_no_code_with_the_accused() -> None:
     """It may look at the fields of values, ops, schedules and plans, at nothing that is computed from them."""
-    path = Path(_verify_function.__code__.co_filename)
-    tree = ast.parse(path.read_text(encoding="utf-8"))
-    imported = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    paths = (Path(_verify_function.__code__.co_filename), Path(Tier.at.__code__.co_filename))
+    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in paths]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     ours = {module for module in imported if module and module.startswith("autoremat")}
-    assert ours == {"autoremat.program.model", "autoremat.program.plan", "autoremat.program.schedule"}
-    computed = {"readers", "producer", "hold", "fixed_bytes", "runs_of", "extra_seconds", "from_order"}
-    assert computed.isdisjoint(node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute))
+    itself = "autoremat.program.tier_judge"
+    assert ours == {itself, "autoremat.program.model", "autoremat.program.plan", "autoremat.program.schedule"}
+    computed = {"readers", "producer", "hold", "fixed_bytes", "runs_of", "extra_seconds", "from_order", "moves"}
+    computed |= {"actions", "out_seconds", "in_seconds", "has_calls"}
+    assert computed.isdisjoint(node.attr for node in nodes if isinstance(node, ast.Attribute))
 
 
 # --- Properties -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import random
 from collections import Counter
+from dataclasses import replace
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -10,7 +12,10 @@ from hypothesis import strategies as st
 from autoremat.program import Program, Schedule, simulate
 from autoremat.show.residents import residents_at
 from autoremat.show.spans import spans_of
-from tests.program.hand import chain_plan, in_place
+from tests.fixed import examples
+from tests.planner.random_offloads import with_random_offloads
+from tests.planner.random_programs import steps
+from tests.program.hand import LINK, chain_plan, in_place
 from tests.show.placed import placed, schedules
 
 
@@ -29,6 +34,14 @@ def check_against_residents(program: Program, schedule: Schedule) -> None:
         assert here == Counter((r.value, r.category, r.nbytes) for r in known)
         scratch = program.ops[schedule.order[run]].scratch_bytes
         assert sum(n * nbytes for (_, _, nbytes), n in here.items()) + scratch == nbytes
+
+
+@examples(20)
+@given(program=steps(), seed=st.integers(0, 99))
+def test_what_is_in_a_slower_tier_is_in_no_span(program: Program, seed: int) -> None:
+    program = replace(program, link=LINK)
+    schedule = with_random_offloads(program, Schedule.plain(program), random.Random(seed))
+    check_against_residents(program, schedule)
 
 
 def test_of_a_value_that_is_made_again_there_are_two_spans() -> None:

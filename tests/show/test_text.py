@@ -8,7 +8,7 @@ from autoremat.planner import solve
 from autoremat.program import Op, Program, Schedule, Value
 from autoremat.show.text import fold_indices, format_seconds, plan_text
 from tests.planner.chains import gpt
-from tests.program.hand import chain_plan
+from tests.program.hand import LINK, away, chain_plan
 
 GOLDEN = """\
 Plan for chain by solver by hand
@@ -103,3 +103,11 @@ def test_a_peak_that_is_an_estimate_says_so() -> None:
     free = replace(program, abilities=replace(program.abilities, ordered=False))
     assert "(estimate: the engine orders runs)" in str(solve(free, 1.0))
     assert "estimate: the engine" not in str(solve(program, 1.0))
+
+
+def test_a_plan_says_what_goes_to_the_tier() -> None:
+    program, schedule = away()
+    program = replace(program, link=replace(LINK, name="disk:/scratch"))
+    text = plan_text(replace(chain_plan(), program=program, schedule=schedule, overhead=2.5 / 8))
+    assert "to the tier      20 B  disk:/scratch: 1 moves, at most 20 B at a time; 2.50 s of waiting" in text
+    assert "to the tier" not in plan_text(chain_plan())

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from math import inf
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from autoremat.planner import clock
 from autoremat.planner.refusals import infeasible
@@ -24,7 +24,16 @@ from autoremat.planner.search.memo import per_program
 from autoremat.planner.search.tables import tables_of
 from autoremat.planner.solvers import NAMES, solver_of
 from autoremat.planner.wishes import NO_WISHES, Wishes, kept_anyway
-from autoremat.program import InfeasibleBudget, InvalidSchedule, Plan, Program, Schedule, beyond_decisions, simulate
+from autoremat.program import (
+    InfeasibleBudget,
+    InvalidSchedule,
+    Link,
+    Plan,
+    Program,
+    Schedule,
+    beyond_decisions,
+    simulate,
+)
 from autoremat.program.decisions import can_carry_out
 from autoremat.program.units import parse_budget
 
@@ -47,6 +56,8 @@ _FAR: Final = 0.1
 
 _REPEATS: Final = 20_000
 """Ops from which on ``auto`` looks for repetitions first: what it finds then takes a fraction of the time."""
+_BASE_SHARE: Final = 0.6
+"""Of the time where values may move: for the plan that recomputes alone."""
 
 _FIRST_SHARE: Final = 0.25
 """Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
@@ -79,6 +90,7 @@ def solve(
     effort: float | None = None,
     progress: Callable[[str, float], None] | None = None,
     first: bool = False,
+    link: Link | None = None,
 ) -> Plan:
     """Find the cheapest known plan whose peak stays within the budget.
 
@@ -96,6 +108,8 @@ def solve(
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
         first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
             looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
+        link: to a slower tier (that of the program unless given), where values may be moved to; the plan's program has
+            it then, and waiting for copies counts as overhead. Not for engines that keep or recompute and no more.
 
     Raises:
         InfeasibleBudget: no schedule known to the solver fits.
@@ -111,6 +125,13 @@ def solve(
     if solver not in SOLVERS:
         raise ValueError(f"unknown solver {solver!r}; choose one of {', '.join(SOLVERS)}")
     effort = time_limit_seconds / LIMIT_SECONDS if effort is None else effort
+    link = program.link if link is None else link
+    if link is not None:
+        return _offloaded(
+            program if program.link is None else replace(program, link=None), budget, link,
+            solver=solver, wishes=wishes, progress=progress, first=first,
+            time_limit_seconds=time_limit_seconds, effort=effort,
+        )  # fmt: skip
     wished = wishes.applied_to(program)
     with clock.limited(time_limit_seconds):
         try:
@@ -119,6 +140,25 @@ def solve(
             raise (wishes.explained(error) if wishes else error) from None
         stopped = f"after {time_limit_seconds:g} s, the limit of time" if clock.has_cut() else plan.stopped
         return replace(plan, program=program, stopped=stopped)
+
+
+def _offloaded(
+    program: Program, budget: int | float | str, link: Link, *, time_limit_seconds: float, effort: float, **asked: Any
+) -> Plan:  # fmt: skip
+    """The plan where values may also be moved over a link."""
+    from autoremat.planner.offloading import offloaded
+
+    if program.abilities.reruns == "by decisions":
+        raise ValueError(
+            f"the engine of {program.name!r} keeps a value or computes it again; it cannot move one to another "
+            "tier, so plan it without a link"
+        )
+
+    def alone(program: Program, budget_bytes: int, share: float) -> Plan:
+        seconds = min(share, _BASE_SHARE) * time_limit_seconds
+        return solve(program, budget_bytes, time_limit_seconds=seconds, effort=share * effort, **asked)
+
+    return offloaded(program, budget, link, alone)
 
 
 def _solved(

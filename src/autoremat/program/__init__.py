@@ -7,11 +7,12 @@ for one budget. ``simulate`` accounts for a schedule byte by byte, ``verify`` is
 from autoremat.program.abilities import Abilities
 from autoremat.program.decisions import Decision, beyond_decisions, decisions_of
 from autoremat.program.errors import InfeasibleBudget, InvalidProgram, InvalidSchedule
+from autoremat.program.link import Link
 from autoremat.program.model import END, INSIDE, Op, Program, Value
 from autoremat.program.once import Once
 from autoremat.program.plan import Plan
 from autoremat.program.repeats import Repeated, fold, unfold
-from autoremat.program.schedule import Free, Run, Schedule
+from autoremat.program.schedule import Fetch, Free, Gone, Here, Offload, Run, Schedule, Send
 from autoremat.program.simulator import Timeline, simulate
 from autoremat.program.verifier import Violation, verify
 
@@ -20,10 +21,15 @@ __all__ = [
     "INSIDE",
     "Abilities",
     "Decision",
+    "Fetch",
     "Free",
+    "Gone",
+    "Here",
     "InfeasibleBudget",
     "InvalidProgram",
     "InvalidSchedule",
+    "Link",
+    "Offload",
     "Once",
     "Op",
     "Plan",
@@ -31,6 +37,7 @@ __all__ = [
     "Repeated",
     "Run",
     "Schedule",
+    "Send",
     "Timeline",
     "Value",
     "Violation",

@@ -11,19 +11,20 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar, get_args
 
 from autoremat.program.abilities import Abilities, Reruns
 from autoremat.program.errors import InvalidProgram, InvalidSchedule
 from autoremat.program.files import write_text
+from autoremat.program.link import Link
 from autoremat.program.model import END, INSIDE, Kind, Op, Program, Value, abilities_of
 from autoremat.program.once import Once, Reason
 from autoremat.program.plan import Plan
 from autoremat.program.repeats import Layout, Repeated, unfold
-from autoremat.program.schedule import Schedule
+from autoremat.program.schedule import Offload, Schedule
 
 PROGRAM_FORMAT: Final = "autoremat-program"
 PLAN_FORMAT: Final = "autoremat-plan"
@@ -34,6 +35,7 @@ _LARGEST: Final = 2**63 - 1
 
 _T = TypeVar("_T")
 _REQUIRED: Final = object()
+_OFFLOAD: Final = ("value", "send", "gone", "fetch", "here")
 _CANDIDATE: Final = ("solver", "peak_bytes", "overhead")
 _KINDS: Final[dict[type, str]] = {
     str: "a string",
@@ -86,11 +88,13 @@ def program_to_data(program: Program) -> dict[str, Any]:
                 "measured_share": program.measured_share,
                 "recorded": program.recorded,
                 "abilities": asdict(program.abilities),
+                "link": None if program.link is None else asdict(program.link),
             },
             abilities=asdict(abilities_of(program.ops)),
             timing="given",
             measured_share=float(program.timing == "measured"),
             recorded="",
+            link=None,
         ),
         "values": [_value_to_data(v) for v in program.values],
         "ops": [_op_to_data(op, ids) for op in program.ops],
@@ -129,8 +133,13 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
         **_unless({"candidates": candidates}, candidates=[]),
         "order": [int(i) for i in plan.schedule.order],
         "frees": [[ids[v] for v in frees] for frees in plan.schedule.frees],
+        **_unless({"offloads": [_offload_to_data(o, ids) for o in plan.schedule.offloads]}, offloads=[]),
         "program": program_to_data(plan.program),
     }
+
+
+def _offload_to_data(offload: Offload, ids: Sequence[str]) -> list[Any]:
+    return [ids[offload.value], offload.send, offload.gone, offload.fetch, offload.here]
 
 
 def _value_to_data(value: Value) -> dict[str, Any]:
@@ -291,6 +300,7 @@ def _written_program(data: Mapping[str, Any]) -> Program:
         timing=_get(data, "program", "timing", str, "given"),
         measured_share=_number(data, "program", "measured_share", -1.0),
         recorded=_get(data, "program", "recorded", str, ""),
+        link=_link(data["link"]) if "link" in data else None,
         **({"abilities": _abilities(data["abilities"])} if "abilities" in data else {}),
     )
 
@@ -350,6 +360,19 @@ def _abilities(item: Any) -> Abilities:
     if most_runs is not None and (type(most_runs) is not int or most_runs < 1):
         raise InvalidProgram(f"abilities: field 'most_runs' must be a positive integer or null, got {most_runs!r}")
     return Abilities(reruns, most_runs, _get(item, "abilities", "ordered", bool, True))  # type: ignore[arg-type]
+
+
+def _link(item: Any) -> Link:
+    if not isinstance(item, dict):
+        raise InvalidProgram(f"program: field 'link' must be an object, got {item!r}")
+    return Link(
+        _number(item, "link", "out_bytes_per_second"),
+        _number(item, "link", "in_bytes_per_second"),
+        _number(item, "link", "latency_seconds", 0.0),
+        _get(item, "link", "takes_turns", bool, True),
+        _get(item, "link", "tier_bytes", int, None),
+        _get(item, "link", "name", str, ""),
+    )
 
 
 def _value_from_data(i: int, item: Any) -> Value:
@@ -461,12 +484,14 @@ def _as_in_version_1(item: Mapping[str, Any], where: str, name: str) -> tuple[Re
 
 def _schedule_from_data(data: Mapping[str, Any], program: Program) -> Schedule:
     order = _order(data, len(program.ops))
-    if "frees" not in data:
-        return Schedule.from_order(program, order)
     index = {value.id: v for v, value in enumerate(program.values)}
+    items = _get(data, "plan", "offloads", list, [])
+    offloads = tuple(_offload(k, item, index, len(order)) for k, item in enumerate(items))
+    if "frees" not in data:
+        return replace(Schedule.from_order(program, order), offloads=offloads)
     frees = [_frees(p, item, index) for p, item in enumerate(_get(data, "plan", "frees", list))]
     try:
-        return Schedule(order, tuple(frees))
+        return Schedule(order, tuple(frees), offloads)
     except InvalidSchedule as error:
         raise InvalidProgram(f"plan: field 'frees': {error}") from error
 
@@ -486,6 +511,18 @@ def _frees(run: int, item: Any, index: Mapping[str, int]) -> tuple[int, ...]:
         raise InvalidProgram(f"{where}: field 'frees' must be a list of values, got {item!r}")
     n = len(index)
     return tuple(v if type(v) is int and 0 <= v < n else _lookup(where, "frees", v, index) for v in item)
+
+
+def _offload(k: int, item: Any, index: Mapping[str, int], n_runs: int) -> Offload:
+    """One stay in the tier: a value, and the runs of its four events."""
+    where = f"plan, offload {k}"
+    if not isinstance(item, list) or len(item) != len(_OFFLOAD):
+        raise InvalidProgram(f"{where}: must be [{', '.join(_OFFLOAD)}], got {item!r}")
+    value, *runs = item
+    for name, run in zip(_OFFLOAD[1:], runs, strict=True):
+        if type(run) is not int or not 0 <= run < n_runs:
+            raise InvalidProgram(f"{where}: {name!r} must be a run below {n_runs}, got {run!r}")
+    return Offload(_lookup(where, "offloads", value, index), *runs)
 
 
 def _candidate(i: int, item: Any) -> tuple[str, int, float]:

@@ -12,6 +12,7 @@ from typing import Any, Final, Literal
 
 from autoremat.program.abilities import Abilities
 from autoremat.program.errors import InvalidProgram
+from autoremat.program.link import Link
 from autoremat.program.once import Once
 
 Kind = Literal["op", "ask", "step"]
@@ -162,6 +163,8 @@ class Program:
     measured_share: float = field(default=-1.0, kw_only=True)
     """The share of the seconds that was measured, here or by another process; the rest is estimated, or given. Where it
     is not said: all of what is ``measured``, nothing of the rest."""
+    link: Link | None = field(default=None, kw_only=True)
+    """The way to a slower tier, where values may be moved to; None where there is none."""
 
     def __post_init__(self) -> None:
         if self.abilities is _BY_ITS_OPS:

@@ -19,6 +19,7 @@ from typing import Final, NamedTuple
 from autoremat.program.model import END, Op, Program
 from autoremat.program.plan import Plan
 from autoremat.program.schedule import Schedule
+from autoremat.program.tier_judge import Tier, disordered
 
 MOST_VIOLATIONS: Final = 20
 """``verify`` stops looking after this many violations: a schedule this broken has one cause, near the first."""
@@ -89,14 +90,20 @@ def _violations(program: Program, schedule: Schedule, budget: int | None, plan: 
 
     What is wrong with its runs comes first, then with the whole, then with the plan.
     """
-    machine = _Machine(program)
+    machine, tier = _Machine(program), Tier(program, schedule)
     for position, (op, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
         run = _Run(position, op, frees)
+        _come_back(machine, tier, position)
         for rule, check in _RUN_CHECKS.items():
             for found in check(machine, run):
                 yield machine.violation(rule, found, run)
+        for rule, moved in _MOVE_CHECKS.items():
+            for found in moved(machine, tier, run):
+                yield machine.violation(rule, found, run)
+        tier.seconds += _seconds(machine, op)
         machine.carry_out(run)
-    promises = _Promises(budget, plan)
+        _go(machine, tier, position)
+    promises = _Promises(budget, plan, tier)
     for rule, whole in _WHOLE_CHECKS.items():
         for found in whole(machine, promises):
             yield machine.violation(rule, found)
@@ -123,6 +130,7 @@ class _Promises:
 
     budget_bytes: int | None
     plan: Plan | None
+    tier: Tier
 
 
 class _Found(NamedTuple):
@@ -305,11 +313,42 @@ class _Machine:
         return Violation(rule, position, f"{i} ({op.name})" if op else "", value, found.message)
 
 
+def _come_back(machine: _Machine, tier: Tier, run: int) -> None:
+    """Begin the copies back that stand ahead of a run, then wait for those that do."""
+    for o in tier.at("fetch", run):
+        if o.value not in machine.memory and 0 <= o.value < len(machine.program.values):
+            machine._allocate(o.value)
+            tier.fetch(o.value)
+    for o in tier.at("here", run):
+        if o.value in tier.coming:
+            tier.here(o.value)
+
+
+def _go(machine: _Machine, tier: Tier, run: int) -> None:
+    """Begin the copies out that follow a run, then wait for those that do; what is gone leaves memory."""
+    for o in tier.at("send", run):
+        if o.value in machine.memory:
+            tier.send(o.value)
+    for o in tier.at("gone", run):
+        if o.value in tier.leaving:
+            tier.gone(o.value)
+            if o.value in machine.memory and not machine.program.values[o.value].fixed:
+                machine.in_use -= machine.memory.pop(o.value)
+                machine.left.setdefault(o.value, run)
+
+
+def _seconds(machine: _Machine, i: int) -> float:
+    op = machine.op(i)
+    return 0.0 if op is None else op.again_seconds if i in machine.first_run else op.seconds
+
+
 # --- The rules --------------------------------------------------------------------------------------------------------
 
 _RunCheck = Callable[[_Machine, _Run], Iterator[_Found]]
 _WholeCheck = Callable[[_Machine, _Promises], Iterator[_Found]]
+_MoveCheck = Callable[[_Machine, Tier, _Run], Iterator[_Found]]
 _RUN_CHECKS: dict[str, _RunCheck] = {}
+_MOVE_CHECKS: dict[str, _MoveCheck] = {}
 _WHOLE_CHECKS: dict[str, _WholeCheck] = {}
 
 
@@ -333,6 +372,17 @@ def _of_the_whole(rule: str, reads_as: str) -> Callable[[_WholeCheck], _WholeChe
     def register(check: _WholeCheck) -> _WholeCheck:
         RULES[rule] = f"is read as: {reads_as}"
         _WHOLE_CHECKS[rule] = check
+        return check
+
+    return register
+
+
+def _of_moves(rule: str, reads_as: str) -> Callable[[_MoveCheck], _MoveCheck]:
+    """Make the function a check of what moves around each run; of a rule that there is already, one more."""
+
+    def register(check: _MoveCheck) -> _MoveCheck:
+        RULES[rule] = f"is read as: {reads_as}"
+        _MOVE_CHECKS[rule] = check
         return check
 
     return register
@@ -506,6 +556,115 @@ def _handed_values_stay(machine: _Machine, run: _Run) -> Iterator[_Found]:
             yield _Found(f"{by} still reads what the backward has been handed, but it is freed before", v)
 
 
+@_of_moves("sent whole", "what is sent is in memory then, as a whole, is not fixed, and is not on its way already")
+def _sent_whole(machine: _Machine, tier: Tier, run: _Run) -> Iterator[_Found]:
+    op, values = machine.op(run.op), machine.program.values
+    made = set(op.writes) if op else set()
+    for v in (o.value for o in tier.at("send", run.position)):
+        if not 0 <= v < len(values):
+            yield _Found("it is sent, but the program has no such value", v)
+        elif values[v].fixed:
+            yield _Found("it is sent, but it is fixed, and never leaves", v)
+        elif v in tier.leaving or v in tier.coming:
+            yield _Found("it is sent while another copy of it has not ended", v)
+        elif (v not in machine.memory and v not in made) or v in run.frees or v in machine.stuck:
+            yield _Found("it is sent, but it is not in memory", v)
+
+
+@_of_moves(
+    "sources stay", "while a value is copied to the tier, it is neither freed, nor overwritten, nor made once more"
+)
+def _sources_stay(machine: _Machine, tier: Tier, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    changed = {*op.writes, *(old for _, old in op.in_place)} if op else set[int]()
+    for v in tier.leaving:
+        if v in run.frees:
+            yield _Found("it is freed, but the copy to the tier still reads it", v)
+        elif v in changed:
+            yield _Found("it is overwritten, but the copy to the tier still reads it", v)
+    for v in (o.value for o in tier.at("send", run.position)):
+        if op and v in {old for _, old in op.in_place}:
+            yield _Found("it is sent after its storage has been taken over", v)
+
+
+@_of_moves("gone when nobody needs it", "what goes is held by nobody, and is not what the backward uses at that moment")
+def _gone_when_nobody_needs_it(machine: _Machine, tier: Tier, run: _Run) -> Iterator[_Found]:
+    leaving = tuple(o.value for o in tier.at("gone", run.position))
+    for check in (_held_values_stay, _handed_values_stay):
+        for found in check(machine, _Run(run.position, run.op, leaving)):
+            yield _Found(found.message.replace("is freed before", "is gone before"), found.value)
+
+
+@_of_moves("away until fetched", "what is in the tier is not made once more, and is not freed")
+def _away_until_fetched(machine: _Machine, tier: Tier, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    for v in tier.away:
+        if op and v in op.writes:
+            yield _Found("it is made again while it is in the tier: then there would be two of it", v)
+
+
+@_of_moves("read once it is here", "what comes back is neither read, nor freed, nor written before it is here")
+def _read_once_it_is_here(machine: _Machine, tier: Tier, run: _Run) -> Iterator[_Found]:
+    op = machine.op(run.op)
+    for v in tier.coming:
+        if op and v in (*op.reads, *op.writes):
+            yield _Found("the op uses it, but the copy back has not been waited for", v)
+        elif v in run.frees:
+            yield _Found("it is freed, but the copy back still writes it", v)
+
+
+@_of_moves(
+    "moves between calls", "where ops belong to calls, or reruns stand at asks, values move at the begin of those"
+)
+def _moves_between_calls(machine: _Machine, tier: Tier, run: _Run) -> Iterator[_Found]:
+    ops, p, op = machine.program.ops, run.position, machine.op(run.op)
+    moving = [o.value for event in ("send", "gone") for o in tier.at(event, p - 1)]
+    moving += [o.value for event in ("fetch", "here") for o in tier.at(event, p)]
+    if op is None or not moving:
+        return
+    by_calls = any(op.call >= 0 for op in ops)
+    if machine.program.abilities.reruns != "at asks" and not by_calls:
+        return
+    before = machine.op(machine.op_at[-1]) if machine.op_at else None
+    if run.op in machine.first_run or op.kind == "ask":
+        begins = not machine.block
+    elif by_calls:
+        begins = op.call >= 0 and (before is None or before.call != op.call)
+    else:
+        begins = op.phase == "forward"
+    for v in moving if not begins else ():
+        where = f"op {run.op} ({ops[run.op].name})"
+        yield _Found(f"it moves right ahead of {where}, in the middle of what the engine runs as one", v)
+
+
+@_of_the_whole("offloads in order", "a value is sent, then gone, then fetched, then here, at runs of the schedule")
+def _offloads_in_order(machine: _Machine, promises: _Promises) -> Iterator[_Found]:
+    schedule = promises.tier.schedule
+    for o in schedule.offloads:
+        if disordered(o, len(schedule.order)):
+            events = f"send {o.send}, gone {o.gone}, fetch {o.fetch}, here {o.here}"
+            yield _Found(f"its events are not in order ({events}; there are {len(schedule.order)} runs)", o.value)
+    for v in sorted({*promises.tier.leaving, *promises.tier.away, *promises.tier.coming}):
+        yield _Found("it is still in the tier, or on its way, at the end", v)
+
+
+@_of_the_whole("a link to the tier", "values are offloaded where the program has a link and its engine can do it")
+def _a_link_to_the_tier(machine: _Machine, promises: _Promises) -> Iterator[_Found]:
+    if not promises.tier.schedule.offloads:
+        return
+    if machine.program.link is None:
+        yield _Found(f"{len(promises.tier.schedule.offloads)} values are offloaded, but the program has no link")
+    if machine.program.abilities.reruns == "by decisions":
+        yield _Found("values are offloaded, but the engine can keep a value or make it again, and no more")
+
+
+@_of_the_whole("tier kept", "the bytes in the tier are within what the link says that it takes")
+def _tier_kept(machine: _Machine, promises: _Promises) -> Iterator[_Found]:
+    link, high = machine.program.link, promises.tier.high
+    if link is not None and link.tier_bytes is not None and high > link.tier_bytes:
+        yield _Found(f"{high} bytes are in the tier, {high - link.tier_bytes} more than it takes")
+
+
 @_of_the_whole("every op runs", "every op of the program runs at least once")
 def _every_op_runs(machine: _Machine, _: _Promises) -> Iterator[_Found]:
     for i in range(len(machine.program.ops)):
@@ -543,7 +702,7 @@ def _plans_figures(machine: _Machine, promises: _Promises) -> Iterator[_Found]:
     plan = promises.plan
     if plan is None:
         return
-    overhead = _overhead(machine)
+    overhead = _overhead(machine, promises.tier)
     for name, said, counted in (
         ("peak_bytes", plan.peak_bytes, machine.peak()),
         ("plain_peak_bytes", plan.plain_peak_bytes, _plain_peak(machine.program)),
@@ -564,13 +723,13 @@ _FRACTION_SLACK: Final = 1e-6
 """Sums of seconds depend on their order in the last digits; fractions closer than this are the same."""
 
 
-def _overhead(machine: _Machine) -> float:
-    """Divide the reruns' seconds by the plain program's.
+def _overhead(machine: _Machine, tier: Tier) -> float:
+    """Divide the seconds of reruns and of waiting by the plain program's.
 
     It is 0 where nothing takes any time.
     """
     plain = math.fsum(op.seconds for op in machine.program.ops)
-    return math.fsum(machine.extra) / plain if plain else 0.0
+    return (math.fsum(machine.extra) + tier.waited) / plain if plain else 0.0
 
 
 def _plain_peak(program: Program) -> int:

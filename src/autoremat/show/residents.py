@@ -143,6 +143,11 @@ class _Moment:
         """What leaves after it."""
         return self.schedule.frees[self.run] if self.run >= 0 else ()
 
+    @property
+    def away(self) -> frozenset[int]:
+        """Values that are in a slower tier while it happens."""
+        return frozenset(o.value for o in self.schedule.offloads if o.gone < self.run < o.fetch)
+
     @cached_property
     def reached(self) -> int:
         """The last op of the program that has begun to run."""
@@ -167,7 +172,7 @@ def _copies(moment: _Moment) -> Iterator[_Copy]:
     taken_over = {new: old for new, old in op.in_place if old in moment.frees}
     readers = _later_readers(moment, {*written_by, *op.writes})
     for v, q in written_by.items():
-        if v not in taken_over.values():
+        if v not in taken_over.values() and v not in moment.away:
             yield _Copy(v, nbytes[v], q, () if v in op.writes else tuple(readers[v]))
     yield from _twice(moment)
     for v in op.writes:

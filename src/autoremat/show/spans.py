@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from autoremat.program import Program, Schedule
+from autoremat.program import Offload, Program, Schedule
 from autoremat.program.lifetimes import block_ends
 from autoremat.show.residents import KIND_CATEGORIES
 
@@ -58,7 +58,20 @@ def spans_of(program: Program, schedule: Schedule) -> tuple[Span, ...]:
         if value.fixed and last >= 0
     ]
     found += _written_spans(program, schedule)
+    for o in schedule.offloads:
+        found = [part for span in found for part in _without(span, o)]
     return tuple(sorted(found, key=lambda s: (s.begin, s.value, s.end)))
+
+
+def _without(span: Span, o: Offload) -> Iterator[Span]:
+    """The parts of a span in which its value is not away."""
+    if span.value != o.value or span.end <= o.gone or span.begin >= o.fetch:
+        yield span
+        return
+    if span.begin <= o.gone:
+        yield span._replace(end=o.gone)
+    if span.end >= o.fetch:
+        yield span._replace(begin=o.fetch)
 
 
 def _written_spans(program: Program, schedule: Schedule) -> Iterator[Span]:

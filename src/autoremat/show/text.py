@@ -64,8 +64,21 @@ def _costs(plan: Plan) -> list[str]:
         f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest known peak{below}",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
         f"  plain step  {seconds:>9}  {timing}{without}",
+        *_tier(plan),
         *([f"  stopped     {plan.stopped}"] if plan.stopped else []),
     ]
+
+
+def _tier(plan: Plan) -> list[str]:
+    """What goes to the slower tier, and what is waited for."""
+    link, timeline = plan.program.link, simulate(plan.program, plan)
+    if link is None or not plan.schedule.offloads:
+        return []
+    sent, most = format_bytes(timeline.sent_bytes), format_bytes(timeline.tier_bytes)
+    waited = format_seconds(timeline.waited_seconds)
+    where = link.name or "the tier"
+    what = f"{len(plan.schedule.offloads)} moves, at most {most} at a time; {waited} of waiting is extra time"
+    return [f"  to the tier {sent:>9}  {where}: {what}"]
 
 
 def timing_text(program: Program) -> str:

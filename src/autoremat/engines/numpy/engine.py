@@ -14,7 +14,21 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from autoremat.program import END, Abilities, Once, Op, Plan, Program, Schedule, Value
+from autoremat.engines.numpy.tier import AtOnce, Tier
+from autoremat.program import (
+    END,
+    Abilities,
+    Fetch,
+    Gone,
+    Here,
+    Once,
+    Op,
+    Plan,
+    Program,
+    Schedule,
+    Send,
+    Value,
+)
 
 Array = npt.NDArray[np.generic]
 
@@ -112,13 +126,16 @@ def record(name: str, calls: Sequence[Call], inputs: Mapping[str, Array]) -> Pro
     return Program(name, tuple(values), ops)
 
 
-def carry_out(plan: Plan, calls: Sequence[Call], inputs: Mapping[str, Array]) -> dict[str, Array]:
-    """Run the calls in a plan's order, and free as it says.
+def carry_out(
+    plan: Plan, calls: Sequence[Call], inputs: Mapping[str, Array], tier: Tier | None = None
+) -> dict[str, Array]:
+    """Run the calls in a plan's order; free and move as it says.
 
     Args:
         plan: for the program of these calls.
         calls: as recorded.
         inputs: as recorded, or others of the same sizes.
+        tier: where the plan moves arrays to; memory of Python's unless given.
 
     Returns:
         The arrays that are left, by name, the inputs among them.
@@ -126,15 +143,45 @@ def carry_out(plan: Plan, calls: Sequence[Call], inputs: Mapping[str, Array]) ->
     program, schedule = plan.program, plan.schedule
     names = [value.id for value in program.values]
     memory, copies, seen = dict(inputs), list[Array](), set[int]()
+    moving = _Moving(names, memory, AtOnce() if tier is None else tier)
     for p, (i, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
         op, leaving = program.ops[i], {names[v] for v in frees if program.values[v].held != END}
         if not _goes_on(program, schedule, p, seen):
             copies.clear()
+        moving.carry_out(p, schedule)
         _run(calls[i], {names[old] for _, old in op.in_place} - leaving, memory, copies)
         seen.add(i)
         for name in leaving:
             del memory[name]
     return memory
+
+
+class _Moving:
+    """What of a step's memory is in the tier, or on its way."""
+
+    def __init__(self, names: Sequence[str], memory: dict[str, Array], tier: Tier) -> None:
+        self._names, self._memory, self._tier = names, memory, tier
+        self._forms: dict[str, tuple[np.dtype[np.generic], tuple[int, ...]]] = {}
+        self._coming: dict[str, Array] = {}
+
+    def carry_out(self, p: int, schedule: Schedule) -> None:
+        """Move what moves ahead of a run."""
+        for event in (*schedule.moves[p][0], *schedule.moves[p][1]):
+            name = self._names[event.value]
+            match event:
+                case Send():
+                    self._tier.send(name, self._memory[name])
+                case Gone():
+                    self._tier.sent(name)
+                    array = self._memory.pop(name)
+                    self._forms[name] = array.dtype, array.shape
+                case Fetch():
+                    dtype, shape = self._forms.pop(name)
+                    self._coming[name] = np.empty(shape, dtype)
+                    self._tier.fetch(name, self._coming[name])
+                case Here():
+                    self._tier.fetched(name)
+                    self._memory[name] = self._coming.pop(name)
 
 
 def _run(call: Call, needed: set[str], memory: dict[str, Array], copies: list[Array]) -> None:

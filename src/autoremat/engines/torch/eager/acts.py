@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Final
+
+from autoremat.engines.torch.eager.away import Move
 from autoremat.engines.torch.eager.script import Act, Rerun
 from autoremat.engines.torch.eager.stays import Stays
+
+_NONE: Final[Mapping[int, tuple[Move, ...]]] = MappingProxyType({})
 
 
 class Acts:
@@ -22,11 +29,12 @@ class Acts:
                     self._drops.setdefault(s.last_read, []).append(stays.number[v])
         self._installed = {(s.made_at, v) for v, ss in stays.by_value.items() for s in ss if s.last_read is not None}
 
-    def of(self, packs: tuple[int | None, ...]) -> tuple[Act, ...]:
+    def of(self, packs: tuple[int | None, ...], moves: Mapping[int, tuple[Move, ...]] = _NONE) -> tuple[Act, ...]:
         """Make the acts.
 
         Args:
             packs: for every pack the value, if its memory may go; else None.
+            moves: by position of a request, what goes to the tier or comes back ahead of it.
         """
         reruns = self._stays.reruns
         acts: list[Act] = []
@@ -43,9 +51,10 @@ class Acts:
             elif op.kind == "ask":
                 v, j = op.reads[0], self._stays.pack_at[p]
                 is_handle = j >= 0 and packs[j] is not None
-                if pending or is_handle:
+                if pending or is_handle or p in moves:
                     value = self._stays.number.get(v, -1)
-                    acts.append(Act(j, value, tuple(pending), is_handle and value in self._drops.get(p, ())))
+                    drops = is_handle and value in self._drops.get(p, ())
+                    acts.append(Act(j, value, tuple(pending), drops, moves.get(p, ())))
                     pending = []
         return tuple(acts)
 

@@ -38,8 +38,7 @@ class Backward:
         self, ledger: Ledger, passes: Passes, rebind: Callable[[Tensor, int], None],
         out_of_memory: Callable[[BaseException], BaseException], script: Script | None,
     ) -> None:  # fmt: skip
-        self._ledger, self._passes = ledger, passes
-        self._rebind, self._out_of_memory = rebind, out_of_memory
+        self._ledger, self._passes, self._rebind, self._out_of_memory = ledger, passes, rebind, out_of_memory
         self._script, self._acting = script, Acting(script)
         self._is_through = False
         """The pass after the forward has begun."""
@@ -75,7 +74,7 @@ class Backward:
 
     def take_plan(self, script: Script, can_go: Callable[[int], bool]) -> None:
         """Go on by a plan made of this forward: hold, drop, recompute."""
-        ledger = self._ledger
+        ledger, needs = self._ledger, self._passes.needs
         self._script, self._acting = script, Acting(script)
         for entry in ledger.entries.values():  # also of calls that the plan never reruns: they may be needed
             entry.stops = frozenset([v for _, v in entry.saved if v in script.stops])
@@ -83,7 +82,7 @@ class Backward:
         for value in list(ledger.held):
             if value not in kept and value in ledger.maker and can_go(value):
                 ledger.let_go(value)
-        gone = [v for v in kept if v not in ledger.held and v in ledger.maker and self._passes.needs.is_needed(v)]
+        gone = [v for v in kept - script.away if v not in ledger.held and v in ledger.maker and needs.is_needed(v)]
         missing = ledger.missing(gone)
         if (self.room is None or self.room.fits(missing)) and ledger.can_make(missing):  # else when it is asked for
             ledger.recompute(gone, kept.__contains__, lambda locked: None)
@@ -200,6 +199,7 @@ class Backward:
 
     def _act(self) -> Act:
         act = self._acting.take()
+        self._ledger.away.carry_out(self._ledger, act.moves)
         if act.reruns:
             is_simple = not (self._is_noted or self._passes.retained or self.pinned)
             carry_out(

@@ -121,6 +121,7 @@ class Follow:
 
     def _at_work(self, k: int, work: Work, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tape, call = self._tape, work.call
+        tape.ledger.away.carry_out(tape.ledger, work.moves)
         if work.draws_only:
             tape.n_calls = k + 1
             with DRAWING:
@@ -216,8 +217,7 @@ class Follow:
 
     def pack(self, j: int, tensor: Tensor) -> Any:
         """Return the tensor itself, or a handle where its memory may go."""
-        tape = self._tape
-        value = self._packs[j] if j < len(self._packs) else None
+        tape, value = self._tape, self._packs[j] if j < len(self._packs) else None
         if value is None:
             if is_parameter(tensor):
                 return tensor
@@ -278,7 +278,7 @@ class Follow:
         """Tell whether the running call makes this value and saves it here."""
         k = self._tape.n_calls - 1
         work = self._works[k] if 0 <= k < self._n_funcs else None
-        if work is None or not (work.ready or work.spare):
+        if work is None or not (work.ready or work.spare or value in self._script.away):
             return False
         if number is not None:
             return any((old, new) == (number, value) for _, old, new in work.call.written)

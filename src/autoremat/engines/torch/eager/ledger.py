@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.arguments import ModifiedInPlace, is_freed, modified, version_of
+from autoremat.engines.torch.eager.away import NOWHERE, Nowhere
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.operators.values import View
@@ -45,6 +46,8 @@ class Ledger:
         self._versions: dict[int, int] = {}
         self.where: Sequence[str] = ()
         """For messages: what every call is, and where it stands."""
+        self.away: Nowhere = NOWHERE
+        """What is in a slower tier."""
         self._on_rerun, self._on_made = on_rerun, on_made
 
     def enter(self, call: int, entry: Entry) -> None:
@@ -79,6 +82,7 @@ class Ledger:
             self.let_go(value)
         self.entries.clear()
         self.maker.clear()
+        self.away.close()
 
     def finish_forward(self) -> None:
         """Notice from now on when somebody overwrites a forward's value."""
@@ -108,7 +112,7 @@ class Ledger:
         pending = list(values)
         while pending:
             v = pending.pop()
-            if v in self.held:
+            if v in self.held or self.away.back(self, v):
                 continue
             call = self.maker.get(v)
             if call is None:

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
+from autoremat.engines.torch.eager.away import Store
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.operators.timing import Progress
 from autoremat.engines.torch.world.memory import free_bytes
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
+from autoremat.engines.torch.world.tiers import TierOf
 from autoremat.planner import solve
 from autoremat.planner.beside import Wanted
 from autoremat.planner.search.floor import floor_of
 from autoremat.planner.wishes import Patterns, Wishes
-from autoremat.program import Once, Plan, Program, simulate
+from autoremat.program import Link, Once, Plan, Program, simulate
 from autoremat.program.units import Budget
 
 Given = int | float | str
@@ -31,16 +33,31 @@ It is used where the budget is too tight for the greedy.
 """
 
 
+def _tier_named_in(plan: Plan | None) -> str | None:
+    """Name the tier of a user's plan, if it moves anything."""
+    if plan is None or plan.program.link is None or not plan.schedule.offloads:
+        return None
+    name = plan.program.link.name
+    if name.partition(":")[0] not in ("disk", "host"):
+        raise ValueError(
+            f'the plan moves values to a tier that it calls {name!r}; say which one is meant: offload="disk:/path" or '
+            '"host"'
+        )
+    return name
+
+
 class Options:
     """What a user asked of ``checkpoint``; makes the plans."""
 
     def __init__(
         self, budget: Given, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float,
         measure: bool = False, given: Plan | None = None, *, shown: Shown = contextlib.nullcontext,
+        offload: str | None = None, offload_budget: int | str | None = None,
     ) -> None:  # fmt: skip
         self.given, self._shown = given, shown
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
         self._asked = Budget.read(budget)
+        self._tier = TierOf(offload or _tier_named_in(given), offload_budget)
         self.wishes, self.measure = Wishes(keep, recompute), measure
         self._settled_bytes: int | None = None
         """The bytes of a share of the plain peak, once settled.
@@ -52,11 +69,14 @@ class Options:
 
     def __getstate__(self) -> dict[str, Any]:
         """Replace the optimizer by its bytes, which a copied model needs."""
-        return vars(self) | {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None, "_floor": None}
+        tier = TierOf(*self._tier.asked)
+        own = {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None, "_floor": None, "_tier": tier}
+        return vars(self) | own
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Return the arguments of ``checkpoint``."""
+        offload, offload_budget = self._tier.asked
         return {
             "budget": None if self.given else self.budget,
             "optimizer": self.optimizer,
@@ -64,6 +84,8 @@ class Options:
             "time_limit_seconds": self.time_limit_seconds,
             "measure": self.measure,
             "plan": self.given,
+            "offload": offload,
+            "offload_budget": offload_budget,
         }
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
@@ -127,8 +149,16 @@ class Options:
         with self._shown() as progress:
             return solve(
                 program, budget, wishes=wanted.wishes, time_limit_seconds=wanted.seconds, progress=progress,
-                first=is_first,
+                first=is_first, link=self._link(program),
             )  # fmt: skip
+
+    def _link(self, program: Program) -> Link | None:
+        """Return the way to the tier; compiled code cannot use it."""
+        return self._tier.link() if self._tier.name and program.abilities.reruns == "at asks" else None
+
+    def store(self, nbytes: int) -> tuple[Store, str] | None:
+        """Open a step's part of the tier, if there is one."""
+        return (self._tier.open(nbytes), self._tier.name) if self._tier.name else None
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
         """Describe the same plan, to be searched for elsewhere."""

@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Final, Protocol
 
+from autoremat.engines.torch.eager.away import NOWHERE, Away, Nowhere, Store
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.kinds import Prepared
 from autoremat.engines.torch.eager.path import Call
 from autoremat.engines.torch.eager.reporter import Reporter
+from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.sections import with_taken
 from autoremat.engines.torch.eager.several import Calls, Living, plan_for
 from autoremat.engines.torch.world.gradients import gradients_found, gradients_left, with_gradients
@@ -79,6 +81,9 @@ class Planner(Protocol):
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
         """Describe the same plan, to be searched for elsewhere."""
+
+    def store(self, nbytes: int) -> tuple[Store, str] | None:
+        """Open a step's part of the tier, if there is one."""
 
 
 class Planning:
@@ -181,7 +186,7 @@ class Planning:
                 "autoremat.plan wants the largest): the step is planned by itself, within the same budget"
             )
             return None
-        if simulate(program, plan.schedule).peak_bytes > plan.budget_bytes:
+        if simulate(replace(program, link=plan.program.link), plan.schedule).peak_bytes > plan.budget_bytes:
             return None  # the plan was made from estimates, which miss temporaries of kernels
         limits = [_limit(call, program, plan.program) for call in path.calls]
         found = Prepared(
@@ -316,6 +321,16 @@ class Planning:
         except InfeasibleBudget:
             self._at_most_bytes = before
             raise
+
+
+def away_for(planning: Planning, script: Script) -> Nowhere:
+    """Return what keeps the values that one step moves away.
+
+    Raises:
+        OffloadFailed: the tier has no room for them.
+    """
+    found = planning._planner.store(script.sent_bytes) if script.away else None
+    return NOWHERE if found is None else Away(*found, planning._reporter.warn)
 
 
 def _bytes_at(plan: Plan, call: int) -> int:

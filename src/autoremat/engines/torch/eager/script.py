@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from autoremat.engines.torch.eager.away import Move
 from autoremat.engines.torch.eager.composite import Composite
 from autoremat.engines.torch.eager.path import Call
 
@@ -46,6 +47,8 @@ class Act:
     value: int
     reruns: tuple[Rerun, ...]
     drop: bool
+    moves: tuple[Move, ...] = ()
+    """What goes to the tier or comes back, ahead of all that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +79,8 @@ class Work:
 
     Another thread may be noting what it draws.
     """
+    moves: tuple[Move, ...] = ()
+    """What goes to the tier or comes back ahead of the call."""
 
 
 @dataclass(frozen=True)
@@ -114,6 +119,8 @@ class Script:
         packed: for everything that autograd saves the value, if it has one.
         costs: for every call a rerun's seconds, and the bytes of what it makes, temporaries included.
         composites: by their first call, functions made of others at whose calls there is nothing to do.
+        away: values that are in the tier for a while.
+        sent_bytes: what goes there in all.
     """
 
     funcs: tuple[Callable[..., Any], ...]
@@ -143,6 +150,8 @@ class Script:
     packed: tuple[int | None, ...] = ()
     costs: tuple[tuple[float, int], ...] = ()
     composites: dict[int, Composite] = field(default_factory=dict)
+    away: frozenset[int] = frozenset()
+    sent_bytes: int = 0
 
 
 def elsewhere(script: Script, room_bytes: float, gradient_bytes: int) -> Script:

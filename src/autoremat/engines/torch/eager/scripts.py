@@ -7,6 +7,7 @@ from typing import Final
 
 from autoremat.engines.torch.eager.acts import Acts
 from autoremat.engines.torch.eager.composite import untouched
+from autoremat.engines.torch.eager.moves import Moves
 from autoremat.engines.torch.eager.path import Path
 from autoremat.engines.torch.eager.script import Script
 from autoremat.engines.torch.eager.several import held_bytes, waiting_bytes
@@ -37,10 +38,11 @@ def script_of(plan: Plan, path: Path) -> Script:
     """
     program, schedule, n_calls = plan.program, plan.schedule, len(path.calls)
     stays, timeline = Stays(program, schedule, path), simulate(program, schedule)
-    kept_packs = stays.kept_packs()
+    moves = Moves(schedule, stays, path)
+    kept_packs = stays.kept_packs(moves.values)
     packs = tuple(None if j in kept_packs or v is None else v for j, v in enumerate(path.packed))
     stays.find_last_reads(packs)
-    acts, stops = Acts(stays).of(packs), stops_of(program, stays.number)
+    acts, stops = Acts(stays).of(packs, moves.at_ask), stops_of(program, stays.number)
     ready = frozenset(rerun.call for act in acts for rerun in act.reruns)
     hold = frozenset(stays.number[v] for v, ss in stays.by_value.items() if ss[0].last_read is not None)
     last = next((j for j in reversed(path.asks) if 0 <= j < len(packs)), -1)
@@ -49,8 +51,8 @@ def script_of(plan: Plan, path: Path) -> Script:
     hooked = {j for j, v in enumerate(packs) if v is not None} | asked | hold_at.keys()
     inside = {j for c in path.calls for j in range(*c.packs)}
     makes = Works(program, path, stops, ready, hold)
-    works = makes.of(packs, hooked)
-    spare_works = makes.spare(works)
+    works = moves.added(makes.of(packs, hooked), path)
+    spare_works = moves.added(makes.spare(works), path)
     n_spare = sum(work is not None and work.spare and not work.ready for work in spare_works)
     return Script(
         funcs=tuple(c.func for c in path.calls),
@@ -80,4 +82,6 @@ def script_of(plan: Plan, path: Path) -> Script:
         packed=path.packed,
         costs=costs_of(program, n_calls),
         composites=untouched(path.composites, works),
+        away=frozenset(stays.number[v] for v in moves.values),
+        sent_bytes=timeline.sent_bytes,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from autoremat.engines.torch.eager.path import Path
@@ -62,9 +63,12 @@ class Stays:
                     stays.setdefault(v, []).append(Stay(p))
         return stays
 
-    def kept_packs(self) -> set[int]:
-        """Find packs that are asked for only while the forward's value remains."""
-        later = set()
+    def kept_packs(self, away: Collection[int] = ()) -> set[int]:
+        """Find packs that are asked for only while the forward's value remains.
+
+        Those of values that are away for a while are not.
+        """
+        later = {self.pack_at[p] for v in away for s in self.by_value[v] for p in s.asks}
         for ss in self.by_value.values():
             later |= {self.pack_at[p] for s in ss[1:] for p in s.asks}
         return set(range(len(self._path.packed))) - later

@@ -13,10 +13,10 @@ from autoremat.engines.torch.eager.first import FirstStep, NotRecorded, missing_
 from autoremat.engines.torch.eager.here import Here
 from autoremat.engines.torch.eager.inputs import gradients_of
 from autoremat.engines.torch.eager.kinds import Kind, Prepared
-from autoremat.engines.torch.eager.planning import Planner, Planning
+from autoremat.engines.torch.eager.planning import Planner, Planning, away_for
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.room import OfScript
-from autoremat.engines.torch.eager.script import elsewhere
+from autoremat.engines.torch.eager.script import Script, elsewhere
 from autoremat.engines.torch.eager.tape import First, Reports, Tape
 from autoremat.engines.torch.eager.under_plan import UnderPlan
 from autoremat.engines.torch.operators.settings import RandomStates
@@ -126,7 +126,7 @@ class Steps:
             program = self._planner.assembled(step)
             kind.prepared.path = step.path()
             if kind.script is not None and kind.prepared.path == known:
-                step.tape.take_plan(kind.script)
+                self._follow(step.tape, kind.script)
                 return
             adopted = None if kind.prepared.differing else self._planning.adopted(kind.prepared, program)
             there = step.gradients(program)
@@ -141,7 +141,7 @@ class Steps:
             if kind.prepared.parallel.units:  # the program has what fully_shard's hooks take already
                 step.tape.sections = None
             if kind.script is not None:
-                step.tape.take_plan(kind.script)
+                self._follow(step.tape, kind.script)
                 kind.prepared.sections = step.tape.sections
         except NothingDifferentiable:
             kind.is_new = True
@@ -150,6 +150,13 @@ class Steps:
         except NotRecorded as error:
             self._reporter.not_recorded(error)
         self.under_plan.waits(kind, step.tape)
+
+    def _follow(self, tape: Tape, script: Script) -> None:
+        """Go on by a plan; what it has away by now moves."""
+        ledger = tape.ledger
+        ledger.away = away_for(self._planning, script)
+        tape.take_plan(script)
+        ledger.away.take(ledger, script.away)
 
     def knows(self, prepared: Prepared, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """Note which gradients a plan accounts for, among existing ones."""

@@ -88,8 +88,7 @@ class Tape:
         self, script: Script | First, reports: Reports | None = None, check: NoCheck | None = None,
         others_bytes: int = 0, *, wary: bool = False,
     ) -> None:  # fmt: skip
-        self._others_bytes = others_bytes
-        self.reports, self.check = reports or Reports(), check or NoCheck()
+        self._others_bytes, self.reports, self.check = others_bytes, reports or Reports(), check or NoCheck()
         self.ledger = Ledger(self.reports.rerun, self.check.remade if self.check.is_looking else None)
         self.passes = Passes(self.ledger)
         self.has_effects = False
@@ -182,6 +181,7 @@ class Tape:
     def note_all(self, growth: float = 1.0) -> None:
         """Note every call from here on; recompute on demand."""
         assert self.script is not None
+        self.ledger.away.come_back(self.ledger)
         spare = self.policy.spare if isinstance(self.policy, Follow) else None
         if spare is not None and not spare.is_worth(self.script.budget_bytes or 0):
             spare.forget()

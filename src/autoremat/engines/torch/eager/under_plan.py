@@ -13,7 +13,7 @@ from torch import Tensor
 from autoremat.engines.torch.eager.check import SelfCheck
 from autoremat.engines.torch.eager.here import Here
 from autoremat.engines.torch.eager.kinds import Kind
-from autoremat.engines.torch.eager.planning import Planning
+from autoremat.engines.torch.eager.planning import Planning, away_for
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.tape import Reports, Tape
 from autoremat.engines.torch.operators.history import is_leaf
@@ -97,6 +97,7 @@ class UnderPlan:
         tape = Tape(
             kind.script, reports=self.reports(kind), check=check, others_bytes=others_bytes, wary=kind.is_wary
         )  # fmt: skip
+        tape.ledger.away = away_for(self._planning, kind.script)
         if kind.straying.is_habit:
             tape.note_all(kind.straying.growth)
             self._reporter.counts.deviations += 1

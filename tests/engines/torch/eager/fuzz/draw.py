@@ -77,6 +77,10 @@ measured_scripts = st.builds(
 """Whole steps in which nothing is random: the states of generators take more than these tensors."""
 
 
+moved_scripts = scripts.map(lambda script: replace(script, way=replace(script.way, mode="moved")))
+"""The same scripts under plans that move values to a tier and back."""
+
+
 def features(script: Script) -> Counter[str]:
     """What a script has, each counted once."""
     found = Counter({f"way: {script.way.mode}", f"returns: {script.returns}", *(f"use: {s.use}" for s in script.steps)})

@@ -6,7 +6,7 @@ import random
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 from unittest.mock import patch
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 import autoremat
+from autoremat.engines.torch.eager.away import Store
 from autoremat.engines.torch.eager.first import FirstStep
 from autoremat.engines.torch.eager.session import Session
 from autoremat.engines.torch.eager.tape import Reports
@@ -26,11 +27,13 @@ from autoremat.planner.beside import Here, Wanted
 from autoremat.planner.search.calls import planned_as, unfolded
 from autoremat.planner.search.tables import tables_of
 from autoremat.planner.search.unrolled import unroll
-from autoremat.program import InfeasibleBudget, Plan, Program, Schedule, simulate
+from autoremat.program import InfeasibleBudget, Link, Plan, Program, Schedule, simulate, verify
 from tests.engines.torch.compare import frozen, off_path, plan_that_keeps_nothing, same
 from tests.engines.torch.eager.fuzz.model import Model
 from tests.engines.torch.eager.fuzz.scripts import WIDTH, If, In, Instruction, Script, Step, Way, leaves_of
 from tests.engines.torch.eager.fuzz.uses import USES, Call
+from tests.engines.torch.eager.stores import AtRandom
+from tests.planner.random_offloads import with_random_offloads
 
 SCALARS_BYTES = 64
 
@@ -124,6 +127,7 @@ class Planner:
 
     def __init__(self, way: Way) -> None:
         self.way = way
+        self.stores: list[AtRandom] = []
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         share = 0.0 if self.way.mode == "nothing" else self.way.share
@@ -149,11 +153,18 @@ class Planner:
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
         return WantedOf(program, budget, seconds, planner=self)
 
+    def store(self, nbytes: int) -> tuple[Store, str] | None:
+        store = AtRandom(self.way.seed)
+        self.stores.append(store)
+        return store, "a test"
+
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         if self.way.mode == "nothing":
             return plan_that_keeps_nothing(program)
         if self.way.mode == "random":
             return random_plan(program, random.Random(self.way.seed))
+        if self.way.mode == "moved":
+            return moved_plan(program, random.Random(self.way.seed))
         solver = "auto" if self.way.seed % 4 == 0 else "greedy"
         plain_peak, floor, share = simulate(program).peak_bytes, 0, self.way.share
         while True:
@@ -186,6 +197,16 @@ def random_plan(program: Program, random: random.Random) -> Plan:
     return Plan(program, schedule, peak, peak, plain_peak, peak, 0.0, 0.0, "random")
 
 
+def moved_plan(program: Program, random: random.Random) -> Plan:
+    """Values stay, go, or move to a tier and come back at random."""
+    linked = replace(program, link=Link(1e9, 1e9))
+    base = random_plan(program, random).schedule if random.random() < 0.7 else Schedule.plain(program)
+    schedule = with_random_offloads(linked, base, random)
+    peak, plain_peak = simulate(linked, schedule).peak_bytes, simulate(program).peak_bytes
+    assert verify(linked, schedule) == ()
+    return Plan(linked, schedule, peak, peak, plain_peak, peak, 0.0, 0.0, "moved")
+
+
 @dataclass
 class Outcome:
     """What became of a script.
@@ -197,6 +218,7 @@ class Outcome:
         deviations: steps that left the path.
         unplanned: why the step ran without checkpointing.
         peak: budget and peak where that was measured.
+        moved: values that have been in the tier, and come back.
     """
 
     wrong: list[str] = field(default_factory=list)
@@ -205,16 +227,18 @@ class Outcome:
     deviations: int = 0
     unplanned: str = ""
     peak: tuple[int, int] | None = None
+    moved: int = 0
 
 
 def examine(script: Script) -> Outcome:
     """Run a script plainly and with autoremat."""
-    outcome, sessions = Outcome(), list[Session]()
+    outcome, sessions, planners = Outcome(), list[Session](), list[Planner]()
 
     def wrap(model: Model) -> Call:
         if script.way.mode == "online":
             return _online(model, outcome)
-        session = Session(model, Planner(script.way))
+        planners.append(Planner(script.way))
+        session = Session(model, planners[-1])
         sessions.append(session)
         return lambda *args: session.call(args, {})
 
@@ -225,6 +249,7 @@ def examine(script: Script) -> Outcome:
             judge(outcome, script, session, [str(w.message) for w in messages])
             if script.way.mode == "measured" and not outcome.wrong and not outcome.error:
                 measure(outcome, script, session)
+    outcome.moved = sum(store.moved for planner in planners for store in planner.stores)
     return outcome
 
 

@@ -11,7 +11,7 @@ import torch
 from autoremat.engines.torch.eager.check import SelfCheck
 from tests.engines.torch.compare import off_by_a_bit
 from tests.engines.torch.eager.fuzz import scripts as words
-from tests.engines.torch.eager.fuzz.draw import features, measured_scripts, scripts
+from tests.engines.torch.eager.fuzz.draw import features, measured_scripts, moved_scripts, scripts
 from tests.engines.torch.eager.fuzz.examine import Outcome, examine
 from tests.engines.torch.eager.fuzz.model import RETURNS
 from tests.engines.torch.eager.fuzz.operations import GROUPS
@@ -62,6 +62,23 @@ def test_random_programs_stay_within_their_budgets(n: int) -> None:
 def test_some_more_random_programs(number: int) -> None:
     found = look_at(scripts, 50, number)
     assert not smallest_failure(found), smallest_failure(found)
+
+
+@pytest.mark.one_in(8, guard=True)
+@pytest.mark.parametrize("number", range(8))
+def test_random_programs_whose_values_move_are_exact(number: int) -> None:
+    found = look_at(moved_scripts, 15, 500 + number)
+    assert not smallest_failure(found), smallest_failure(found)
+    assert sum(outcome.moved > 0 for _, outcome in found) > len(found) / 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_more_random_programs_whose_values_move() -> None:
+    """Other ones each time ``make test-all`` runs."""
+    found = [each for number in range(500, 510) for each in look_at(moved_scripts, 100, random_seed(number))]
+    assert not smallest_failure(found), smallest_failure(found)
+    assert sum(outcome.moved > 0 for _, outcome in found) > len(found) / 4
 
 
 @pytest.mark.slow

@@ -1,0 +1,133 @@
+"""Plans with a third choice: to move values to a slower tier and fetch them back.
+
+Recomputation and offload compete: values are moved out of schedules that recompute for this budget and for larger
+ones, the plain program among them (``search/moving.py``), and what takes the least extra time by the model is the plan.
+So it is never slower than recomputation alone, nor than offload alone, and a value moves only where the budget is not
+kept without.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Final
+
+from autoremat.planner import clock
+from autoremat.planner.bounds.linked import linked_bound, linked_floor_bound
+from autoremat.planner.search.moving import Moving, moved
+from autoremat.program import InfeasibleBudget, Link, Plan, Program, Schedule, Timeline, simulate
+from autoremat.program.units import parse_budget
+
+_RUNGS: Final = 6
+"""How many larger budgets are planned, the plain peak among them."""
+_LARGER_SHARE: Final = 0.4
+"""The effort for all of them, as a share of that for the budget itself."""
+_BOUND_SECONDS: Final = 2.0
+"""The most work for the bound."""
+_HARDLY: Final = 1e-4
+"""An overhead that no further budget is planned to avoid."""
+
+Solve = Callable[[Program, int, float], Plan]
+"""Plans recomputation alone: of a program, within a budget, in a share of the time."""
+
+
+@dataclass(frozen=True)
+class _Candidate:
+    name: str
+    schedule: Schedule
+    timeline: Timeline
+
+    @property
+    def rank(self) -> tuple[float, int]:
+        """Less time first, then fewer bytes moved."""
+        return self.timeline.overhead_seconds, self.timeline.sent_bytes
+
+
+def offloaded(program: Program, budget: int | float | str, link: Link, solve: Solve) -> Plan:
+    """The plan with the least extra time known, where values may be recomputed, or moved over a link.
+
+    Args:
+        program: the step.
+        budget: as for ``solve``.
+        link: to the tier.
+        solve: plans recomputation alone.
+
+    Raises:
+        InfeasibleBudget: nothing known fits.
+    """
+    linked = replace(program, link=link)
+    plain_peak = simulate(program).peak_bytes
+    budget_bytes = parse_budget(budget, plain_peak)
+    if budget_bytes >= plain_peak:
+        return replace(solve(program, budget_bytes, 1.0), program=linked)
+    refusal, base = None, None
+    try:
+        base = solve(program, budget_bytes, 1.0)
+    except InfeasibleBudget as error:
+        refusal = error
+    bases = _larger(program, budget_bytes, plain_peak, solve)
+    found = [] if base is None else [_Candidate(base.solver, base.schedule, simulate(linked, base.schedule))]
+    floors = [base.floor_bytes if base else refusal.floor_bytes if refusal else plain_peak]
+    for plan in bases:
+        floors.append(_lowest(linked, plan.schedule))
+        schedule = moved(linked, plan.schedule, budget_bytes)
+        if schedule is not None:
+            name = "offload" if not plan.overhead else f"{plan.solver} and offload"
+            found.append(_Candidate(name, schedule, simulate(linked, schedule)))
+            if found[-1].timeline.overhead_seconds <= _HARDLY * program.seconds:
+                break
+    if not found:
+        assert refusal is not None
+        raise _refused(refusal, budget_bytes, min(floors))
+    best = min(found, key=lambda c: c.rank)
+    return _plan(linked, best, found, base, budget_bytes, plain_peak, min(*floors, best.timeline.peak_bytes))
+
+
+def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) -> list[Plan]:
+    """Plans for larger budgets, the largest first: it recomputes nothing but what it is asked to."""
+    found = []
+    for k in range(_RUNGS, 0, -1):
+        try:
+            found.append(
+                solve(program, budget_bytes + (plain_peak - budget_bytes) * k // _RUNGS, _LARGER_SHARE / _RUNGS)
+            )
+        except InfeasibleBudget:
+            break
+    return found
+
+
+def _lowest(linked: Program, schedule: Schedule) -> int:
+    """The lowest peak that moving values is known to bring a schedule down to."""
+    moving = Moving(linked, schedule)
+    least = moving.least_bytes
+    return least if moving.within(least, 1.0) is not None else moving.peak_bytes
+
+
+def _refused(refusal: InfeasibleBudget, budget_bytes: int, floor_bytes: int) -> InfeasibleBudget:
+    known = {"peak_op": refusal.peak_op, "largest": refusal.largest, "arrived": refusal.arrived}
+    message = f"{refusal}; with values moved to the tier the smallest known peak is {floor_bytes:,} bytes"
+    return InfeasibleBudget(message, budget_bytes=budget_bytes, floor_bytes=floor_bytes, **known)  # type: ignore[arg-type]
+
+
+def _plan(
+    linked: Program, best: _Candidate, found: list[_Candidate], base: Plan | None, budget_bytes: int, plain_peak: int,
+    floor_bytes: int,
+) -> Plan:  # fmt: skip
+    total = linked.seconds or 1.0
+    deadline = clock.worked() + _BOUND_SECONDS
+    bound = linked_bound(linked, budget_bytes, deadline=deadline) if best.timeline.overhead_seconds > 0 else 0.0
+    beside = [(c.name, c.timeline.peak_bytes, c.timeline.overhead_seconds / total) for c in found if c is not best]
+    return Plan(
+        program=linked,
+        schedule=best.schedule,
+        budget_bytes=budget_bytes,
+        peak_bytes=best.timeline.peak_bytes,
+        plain_peak_bytes=plain_peak,
+        floor_bytes=floor_bytes,
+        overhead=best.timeline.overhead_seconds / total,
+        lower_bound=min(bound, best.timeline.overhead_seconds / total),
+        solver=best.name,
+        candidates=tuple(beside) + (base.candidates if base else ()),
+        floor_lower_bound_bytes=linked_floor_bound(linked),
+        stopped=base.stopped if base and not best.schedule.offloads else "",
+    )
