@@ -13,7 +13,7 @@ from autoremat.engines.torch.compiled.joint import tensor_of
 from autoremat.engines.torch.compiled.partition import Halves
 from autoremat.engines.torch.compiled.reading import costs_of_calls
 from autoremat.engines.torch.compiled.sizes import bytes_of, laid_out, signature_of_node
-from autoremat.engines.torch.compiled.torch_names import Step, scheduled
+from autoremat.engines.torch.compiled.torch_names import Step, is_tangent, scheduled
 from autoremat.engines.torch.compiled.writing import OP
 from autoremat.engines.torch.operators.costs import Cost
 from autoremat.engines.torch.operators.signature import CallSignature
@@ -75,7 +75,7 @@ def dry_schedule(halves: Halves, program: Program, given: dict[str, Any]) -> Dry
     static = given.get("static_lifetime_input_indices") or ()
     first = scheduled(forward, static, is_backward=False, n_visible=given["num_fwd_outputs"])
     second = scheduled(backward, _fixed_inputs(backward), is_backward=True, strides=first.strides)
-    steps, beside = [*first.steps, *second.steps], first.copied_bytes + _returned_bytes(halves, given)
+    steps, beside = [*first.steps, *second.steps], first.copied_bytes + _held_bytes(halves, given)
     costs = costs_of_calls([_called(step) for step in steps])
     kernels, known = list[Kernel](), dict[int, Cost]()
     for k, (step, cost) in enumerate(zip(steps, costs, strict=True)):
@@ -90,14 +90,15 @@ def dry_schedule(halves: Halves, program: Program, given: dict[str, Any]) -> Dry
     return DrySchedule(tuple(kernels), program.fixed_bytes, known)
 
 
-def _returned_bytes(halves: Halves, given: dict[str, Any]) -> int:
-    """What the caller holds during the backward, beside what the backward reads: results of the forward."""
+def _held_bytes(halves: Halves, given: dict[str, Any]) -> int:
+    """What the caller holds during the backward: results of the forward, beside what is read, and their gradients."""
     forward, backward = halves
     output: Any = forward.graph.output_node().args[0]
-    returned = output[: given["num_fwd_outputs"]]
-    read = {node.name for node in backward.graph.find_nodes(op="placeholder")}
-    tensors = [tensor_of(n) for n in returned if isinstance(n, Node) and n.op != "placeholder" and n.name not in read]
-    return sum({t.untyped_storage()._cdata: bytes_of(t) for t in tensors if t is not None}.values())
+    read = {node.name: node for node in backward.graph.find_nodes(op="placeholder")}
+    returned = [n for n in output[: given["num_fwd_outputs"]] if isinstance(n, Node) and n.op != "placeholder"]
+    held = [*(n for n in returned if n.name not in read), *filter(is_tangent, read.values())]
+    tensors = [t for t in map(tensor_of, held) if t is not None]
+    return sum({t.untyped_storage()._cdata: bytes_of(t) for t in tensors}.values())
 
 
 def _called(step: Step) -> CallSignature | None:

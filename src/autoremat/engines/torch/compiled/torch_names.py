@@ -338,7 +338,8 @@ def scheduled(
 
     Lowers, fuses and orders a copy of the graph as the compilation that follows does, and ends before any code is
     generated. The bytes are Inductor's own estimate (``_inductor.memory``) of what it allocates, and of the inputs that
-    it frees. ``_post_fusion_custom_pass`` is the one hook that is called there, and sees the kernels.
+    it frees: none of the step's own inputs, and no gradients that the backward is given. ``_post_fusion_custom_pass``
+    is the one hook that is called there, and sees the kernels.
 
     Args:
         module: of one half.
@@ -434,10 +435,8 @@ def _taken(order: Any) -> list[int]:
     _, freed = memory.prepare_planning_info(
         order, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
     )  # fmt: skip
-    tangents = [name for name in freed if _TANGENTS in name]  # the caller may hold them to the end
-    held = sum(freed.pop(name).mpi_buffer.size_free for name in tangents)
     _, _, changes, _ = memory.estimate_peak_memory_allocfree(order, freed, outputs)
-    current, taken = held, list[int]()
+    current, taken = 0, list[int]()
     for _, together in itertools.groupby(enumerate(order), key=_called_with):
         kernels = [changes[kernel] for _, kernel in together]
         current += sum(change.size_alloc for change in kernels)
