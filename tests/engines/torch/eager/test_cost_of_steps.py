@@ -97,6 +97,7 @@ def calls_of(run: Callable[[], Any]) -> int:
     return count
 
 
+@pytest.mark.slow
 def test_a_rerun_calls_few_python_functions() -> None:
     loss, x = stack()
     plan, path = smallest(loss, x)
@@ -116,6 +117,7 @@ def test_a_rerun_calls_few_python_functions() -> None:
     assert backward[-1] - plain <= 40 * reruns_of(script) + 25 * n_handles
 
 
+@pytest.mark.slow
 def test_once_the_backward_is_over_nothing_is_held() -> None:
     loss, x = stack()
     plan, path = smallest(loss, x)
@@ -142,6 +144,7 @@ def test_spare_is_weighed_against_what_forwards_really_take(monkeypatch: pytest.
     assert not kind.is_wary
 
 
+@pytest.mark.slow
 def test_less_is_lost_the_more_an_input_would_need_itself() -> None:
     loss, x = stack()
     plan, path = smallest(loss, x)

@@ -30,6 +30,8 @@ _FORESEEN_PAYS: Final = 0.25
 
 Such a plan is soon made, and estimates of what is lost are low: small operators take longer than measured.
 """
+_LEAST_SECONDS: Final = 0.05
+"""What a plan takes at least."""
 _RUNGS: Final = 6
 """Plans for inputs of one form."""
 _ALIKE: Final = 2
@@ -183,7 +185,7 @@ class Family:
             prepared = foreseen(before.prepared, kind.prepared, before.sizes.ratio(kind.sizes), factor)
             if prepared is not None:
                 self._kinds[sizes] = Kind(prepared, sizes)
-                self._foreseeing = Foreseeing(before, kind, clock.now() - begin)
+                self._foreseeing = Foreseeing(before, kind, max(_LEAST_SECONDS, clock.now() - begin))
                 return
 
     def forget(self) -> None:
