@@ -22,7 +22,7 @@ is that of [the program file](program-file.md), compressed by xz.
 
 ```sh
 autoremat bench auto --only layered
-autoremat bench my_package.planning:schedule
+autoremat bench autoremat.planner.solvers.dtr:schedule
 ```
 
 A row for each budget: extra time, bound, the best that is known, seconds. A solver is one of `autoremat solve`, or a

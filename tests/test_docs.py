@@ -31,6 +31,9 @@ from torch import Tensor, nn
 
 import autoremat
 from autoremat import cli
+from autoremat.bench.catalog import Catalog
+from autoremat.loading import load_function
+from autoremat.planner import SOLVERS
 from docs.pictures import IMAGES, pictures
 from tests.planner.chains import gpt
 from tests.zoo import CASES
@@ -184,8 +187,19 @@ def test_shell_lines_name_what_is_there(line: str) -> None:
         extras = re.findall(r"\[(\w+)\]", line)
         assert all(re.search(rf"^{extra} = \[", (ROOT / "pyproject.toml").read_text(), re.M) for extra in extras)
         assert arguments[:1] == ["install"]
+    elif command == "autoremat":
+        assert_contest_is_there(arguments)
     else:
         assert line in ("git clone <this repository>", "cd autoremat")
+
+
+def assert_contest_is_there(arguments: list[str]) -> None:
+    """Read the arguments of ``autoremat bench`` as click does, and look up the solver and the programs."""
+    name, *rest = arguments
+    assert name == "bench", "other commands stand in console blocks, which are run"
+    asked = cli.main.commands[name].make_context(name, rest).params
+    assert asked["solver"] in SOLVERS or callable(load_function(asked["solver"]))
+    assert any(asked["only"] in task.name for task in Catalog.at(ROOT / asked["programs"]).tasks)
 
 
 def test_the_completion_of_the_docs_completes_in_bash(tmp_path: Path) -> None:

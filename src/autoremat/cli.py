@@ -668,7 +668,9 @@ def bench(
     context: click.Context, solver: str, programs: Path, only: str, time_limit: float, effort: float | None,
     update: bool, by: str,
 ) -> None:  # fmt: skip
-    """Run SOLVER on the programs of the benchmark, judge what it finds, and print it beside the best that is known.
+    """Run SOLVER on the benchmark's programs, and print what the judge says.
+
+    What it finds stands beside the best that is known.
 
     SOLVER is a solver of `autoremat solve`, or package.module:function: a function (program, budget_bytes, *, deadline)
     that returns a Schedule.

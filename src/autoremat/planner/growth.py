@@ -63,7 +63,9 @@ def grown(small: Program, large: Program, between: float, further: float) -> Pro
 
 
 def shrunk(small: Program, large: Program, between: float, to: float) -> Program | None:
-    """The program of a step with smaller sizes; None where the two are not the same but for sizes. O(program).
+    """Make the program of a step with smaller sizes.
+
+    None where the two are not the same but for sizes. O(program).
 
     Args:
         small: of a step.
@@ -109,7 +111,9 @@ def grown_number(a: int, b: int, between: float, further: float) -> int:
 
 
 def shrunk_number(a: int, b: int, between: float, to: float) -> int:
-    """An upper bound of what was ``a`` and is ``b``, at this share of the larger sizes.
+    """Find an upper bound of a number at a share of sizes.
+
+    The number was ``a`` at the smaller sizes and is ``b`` at the larger ones; the share is of the larger ones.
 
     What has not grown by a whole power is a sum of several; it is taken not to shrink.
     """

@@ -1,4 +1,6 @@
-"""Plans with a third choice: to move values to a slower tier and fetch them back.
+"""Plans with a third choice: to move values to a slower tier.
+
+From there they are fetched back.
 
 Recomputation and offload compete: values are moved out of schedules that recompute for this budget and for larger
 ones, the plain program among them (``search/moving.py``), and what takes the least extra time by the model is the plan.
@@ -44,7 +46,9 @@ class _Candidate:
 
 
 def offloaded(program: Program, budget: int | float | str, link: Link, solve: Solve) -> Plan:
-    """The plan with the least extra time known, where values may be recomputed, or moved over a link.
+    """Find the fastest plan that recomputes values, or moves values.
+
+    They move over a link; the plan is the one with the least extra time that is known.
 
     Args:
         program: the step.
@@ -84,7 +88,10 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
 
 
 def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) -> list[Plan]:
-    """Plans for larger budgets, the largest first: it recomputes nothing but what it is asked to."""
+    """Make plans for larger budgets, the largest first.
+
+    The largest one recomputes nothing but what it is asked to.
+    """
     found = []
     for k in range(_RUNGS, 0, -1):
         try:
@@ -97,7 +104,10 @@ def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) 
 
 
 def _lowest(linked: Program, schedule: Schedule) -> int:
-    """The lowest peak that moving values is known to bring a schedule down to."""
+    """Find the lowest peak that a schedule reaches by moving values.
+
+    It is the lowest that is known.
+    """
     moving = Moving(linked, schedule)
     least = moving.least_bytes
     return least if moving.within(least, 1.0) is not None else moving.peak_bytes

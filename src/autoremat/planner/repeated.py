@@ -1,4 +1,6 @@
-"""Plans for programs that repeat themselves, in a time that does not depend on how often.
+"""Plans for programs that repeat themselves.
+
+Planning takes a time that does not depend on how often they do.
 
 A plan says what every repetition keeps. Repetitions at the front keep one set of their values, those at the end
 another, larger one: the backward begins at the end, and what the last ones keep has left by the time the first ones
@@ -65,7 +67,10 @@ Keep = frozenset[int]
 
 @dataclass(frozen=True)
 class Span:
-    """So many repetitions, one after the other, that keep the same; values by their index in the folded program."""
+    """Repetitions, one after the other, that keep the same.
+
+    Values are given by their index in the folded program.
+    """
 
     keep: Keep
     count: int
@@ -94,7 +99,10 @@ class RepeatedPlan:
     lower_bound: float
 
     def unfold(self) -> Plan:
-        """The plan with its program, run by run. O(reads of all repetitions)."""
+        """Write out the plan with its program, run by run.
+
+        O(reads of all repetitions).
+        """
         written = written_out(self.folded.program, self.folded.layout, self.folded.times)
         schedule = _schedule(written.program, _kept(written, self.folded, self.spans))
         return Plan(
@@ -103,7 +111,7 @@ class RepeatedPlan:
         )  # fmt: skip
 
     def __str__(self) -> str:
-        """The plan in a few lines."""
+        """Describe the plan in a few lines."""
         ops, mb = f"{self.folded.ops:,} ops", 1e6
         lines = [f"{self.folded.program.name}: {ops}, {self.folded.times:,} repetitions"]
         lines.append(f"  peak {self.peak_bytes / mb:,.1f} MB of {self.budget_bytes / mb:,.1f}, "
@@ -115,13 +123,18 @@ class RepeatedPlan:
 
 @per_program
 def folded_for_planning(program: Program) -> Repeated | None:
-    """The program folded, where that leaves a quarter of its ops or less; looked for once."""
+    """Fold a program, if a quarter of its ops or less remains.
+
+    This is looked for once.
+    """
     folded = fold(program)
     return folded if folded and 4 * len(folded.program.ops) <= len(program.ops) else None
 
 
 def solve_repeated(folded: Repeated, budget: int | float | str) -> RepeatedPlan:
-    """The plan with the least extra time that is known, for any number of repetitions.
+    """Find the fastest known plan for any number of repetitions.
+
+    It is the one with the least extra time.
 
     Args:
         folded: as ``autoremat.program.fold`` makes it.
@@ -157,7 +170,10 @@ def solve_repeated(folded: Repeated, budget: int | float | str) -> RepeatedPlan:
 
 
 def _groupings(folded: Repeated) -> Iterator[tuple[Repeated, bool]]:
-    """The program as it is, then with 4, 16, ... repetitions as one, and whether these take long to look at."""
+    """Yield the program with 1, 4, 16, ... repetitions as one.
+
+    With each comes whether it takes long to look at.
+    """
     yield folded, False
     size, each = 4, folded.layout.forward[1] + folded.layout.backward[1]
     while size <= 2 * isqrt(folded.times) and 2 * _EACH * size * each <= _LARGEST:
@@ -171,7 +187,7 @@ def _groupings(folded: Repeated) -> Iterator[tuple[Repeated, bool]]:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """Peak and extra time of two kinds of repetition, for any two counts.
+    """Peak and extra time of two kinds of repetition, any counts.
 
     Attributes:
         kinds: what they keep.
@@ -188,7 +204,7 @@ class Model:
     seconds: tuple[float, float, float]
 
     def peak_bytes(self, first: int, second: int = 0) -> int:
-        """The peak with so many repetitions of either kind."""
+        """Compute the peak with so many repetitions of either kind."""
         a, b = self._further(first, second)
         return int((self.base + a * self.steps[0] + b * self.steps[1]).max())
 
@@ -199,7 +215,10 @@ class Model:
         return max(0.0, seconds + a * more + b * more_too)
 
     def _further(self, first: int, second: int) -> tuple[int, int]:
-        """How many more than were looked at; where both kinds are the same one, all of them of the first."""
+        """Count the repetitions beyond those that were looked at.
+
+        Where both kinds are the same one, all of them are of the first.
+        """
         if self.kinds[0] == self.kinds[1]:
             return first + second - sum(self.counts), 0
         return first - self.counts[0], second - self.counts[1]
@@ -228,7 +247,10 @@ class _Kinds:
         return min(m.peak_bytes(self.folded.times) for m in self._alone.values())
 
     def best(self, budget_bytes: int) -> tuple[Model, tuple[int, int]] | None:
-        """The mixture with the fewest seconds that fits; kinds between the two of it are looked for, too."""
+        """Find the mixture with the fewest seconds that fits.
+
+        Kinds between the two of it are looked for, too.
+        """
         best = self._best_known(budget_bytes)
         for _ in range(_REFINED):
             if best is None or best[1][1] == 0:
@@ -246,7 +268,7 @@ class _Kinds:
         return min(fit, key=lambda m: m[0].extra_seconds(*m[1]), default=None)
 
     def _frontier(self) -> list[Model]:
-        """The kinds, alone, that no other beats, by rising peak."""
+        """List the kinds that, alone, no other beats, by rising peak."""
         n, found = self.folded.times, list[Model]()
         for model in sorted(self._alone.values(), key=lambda m: (m.peak_bytes(n), m.extra_seconds(n))):
             if not found or model.extra_seconds(n) < found[-1].extra_seconds(n) - 1e-12:
@@ -254,7 +276,10 @@ class _Kinds:
         return found
 
     def _mixtures(self, budget_bytes: int) -> Iterator[tuple[Model, tuple[int, int]]]:
-        """Models and counts that fit: one kind alone, and pairs of kinds around the budget."""
+        """Yield models and counts that fit.
+
+        They are of one kind alone, and of pairs of kinds around the budget.
+        """
         times, frontier = self.folded.times, self._frontier()
         fit = [m for m in frontier if m.peak_bytes(times) <= budget_bytes]
         yield from ((m, (times, 0)) for m in fit[-1:])
@@ -264,7 +289,7 @@ class _Kinds:
                 yield from self._fitting((small.kinds[0], large.kinds[0]), budget_bytes)
 
     def _fitting(self, kinds: tuple[Keep, Keep], budget_bytes: int) -> Iterator[tuple[Model, tuple[int, int]]]:
-        """The pair with the most repetitions of the second kind that fit.
+        """Yield the pair with most repetitions of the second kind that fit.
 
         With none of them it fits, and the peak is the largest of many straight lines in their number. So where some do
         not fit, more do not either.
@@ -287,7 +312,10 @@ class _Kinds:
         return bool(found)
 
     def model(self, first: Keep, second: Keep, of_second: int = _EACH) -> Model:
-        """The model of two kinds; of the second a count below ``_EACH`` is meant as it is."""
+        """Make the model of two kinds.
+
+        Of the second a count below ``_EACH`` is meant as it is.
+        """
         n = _EACH + of_second
         base, seconds = self._look(n).at(first, second, _EACH)
         more, longer = self._look(n + 1).at(first, second, _EACH + 1)
@@ -313,20 +341,29 @@ class _Kinds:
 
     @staticmethod
     def _stage(program: Program, op: int) -> int:
-        """The op of ``planned_as(program)`` that begins with this op or goes on with it."""
+        """Find the op of ``planned_as(program)`` that has this op.
+
+        It begins with this op or goes on with it.
+        """
         if not program.has_calls:
             return op
         return bisect_left([stage.end for stage in folded_of(program).stages], op)
 
     def _in_folded(self, few: Written, keep: Keep) -> Keep:
-        """What is kept, in numbers of the folded program; a repetition in the middle speaks for all."""
+        """Give the values kept the numbers of the folded program.
+
+        A repetition in the middle speaks for all.
+        """
         same = counterparts(self.folded.program, self.folded.layout)
         places = (few.values[n] for n in keep)
         return frozenset(v if k < 0 else same[v] for k, v in places if k in (-1, few.layout.middle))
 
 
 class _Look:
-    """A program with a few repetitions of two kinds: its bytes, op by op."""
+    """Bytes, op by op, of a program with few repetitions.
+
+    They are of two kinds.
+    """
 
     def __init__(self, folded: Repeated, count: int) -> None:
         self.folded, self.count = folded, count
@@ -334,7 +371,10 @@ class _Look:
         self.search = Search(self.written.program)
 
     def at(self, first: Keep, second: Keep, firsts: int) -> tuple[npt.NDArray[np.int64], float]:
-        """The most bytes at every op that is unlike the others, and the extra seconds."""
+        """Find the most bytes of each op, and the extra seconds.
+
+        Ops are those that are unlike the others.
+        """
         spans = (Span(first, firsts), Span(second, self.count - firsts))
         candidate = self.search.keeping("repeated", _kept(self.written, self.folded, spans))
         account = candidate.account
@@ -345,7 +385,10 @@ class _Look:
 
     @lru_cache(maxsize=4)  # noqa: B019 - as long as the look
     def _keys(self, firsts: int) -> tuple[npt.NDArray[np.int64], int]:
-        """For every op of the planned program its number among those that are unlike the others; the last: none."""
+        """Number every op of the planned program.
+
+        The number is that among the ops that are unlike the others; the last one stands for none of them.
+        """
         program = self.written.program
         planned = planned_as(program)
         begins = [s.begin for s in folded_of(program).stages] if program.has_calls else range(len(planned.ops))
@@ -358,11 +401,17 @@ class _Look:
         return np.array(keys, dtype=np.int64), number
 
     def _within(self, i: int) -> int:
-        """The op in the folded program; of a repetition in the middle one."""
+        """Find the op in the folded program.
+
+        It is that of the first repetition, also for an op of one in the middle.
+        """
         return _anchor(self.folded.layout, self.written.ops[i][1])
 
     def _edge(self, k: int, firsts: int) -> int | None:
-        """Which of the repetitions that are unlike the others this is: none of them is None, outside is 0."""
+        """Number a repetition among those that are unlike the others.
+
+        None for one that is not among them; 0 outside of all repetitions.
+        """
         if k < 0:
             return 0
         second = k >= firsts
@@ -374,7 +423,7 @@ class _Look:
 
 
 def _anchor(layout: Layout, op: int) -> int:
-    """The same op of the first repetition."""
+    """Find the same op of the first repetition."""
     k = layout.repetition_of(op)
     if k < 0:
         return op
@@ -387,7 +436,10 @@ def _written(folded: Repeated, times: int) -> Written:
 
 
 def _kept(written: Written, folded: Repeated, spans: tuple[Span, ...]) -> Keep:
-    """The values that the spans keep, in a program with as many repetitions."""
+    """Find the values that the spans keep in a written program.
+
+    It has as many repetitions as the spans.
+    """
     kinds = [span.keep for span in spans for _ in range(span.count)]
     begin = folded.layout.forward[0]
     producer = folded.program.producer
@@ -409,7 +461,10 @@ def _seconds(folded: Repeated) -> float:
 
 
 def plain_peak_of(folded: Repeated) -> int:
-    """The peak of the plain program with all repetitions: that of a few, and what each further one adds."""
+    """Compute the peak of the plain program with all repetitions.
+
+    It is that of a few, and what each further one adds.
+    """
     everything = frozenset(range(len(folded.program.values)))
     looks = [_Look(folded, 2 * _EACH + more).at(everything, everything, _EACH + more)[0] for more in (0, 1)]
     return int((looks[0] + (folded.times - 2 * _EACH) * (looks[1] - looks[0])).max())
@@ -421,7 +476,10 @@ def _schedule(program: Program, keep: Keep) -> Schedule:
 
 
 def _most(fits: Any, most: int) -> int:
-    """The largest number up to ``most`` that fits, where smaller ones fit as well; -1 for none."""
+    """Find the largest number up to ``most`` that fits.
+
+    Smaller ones fit as well; -1 for none.
+    """
     low, high = -1, most
     while low < high:
         middle = (low + high + 1) // 2

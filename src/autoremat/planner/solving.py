@@ -145,7 +145,7 @@ def solve(
 def _offloaded(
     program: Program, budget: int | float | str, link: Link, *, time_limit_seconds: float, effort: float, **asked: Any
 ) -> Plan:  # fmt: skip
-    """The plan where values may also be moved over a link."""
+    """Find the plan where values may also move over a link."""
     from autoremat.planner.offloading import offloaded
 
     if program.abilities.reruns == "by decisions":
@@ -330,7 +330,10 @@ def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | 
 
 
 def _repeated_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
-    """The plan of a large program that repeats itself; None for all others, and where it is far from the bound."""
+    """Plan a large program that repeats itself.
+
+    None for all others, and where the plan is far from the bound.
+    """
     from autoremat.planner.repeated import ENOUGH, folded_for_planning, solve_repeated
     from autoremat.planner.search.floor import floor_of
 

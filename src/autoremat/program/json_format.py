@@ -514,7 +514,10 @@ def _frees(run: int, item: Any, index: Mapping[str, int]) -> tuple[int, ...]:
 
 
 def _offload(k: int, item: Any, index: Mapping[str, int], n_runs: int) -> Offload:
-    """One stay in the tier: a value, and the runs of its four events."""
+    """Read a value's stay in the tier.
+
+    It is the value, and the runs of its four events.
+    """
     where = f"plan, offload {k}"
     if not isinstance(item, list) or len(item) != len(_OFFLOAD):
         raise InvalidProgram(f"{where}: must be [{', '.join(_OFFLOAD)}], got {item!r}")

@@ -1,4 +1,7 @@
-"""``Link``: the way to a slower tier of memory and back, and the clocks of compute and link."""
+"""``Link``: the way to a slower tier of memory and back.
+
+With it come the clocks of compute and link.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from autoremat.program.errors import InvalidProgram
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """How fast bytes move to a slower tier and back, and how many it takes.
+    """Rates of copies to a slower tier and back.
+
+    Beside them stands how many bytes the tier takes.
 
     Attributes:
         out_bytes_per_second: of copies to the tier.
@@ -50,7 +55,9 @@ class Link:
 
 
 class Clocks:
-    """The clock of the ops, and that of each way of a link, which starts a copy when it is told to and free.
+    """Clocks of the ops and of each way of a link.
+
+    A way starts a copy when it is told to and free.
 
     Args:
         link: that moves the bytes.

@@ -1,4 +1,6 @@
-"""``fold`` and ``unfold``: equal layers, or steps of time, as a few of them and a count.
+"""``fold`` and ``unfold``: equal layers as a few and a count.
+
+Steps of time are folded like layers.
 
 A step repeats itself where its forward runs the same ops over and over on values of the same sizes, and its backward
 does so in the opposite order: the blocks of a transformer, the steps of an unrolled loop. ``fold`` finds that, and
@@ -65,7 +67,7 @@ class Layout:
         return (self.count + 1) // 2 - 1
 
     def repetition_of(self, op: int) -> int:
-        """The repetition that an op belongs to; -1 for none."""
+        """Find the repetition that an op belongs to; -1 for none."""
         begin, size = self.forward
         if begin <= op < begin + size * self.count:
             return (op - begin) // size
@@ -75,7 +77,9 @@ class Layout:
         return -1
 
     def grouped(self, size: int) -> Layout:
-        """The same program with so many repetitions as one; those at the front that are too many stand outside.
+        """Join so many repetitions into one.
+
+        The program is the same; those at the front that are too many stand outside.
 
         Example:
             >>> Layout(7, (3, 10), (100, 20)).grouped(2)
@@ -120,14 +124,19 @@ class Repeated:
         return len(self.program.ops) + each * (self.times - self.layout.count)
 
     def to_json(self, path: str | Path | None = None) -> str:
-        """The few repetitions as a program file with a field ``repeats``, also written to ``path`` if given."""
+        """Write the few repetitions as JSON, also to ``path`` if given.
+
+        It is a program file with a field ``repeats``.
+        """
         from autoremat.program.json_format import repeated_to_data, write_json
 
         return write_json(repeated_to_data(self), path)
 
     @staticmethod
     def from_json(source: str | Path | Mapping[str, Any]) -> Repeated:
-        """A folded program from such a file, without writing it out; ``Program.from_json`` writes it out.
+        """Read a folded program from a file of ``to_json``.
+
+        It stays folded; ``Program.from_json`` writes it out.
 
         Raises:
             InvalidProgram: as ``Program.from_json``, or nothing is folded there.
@@ -138,7 +147,9 @@ class Repeated:
 
 
 def fold(program: Program) -> Repeated | None:
-    """The program with its repetitions folded; None where there are fewer than twice ``KEPT``. O(reads).
+    """Fold the repetitions of a program.
+
+    None where there are fewer than twice ``KEPT``. O(reads).
 
     ``unfold`` gives the same program again, up to the numbers and names of values; that is checked here.
 
@@ -159,12 +170,17 @@ def fold(program: Program) -> Repeated | None:
 
 
 def unfold(folded: Repeated, times: int | None = None) -> Program:
-    """The program with all of its repetitions, or with another number of them. O(reads of the result)."""
+    """Write out a program with all of its repetitions.
+
+    Or with another number of them. O(reads of the result).
+    """
     return with_times(folded.program, folded.layout, folded.times if times is None else times)[0]
 
 
 def with_times(program: Program, layout: Layout, times: int) -> tuple[Program, Layout]:
-    """The program with another number of repetitions, and where they stand then.
+    """Write a program with another number of repetitions.
+
+    The layout says where they stand then.
 
     Copies are of the last one of the first half; the first ones and the last ones stay as they are.
 
@@ -181,7 +197,9 @@ def with_times(program: Program, layout: Layout, times: int) -> tuple[Program, L
 
 @dataclass(frozen=True)
 class Written:
-    """A program with another number of repetitions, and where everything in it comes from.
+    """A program with another number of repetitions.
+
+    With it comes where everything in it comes from.
 
     Attributes:
         program: the new one.
@@ -197,19 +215,28 @@ class Written:
 
 
 def written_out(program: Program, layout: Layout, times: int) -> Written:
-    """The program with another number of repetitions; ``with_times`` says more."""
+    """Write a program with another number of repetitions.
+
+    ``with_times`` says more.
+    """
     return _Writer(program, layout, times).result()
 
 
 def is_same(a: Program, b: Program) -> bool:
-    """Whether two programs are the same but for the order and the ids of their values, and the numbers of calls."""
+    """Tell whether two programs are the same but for names.
+
+    That is, but for the order and the ids of their values, and the numbers of calls.
+    """
     if len(a.ops) != len(b.ops) or len(a.values) != len(b.values):
         return False
     return all(x == y for x, y in zip(_canonical(a), _canonical(b), strict=True))
 
 
 def _canonical(program: Program) -> Iterator[object]:
-    """Op by op what it is, with values and calls numbered as they are met."""
+    """Describe a program op by op, in numbers of its own.
+
+    Values and calls are numbered as they are met.
+    """
     numbers: dict[int, int] = {}
     calls: dict[int, int] = {-1: -1}
 
@@ -234,7 +261,10 @@ def _value_of(program: Program, v: int) -> object:
 
 
 def _layouts(program: Program) -> Iterator[Layout]:
-    """Where repetitions may stand, the layouts that cover most ops first."""
+    """Yield layouts of repetitions, those that cover most ops first.
+
+    They say where repetitions may stand.
+    """
     import numpy as np
 
     keys = _keys(program)
@@ -251,7 +281,10 @@ def _layouts(program: Program) -> Iterator[Layout]:
 
 
 def _matched(program: Program, forward: tuple[int, int, int], backward: tuple[int, int, int]) -> Layout:
-    """The repetitions of both stretches that belong together: those of the backward read what the others made."""
+    """Match the repetitions of both stretches.
+
+    Those belong together of which the backward's reads what the forward's made.
+    """
     (begin, size, count), (later, length, n) = forward, backward
     sums = Counter[int]()
     for j in range(n):
@@ -264,7 +297,10 @@ def _matched(program: Program, forward: tuple[int, int, int], backward: tuple[in
 
 
 def _trimmed(layout: Layout) -> Iterator[Layout]:
-    """The layout, and those with one or two repetitions fewer at either end: those may be unlike the others."""
+    """Yield the layout, and those with fewer repetitions.
+
+    One or two are left out at either end: those may be unlike the others.
+    """
     (begin, size), (later, length) = layout.forward, layout.backward
     for front in range(_NEAR + 1):
         for back in range(_NEAR + 1):
@@ -274,7 +310,10 @@ def _trimmed(layout: Layout) -> Iterator[Layout]:
 
 
 def _keys(program: Program) -> Keys:
-    """For every op a number; ops that may be repetitions of each other have the same."""
+    """Give every op a number.
+
+    Ops that may be repetitions of each other have the same.
+    """
     import numpy as np
 
     numbers: dict[object, int] = {}
@@ -293,7 +332,10 @@ def _keys(program: Program) -> Keys:
 
 
 def _stretches(keys: Keys) -> list[tuple[int, int, int]]:
-    """Begin, length and count of what repeats itself; for each length the longest stretch, most ops first."""
+    """Find begin, length and count of what repeats itself.
+
+    For each length the longest stretch, most ops first.
+    """
     distances = Counter[int]()
     last: dict[int, int] = {}
     for i, key in enumerate(keys.tolist()):
@@ -311,7 +353,7 @@ def _stretches(keys: Keys) -> list[tuple[int, int, int]]:
 
 
 def _longest(same: Bools) -> tuple[int, int]:
-    """Where the longest run of True begins, and its length."""
+    """Find where the longest run of True begins, and its length."""
     import numpy as np
 
     edges = np.flatnonzero(np.diff(np.concatenate([[0], same.astype(np.int8), [0]])))
@@ -342,7 +384,7 @@ class _Writer:
         self.sources: list[Place] = []
 
     def result(self) -> Written:
-        """The new program."""
+        """Build the new program."""
         places = list(self._places())
         calls = _Calls()
         ops = [self._op(*place, calls) for place in places]
@@ -361,7 +403,7 @@ class _Writer:
         return Written(program, layout, tuple(places), tuple(self.sources))
 
     def _places(self) -> Iterator[Place]:
-        """The new ops: repetition, and op of the old program."""
+        """List the new ops: repetition, and op of the old program."""
         (begin, size), (later, length) = self.layout.forward, self.layout.backward
         count, n = self.layout.count, len(self.program.ops)
         yield from ((-1, i) for i in range(begin))
@@ -373,7 +415,7 @@ class _Writer:
         yield from ((-1, i) for i in range(later + count * length, n) if length)
 
     def _op(self, k: int, i: int, calls: _Calls) -> Op:
-        """The op as repetition ``k`` runs it."""
+        """Copy an op as repetition ``k`` runs it."""
         old = self.program.ops[i]
         reads = [n for v in old.reads for n in self._copies(k, v)]
         writes = [n for v in old.writes for n in self._copies(k, v)]
@@ -387,7 +429,10 @@ class _Writer:
         return replace(old, reads=tuple(reads), writes=tuple(writes), in_place=tuple(pairs), call=call, module=module)
 
     def _copies(self, k: int, v: int) -> list[int]:
-        """The new values that stand for what an op of repetition ``k`` reads or writes as ``v``."""
+        """Find the new values that stand for ``v``.
+
+        An op of repetition ``k`` reads or writes them.
+        """
         home = self.home[v]
         if home < 0:
             return [self._number(-1, v)]
@@ -398,14 +443,20 @@ class _Writer:
         return [self._number(j, v) for j in range(self.times) if self.origin[j] == home]
 
     def _like(self, there: int, home: int, v: int) -> int:
-        """The value of the old program that a repetition has in the place in which ``home`` has ``v``."""
+        """Find the old program's value in the place of ``v``.
+
+        It is the value that a repetition has where ``home`` has ``v``.
+        """
         if not 0 <= there < self.times:
             raise InvalidProgram("the repetitions are not alike")
         origin = self.origin[there]
         return v if origin == home else self._counterpart(v, home, origin)
 
     def _counterpart(self, v: int, home: int, origin: int) -> int:
-        """What repetition ``origin`` has where ``home`` has ``v``: made, or read, by the same op of its own."""
+        """Find the value that ``origin`` has where ``home`` has ``v``.
+
+        It is made, or read, by the same op of that repetition.
+        """
         where = self.slots[home].get(v)
         found = None if where is None else self._values_at[origin].get(where)
         if found is None:
@@ -423,7 +474,7 @@ class _Writer:
         return self.new[k, v]
 
     def _value(self, n: int, k: int, v: int, at: dict[Place, int]) -> Value:
-        """The value as repetition ``k`` has it."""
+        """Copy a value as repetition ``k`` has it."""
         old = self.program.values[v]
         held = None if old.held is None else END if old.held == END else self._op_at(k, old.held, at)
         available = old.available if old.available is None or old.available < 0 else self._op_at(k, old.available, at)
@@ -431,7 +482,7 @@ class _Writer:
         return replace(old, id=f"v{n}", held=held, available=available, label="", module=module)
 
     def _op_at(self, k: int, i: int, at: dict[Place, int]) -> int:
-        """The new op that stands for an old one, seen from repetition ``k``."""
+        """Find the new op for an old op, seen from repetition ``k``."""
         home = self.layout.repetition_of(i)
         if home < 0:
             return at[-1, i]
@@ -448,19 +499,22 @@ class _Writer:
         return self.layout.backward[0] if self.layout.backward[1] else len(self.program.ops)
 
     def _module_beside(self, i: int) -> str:
-        """The module of the same op of the repetition before."""
+        """Find the module of the same op of the repetition before."""
         size = -self.layout.forward[1] if i < self._late else self.layout.backward[1]
         return self.program.ops[i + size].module if 0 <= i + size < len(self.program.ops) else ""
 
     def _value_module_beside(self, v: int) -> str:
-        """The module of the same value of the repetition before."""
+        """Find the module of the same value of the repetition before."""
         home = self.home[v]
         where = self.slots[home].get(v) if home >= 0 else None
         beside = None if where is None or home == 0 else self._values_at[home - 1].get(where)
         return "" if beside is None else self.program.values[beside].module
 
     def _text(self, text: str, k: int, beside: Callable[[], str]) -> str:
-        """A path of modules as repetition ``k`` has it: numbers that grow with the repetition are of its own."""
+        """Write a path of modules as repetition ``k`` has it.
+
+        Numbers that grow with the repetition are of its own.
+        """
         if k < 0 or not text or self.origin[k] == k:
             return text
         known = beside()
@@ -478,12 +532,15 @@ class _Calls:
         self._known: dict[tuple[int, int], int] = {}
 
     def number(self, call: int, k: int) -> int:
-        """The number of a call of one repetition; -1 for no call."""
+        """Number a call of one repetition; -1 for no call."""
         return -1 if call < 0 else self._known.setdefault((call, k), len(self._known))
 
 
 def counterparts(program: Program, layout: Layout) -> tuple[int, ...]:
-    """For every value the same value of a repetition in the middle; itself where there is none. O(reads)."""
+    """Find every value's counterpart in a repetition in the middle.
+
+    That is the value itself where there is none. O(reads).
+    """
     home = _homes(program, layout)
     slots = _slots(program, layout, home)
     middle = {where: v for v, where in slots[layout.middle].items()}
@@ -491,7 +548,10 @@ def counterparts(program: Program, layout: Layout) -> tuple[int, ...]:
 
 
 def _slots(program: Program, layout: Layout, home: Sequence[int]) -> list[dict[int, tuple[int, int, int]]]:
-    """For every repetition where each of its values is first met: op within it, and position there."""
+    """Find where each value of a repetition is first met.
+
+    It is the op within the repetition, and the position there.
+    """
     found: list[dict[int, tuple[int, int, int]]] = [{} for _ in range(layout.count)]
     for is_late, (begin, size) in enumerate((layout.forward, layout.backward)):
         for i in range(begin, begin + size * layout.count):
@@ -503,7 +563,10 @@ def _slots(program: Program, layout: Layout, home: Sequence[int]) -> list[dict[i
 
 
 def _homes(program: Program, layout: Layout) -> list[int]:
-    """For every value the repetition that it belongs to: that which makes it, or reads it first; -1 for none."""
+    """Find the repetition that every value belongs to.
+
+    It is the one which makes the value, or reads it first; -1 for none.
+    """
     readers: list[list[int]] = [[] for _ in program.values]
     home = [-1] * len(program.values)
     for i, op in enumerate(program.ops):

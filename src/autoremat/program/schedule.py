@@ -35,21 +35,30 @@ class Send:
 
 @dataclass(frozen=True, slots=True)
 class Gone:
-    """Wait for the copy of value ``value`` to the tier; from now on its memory is free."""
+    """Wait for the copy of value ``value`` to the tier.
+
+    From now on its memory is free.
+    """
 
     value: int
 
 
 @dataclass(frozen=True, slots=True)
 class Fetch:
-    """Take memory for value ``value``, and begin to copy it back from the tier."""
+    """Take memory for value ``value``; begin the copy back.
+
+    It comes from the tier.
+    """
 
     value: int
 
 
 @dataclass(frozen=True, slots=True)
 class Here:
-    """Wait for the copy of value ``value`` from the tier; from now on it can be read."""
+    """Wait for the copy of value ``value`` from the tier.
+
+    From now on it can be read.
+    """
 
     value: int
 
@@ -59,7 +68,9 @@ Action = Run | Free | Send | Gone | Fetch | Here
 
 @dataclass(frozen=True, slots=True)
 class Offload:
-    """One stay of a value in a slower tier: the positions in ``Schedule.order`` at which it goes and comes.
+    """One stay of a value in a slower tier.
+
+    It has the positions in ``Schedule.order`` at which the value goes and comes.
 
     Bytes follow from the order alone, so however slow the link is, the peak is the same.
 
@@ -126,7 +137,9 @@ class Schedule:
 
     @cached_property
     def moves(self) -> tuple[tuple[tuple[Send | Gone, ...], tuple[Fetch | Here, ...]], ...]:
-        """For every run, what moves between the run before and this one; one more entry for the end.
+        """Moves between every run and the run before.
+
+        One more entry is for the end.
 
         First what follows the run before, then what goes ahead of this one.
         """
@@ -196,7 +209,10 @@ class Schedule:
 
 
 def _offloads(moves: Sequence[tuple[Action, int]]) -> tuple[Offload, ...]:
-    """The offloads that events with their positions make, in the order in which they are sent."""
+    """Pair events with their positions into offloads.
+
+    They come in the order in which they are sent.
+    """
     places: dict[int, list[int]] = {}
     whole: list[Offload] = []
     for action, position in moves:

@@ -44,7 +44,10 @@ class Timeline:
 
     @property
     def overhead_seconds(self) -> float:
-        """What the step takes beyond the plain program: reruns, and what is waited for."""
+        """Seconds beyond the plain program: reruns, and waiting.
+
+        The step takes so much longer; it waits for copies.
+        """
         return self.extra_seconds + self.waited_seconds
 
 
@@ -126,7 +129,10 @@ class _Tier:
         self._coming: set[int] = set()
 
     def move(self, p: int, resident: set[int]) -> int:
-        """What moves between run ``p`` and the one before; by how many bytes memory grows."""
+        """Move values between run ``p`` and the run before.
+
+        Returns by how many bytes memory grows.
+        """
         grown, values, clocks = 0, self._program.values, self.clocks
         for event in (*self._schedule.moves[p][0], *self._schedule.moves[p][1]):
             v = event.value

@@ -1,4 +1,6 @@
-"""What ``verify`` knows of offloads: the tier and the link of its abstract machine.
+"""What ``verify`` knows of offloads.
+
+It is the tier and the link of its abstract machine.
 
 Like the machine it believes what a schedule claims and goes on, so that one call shows all mistakes. Its sums and its
 clock are its own: nothing here is shared with ``simulate`` or a planner.
@@ -48,7 +50,10 @@ class Tier:
                 self._at.setdefault((event, getattr(o, event)), []).append(o)
 
     def at(self, event: str, run: int) -> list[Offload]:
-        """The offloads that have this event at this run; where they come back, what is needed first comes first."""
+        """List the offloads that have this event at this run.
+
+        Where values come back, what is needed first comes first.
+        """
         found = self._at.get((event, run), [])
         return sorted(found, key=lambda o: o.here) if event in ("fetch", "here") else found
 
@@ -77,7 +82,7 @@ class Tier:
         return self.program.values[v].nbytes
 
     def _copied(self, v: int, *, out: bool) -> float:
-        """When a copy that begins now ends."""
+        """Compute when a copy that begins now ends."""
         link = self.program.link
         if link is None:
             return self.seconds
@@ -92,5 +97,8 @@ class Tier:
 
 
 def disordered(o: Offload, n_runs: int) -> bool:
-    """Whether the four events are not in their order, or not at runs of the schedule."""
+    """Tell whether the four events are out of order.
+
+    So they are as well where they are not at runs of the schedule.
+    """
     return not (0 <= o.send <= o.gone and o.gone < o.fetch <= o.here and o.here < n_runs)

@@ -314,7 +314,10 @@ class _Machine:
 
 
 def _come_back(machine: _Machine, tier: Tier, run: int) -> None:
-    """Begin the copies back that stand ahead of a run, then wait for those that do."""
+    """Begin the copies back ahead of a run, then wait.
+
+    The wait is for the copies back that are to end ahead of the run.
+    """
     for o in tier.at("fetch", run):
         if o.value not in machine.memory and 0 <= o.value < len(machine.program.values):
             machine._allocate(o.value)
@@ -325,7 +328,10 @@ def _come_back(machine: _Machine, tier: Tier, run: int) -> None:
 
 
 def _go(machine: _Machine, tier: Tier, run: int) -> None:
-    """Begin the copies out that follow a run, then wait for those that do; what is gone leaves memory."""
+    """Begin the copies out that follow a run, then wait.
+
+    The wait is for the copies out that are to end after the run; what is gone leaves memory.
+    """
     for o in tier.at("send", run):
         if o.value in machine.memory:
             tier.send(o.value)
@@ -378,7 +384,10 @@ def _of_the_whole(rule: str, reads_as: str) -> Callable[[_WholeCheck], _WholeChe
 
 
 def _of_moves(rule: str, reads_as: str) -> Callable[[_MoveCheck], _MoveCheck]:
-    """Make the function a check of what moves around each run; of a rule that there is already, one more."""
+    """Make the function a check of what moves around each run.
+
+    Of a rule that there is already, it is one more.
+    """
 
     def register(check: _MoveCheck) -> _MoveCheck:
         RULES[rule] = f"is read as: {reads_as}"

@@ -64,7 +64,10 @@ def spans_of(program: Program, schedule: Schedule) -> tuple[Span, ...]:
 
 
 def _without(span: Span, o: Offload) -> Iterator[Span]:
-    """The parts of a span in which its value is not away."""
+    """Yield the parts of a span in which the value is present.
+
+    In the rest it is away, in the tier.
+    """
     if span.value != o.value or span.end <= o.gone or span.begin >= o.fetch:
         yield span
         return

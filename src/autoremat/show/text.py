@@ -70,7 +70,7 @@ def _costs(plan: Plan) -> list[str]:
 
 
 def _tier(plan: Plan) -> list[str]:
-    """What goes to the slower tier, and what is waited for."""
+    """List what goes to the slower tier, and the waiting."""
     link, timeline = plan.program.link, simulate(plan.program, plan)
     if link is None or not plan.schedule.offloads:
         return []

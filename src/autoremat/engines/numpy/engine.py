@@ -129,7 +129,9 @@ def record(name: str, calls: Sequence[Call], inputs: Mapping[str, Array]) -> Pro
 def carry_out(
     plan: Plan, calls: Sequence[Call], inputs: Mapping[str, Array], tier: Tier | None = None
 ) -> dict[str, Array]:
-    """Run the calls in a plan's order; free and move as it says.
+    """Run the calls in a plan's order; free and move arrays.
+
+    The plan says which arrays, and when.
 
     Args:
         plan: for the program of these calls.
@@ -157,7 +159,7 @@ def carry_out(
 
 
 class _Moving:
-    """What of a step's memory is in the tier, or on its way."""
+    """Values of a step in the tier, or on their way."""
 
     def __init__(self, names: Sequence[str], memory: dict[str, Array], tier: Tier) -> None:
         self._names, self._memory, self._tier = names, memory, tier

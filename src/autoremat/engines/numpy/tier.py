@@ -1,4 +1,7 @@
-"""``Tier``: where the reference engine moves arrays to, and from where it fetches them back."""
+"""``Tier``: keeps the arrays that the reference engine moves out of memory.
+
+From there it fetches them back.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,9 @@ Array = npt.NDArray[np.generic]
 
 
 class Tier(Protocol):
-    """Keeps copies of arrays, by name; when it copies is its own affair, between two calls of a name.
+    """Keeps copies of arrays, by name.
+
+    When it copies is its own affair, between two calls of a name.
 
     The engine frees an array once ``sent`` has returned, and lets nobody read one before ``fetched`` has.
     """
@@ -20,7 +25,7 @@ class Tier(Protocol):
         """Begin to copy an array to the tier."""
 
     def sent(self, name: str) -> None:
-        """Wait for the end of that copy; refer to the array no longer."""
+        """Wait for that copy's end; refer to the array no longer."""
 
     def fetch(self, name: str, array: Array) -> None:
         """Begin to copy it back into this array, which holds anything."""

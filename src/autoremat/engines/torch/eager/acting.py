@@ -1,4 +1,7 @@
-"""Carries out the acts of a plan: in which order they come, and what each does."""
+"""Carries out the acts of a plan.
+
+Here stands in which order acts come, and what each does.
+"""
 
 from __future__ import annotations
 

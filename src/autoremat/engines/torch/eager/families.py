@@ -66,7 +66,7 @@ class Foreseeing:
     lost_seconds: dict[tuple[Sizes, float], float] = field(default_factory=dict)
 
     def pays(self, host: Sizes, share: float, seconds: float) -> bool:
-        """Note what a guest loses; tell whether a plan for such sizes pays."""
+        """Note a guest's loss; tell whether a plan for such sizes pays."""
         lost = self.lost_seconds.get((host, share), 0.0) + seconds
         self.lost_seconds[host, share] = 0.0 if (pays := lost > _FORESEEN_PAYS * self.plan_seconds) else lost
         return pays

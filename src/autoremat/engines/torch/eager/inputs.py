@@ -81,7 +81,7 @@ class Sizes:
         return Sizes(each, numbers, math.ceil(self.elements * factor**n_grown), self.gradients)
 
     def shrunk(self, since: Sizes, share: float) -> Sizes:
-        """Multiply the sizes that have grown since other sizes by less than 1."""
+        """Multiply the sizes that have grown since others by less than 1."""
         return replace(self.grown(since, share), elements=math.ceil(self.elements * share))
 
     @property

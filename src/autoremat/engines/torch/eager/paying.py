@@ -29,7 +29,7 @@ def lost_seconds(plan: Plan | None, script: Script | None, share: float) -> floa
 
 
 def shares_of_interest(plan: Plan | None) -> tuple[float, ...]:
-    """Find shares of the input's size for which plans of their own would do.
+    """Find shares of the input's size worth plans of their own.
 
     About at the first one nothing need be rerun any more; the second one is half-way. None where nothing is rerun.
     """

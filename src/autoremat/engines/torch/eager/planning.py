@@ -277,7 +277,7 @@ class Planning:
         return plan
 
     def foreseen(self, small: Prepared, large: Prepared, between: float, further: float) -> Prepared | None:
-        """Plan for ``further`` times the sizes, if two recordings tell how they grow."""
+        """Plan for ``further`` times the sizes, if two recordings tell their growth."""
         if small.program is None or large.program is None or small.path is None or large.path is None:
             return None
         change, number = (grown, grown_number) if further > 1 else (shrunk, shrunk_number)

@@ -104,7 +104,7 @@ class Rerunning:
         self._unseen.__exit__(None, None, None)
 
     def draw(self, generator: torch.Generator, state: bytearray) -> None:
-        """Put a generator into an earlier state, until the end of the block."""
+        """Put a generator into an earlier state until the block ends."""
         if generator not in self._drawn:
             if not self._drawn:
                 DRAWING.acquire()

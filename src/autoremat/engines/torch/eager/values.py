@@ -37,7 +37,10 @@ class Numbers(ValueMap):
         return None if storage is None else self._known.get(storage._cdata)
 
     def agrees(self, tensor: Tensor, number: int) -> bool:
-        """Number a tensor's value if it has no number; tell whether it has this one."""
+        """Tell whether a tensor's value has this number.
+
+        A value without a number gets it.
+        """
         storage = storage_of(local_of(tensor))
         if storage is None:
             return True

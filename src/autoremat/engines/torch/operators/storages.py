@@ -1,4 +1,6 @@
-"""Tells which operators copy all the memory behind a view, and not just what the view shows of it.
+"""Tells which operators copy all the memory behind a view.
+
+The others copy just what the view shows of it.
 
 ``aten.copy`` of a slice makes a tensor as large as what was sliced, and so do the ``*_scatter`` operators (torch 2.13).
 No schema says so, and neither do fake tensors. So each operator that is given a view is called once more, on a view
@@ -16,7 +18,7 @@ _FOUND: Final[dict[Any, bool]] = {}
 
 
 def without_beyond(call: CallSignature) -> CallSignature:
-    """Leave the memory beyond views out of a call, unless the operator copies it.
+    """Leave the memory beyond views out, unless the operator copies it.
 
     This may run the operator.
     """
@@ -30,7 +32,7 @@ def without_beyond(call: CallSignature) -> CallSignature:
 
 
 def _grows(call: CallSignature) -> bool:
-    """Tell whether a call makes more where there is more behind its arguments."""
+    """Tell whether a call makes more with more behind its arguments."""
     try:
         return made_when_run(_with_beyond(call, 1)) != made_when_run(_with_beyond(call, 0))
     except Exception:  # noqa: BLE001 - random numbers do not suit every operator: nothing will be measured, then

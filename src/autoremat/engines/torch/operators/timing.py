@@ -416,7 +416,9 @@ def _made_bytes(out: Any, args: Any, kwargs: Any) -> tuple[int, ...]:
 
 
 def made_when_run(signature: CallSignature) -> tuple[int, ...]:
-    """Run a call once on random numbers, and list the bytes of every storage that it makes.
+    """Run a call once on random numbers; list its new bytes.
+
+    They are those of every storage that it makes.
 
     Raises:
         Exception: random numbers do not suit the operator.

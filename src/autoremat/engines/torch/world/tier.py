@@ -131,7 +131,7 @@ class Worker:
                 self._thread.start()
 
     def is_alive(self) -> bool:
-        """Whether the thread runs."""
+        """Tell whether the thread runs."""
         thread = self._thread
         return thread is not None and thread.is_alive()
 
