@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -52,6 +53,16 @@ def pytest_report_header(config: pytest.Config) -> str:
     if not is_thorough():
         return "examples: the same ones every time"
     return f"examples: random ones; to have them again: make test-all SEED={seed()}"
+
+
+@pytest.fixture(autouse=True, scope="module")
+def what_is_old_is_not_looked_through() -> None:
+    """Keep the garbage collector from all that was there before the module.
+
+    It is called before every step whose memory is measured; with several frameworks loaded it took most of the time.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -36,6 +36,12 @@ def step_with(use: Use, net: Net) -> Callable[[Tensor], Tensor]:
     return step
 
 
+@pytest.fixture(autouse=True, scope="module")
+def everybody_may_hold_something(what_is_old_is_not_looked_through: None) -> None:
+    """Show the garbage collector all objects again: whoever holds a fake tensor is found through it."""
+    gc.unfreeze()
+
+
 @pytest.fixture
 def forked() -> None:
     """Only where a child can be made."""

@@ -36,9 +36,10 @@ class Living:
 
         Each holder is named once.
         """
-        if not any(ref() is not None for ref in self._made):
-            return []
-        gc.collect()  # graphs have cycles
+        for generation in range(3):  # graphs have cycles; they are young, and old objects take long to look through
+            if not any(ref() is not None for ref in self._made):
+                return []
+            gc.collect(generation)
         left = [t for ref in self._made if (t := ref()) is not None]
         found: dict[str, None] = {}
         for tensor in left:
