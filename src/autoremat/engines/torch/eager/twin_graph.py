@@ -114,7 +114,7 @@ class TwinGraph:
         if self.met is not None and is_custom:
             mark = partial(self._mark, self.met(node), type(node).__name__)
         self._packs.packs = []
-        with torch.enable_grad(), without_duals(), self._packs.hooks():
+        with torch.enable_grad(), without_duals(), self._packs.hooks(), self._packs.outside_of_regions():
             made = _StandIn.apply(
                 self._world.mode, mark, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs]
             )

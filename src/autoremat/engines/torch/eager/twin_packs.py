@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +66,18 @@ class TwinPacks:
     def hooks(self) -> AbstractContextManager[Any]:
         """Open a block in which what autograd saves is packed here."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
+
+    @contextmanager
+    def outside_of_regions(self) -> Iterator[None]:
+        """Open a block in which what is saved belongs to no region.
+
+        What a custom function before the region has saved gets its twins when the region first reads its result.
+        """
+        region, self.region = self.region, None
+        try:
+            yield
+        finally:
+            self.region = region
 
     def _pack(self, tensor: Tensor) -> Any:
         if self.region is not None:

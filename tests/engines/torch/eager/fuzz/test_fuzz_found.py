@@ -289,3 +289,11 @@ def test_nobody_makes_the_node_of_an_overwritten_view_before_the_call_that_reads
     write = Do(op, 0, view, 1)
     for body in ((write,), (In("no_grad", (write,)), Do("silu", 0, 4, 2)), (write, Do("cast", 1, 4, 0, 2))):
         assert examine(Script(body, steps=(Step(),), way=way)).wrong == []
+
+
+@pytest.mark.parametrize("mode", ["nothing", "moved"])
+def test_what_a_function_has_saved_is_no_part_of_the_checkpoint_by_hand_that_reads_its_result(mode: str) -> None:
+    """Its twin gets its history when the checkpointed part reads it first: the step could not be recorded."""
+    branch = If(3, (Do("zero_", 0, 0, 1, 2),), otherwise=(Do("tied", 3, 3, 1, 4), Do("clamp_", 1, 1, 4, 5)))
+    body = (Do("scale_function", 3, 3, 2, 3), Do("checkpoint", 0, 4, 4, 6), branch)
+    assert examine(Script(body, steps=(Step(),) * 2, way=Way(mode))).wrong == []
