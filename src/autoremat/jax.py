@@ -279,7 +279,7 @@ def fit(
         donate_argnums: as for ``jax.jit``; the state that the step replaces is there twice otherwise.
         static_argnums: as for ``jax.jit``.
         compiler_options: further ones, as for ``jax.jit``. Those that keep barriers are added where they are needed.
-        most_tries: how many further steps are compiled before it gives up.
+        most_tries: how many further steps are compiled before only the smallest plan is left.
 
     Returns:
         ``fitted(*args)`` runs the step; ``fitted.memory`` is XLA's account, ``fitted.plans`` what was planned, and

@@ -136,6 +136,8 @@ def cell(p: dict[str, jax.Array], h: jax.Array, x: jax.Array) -> jax.Array:
     return h * 0.9 + jnp.tanh(h @ p["w"] + x @ p["u"] + p["b"]) * 0.1
 
 
-def recurrence(p: dict[str, jax.Array], xs: jax.Array, cell: Callable[..., jax.Array] = cell) -> jax.Array:
-    h, _ = lax.scan(lambda h, x: (cell(p, h, x), None), jnp.zeros(xs.shape[1:], xs.dtype), xs)
+def recurrence(
+    p: dict[str, jax.Array], xs: jax.Array, cell: Callable[..., jax.Array] = cell, unroll: int | bool = 1
+) -> jax.Array:
+    h, _ = lax.scan(lambda h, x: (cell(p, h, x), None), jnp.zeros(xs.shape[1:], xs.dtype), xs, unroll=unroll)
     return (h**2).mean()

@@ -234,6 +234,18 @@ assert sys.modules["torch"] is None
     assert done.returncode == 0, done.stderr
 
 
+def processor_seconds(imported: str) -> float:
+    """What a new process takes for imports, of three the quickest."""
+    code = f"import time; began = time.process_time(); import {imported}; print(time.process_time() - began)"
+    runs = [subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True) for _ in range(3)]
+    return min(float(run.stdout) for run in runs)
+
+
+@pytest.mark.slow
+def test_its_import_adds_little_to_that_of_jax() -> None:
+    assert processor_seconds("jax, autoremat.jax") - processor_seconds("jax") < 1.5
+
+
 def test_jax_is_not_imported_by_the_package() -> None:
     code = "import sys; import autoremat; assert 'jax' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ jax = pytest.importorskip("jax")
 import jax.numpy as jnp  # noqa: E402 - jax is optional
 
 import autoremat.jax as aj  # noqa: E402
+from autoremat.engines.jax import fitting  # noqa: E402
+from autoremat.engines.jax.compiler import Memory  # noqa: E402
 from autoremat.engines.jax.fitting import Fitted  # noqa: E402
 from tests.engines.jax.models import (  # noqa: E402
     MIB,
@@ -127,6 +130,33 @@ def test_refusals() -> None:
         aj.fit(step_of(network), *args, budget="1GiB")
     with pytest.raises(ValueError, match="needs a budget in bytes"):
         aj.fit(step_of(network), *args, budget="50%")
+
+
+class Stubborn:
+    """Compiles to what is planned, of 1000 bytes; but to 500 wherever between 440 and 500 are planned."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def build(self, share: float) -> tuple[Any, Any]:
+        planned = int(1000 * share)
+        plan = SimpleNamespace(
+            plain_peak_bytes=1000,
+            peak_bytes=planned,
+            overhead=1 - share,
+            program=SimpleNamespace(fixed_bytes=0, seconds=1),
+        )
+        return 500 if 440 <= planned <= 500 else planned, SimpleNamespace(plans=[plan], is_at_the_floor=not planned)
+
+
+def test_steps_grow_where_the_compiler_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else all tries end above the budget, and only the smallest plan of all is left."""
+    monkeypatch.setattr(fitting, "_Builder", Stubborn)
+    monkeypatch.setattr(fitting, "memory", lambda total: Memory(0, 0, total, 0))
+    monkeypatch.setattr(fitting, "flops", lambda _: 1.0)
+    fitted = fitting.fitted(print, (), 490, {}, {}, most_tries=4)
+    assert 0.4 < fitted.chosen.share < 0.44
+    assert len(fitted.tries) <= 5
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -35,7 +36,9 @@ pytestmark = pytest.mark.filterwarnings(QUIET)
 WIDTH = 8
 
 
-def everything(length: int, *, reverse: bool = False, nested: bool = False) -> tuple[Callable[..., Any], Any, Any]:
+def everything(
+    length: int, *, reverse: bool = False, nested: bool = False, unroll: int | bool = 1
+) -> tuple[Callable[..., Any], Any, Any]:
     """A scan with carries of all kinds, random keys, results, and another scan inside."""
     keys = jax.random.split(jax.random.key(0), length)
     w = jax.random.normal(jax.random.key(1), (WIDTH, WIDTH)) * 0.3
@@ -52,7 +55,7 @@ def everything(length: int, *, reverse: bool = False, nested: bool = False) -> t
 
     def fn(w: Any, xs: Any) -> Any:
         first = jnp.zeros((4, WIDTH)), 0, jnp.ones((4, WIDTH)), 0.0
-        (h, _, _, total), ys = lax.scan(lambda c, x: body(w, c, x), first, (xs, keys), reverse=reverse)
+        (h, _, _, total), ys = lax.scan(lambda c, x: body(w, c, x), first, (xs, keys), reverse=reverse, unroll=unroll)
         return (h**2).mean() + 0.1 * total + (ys * jnp.arange(length)[:, None]).sum()
 
     return fn, w, xs
@@ -61,6 +64,7 @@ def everything(length: int, *, reverse: bool = False, nested: bool = False) -> t
 CASES = [
     (7, (), {}), (7, (3,), {}), (12, (4,), {}), (12, (6, 2), {}), (13, (6, 3), {"reverse": True}),
     (7, (2,), {"reverse": True}), (5, (2,), {"nested": True}),
+    (7, (), {"unroll": 3}), (7, (2,), {"unroll": True, "reverse": True}),
 ]  # fmt: skip
 
 
@@ -155,6 +159,40 @@ def test_a_scan_of_one_iteration_and_of_none() -> None:
         )[0]  # fmt: skip
 
     assert jax.grad(checkpoint(fn, budget=1.0))(0.5) == jax.grad(fn)(0.5)
+
+
+# ---- unrolled --------------------------------------------------------------------------------------------------------
+
+
+def unrolled(jaxpr: Any) -> Iterator[int]:
+    """How many iterations each loop writes out in a row, loops inside included."""
+    for eqn in jaxpr.eqns:
+        if "unroll" in eqn.params:
+            yield eqn.params["unroll"]
+        for one in eqn.params.values():
+            if hasattr(one, "eqns") or hasattr(one, "jaxpr"):
+                yield from unrolled(getattr(one, "jaxpr", one))
+
+
+def test_where_nothing_runs_again_loops_are_unrolled_as_the_user_says() -> None:
+    args = recurrence_parameters(4), jnp.ones((30, 2, 4))
+    fn = functools.partial(recurrence, unroll=5)
+    forward, backward = unrolled(jax.make_jaxpr(jax.grad(checkpoint(fn, budget=1.0)))(*args).jaxpr)
+    assert forward == backward == 5
+
+
+@pytest.mark.slow
+def test_within_a_budget_what_is_unrolled_takes_no_more() -> None:
+    """Iterations side by side hold what the plan counts once: where something runs again there are none."""
+    args = recurrence_parameters(32), jax.random.normal(jax.random.key(1), (256, 32, 32))
+    fn = functools.partial(recurrence, unroll=7)
+    expected, plain = temporaries(fn, args, None)
+    tight = within(fn, args, 0.28)
+    found, mib = temporaries(tight, args, None)
+    assert plain > 3
+    assert mib <= 0.27
+    assert set(unrolled(jax.make_jaxpr(jax.grad(tight))(*args).jaxpr)) == {1}
+    assert error(found, expected) <= 2e-6
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ _LEAST_STEP: Final = 0.01
 """Of what checkpointed functions take in plain training: by less a further try is not tightened."""
 _OVERSHOOT: Final = 1.1
 """How much more is taken away than is missing, because XLA does not follow to the byte."""
+_GROWTH: Final = 2.0
+"""How much larger a further step is than the one before, which was too small: XLA may not follow at all for a while."""
 _LOOSE: Final = 0.9
 """A step that takes less than this share of the budget is tried once more with more room."""
 
@@ -210,8 +212,10 @@ class _Search:
         if self.best is not None:  # the one with more room did not fit
             return None
         planned = sum(p.peak_bytes - p.program.fixed_bytes for p in last.plans) / (self._movable_bytes or 1)
-        step = over if len(self.tries) == 1 else max(_OVERSHOOT * over, _LEAST_STEP)
-        return max(0.0, min(last.share, planned) - step)
+        if len(self.tries) == 1:
+            return max(0.0, min(last.share, planned) - over)
+        before = 0.0 if len(self.tries) == 2 else self.tries[-2].share - last.share
+        return max(0.0, min(last.share, planned) - max(_OVERSHOOT * over, _GROWTH * before, _LEAST_STEP))
 
 
 def _infeasible(tries: Sequence[Try], budget_bytes: int) -> InfeasibleBudget:

@@ -114,7 +114,7 @@ class Loop:
             out = list(self.body(*consts, *c, *x))
             return out[: self.shape.n_carry], out[self.shape.n_carry :]
 
-        return lax.scan(once, list(carry), list(xs), length=length, reverse=self.shape.is_reversed)
+        return self._iterated(once, list(carry), list(xs), length, reverse=self.shape.is_reversed)
 
     def _forward_of_all(
         self, consts: Arrays, carry: Arrays, xs: Arrays, length: int
@@ -123,7 +123,7 @@ class Loop:
             outs, _, kept = self.choice.body.forward([*consts, *c, *x])
             return outs[: self.shape.n_carry], (outs[self.shape.n_carry :], kept, _some(c, self._carried))
 
-        last, (ys, kept, carried) = lax.scan(once, list(carry), list(xs), length=length, reverse=self.shape.is_reversed)
+        last, (ys, kept, carried) = self._iterated(once, list(carry), list(xs), length, reverse=self.shape.is_reversed)
         return last, ys, (kept, carried)
 
     # ---- backward ---------------------------------------------------------------------------------------------------
@@ -194,8 +194,8 @@ class Loop:
             of_consts, of_carry, of_x = ([next(found) for w in wanted if w] for wanted in self._wanted)
             return (of_carry, [s + g for s, g in zip(sums, of_consts, strict=True)]), of_x
 
-        return lax.scan(
-            once, state, (list(xs), *stacked, list(of_ys)), length=length, reverse=not self.shape.is_reversed
+        return self._iterated(
+            once, state, (list(xs), *stacked, list(of_ys)), length, reverse=not self.shape.is_reversed
         )
 
     def _cotangents(self, of_carry: Arrays, of_y: Arrays) -> list[Any]:
@@ -210,6 +210,14 @@ class Loop:
                 aval = recorded.graph.avals[out] if isinstance(out, int) else jax.typeof(out.value)
                 given.append(next(known) if wanted else jnp.zeros(aval.shape, aval.dtype))
         return [*given, *of_y]
+
+    def _iterated(self, once: Callable[..., Any], state: Any, given: Any, length: int, *, reverse: bool) -> Any:
+        """Run the loop over iterations.
+
+        Unrolled as the user's is where nothing runs again: else iterations side by side would take more than planned.
+        """
+        unroll = 1 if self.choice.extra_seconds else min(self.shape.unroll, length)
+        return lax.scan(once, state, given, length=length, reverse=reverse, unroll=unroll)
 
     # ---- parts ------------------------------------------------------------------------------------------------------
 

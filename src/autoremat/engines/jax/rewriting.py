@@ -19,7 +19,7 @@ ScanRule = Callable[[Any, Sequence[Any]], Sequence[Any]]
 def shape_of(eqn: Any) -> Shape:
     """The form of a scan's equation."""
     p = eqn.params
-    return Shape(p["length"], p["num_consts"], p["num_carry"], p["reverse"])
+    return Shape(p["length"], p["num_consts"], p["num_carry"], p["reverse"], p["unroll"])
 
 
 def is_planned_scan(eqn: Any) -> bool:

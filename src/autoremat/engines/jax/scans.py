@@ -38,12 +38,14 @@ class Shape:
         n_consts: how many inputs of the body are the same for all iterations.
         n_carry: how many go from one to the next.
         is_reversed: whether the last one comes first.
+        unroll: how many iterations are written out in a row, as the user asked.
     """
 
     length: int
     n_consts: int
     n_carry: int
     is_reversed: bool
+    unroll: int
 
 
 @dataclass(frozen=True, eq=False)
