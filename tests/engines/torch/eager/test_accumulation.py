@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import pytest
@@ -26,9 +26,11 @@ EVERYDAY = "pre-activation ResNet"
 WIDTH, ROWS = 24, 64
 
 
-def by_case(*everyday: str) -> pytest.MarkDecorator:
-    marked = [pytest.param(c, id=str(c), marks=() if str(c) in everyday else pytest.mark.slow) for c in CASES]
-    return pytest.mark.parametrize("case", marked)
+def by_case(*everyday: str, guards: Collection[str] = ()) -> pytest.MarkDecorator:
+    def marks(name: str) -> list[pytest.MarkDecorator]:
+        return ([] if name in everyday else [pytest.mark.slow]) + [pytest.mark.guard] * (name in guards)
+
+    return pytest.mark.parametrize("case", [pytest.param(c, id=str(c), marks=marks(str(c))) for c in CASES])
 
 
 def measured(step: Step, model: nn.Module, *inputs: Tensor) -> int:
@@ -93,9 +95,7 @@ def test_plain_steps_that_find_gradients_take_what_was_said(case: Case) -> None:
     assert [measured(step, model, *inputs) for _ in range(3)] == [first, later, later]
 
 
-@pytest.mark.slow
-@pytest.mark.guard
-@by_case(EVERYDAY)
+@by_case(guards=[str(c) for c in CASES if str(c) != "unrolled LSTM"])  # which takes three minutes
 def test_the_floor_of_accumulation_is_a_budget_for_all_of_it(case: Case, records: Counted) -> None:
     torch.manual_seed(0)
     plain, inputs = case.model(), case.inputs()

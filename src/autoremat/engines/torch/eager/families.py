@@ -31,7 +31,7 @@ _FORESEEN_PAYS: Final = 0.25
 Such a plan is soon made, and estimates of what is lost are low: small operators take longer than measured.
 """
 _LEAST_SECONDS: Final = 0.05
-"""What a plan takes at least."""
+"""What a plan takes at least, with or without a recording."""
 _RUNGS: Final = 6
 """Plans for inputs of one form."""
 _ALIKE: Final = 2
@@ -226,7 +226,7 @@ class Family:
         share = sizes.share_of(host.sizes)
         rung, lost = (host.sizes, int(-math.log2(share))), lost_seconds(host.plan, host.script, share)
         total = self._lost_seconds[rung] = self._lost_seconds.get(rung, 0.0) + lost
-        if len(self._kinds) >= _RUNGS or total <= _PAYS * host.prepared.cost_seconds:
+        if len(self._kinds) >= _RUNGS or total <= _PAYS * max(_LEAST_SECONDS, host.prepared.cost_seconds):
             return False
         self._lost_seconds[rung] = 0.0
         return True
