@@ -45,6 +45,8 @@ def state(model: Net) -> list[Any]:
     ]
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_all_is_the_same_and_afterwards_as_before() -> None:
     torch.manual_seed(0)
     model, x = Net(), torch.randn(64, WIDTH)
@@ -160,6 +162,8 @@ def test_several_outputs_of_several_dtypes() -> None:
     assert autoremat.check(step, torch.randn(256, WIDTH, requires_grad=True), budget=0.95).is_exact
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_command_line() -> None:
     from click.testing import CliRunner
 

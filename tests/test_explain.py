@@ -144,6 +144,8 @@ def test_lines_of_the_loss_are_those_of_the_caller() -> None:
     assert "test_explain.py:" in sources["aten._log_softmax_backward_data.default"]
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_budget_explains_its_plan() -> None:
     fn, tokens = gpt_step()
     e = autoremat.explain(fn, tokens, budget="70%", recompute="blocks.0.mlp.*")

@@ -27,6 +27,8 @@ def step(tmp_path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_file_is_planned_judged_and_explained(step: str) -> None:
     code = (
         "import autoremat; from autoremat.show.explanation import explanation_of; "
@@ -47,6 +49,8 @@ def test_what_needs_an_engine_says_what_to_install(name: str) -> None:
     )
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize(
     "command",
     [

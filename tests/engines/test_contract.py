@@ -45,6 +45,8 @@ def test_its_programs_have_its_abilities_and_names_that_tell_values_apart(name: 
     assert {op.phase for op in program.ops} >= {"forward", "backward"}
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("share", SHARES)
 def test_a_plan_gives_the_numbers_of_the_plain_step_within_its_budget(name: str, case: Case, share: float) -> None:
     engine = engine_of(name)
@@ -71,6 +73,8 @@ def test_a_plan_of_another_step_is_refused_in_words(name: str, case: Case) -> No
         engine.carry_out(case.other, plan)()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_it_imports_its_own_framework_alone(name: str) -> None:
     others = sorted({f for n, f in FRAMEWORKS.items() if n != name} - {FRAMEWORKS.get(name)})
     code = (

@@ -153,6 +153,8 @@ def test_wishes_speak_of_the_ops_of_the_program(wish: str):
             solve(program, 1.0, wishes=Wishes(recompute="cast"), solver="keep-everything")
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_frontier_of_calls():
     front = frontier(layers(3), points=4)
     assert [p.overhead for p in front.points] == sorted((p.overhead for p in front.points), reverse=True)
@@ -241,6 +243,8 @@ def test_more_budget_never_costs_more(program: Program, shares: list[float]):
     assert solve(program, more).overhead <= solve(program, less).overhead + 1e-12
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @examples(40, everyday=6)
 @given(program=call_steps(4), share=SHARES)
 def test_no_schedule_of_calls_is_below_the_bound_nor_cheaper_than_brute_force(program: Program, share: float):
@@ -263,6 +267,8 @@ def test_what_exact_claims_is_so(program: Program, share: float):
         assert plan.overhead * program.seconds == pytest.approx(best)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @examples(25)
 @given(program=steps(), share=SHARES, solver=st.sampled_from([s for s in SOLVERS if s not in ("auto", "exact")]))
 def test_a_solver_reaches_the_floor_that_it_names(program: Program, share: float, solver: str):

@@ -63,6 +63,8 @@ def test_no_steps_or_no_slots_are_refused(n: int, s: int):
         revolve_forwards(n, s)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_auto_equals_the_closed_form_on_uniform_chains():
     for n in range(1, 65):
         program = uniform_steps(n)

@@ -42,6 +42,8 @@ def test_of_a_training_graph_too() -> None:
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_other_budgets_asked_for_before_change_nothing() -> None:
     program = layered_graph(60, 5)
     solve(program, 0.8, time_limit_seconds=1e9, effort=EFFORT)

@@ -30,6 +30,8 @@ def budget_at(program: Program, share: float) -> int:
     return max(1, floor + int(share * (plain - floor)))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @examples(12, everyday=6)
 @given(program=steps(), share=SHARES)
 def test_a_plan_can_be_carried_out_within_its_budget(program: Program, share: float):
@@ -69,6 +71,8 @@ def test_every_solver_is_lawful_at_every_budget_it_reaches(solver: str, program:
     assert plan.lower_bound <= plan.overhead + 1e-12
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @examples(15, everyday=6)
 @given(program=steps(), share=SHARES, solver=st.sampled_from(SOLVERS))
 def test_the_same_plan_for_the_same_input(program: Program, share: float, solver: str):
@@ -84,6 +88,8 @@ def _outcome(program: Program, budget: int, solver: str) -> object:
         return error.floor_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @examples(12, everyday=6)
 @given(program=steps(), shares=st.tuples(SHARES, SHARES).map(sorted))
 def test_more_budget_never_costs_more(program: Program, shares: list[float]):

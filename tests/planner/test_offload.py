@@ -47,6 +47,8 @@ def solved(program: Program, budget: int, link: Link | None = None) -> Plan | No
         return None
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @examples(12, everyday=4)
 @given(program=st.one_of(steps(), call_steps()), link=links(), share=st.floats(0, 1))
 def test_both_choices_together_are_never_worse_than_one(program: Program, link: Link, share: float) -> None:
@@ -89,6 +91,8 @@ def test_a_value_moves_only_where_the_budget_is_not_kept_without() -> None:
         assert simulate(plan.program, replace(plan.schedule, offloads=fewer)).peak_bytes > plan.budget_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_fast_link_hides_what_recomputation_would_cost() -> None:
     program = gpt(4)
     bytes_a_second = 40 * sum(v.nbytes for v in program.values) / program.seconds

@@ -118,6 +118,8 @@ def test_what_annealing_finds_is_within_the_budget_and_the_same_every_time() -> 
     assert timeline.extra_seconds == pytest.approx(first.extra_seconds)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_annealing_finds_the_cheapest_schedules_of_small_graphs() -> None:
     """Of four in five budgets, from four starts; Dijkstra's algorithm over all schedules is the judge."""
     best = looked_at = 0

@@ -51,6 +51,8 @@ def test_plans_obey_and_can_be_carried_out(data: st.DataObject, program: Program
     assert not kept_anyway(plan.schedule, passing, tables_of(program).until)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @examples(20)
 @given(data=st.data(), program=st.one_of(recorded_steps(2, 4), literature_steps(2, 4)), share=st.floats(0, 1))
 def test_no_schedule_without_what_must_be_kept_is_below_the_bound(data: st.DataObject, program: Program, share: float):

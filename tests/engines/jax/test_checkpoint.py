@@ -42,6 +42,8 @@ pytestmark = pytest.mark.filterwarnings(QUIET)
 # ---- refusals --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_forward_mode_is_refused_by_name() -> None:
     ws, x = weights(2, "float32"), batch("float32")
     with pytest.raises(TypeError, match=r"layers is checkpointed, and JAX differentiates it in forward mode"):
@@ -178,6 +180,8 @@ def small_gpt() -> tuple[dict[str, Any], dict[str, Any]]:
     return gpt_parameters(2, 32, 64, 16), tokens(2, 16, 64)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_plan_needs_shapes_alone_and_has_the_users_names() -> None:
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), small_gpt())
     plan = aj.plan(gpt, *shapes, budget=0.8, time_limit_seconds=BRIEF)

@@ -59,6 +59,8 @@ def agrees(fitted: Fitted, step: Callable[..., Any], args: Any) -> bool:
     return error(fitted(*jax.tree.map(jnp.copy, args)), jax.jit(step)(*args)) <= 2e-6
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("share", [0.9, 0.75, 0.65])
 def test_a_step_ends_within_its_budget(share: float) -> None:
     args = inputs()
@@ -88,6 +90,8 @@ def test_a_budget_that_nothing_fits_names_the_smallest_total_that_was_measured()
     assert fitted.memory.total_bytes <= found.value.floor_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_several_checkpointed_functions_share_what_there_is() -> None:
     first, second = checkpoint(network), checkpoint(lambda ws, x: jnp.cos(network(ws, x)))
     plain_loss = lambda ws, x: network(ws, x) + jnp.cos(network(ws, 2 * x))  # noqa: E731
@@ -199,6 +203,8 @@ def test_a_train_step_of_a_scanned_gpt(budget: int) -> None:
     assert len(fitted.tries) <= 5
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_by_hand_every_block_is_the_same_function() -> None:
     """What the figures above stand beside."""
     args = gpt_parameters(1, 16, 32, 8), tokens(1, 8, 32)

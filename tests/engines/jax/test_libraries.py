@@ -102,6 +102,8 @@ def equinox() -> tuple[Loss, tuple[Any, ...], bool]:
     return lambda model, x: (jax.vmap(model)(x) ** 2).mean(), (model, X), False
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("library", [linen, nnx, haiku])
 def test_gradients_and_state_are_those_of_plain_training(library: Callable[[], Any]) -> None:
     loss, args, has_aux = library()
@@ -110,6 +112,8 @@ def test_gradients_and_state_are_those_of_plain_training(library: Callable[[], A
     assert error(found, expected) <= LIMIT
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_equinox_differentiates_its_modules() -> None:
     eqx = pytest.importorskip("equinox")
     loss, args, _ = equinox()
@@ -117,6 +121,8 @@ def test_equinox_differentiates_its_modules() -> None:
     assert error(found, expected) <= LIMIT
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_module_that_changes_itself_is_trained_as_users_of_nnx_do() -> None:
     """Statistics and random keys are in the user's own module after each step."""
     nnx, optax = pytest.importorskip("flax.nnx"), pytest.importorskip("optax")

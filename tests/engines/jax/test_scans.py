@@ -209,6 +209,8 @@ def within(fn: Callable[..., Any], args: Any, mib: float) -> Callable[..., Any]:
     return aj.checkpoint(fn, budget=fixed + int(mib * MIB))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_long_recurrence_takes_a_twentieth_by_the_default_options() -> None:
     args = recurrence_parameters(64), jax.random.normal(jax.random.key(1), (1024, 32, 64))
     expected, plain = temporaries(recurrence, args, None)

@@ -32,6 +32,8 @@ def inputs() -> tuple[Any, Any]:
     return [jax.random.normal(k, (64, 64)) for k in keys[:3]], jax.random.normal(keys[3], (512, 64))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_three_layers_are_planned_as_by_hand_and_as_for_torch(tmp_path: Path) -> None:
     """Keep A2, compute A1 again: one matrix product and one sigmoid."""
     pytest.importorskip("torch")
@@ -65,6 +67,8 @@ def test_three_layers_have_the_gradients_by_hand() -> None:
     assert error(found, [x.T @ dz1, a1.T @ dz2, a2.T @ dy]) <= 2e-6
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_network_learns_xor_within_its_budget(capsys: pytest.CaptureFixture[str]) -> None:
     from examples.xor_jax import main
 

@@ -53,6 +53,8 @@ def results_of(program: Program) -> dict[str, bytes]:
     return every_result(replace(program, link=None))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @examples(40, everyday=6)
 @given(program=steps(), seed=st.integers(0, 10**6))
 def test_random_offloads_give_the_same_over_every_link(program: Program, seed: int) -> None:

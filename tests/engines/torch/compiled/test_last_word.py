@@ -11,6 +11,8 @@ from autoremat.engines.torch.compiled.stored import PlannedGraph
 from tests.engines.torch.compiled.cases import MLP, Regression, built, clear, peak, plain, rows, same, train
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_measured_peak_is_that_of_the_plan() -> None:
     model, data = built(MLP)
     autoremat.checkpoint(model, budget=0.8, time_limit_seconds=1, measure=True)
@@ -49,6 +51,8 @@ def test_a_step_that_takes_more_is_planned_for_less(monkeypatch: pytest.MonkeyPa
     assert peak(model, call, data) <= second.peak_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_step_of_the_optimizer_is_in_the_account() -> None:
     torch.manual_seed(0)
     model = Regression()

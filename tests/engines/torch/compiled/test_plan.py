@@ -10,6 +10,8 @@ from autoremat import InfeasibleBudget, Plan, verify
 from tests.engines.torch.compiled.cases import GPT_DROPOUT, MLP, Broken, built, peak, rows
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_plan_that_the_step_follows() -> None:
     model, data = built(MLP)
     before, state = torch.get_rng_state(), {k: v.clone() for k, v in model.state_dict().items()}

@@ -167,6 +167,8 @@ def test_a_checkpointed_module_inside_a_larger_function(is_broken_around: bool) 
     assert stats.reruns > 0
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_several_graphs_are_compiled_without_a_plan() -> None:
     """With a warning that names the break, and the bits of plain training."""
     torch.manual_seed(0)

@@ -60,6 +60,8 @@ def test_a_second_process_plans_nothing(tmp_path: Path, backend: str) -> None:
     assert other[0] == first[0]
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_the_plan_of_an_earlier_training_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same graph, the same wishes: its plan is read, and what it leaves is the same; damaged, it is made anew."""
     monkeypatch.setenv("AUTOREMAT_CACHE", str(tmp_path))

@@ -83,6 +83,8 @@ def records(monkeypatch: pytest.MonkeyPatch) -> Counted:
 # ---- to the byte -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @by_case(EVERYDAY)
 def test_plain_steps_that_find_gradients_take_what_was_said(case: Case) -> None:
     torch.manual_seed(0)

@@ -72,6 +72,8 @@ def train(change: Callable[[Block], None], looked_into: list[str], budget: Any =
     return autoremat.stats(mine)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_where_everything_is_kept_nothing_is_looked_into(looked_into: list[str]) -> None:
     stats = train(lambda model: None, looked_into)
     assert stats.deviations == 0

@@ -35,6 +35,8 @@ def values_of(program: Program) -> list[Value]:
     return list(program.values)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("case", SMALL, ids=str)
 def test_the_program_is_that_of_a_training_step(case: Case) -> None:
     torch.manual_seed(0)
@@ -45,6 +47,8 @@ def test_the_program_is_that_of_a_training_step(case: Case) -> None:
     assert simulate(beforehand).peak_bytes == simulate(training).peak_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.parametrize("case", [c for c in SMALL if c.name == "U-Net"], ids=str)
 def test_the_floor_of_a_plan_is_a_budget_and_its_peak_is_the_measured_one(case: Case) -> None:
     torch.manual_seed(0)

@@ -48,6 +48,8 @@ def test_being_wary_costs_no_byte_on_the_path() -> None:
     assert max(peaks[True]) <= both.stats.plan.peak_bytes + 64  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_graph_off_its_path_is_gone_through_twice() -> None:
     torch.manual_seed(0)
     x, model = torch.randn(64, WIDTH), Rounds()

@@ -67,6 +67,8 @@ def train(
     return autoremat.stats(step), peaks
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_smaller_batches_go_by_the_plan_of_the_larger_one() -> None:
     model = gpt()
     budget = int(0.7 * plain_peak(model, text(64)))

@@ -120,6 +120,8 @@ def test_flags_that_are_others_at_every_step_are_named_and_not_recorded_for_ever
     assert run.stats.hits == hits + 2  # known kinds keep their plans
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_kind_that_comes_back_often_has_a_plan_in_the_end() -> None:
     x = torch.randn(ROWS, WIDTH)
     run = Run(budget_of(0.7, x, flags_of(63)), every=100)

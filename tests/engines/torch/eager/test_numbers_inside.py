@@ -27,6 +27,8 @@ class Packed(nn.Module):
         return self.out(h).square().mean()
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_packed_sequences_are_planned(recwarn: pytest.WarningsRecorder) -> None:
     torch.manual_seed(0)
     plain = Packed()

@@ -139,6 +139,8 @@ def test_the_peak_is_the_plans_to_the_byte_and_within_the_budget(tmp_path: Path)
     assert account(lambda: call(x).backward(), resident(model, x)).peak_bytes == made.peak_bytes <= made.budget_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.usefixtures("fast")
 def test_a_plan_from_a_file_names_its_tier(tmp_path: Path) -> None:
     model = network()

@@ -47,6 +47,8 @@ def step(model: Any, x: Tensor) -> list[Tensor]:
     return [loss.detach(), torch.get_rng_state(), *(p.grad.clone() for p in model.parameters())]
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_forward_that_runs_out_is_tried_again_under_a_tighter_plan() -> None:
     x, plain = torch.randn(256, WIDTH), Capped()
     model = autoremat.checkpoint(copy.deepcopy(plain), budget=0.9)

@@ -118,6 +118,8 @@ def test_another_process_finds_the_same_plan_as_this_one() -> None:
     assert found.overhead == wanted.found().overhead
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_what_does_not_fit_is_no_plan() -> None:
     assert Beside(Wanted(chain(), 10, 0.1)).plan() is None
     assert Here(Wanted(chain(), 10, 0.1)).plan() is None
@@ -219,6 +221,8 @@ def test_nothing_is_left_when_the_process_ends(tmp_path: Path) -> None:
 # ---- beside a training -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_a_better_plan_is_followed_once_it_is_there() -> None:
     plain = losses(model(), 7, inputs())
     with searching(Late):

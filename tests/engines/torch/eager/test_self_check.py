@@ -79,6 +79,8 @@ def scribble(tensor: Tensor) -> None:
         ctypes.memset(address, 0, 4 * WIDTH)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_memory_written_past_torch_is_kept() -> None:
     def between(k: int, h: Tensor) -> Tensor:
         h = (h + 1).sin()
@@ -130,6 +132,8 @@ def test_an_operator_that_gives_something_else_is_kept(monkeypatch: pytest.Monke
     assert all(plan.program.ops[i].name != HIDDEN for i in again)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.filterwarnings("ignore:autoremat")
 def test_where_there_was_no_room_to_compare_the_backward_stops(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = Blocks(lambda k, h: h.sin().cos())

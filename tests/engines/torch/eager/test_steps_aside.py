@@ -47,6 +47,8 @@ def deprecated() -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.usefixtures("deprecated")
 def test_scripted_parts_keep_their_parameters_and_train_as_plainly(way: str, request: pytest.FixtureRequest) -> None:
     if goes_on_alone(request, needed=way == "apart" and not can_run_apart()):  # a compiler's threads are there

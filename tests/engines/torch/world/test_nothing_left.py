@@ -114,6 +114,8 @@ def test_nothing_is_left_wherever_a_step_keeps_its_things(name: str, tmp_path: P
 # ---- in this process -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 @pytest.mark.usefixtures("here")
 @pytest.mark.parametrize(
     ("name", "says"),

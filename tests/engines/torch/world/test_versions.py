@@ -38,6 +38,8 @@ def test_a_tested_or_older_version_is_not(version: str) -> None:
         warn_if_untested(version)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_it_is_said_once_at_the_first_use() -> None:
     env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[4] / "src")}
     done = subprocess.run([sys.executable, "-c", NEWER], capture_output=True, text=True, check=True, env=env)

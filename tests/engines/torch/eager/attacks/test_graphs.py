@@ -164,6 +164,8 @@ def test_hessian_vector_product_and_third_derivative() -> None:
     check_step(step, lambda: net(3))
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_gradients_accumulate_over_forwards_in_any_order() -> None:
     def step(call: Any, x: Tensor) -> None:
         losses = [call(x * k).square().mean() for k in (1, 2, 3, 4)]

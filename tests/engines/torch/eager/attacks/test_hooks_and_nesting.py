@@ -28,6 +28,8 @@ from tests.engines.torch.eager.attacks.networks import (
 __all__ = ["quick"]  # a fixture
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_module_and_tensor_hooks() -> None:
     def build() -> World:
         model = net()

@@ -13,6 +13,8 @@ from tests.engines.torch.eager.attacks.networks import ROWS, WIDTH, check_body
 __all__ = ["quick"]  # a fixture
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_in_place_chain_on_one_tensor() -> None:
     check_body(lambda i, h: h.sin().add_(1).mul_(2).sub_(h).relu_())
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from tests.engines.torch.eager.attacks.networks import (
 __all__ = ["quick"]  # a fixture
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_no_grad_inference_and_eval() -> None:
     def step(call: Any, x: Tensor) -> Any:
         with torch.no_grad():

@@ -36,6 +36,8 @@ __all__ = ["quick"]  # a fixture
 # ---- threads and processes -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_backwards_of_several_threads_through_one_graph() -> None:
     def step(call: Any, x: Tensor) -> Any:
         weights = [layer.weight for layer in call.layers]

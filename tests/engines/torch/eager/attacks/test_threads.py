@@ -19,6 +19,8 @@ from tests.engines.torch.eager.attacks.networks import ROWS, WIDTH, data, net, t
 __all__ = ["quick"]  # a fixture
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_forwards_and_backwards_of_four_threads_at_once() -> None:
     def build() -> World:
         model = net()
@@ -38,6 +40,8 @@ def test_forwards_and_backwards_of_four_threads_at_once() -> None:
     exact(build)
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_evaluation_in_one_thread_while_another_plans() -> None:
     model, x = net(), data()
     with torch.no_grad():

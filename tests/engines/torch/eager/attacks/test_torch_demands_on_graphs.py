@@ -29,6 +29,8 @@ __all__ = ["quick"]  # a fixture
 # ---- arguments and results -------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_arguments_and_results_of_any_kind() -> None:
     def step(t: dict[str, Any], none: None, k: int, f: Callable[[Tensor], Tensor], *, scale: Any = None) -> Any:
         x, (y, z) = t["x"], t["rest"]

@@ -22,6 +22,8 @@ __all__ = ["quick"]  # a fixture
 # ---- saved tensors ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
+@pytest.mark.guard
 def test_custom_function_reads_its_tensors_twice() -> None:
     def body(i: int, h: Tensor) -> Tensor:
         x = h * h.sin()
