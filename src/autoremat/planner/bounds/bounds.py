@@ -205,10 +205,20 @@ def _best_price(moment: _Moment, weights: _Weights, budget_bytes: int, deadline:
             low = price
         else:
             high = price
-        price = (low * high) ** 0.5 if low and high else price * 8 if not high else price / 8
+        price = next_price(price, low, high)
         if low and high and high < low * 1.001:
             break
     return best, best_price
+
+
+def next_price(price: float, low: float, high: float) -> float:
+    """Choose the price to try next.
+
+    It lies between one that is too low and one that is too high, or far beyond where either is missing (0).
+    """
+    if low and high:
+        return float((low * high) ** 0.5)
+    return price / 8 if high else price * 8
 
 
 def _cut_at(moment: _Moment, weights: _Weights, budget_bytes: int, price: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from autoremat.planner.bounds.bounds import _Moment
+from autoremat.planner.bounds.bounds import _Moment, next_price
 from autoremat.planner.search.min_cut import Network, build
 from autoremat.program import Program, simulate
 from autoremat.program.repeats import Layout, Repeated, with_times
@@ -120,7 +120,7 @@ def _best(groups: list[_Group], free_bytes: int) -> float:
             low = price
         else:
             high = price
-        price = (low * high) ** 0.5 if low and high else price * 8 if not high else price / 8
+        price = next_price(price, low, high)
         if low and high and high < low * 1.0001:
             break
     return best

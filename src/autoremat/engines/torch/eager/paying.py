@@ -24,7 +24,7 @@ def lost_seconds(plan: Plan | None, script: Script | None, share: float) -> floa
     own = max(0.0, fixed + share * (plan.plain_peak_bytes - fixed) - plan.budget_bytes)
     seconds = plan.overhead * plan.program.seconds * share
     if script is not None:
-        seconds += _RERUN_SECONDS * sum(len(act.reruns) for act in script.acts)
+        seconds += _RERUN_SECONDS * script.n_reruns
     return seconds * max(0.0, 1 - own / above)
 
 

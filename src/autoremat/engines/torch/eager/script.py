@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 from autoremat.engines.torch.eager.away import Move
@@ -152,6 +153,11 @@ class Script:
     composites: dict[int, Composite] = field(default_factory=dict)
     away: frozenset[int] = frozenset()
     sent_bytes: int = 0
+
+    @cached_property
+    def n_reruns(self) -> int:
+        """Count the reruns of a step."""
+        return sum(len(act.reruns) for act in self.acts)
 
 
 def elsewhere(script: Script, room_bytes: float, gradient_bytes: int) -> Script:
