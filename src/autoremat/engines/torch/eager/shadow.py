@@ -92,6 +92,7 @@ class Shadow:
         such a cast, the call that made the cast can hand it out at its end.
         """
         self.twins.settle()
+        self.packs.begin()  # else what the last call has saved would seem to be wanted to the end of the backward
         recorder = self.recorder
         known = self.twins.numbers()
         last = {op.call: i for i, op in enumerate(recorder.ops) if op.call >= 0}
