@@ -162,6 +162,9 @@ class Pool:
             floor = self._look_for_the_floor()[0]
             return Found("", None, self._schedule(program, floor), floor.peak_bytes, 0.0, ())
         begin = clock.worked()
+        self._search.frontier, self._search.leveled = [], []
+        greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.7 * limit)  # first: time may be over soon
+        early = self._search.leveled
         if budget_bytes < simulate(program).peak_bytes:
             progress("lower bound", 0.0)
             bound, moments = cut_bound(program, budget_bytes, deadline=begin + 0.2 * limit)
@@ -171,18 +174,17 @@ class Pool:
         def done() -> bool:
             return self._is_down_to(enough, budget_bytes)
 
-        annealed, steps = list[Entry](), 0
+        steps = 0
         if solver == "auto" and self._intervals:
             progress("annealing", 0.0)
             self._search.frontier, self._search.leveled = [], []
             far = (bound + _FAR) * program.seconds
             steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, far, begin + 0.7 * limit)
-            annealed = self._search.frontier
-        self.grow(begin + 0.6 * limit, progress, (lambda: True) if annealed and done() else done)
-        for entry in annealed:
+            early = [*early, *self._search.frontier]
+        self.grow(begin + 0.6 * limit, progress, (lambda: True) if steps and done() else done)
+        for entry in early:
             self._search.remember(entry)
         floor = self._look_for_the_floor()[0]
-        greedy_one = greedy(self._search, budget_bytes, deadline=begin + 0.7 * limit)
         if solver == "auto":
             progress("search", 0.7)
             share = 1.0 - _BOUND_SHARE if self._intervals else 0.9

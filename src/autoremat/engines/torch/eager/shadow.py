@@ -92,7 +92,6 @@ class Shadow:
         such a cast, the call that made the cast can hand it out at its end.
         """
         self.twins.settle()
-        self.packs.begin()  # else what the last call has saved would seem to be wanted to the end of the backward
         recorder = self.recorder
         known = self.twins.numbers()
         last = {op.call: i for i, op in enumerate(recorder.ops) if op.call >= 0}
@@ -231,7 +230,7 @@ class Shadow:
             recorder.log.append(op)
             for number, tensor in writes:
                 recorder.storages.born(number, tensor, op)
-            self.packs.packs = []
+            self.packs.begin()
             if not any(t.requires_grad for t in real):
                 return made
             behind = [(t, blank_of(t)) for t in inputs if t.requires_grad]

@@ -113,13 +113,14 @@ class TwinGraph:
         is_custom = isinstance(node, torch.autograd.function.BackwardCFunction) and type(node).__name__ != _COMPILED
         if self.met is not None and is_custom:
             mark = partial(self._mark, self.met(node), type(node).__name__)
-        self._packs.packs = []
+        self._packs.begin()
         with torch.enable_grad(), without_duals(), self._packs.hooks(), self._packs.outside_of_regions():
             made = _StandIn.apply(
                 self._world.mode, mark, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs]
             )
         for packed, (j, _) in zip(self._packs.packs, loose, strict=True):
             self._packs.match(packed, j)
+        self._packs.begin()
         return list(made)
 
     def hook(self, key: int, tensor: Tensor) -> bool:

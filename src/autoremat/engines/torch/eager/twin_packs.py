@@ -34,7 +34,7 @@ class TwinPacks:
         self.saved_after: dict[int, int] = {}
         """For every saved value, the op after which it was saved first."""
         self.packs: list[Any] = []
-        """What has been saved of twins since the last begin."""
+        """What the running call has saved of twins."""
         self._sizes: list[torch.Size] = []
         self._packed_once: set[int] = set()
         """Addresses of storages that the running call has saved."""
@@ -119,6 +119,7 @@ class TwinPacks:
             matched = zip(found, packs, strict=True)
         for packed, j in matched:
             self.match(packed, j)
+        self.begin()  # what is still in the list would seem to be wanted to the end of the backward
 
     def match(self, packed: Any, j: int) -> None:
         """Match one pack of a twin with a real pack."""
