@@ -11,6 +11,7 @@ import pytest
 from autoremat import Plan, solve, verify
 from autoremat.planner import clock
 from autoremat.planner.bounds.stages import Table
+from autoremat.planner.search.pool import Pool
 from benchmarks.layered import layered_graph
 from benchmarks.training_graphs import layered, training_graph
 
@@ -57,6 +58,19 @@ def test_a_plan_says_that_time_was_over() -> None:
     assert plan.stopped == "after 3 s, the limit of time"
     assert "stopped     after 3 s, the limit of time" in str(plan)
     assert Plan.from_json(plan.to_json()).stopped == plan.stopped
+
+
+def test_where_time_is_over_soon_the_plan_of_the_greedy_is_there() -> None:
+    """A pool of candidates for a large program may take longer than there is on a busy machine."""
+
+    def too_late(pool: Pool, *asked: object) -> None:
+        clock._METER.has_cut = True
+        pool._restart()
+
+    program = training_graph("layered", layered(30, 1))
+    with patch.object(Pool, "grow", too_late):
+        found = solve(program, 0.7, effort=EFFORT)
+    assert found.overhead <= solve(program, 0.7, solver="greedy").overhead
 
 
 def test_a_plan_far_from_the_bound_says_so() -> None:
