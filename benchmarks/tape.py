@@ -4,7 +4,8 @@ A chain of small products, sines and views, trained plainly; under a dispatch mo
 takes to show every operator to Python); under a function mode that does nothing (every call); following a plan that
 keeps everything; and following one for a smaller budget. Then a GPT of operators of some 10 us, beside
 ``torch.utils.checkpoint`` of every block, at the peak that has. Processor time, the least of many rounds, the variants
-taking turns.
+taking turns. The functions that a step calls, in Python and in C, are counted, too: that is the same however busy the
+machine is, so one version of autoremat can be compared with another.
 
 Run: ``PYTHONPATH=. python benchmarks/tape.py [--rounds N]``.
 """
@@ -12,7 +13,9 @@ Run: ``PYTHONPATH=. python benchmarks/tape.py [--rounds N]``.
 from __future__ import annotations
 
 import argparse
+import cProfile
 import gc
+import pstats
 import time
 from collections.abc import Callable
 from typing import Any
@@ -81,6 +84,20 @@ def seconds_of(forwards: dict[str, Callable[[], Tensor]], rounds: int) -> dict[s
     finally:
         gc.enable()
     return best
+
+
+def functions_called(forward: Callable[[], Tensor]) -> int:
+    """How many functions a step calls, forward and backward; those of the profiler's own end among them."""
+    forward().backward()
+    profile = cProfile.Profile()
+    gc.disable()
+    try:
+        with profile:
+            forward().backward()
+    finally:
+        gc.enable()
+    counts: dict[Any, tuple[int, int, float, float, Any]] = pstats.Stats(profile).stats  # type: ignore[attr-defined]
+    return sum(n for _, n, *_ in counts.values())
 
 
 class Gpt(nn.Module):
@@ -163,6 +180,9 @@ def of_gpt(width: int, tokens: int, batch: int, rounds: int) -> None:
     variants = {name: under(plan) for name, plan in plans.items()}
     seconds = seconds_of({"plain": lambda: model(x), "torch.utils.checkpoint": lambda: theirs(x), **variants}, rounds)
     table(f"GPT of width {width}, {tokens} tokens, batch {batch}", seconds, len(path.calls), "calls")
+    plain = functions_called(lambda: model(x))
+    for name, forward in variants.items():
+        print(f"  {name:37s} {functions_called(forward) - plain:7,d} more functions called than in a plain step")
 
 
 def main() -> None:
