@@ -72,6 +72,7 @@ def record_backward(
     cached, end = shadow.forward_ends(), len(recorder.ops)
     twins = [shadow.twin(t) for t in outputs]
     names = {id(shadow.twin(t)): n for n, t in named}
+    shadow.forget_graph(frozenset())  # what nobody's result leads to has died by now
     del result, outputs
     with ExitStack() as stack:
         stack.enter_context(generators_kept())
