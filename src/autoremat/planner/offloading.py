@@ -63,17 +63,22 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
     plain_peak = simulate(program).peak_bytes
     budget_bytes = parse_budget(budget, plain_peak)
     if budget_bytes >= plain_peak:
-        return replace(solve(program, budget_bytes, 1.0), program=linked)
+        plan = solve(program, budget_bytes, 1.0)
+        widest = solve(program, plain_peak, _LARGER_SHARE / _RUNGS).schedule
+        return replace(plan, program=linked, floor_bytes=min(plan.floor_bytes, _lowest(linked, widest)))
     refusal, base = None, None
     try:
         base = solve(program, budget_bytes, 1.0)
     except InfeasibleBudget as error:
         refusal = error
-    bases = _larger(program, budget_bytes, plain_peak, solve)
+    bases = _larger(program, refusal.floor_bytes if refusal else budget_bytes, plain_peak, solve)
+    if refusal:
+        bases.append(solve(program, refusal.floor_bytes, _LARGER_SHARE / _RUNGS))
     found = [] if base is None else [_Candidate(base.solver, base.schedule, simulate(linked, base.schedule))]
     floors = [base.floor_bytes if base else refusal.floor_bytes if refusal else plain_peak]
+    # What is promised here must be kept elsewhere: only what does not depend on this budget, or is below all others.
+    floors += [_lowest(linked, plan.schedule) for plan in (bases if refusal else bases[:1])]
     for plan in bases:
-        floors.append(_lowest(linked, plan.schedule))
         schedule = moved(linked, plan.schedule, budget_bytes)
         if schedule is not None:
             name = "offload" if not plan.overhead else f"{plan.solver} and offload"
