@@ -16,6 +16,7 @@ from typing import Final
 
 from autoremat.planner import clock
 from autoremat.planner.bounds.linked import linked_bound, linked_floor_bound
+from autoremat.planner.refusals import infeasible
 from autoremat.planner.search.moving import Moving, moved
 from autoremat.program import InfeasibleBudget, Link, Plan, Program, Schedule, Timeline, simulate
 from autoremat.program.units import parse_budget
@@ -65,7 +66,7 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
     if budget_bytes >= plain_peak:
         plan = solve(program, budget_bytes, 1.0)
         widest = solve(program, plain_peak, _LARGER_SHARE / _RUNGS).schedule
-        return replace(plan, program=linked, floor_bytes=min(plan.floor_bytes, _lowest(linked, widest)))
+        return replace(plan, program=linked, floor_bytes=min(plan.floor_bytes, _peak(linked, _lowest(linked, widest))))
     refusal, base = None, None
     try:
         base = solve(program, budget_bytes, 1.0)
@@ -75,9 +76,8 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
     if refusal:
         bases.append(solve(program, refusal.floor_bytes, _LARGER_SHARE / _RUNGS))
     found = [] if base is None else [_Candidate(base.solver, base.schedule, simulate(linked, base.schedule))]
-    floors = [base.floor_bytes if base else refusal.floor_bytes if refusal else plain_peak]
-    # What is promised here must be kept elsewhere: only what does not depend on this budget, or is below all others.
-    floors += [_lowest(linked, plan.schedule) for plan in (bases if refusal else bases[:1])]
+    # What is promised here must be kept elsewhere: where the budget is feasible, only what does not depend on it.
+    lowest = [_lowest(linked, plan.schedule) for plan in (bases if refusal else bases[:1])]
     for plan in bases:
         schedule = moved(linked, plan.schedule, budget_bytes)
         if schedule is not None:
@@ -86,10 +86,10 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
             if found[-1].timeline.overhead_seconds <= _HARDLY * program.seconds:
                 break
     if not found:
-        assert refusal is not None
-        raise _refused(refusal, budget_bytes, min(floors))
+        raise infeasible(linked, budget_bytes, min(lowest, key=lambda s: _peak(linked, s)), solver="auto")
     best = min(found, key=lambda c: c.rank)
-    return _plan(linked, best, found, base, budget_bytes, plain_peak, min(*floors, best.timeline.peak_bytes))
+    floor_bytes = min(base.floor_bytes if base else best.timeline.peak_bytes, *(_peak(linked, s) for s in lowest))
+    return _plan(linked, best, found, base, budget_bytes, plain_peak, min(floor_bytes, best.timeline.peak_bytes))
 
 
 def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) -> list[Plan]:
@@ -108,20 +108,14 @@ def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) 
     return found
 
 
-def _lowest(linked: Program, schedule: Schedule) -> int:
-    """Find the lowest peak that a schedule reaches by moving values.
-
-    It is the lowest that is known.
-    """
+def _lowest(linked: Program, schedule: Schedule) -> Schedule:
+    """Find the schedule with the lowest known peak that moving values out of this one leads to."""
     moving = Moving(linked, schedule)
-    least = moving.least_bytes
-    return least if moving.within(least, 1.0) is not None else moving.peak_bytes
+    return moving.within(moving.least_bytes, 1.0) or schedule
 
 
-def _refused(refusal: InfeasibleBudget, budget_bytes: int, floor_bytes: int) -> InfeasibleBudget:
-    known = {"peak_op": refusal.peak_op, "largest": refusal.largest, "arrived": refusal.arrived}
-    message = f"{refusal}; with values moved to the tier the smallest known peak is {floor_bytes:,} bytes"
-    return InfeasibleBudget(message, budget_bytes=budget_bytes, floor_bytes=floor_bytes, **known)  # type: ignore[arg-type]
+def _peak(linked: Program, schedule: Schedule) -> int:
+    return simulate(linked, schedule).peak_bytes
 
 
 def _plan(

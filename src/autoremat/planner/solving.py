@@ -142,7 +142,8 @@ def solve(
 
 
 def _offloaded(
-    program: Program, budget: int | float | str, link: Link, *, time_limit_seconds: float, effort: float, **asked: Any
+    program: Program, budget: int | float | str, link: Link, *, wishes: Wishes, time_limit_seconds: float,
+    effort: float, **asked: Any,
 ) -> Plan:  # fmt: skip
     """Find the plan where values may also move over a link."""
     from autoremat.planner.offloading import offloaded
@@ -155,9 +156,12 @@ def _offloaded(
 
     def alone(program: Program, budget_bytes: int, share: float) -> Plan:
         seconds = share * time_limit_seconds
-        return solve(program, budget_bytes, time_limit_seconds=seconds, effort=share * effort, **asked)
+        return solve(program, budget_bytes, wishes=wishes, time_limit_seconds=seconds, effort=share * effort, **asked)
 
-    return offloaded(program, budget, link, alone)
+    try:
+        return offloaded(program, budget, link, alone)
+    except InfeasibleBudget as error:
+        raise (wishes.explained(error) if wishes else error) from None
 
 
 def _solved(

@@ -126,7 +126,7 @@ class Steps:
             program = self._planner.assembled(step)
             kind.prepared.path = step.path()
             if kind.script is not None and kind.prepared.path == known:
-                self._follow(step.tape, kind.script)
+                self._follow(step.tape, self._planning.first_script(kind.prepared))
                 return
             adopted = None if kind.prepared.differing else self._planning.adopted(kind.prepared, program)
             there = step.gradients(program)
@@ -141,7 +141,7 @@ class Steps:
             if kind.prepared.parallel.units:  # the program has what fully_shard's hooks take already
                 step.tape.sections = None
             if kind.script is not None:
-                self._follow(step.tape, kind.script)
+                self._follow(step.tape, self._planning.first_script(kind.prepared))
                 kind.prepared.sections = step.tape.sections
         except NothingDifferentiable:
             kind.is_new = True
