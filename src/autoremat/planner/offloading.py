@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Final
 
 from autoremat.planner import clock
 from autoremat.planner.bounds.linked import linked_bound, linked_floor_bound
 from autoremat.planner.refusals import infeasible
+from autoremat.planner.search.lending import lent_schedules
 from autoremat.planner.search.moving import Moving, moved
 from autoremat.program import InfeasibleBudget, Link, Plan, Program, Schedule, Timeline, simulate
 from autoremat.program.units import parse_budget
@@ -46,7 +48,9 @@ class _Candidate:
         return self.timeline.overhead_seconds, self.timeline.sent_bytes
 
 
-def offloaded(program: Program, budget: int | float | str, link: Link, solve: Solve) -> Plan:
+def offloaded(
+    program: Program, budget: int | float | str, link: Link, solve: Solve, *, first: bool = False
+) -> Plan:  # fmt: skip
     """Find the fastest plan that recomputes values, or moves values.
 
     They move over a link; the plan is the one with the least extra time that is known.
@@ -56,6 +60,7 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
         budget: as for ``solve``.
         link: to the tier.
         solve: plans recomputation alone.
+        first: the first plan will do, without the dynamic programming for chains.
 
     Raises:
         InfeasibleBudget: nothing known fits.
@@ -85,6 +90,8 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
             found.append(_Candidate(name, schedule, simulate(linked, schedule)))
             if found[-1].timeline.overhead_seconds <= _HARDLY * program.seconds:
                 break
+    if not first and min((c.timeline.overhead_seconds for c in found), default=inf) > _HARDLY * program.seconds:
+        found += [_Candidate("rotor and offload", s, simulate(linked, s)) for s in lent_schedules(linked, budget_bytes)]
     if not found:
         raise infeasible(linked, budget_bytes, min(lowest, key=lambda s: _peak(linked, s)), solver="auto")
     best = min(found, key=lambda c: c.rank)

@@ -159,7 +159,7 @@ def _offloaded(
         return solve(program, budget_bytes, wishes=wishes, time_limit_seconds=seconds, effort=share * effort, **asked)
 
     try:
-        return offloaded(program, budget, link, alone)
+        return offloaded(program, budget, link, alone, first=bool(asked.get("first")) or asked.get("solver") != "auto")
     except InfeasibleBudget as error:
         raise (wishes.explained(error) if wishes else error) from None
 

@@ -262,6 +262,7 @@ def test_a_file_that_may_grow_no_further_leaves_values_in_memory(tmp_path: Path)
     assert same(step(model, call), plain())
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python only prints one in a __del__
 def test_ctrl_c_at_any_moment_leaves_the_next_step_exact(on_disk: OnDisk) -> None:
     model, call = on_disk.model, on_disk.call
     begin = time.perf_counter()
