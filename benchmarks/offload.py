@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import os
 import statistics
 import tempfile
 import time
@@ -35,6 +36,8 @@ from autoremat.program import InfeasibleBudget, Link, Plan, Program, simulate
 
 SHARES = (0.5, 0.35, 0.25)
 CHOICES = ("recompute", "offload", "both")
+os.environ["AUTOREMAT_CACHE"] = "off"
+"""Seconds of operators and of copies have to be those of one moment: remembered ones may be of a busier machine."""
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "offload.md"
 
 
@@ -104,9 +107,9 @@ def compare(network: Network, folder: str, shares: Sequence[float], rounds: int)
     clocks = time.perf_counter, lambda: time.thread_time() + waiting.seconds
     samples = by_clocks(steps, rounds, clocks) if rounds else {}
     yield (
-        f"The {network.name}: plain peak {peaks['plain'] / 1e6:.1f} MB; the link measured as "
-        f"{link.out_bytes_per_second / 1e9:.2f} GB/s out and {link.in_bytes_per_second / 1e9:.2f} GB/s in; "
-        f"medians of {rounds} rounds."
+        f"The {network.name}: plain peak {peaks['plain'] / 1e6:.1f} MB; operators alone {program.seconds:.2f} s, the "
+        f"plain step {_seconds(samples):.2f} s; the link measured as {link.out_bytes_per_second / 1e9:.2f} GB/s out and "
+        f"{link.in_bytes_per_second / 1e9:.2f} GB/s in; medians of {rounds} rounds."
     )
     yield ""
     yield "| | foretold | by the wall clock | processor and waiting | peak / budget | peak / plan | R | to the file |"
@@ -129,6 +132,10 @@ def _twin(plans: dict[str, Plan], variant: str, plan: Plan) -> str | None:
     """A variant ahead that has the same schedule."""
     ahead = list(plans)[: list(plans).index(variant)]
     return next((v for v in ahead if plans[v].schedule == plan.schedule), None)
+
+
+def _seconds(samples: dict[str, list[tuple[float, ...]]]) -> float:
+    return statistics.median(wall for wall, *_ in samples["plain"]) if samples else 0.0
 
 
 def _extra(samples: dict[str, list[tuple[float, ...]]], variant: str, clock: int) -> str:

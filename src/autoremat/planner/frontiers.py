@@ -45,7 +45,7 @@ class Frontier:
 
     @property
     def timelines(self) -> tuple[Timeline, ...]:
-        """Account for every point: what it moves, and how long it waits, too.
+        """Simulate every point.
 
         O(points * runs).
         """

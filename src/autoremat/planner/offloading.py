@@ -49,7 +49,7 @@ class _Candidate:
 
 
 def offloaded(
-    program: Program, budget: int | float | str, link: Link, solve: Solve, *, first: bool = False
+    program: Program, budget: int | float | str, link: Link, solve: Solve, *, wished: Program | None
 ) -> Plan:  # fmt: skip
     """Find the fastest plan that recomputes values, or moves values.
 
@@ -60,7 +60,8 @@ def offloaded(
         budget: as for ``solve``.
         link: to the tier.
         solve: plans recomputation alone.
-        first: the first plan will do, without the dynamic programming for chains.
+        wished: the program with what a user wants kept, for the dynamic programming for chains; None where the first
+            plan will do.
 
     Raises:
         InfeasibleBudget: nothing known fits.
@@ -90,8 +91,12 @@ def offloaded(
             found.append(_Candidate(name, schedule, simulate(linked, schedule)))
             if found[-1].timeline.overhead_seconds <= _HARDLY * program.seconds:
                 break
-    if not first and min((c.timeline.overhead_seconds for c in found), default=inf) > _HARDLY * program.seconds:
-        found += [_Candidate("rotor and offload", s, simulate(linked, s)) for s in lent_schedules(linked, budget_bytes)]
+    if (
+        wished is not None
+        and min((c.timeline.overhead_seconds for c in found), default=inf) > _HARDLY * program.seconds
+    ):
+        lent = lent_schedules(replace(wished, link=link), budget_bytes)
+        found += [_Candidate("rotor and offload", s, simulate(linked, s)) for s in lent]
     if not found:
         raise infeasible(linked, budget_bytes, min(lowest, key=lambda s: _peak(linked, s)), solver="auto")
     best = min(found, key=lambda c: c.rank)
@@ -116,7 +121,7 @@ def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) 
 
 
 def _lowest(linked: Program, schedule: Schedule) -> Schedule:
-    """Find the schedule with the lowest known peak that moving values out of this one leads to."""
+    """Move values out of a schedule, to the lowest known peak."""
     moving = Moving(linked, schedule)
     return moving.within(moving.least_bytes, 1.0) or schedule
 

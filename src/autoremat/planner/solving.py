@@ -56,6 +56,9 @@ _FAR: Final = 0.1
 
 _REPEATS: Final = 20_000
 """Ops from which on ``auto`` looks for repetitions first: what it finds then takes a fraction of the time."""
+_PATIENCE: Final = 3.0
+"""How many times its part of the time limit a plan for a larger budget has: its work is small, and seldom cut short."""
+
 _FIRST_SHARE: Final = 0.25
 """Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
 
@@ -155,11 +158,12 @@ def _offloaded(
         )
 
     def alone(program: Program, budget_bytes: int, share: float) -> Plan:
-        seconds = share * time_limit_seconds
+        seconds = min(1.0, _PATIENCE * share) * time_limit_seconds
         return solve(program, budget_bytes, wishes=wishes, time_limit_seconds=seconds, effort=share * effort, **asked)
 
+    is_thorough = asked.get("solver") == "auto" and not asked.get("first")
     try:
-        return offloaded(program, budget, link, alone, first=bool(asked.get("first")) or asked.get("solver") != "auto")
+        return offloaded(program, budget, link, alone, wished=wishes.applied_to(program) if is_thorough else None)
     except InfeasibleBudget as error:
         raise (wishes.explained(error) if wishes else error) from None
 
@@ -356,7 +360,10 @@ def _repeated_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan
 
 
 def without_link(program: Program) -> Program:
-    """Return the program as recomputation alone plans it, the same one every time."""
+    """Return the program as recomputation alone plans it.
+
+    It is the same object every time, so what is known of it is found again.
+    """
     return program if program.link is None else _without_link(program)
 
 

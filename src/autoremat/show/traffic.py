@@ -1,4 +1,7 @@
-"""What a schedule moves over its link: copy by copy, by the clock, and what is in the tier meanwhile."""
+"""What a schedule moves over its link, copy by copy.
+
+With the clock of the copies come the waits for them, and what is in the tier meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,10 @@ from autoremat.program.link import Clocks
 
 
 class Copy(NamedTuple):
-    """One value on its way, ``out`` to the tier or back ``in``."""
+    """Says when one value is on its way.
+
+    The way is ``out``, to the tier, or ``in``, back from there.
+    """
 
     value: int
     way: str

@@ -137,11 +137,13 @@ class Lending:
             row = t.moved(t.again[s, k - 1], beside) + behind
             row[: t.units(d.forward_bytes(s, k) + beside)] = np.inf
             rows.append(row)
-        return np.stack(rows) + np.float32(paid)
+        choices: Costs = np.stack(rows) + np.float32(paid)
+        return choices
 
     def _kept(self, k: int) -> Costs:
         return self._table.moved(self.first[k], self._table.demand.state[k])
 
     def _after(self, k: int) -> Costs:
         """From state k on, whether that stays or is lent."""
-        return np.minimum(self._kept(k), self.lent[k])
+        better: Costs = np.minimum(self._kept(k), self.lent[k])
+        return better

@@ -119,7 +119,7 @@ class Table:
         yield from self.sweeps_of(left)
 
     def sweeps_of(self, left: list[tuple[int, int, int]]) -> Iterator[Sweep]:
-        """List the sweeps for parts ``(s, t, slots)`` of the chain that are still to do."""
+        """List the sweeps for parts ``(s, t, slots)`` of the chain."""
         left = list(left)
         while left:
             s, t, m = left.pop()

@@ -154,7 +154,7 @@ def _fate(program: Program, v: int, kept: set[int], again: dict[int, int], moved
 
 
 def _tier(program: Program, schedule: Schedule) -> dict[str, Any] | None:
-    """Lay out what is in the tier at every run, and every copy.
+    """Lay out the bytes in the tier, and every copy.
 
     None where nothing moves.
     """

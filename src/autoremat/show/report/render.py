@@ -148,7 +148,7 @@ def _extra(plan: Plan) -> str:
 
 
 def _link(program: Program) -> list[tuple[str, str, str]]:
-    """Say how fast the link is taken to be, if there is one."""
+    """Say how fast the link is taken to be."""
     link = program.link
     if link is None:
         return []
