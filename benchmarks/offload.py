@@ -107,8 +107,8 @@ def compare(network: Network, folder: str, shares: Sequence[float], rounds: int)
     clocks = time.perf_counter, lambda: time.thread_time() + waiting.seconds
     samples = by_clocks(steps, rounds, clocks) if rounds else {}
     yield (
-        f"The {network.name}: plain peak {peaks['plain'] / 1e6:.1f} MB; operators alone {program.seconds:.2f} s, the "
-        f"plain step {_seconds(samples):.2f} s; the link measured as {link.out_bytes_per_second / 1e9:.2f} GB/s out and "
+        f"The {network.name}: plain peak {peaks['plain'] / 1e6:.1f} MB; operators alone {program.seconds:.2f} s, plain "
+        f"step {_seconds(samples):.2f} s; the link measured as {link.out_bytes_per_second / 1e9:.2f} GB/s out and "
         f"{link.in_bytes_per_second / 1e9:.2f} GB/s in; medians of {rounds} rounds."
     )
     yield ""

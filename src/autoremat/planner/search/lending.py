@@ -34,6 +34,8 @@ _PRICES: Final = (0.01, 0.1, 0.3, 1.0)
 """As shares of what the copies out and back take."""
 _LIMITS: Final = (1.25, 1.12, 1.0, 0.9)
 """Limits around the budget: the bytes beside the chain are estimates, mostly on the safe side."""
+_LIMIT_SECONDS: Final = 3.0
+"""The limit of time for all prices: enough for thousands of ops."""
 _TABLE_SECONDS: Final = 0.05
 """What the tables of one price count as work."""
 
@@ -45,13 +47,18 @@ class Lent(NamedTuple):
     values: frozenset[int]
 
 
-def lent_schedules(linked: Program, budget_bytes: int) -> Iterator[Schedule]:
+def lent_schedules(linked: Program, budget_bytes: int) -> list[Schedule]:
     """Schedules of the dynamic programming within the budget; at most one for each price.
 
     Args:
         linked: a program with a link.
         budget_bytes: of the peak.
     """
+    with clock.limited(_LIMIT_SECONDS):
+        return list(_lent(linked, budget_bytes))
+
+
+def _lent(linked: Program, budget_bytes: int) -> Iterator[Schedule]:
     planned = planned_as(linked)
     tables = tables_of(planned)
     if tables.passing or not tables.early or linked.link is None:
