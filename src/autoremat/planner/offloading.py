@@ -71,16 +71,14 @@ def offloaded(
     budget_bytes = parse_budget(budget, plain_peak)
     if budget_bytes >= plain_peak:
         plan = solve(program, budget_bytes, 1.0)
-        widest = solve(program, plain_peak, _LARGER_SHARE / _RUNGS).schedule
-        return replace(plan, program=linked, floor_bytes=min(plan.floor_bytes, _peak(linked, _lowest(linked, widest))))
+        moved_peak = _peak(linked, _lowest(linked, plan.schedule))
+        return replace(plan, program=linked, floor_bytes=min(plan.floor_bytes, moved_peak))
     refusal, base = None, None
     try:
         base = solve(program, budget_bytes, 1.0)
     except InfeasibleBudget as error:
         refusal = error
-    bases = _larger(program, refusal.floor_bytes if refusal else budget_bytes, plain_peak, solve)
-    if refusal:
-        bases.append(solve(program, refusal.floor_bytes, _LARGER_SHARE / _RUNGS))
+    bases = _larger(program, refusal.floor_bytes if refusal else budget_bytes, plain_peak, solve, also=bool(refusal))
     found = [] if base is None else [_Candidate(base.solver, base.schedule, simulate(linked, base.schedule))]
     # What is promised here must be kept elsewhere: where the budget is feasible, only what does not depend on it.
     lowest = [_lowest(linked, plan.schedule) for plan in (bases if refusal else bases[:1])]
@@ -97,20 +95,22 @@ def offloaded(
     ):
         lent = lent_schedules(replace(wished, link=link), budget_bytes)
         found += [_Candidate("rotor and offload", s, simulate(linked, s)) for s in lent]
+    if not found and refusal and not lowest:
+        raise refusal
     if not found:
         raise infeasible(linked, budget_bytes, min(lowest, key=lambda s: _peak(linked, s)), solver="auto")
     best = min(found, key=lambda c: c.rank)
-    floor_bytes = min(base.floor_bytes if base else best.timeline.peak_bytes, *(_peak(linked, s) for s in lowest))
-    return _plan(linked, best, found, base, budget_bytes, plain_peak, min(floor_bytes, best.timeline.peak_bytes))
+    floors = [best.timeline.peak_bytes, *(_peak(linked, s) for s in lowest), *([base.floor_bytes] if base else [])]
+    return _plan(linked, best, found, base, budget_bytes, plain_peak, min(floors))
 
 
-def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) -> list[Plan]:
+def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve, *, also: bool) -> list[Plan]:
     """Make plans for larger budgets, the largest first.
 
-    The largest one recomputes nothing but what it is asked to.
+    The largest one recomputes nothing but what it is asked to. ``also``: for this budget, too.
     """
     found = []
-    for k in range(_RUNGS, 0, -1):
+    for k in range(_RUNGS, -1 if also else 0, -1):
         try:
             found.append(
                 solve(program, budget_bytes + (plain_peak - budget_bytes) * k // _RUNGS, _LARGER_SHARE / _RUNGS)
