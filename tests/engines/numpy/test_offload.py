@@ -58,7 +58,7 @@ def widest(program: Program) -> tuple[Offload, ...]:
     return tuple(Offload(g.value, g.begin - 1, g.begin - 1, g.end, g.end) for g in found)
 
 
-@pytest.mark.parametrize("n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+@pytest.mark.parametrize("n", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_all_interleavings_of_a_few_offloads(n: int) -> None:
     """Every copy at every moment between its begin and the wait for it."""
     program = replace(scaled(uniform_steps(8)), link=LINK)
