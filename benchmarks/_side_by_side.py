@@ -10,7 +10,7 @@ import ctypes
 import ctypes.util
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -33,14 +33,21 @@ def keep_memory() -> None:
 
 def seconds_of(steps: Mapping[str, tuple[nn.Module, Step]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every step in every round, its model's gradients cleared before, in another order each round."""
-    samples: dict[str, list[float]] = {name: [] for name in steps}
+    return {name: [s for (s,) in found] for name, found in by_clocks(steps, rounds, [time.perf_counter]).items()}
+
+
+def by_clocks(
+    steps: Mapping[str, tuple[nn.Module, Step]], rounds: int, clocks: Sequence[Callable[[], float]]
+) -> dict[str, list[tuple[float, ...]]]:
+    """The same by several clocks at once."""
+    samples: dict[str, list[tuple[float, ...]]] = {name: [] for name in steps}
     order, shuffle = list(steps), random.Random(0)
     for _ in range(WARM_UP + rounds):
         shuffle.shuffle(order)  # what one step leaves in the caches, the next one meets
         for name in order:
             model, step = steps[name]
             model.zero_grad()
-            begin = time.perf_counter()
+            begin = [clock() for clock in clocks]
             step()
-            samples[name].append(time.perf_counter() - begin)
+            samples[name].append(tuple(clock() - b for clock, b in zip(clocks, begin, strict=True)))
     return {name: s[WARM_UP:] for name, s in samples.items()}

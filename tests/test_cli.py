@@ -144,6 +144,17 @@ def test_the_examples_are_planned(name: str, monkeypatch: pytest.MonkeyPatch) ->
     assert plan.peak_bytes <= plan.budget_bytes == plan.plain_peak_bytes // 2
 
 
+def test_frontier_and_plan_take_a_tier(steps: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("autoremat.engines.torch.world.tier._SAMPLE_BYTES", 4096)
+    tier = ("--offload", f"disk:{tmp_path}", "--offload-budget", "1GiB", "--time-limit", "2")
+    result = call("frontier", "steps.py:mlp", "--points", "2", *tier)
+    assert "to the tier" in result.output
+    result = call("plan", "steps.py:mlp", "--budget", "1.0", *tier, "--json", "-")
+    link = Plan.from_json(result.output).program.link
+    assert link is not None
+    assert (link.name, link.tier_bytes) == (f"disk:{tmp_path}", 1 << 30)
+
+
 def test_explain_takes_models_programs_and_plans(steps: Path, program: str) -> None:
     assert "Peak of mlp, trained plainly" in call("explain", "steps.py:mlp").output
     assert "Peak of mlp, planned by" in call("explain", "steps.py:mlp", "--budget", "95%").output

@@ -355,6 +355,8 @@ def frontier(
     timing: str = "auto",
     time_limit_seconds: float = 60.0,
     accumulate: bool = False,
+    offload: str | None = None,
+    offload_budget: int | str | None = None,
     **kwargs: Any,
 ) -> Frontier:
     """Plan a whole range of budgets: overhead against peak.
@@ -372,6 +374,8 @@ def frontier(
         timing: as for ``plan``; of a callable only.
         time_limit_seconds: the longest that planning may take, all budgets together, recording excluded.
         accumulate: as for ``plan``; of a callable only.
+        offload: as for ``plan``; the table and the page then say what goes to the tier, too.
+        offload_budget: as for ``plan``.
         **kwargs: keyword arguments of the callable.
 
     Returns:
@@ -389,8 +393,11 @@ def frontier(
         >>> [p.overhead for p in frontier.points] == sorted((p.overhead for p in frontier.points), reverse=True)
         True
     """
+    tier = TierOf(offload, offload_budget)
     with progress_bar() as progress:
         program = _program_of(program_or_fn, args, kwargs, optimizer, timing, progress, accumulate)
+        if tier.name:
+            program = replace(program, link=tier.link())
         return frontier_of(
             program, points=points, wishes=Wishes(keep, recompute), time_limit_seconds=time_limit_seconds,
             progress=progress,

@@ -6,6 +6,7 @@ import importlib.util
 import os
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from math import isnan
 from pathlib import Path
@@ -279,6 +280,12 @@ _recording = _together(
         "--accumulate", is_flag=True, help="A step of gradient accumulation: it finds gradients, and adds to them."
     ),
 )  # fmt: skip
+_offload = _together(
+    click.option(
+        "--offload", metavar="TIER", help='Where values may be moved to: "disk:/path", "host" or "auto"; for models.'
+    ),
+    click.option("--offload-budget", type=_Size(), help="The most bytes in that tier."),
+)
 _json = click.option(
     "--json", "json_path", type=_Target(dash=True), metavar="FILE",
     help="Write it as JSON to this file, folders on the way are made; - prints JSON instead of text.",
@@ -322,6 +329,16 @@ def _recorded(
             step.fn, step.args, step.kwargs, optimizer, timing or "auto", progress, device, name,
             accumulate=accumulate,
         )  # fmt: skip
+
+
+def _linked(program: Program, offload: str | None, offload_budget: int | None) -> Program:
+    """Add the link to the tier that the command line names."""
+    if offload is None and offload_budget is None:
+        return program
+    _require("torch", "torch", "platformdirs")
+    from autoremat.engines.torch.world.tiers import TierOf
+
+    return replace(program, link=TierOf(offload, offload_budget).link())
 
 
 def _read_or_recorded(
@@ -480,15 +497,18 @@ def main(debug: bool) -> None:
         "autoremat plan examples/models.py:gpt --budget 3GB --keep 'head*' --json plan.json",
         "autoremat plan examples/models.py:gpt --budget 50% --html out.html",
         "autoremat plan examples/models.py:gpt --budget 50% --accumulate",
+        "autoremat plan examples/models.py:gpt --budget 50% --offload disk:/tmp --offload-budget 8GiB",
     )
 )
 @_model
 @_budget
 @_recording
+@_offload
 @_planning
 def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None,
-    accumulate: bool, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float,
+    accumulate: bool, offload: str | None, offload_budget: int | None, solver: str, keep: tuple[str, ...],
+    recompute: tuple[str, ...], time_limit: float,
     json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan a training step of MODEL within a budget.
@@ -500,7 +520,7 @@ def plan(
     meta device cost no memory.
     """
     _require_for(json_path, plot_path, html_path)
-    program = _recorded(model, device, optimizer, timing, accumulate)
+    program = _linked(_recorded(model, device, optimizer, timing, accumulate), offload, offload_budget)
     budget = _asked_of_device(budget, program)
     _solve_and_show(program, budget, solver, Wishes(keep, recompute), time_limit, json_path, plot_path, html_path)
 
@@ -552,6 +572,7 @@ def explain(
 @_model
 @click.option("--points", type=click.IntRange(min=2), default=16, show_default=True, help="How many budgets.")
 @_recording
+@_offload
 @_wishes
 @_time_limit(60.0)
 @_json
@@ -561,7 +582,8 @@ def explain(
 )
 def frontier(
     model: str, points: int, device: str | None, optimizer: int | None, timing: str | None, accumulate: bool,
-    keep: tuple[str, ...], recompute: tuple[str, ...], time_limit: float, json_path: Path | str | None,
+    offload: str | None, offload_budget: int | None, keep: tuple[str, ...], recompute: tuple[str, ...],
+    time_limit: float, json_path: Path | str | None,
     plot_path: Path | None, beside: tuple[str, ...],
 ) -> None:  # fmt: skip
     """Print overhead against peak, from the floor to the plain peak.
@@ -570,12 +592,13 @@ def frontier(
     """
     _require_for(json_path, plot_path, None)
     step = _read_or_recorded(model, device, optimizer, timing, accumulate)
+    program = _linked(step.program if isinstance(step, Plan) else step, offload, offload_budget)
     from autoremat.planner import frontier as make_frontier
     from autoremat.show.progress import progress_bar
 
     with progress_bar() as progress:
         found: Frontier = make_frontier(
-            step.program if isinstance(step, Plan) else step, points=points,
+            program, points=points,
             wishes=Wishes(keep, recompute), time_limit_seconds=time_limit, progress=progress,
         )  # fmt: skip
     _show(found, json_path)

@@ -18,6 +18,7 @@ if find_spec("jax") is None:
 
 from autoremat.engines.jax.compiler import BarriersRemoved, Memory, compiler_options, keeps_barriers, memory
 from autoremat.engines.jax.fitting import Fitted, fitted
+from autoremat.engines.jax.hosting import link_of
 from autoremat.engines.jax.planning import Asked, Given, budget_bytes, planned
 from autoremat.engines.jax.steps import record_step
 from autoremat.engines.jax.variants import Variants
@@ -53,16 +54,19 @@ F = TypeVar("F", bound=Callable[..., Any])
 @overload
 def checkpoint(
     fn: F, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
-    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+    recompute: Patterns = (), time_limit_seconds: float = 10.0, offload: str | None = None,
+    offload_budget: int | str | None = None,
 ) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
     fn: None = None, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
-    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+    recompute: Patterns = (), time_limit_seconds: float = 10.0, offload: str | None = None,
+    offload_budget: int | str | None = None,
 ) -> Callable[[F], F]: ...  # fmt: skip
 def checkpoint(
     fn: Any = None, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
-    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+    recompute: Patterns = (), time_limit_seconds: float = 10.0, offload: str | None = None,
+    offload_budget: int | str | None = None,
 ) -> Any:  # fmt: skip
     """Make the gradient of a function fit into a memory budget.
 
@@ -85,10 +89,14 @@ def checkpoint(
         keep: patterns (``fnmatch``) on named scopes or operations; what these make is never computed again.
         recompute: the same; what these make does not stay from the forward into the backward.
         time_limit_seconds: the longest that making a plan may take.
+        offload: ``"host"`` lets values move to the memory of the host as a third choice, where the backend has one
+            apart from its own; refused on CPU. Written and not yet run on a device; XLA decides when copies begin.
+        offload_budget: the most bytes there, such as ``"64GiB"``; None for no limit.
 
     Raises:
-        ValueError: a budget that cannot be read. When the function is traced: no budget outside of ``fit``, an effect
-            (``jax.debug.print``), a pattern that matches nothing.
+        ValueError: a budget that cannot be read, a tier that is none or that the backend does not have. When the
+            function is traced: no budget outside of ``fit``, an effect (``jax.debug.print``), a pattern that matches
+            nothing.
         TypeError: when traced, a function that changes an argument in place, or forward mode.
         InfeasibleBudget: when traced, no known plan fits; names the smallest budget that does.
 
@@ -110,14 +118,15 @@ def checkpoint(
     if fn is None:
         return functools.partial(
             checkpoint, budget=budget, static_argnums=static_argnums, keep=keep, recompute=recompute,
-            time_limit_seconds=time_limit_seconds,
+            time_limit_seconds=time_limit_seconds, offload=offload, offload_budget=offload_budget,
         )  # fmt: skip
+    link = link_of(offload, offload_budget)
     if not callable(fn):
         raise TypeError(f"autoremat.jax.checkpoint takes a function, got {type(fn).__name__}")
     if hasattr(fn, "__wrapped_by_autoremat__"):
         raise ValueError(f"{getattr(fn, '__name__', 'this')} is checkpointed by autoremat already")
     static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-    return checkpointed(fn, Asked(budget, Wishes(keep, recompute), time_limit_seconds), static)
+    return checkpointed(fn, Asked(budget, Wishes(keep, recompute), time_limit_seconds, link), static)
 
 
 def plan(

@@ -19,9 +19,9 @@ def with_random_offloads(program: Program, schedule: Schedule, dice: random.Rand
 
 
 def _somewhere_in(gap: Gap, where: list[int], dice: random.Random) -> Offload:
-    """An offload with its four events anywhere in a gap."""
+    """An offload with its four events anywhere in a gap; it may be sent ahead of that."""
     inside = [p for p in where if gap.begin <= p <= gap.end]
     gone = dice.randrange(len(inside) - 1)
     fetch = dice.randrange(gone + 1, len(inside))
-    send, here = dice.randrange(gone + 1), dice.randrange(fetch, len(inside))
-    return Offload(gap.value, inside[send] - 1, inside[gone] - 1, inside[fetch], inside[here])
+    send, here = dice.choice([p for p in where if gap.ready <= p <= inside[gone]]), dice.randrange(fetch, len(inside))
+    return Offload(gap.value, send - 1, inside[gone] - 1, inside[fetch], inside[here])

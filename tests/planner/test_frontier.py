@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,11 @@ from autoremat.planner import Wishes, clock, frontier, solve
 from autoremat.planner.frontiers import reached
 from autoremat.planner.search.jobs import Jobs
 from autoremat.planner.search.pool import Pool
-from autoremat.program import InfeasibleBudget, Plan, Program, simulate, verify
+from autoremat.program import InfeasibleBudget, Link, Plan, Program, simulate, verify
+from autoremat.program.units import format_bytes
 from autoremat.show.plots import frontier_plot
 from tests.fixed import examples
-from tests.planner.chains import chain, gpt
+from tests.planner.chains import chain, gpt, uniform_steps
 from tests.planner.random_programs import steps
 
 
@@ -143,6 +145,24 @@ def test_the_words():
     assert bars[0] == 36 > bars[1] > bars[2] == 0
     assert max(map(len, lines)) <= 110
     assert "…" not in text
+
+
+def test_with_a_link_it_says_what_goes_to_the_tier():
+    program = replace(uniform_steps(12), link=Link(400.0, 400.0))
+    found = frontier(program, points=4, time_limit_seconds=1)
+    alone = frontier(replace(program, link=None), points=4, time_limit_seconds=1)
+    assert found.floor_bytes <= alone.floor_bytes
+    assert solve(program, found.floor_bytes, effort=0.01).peak_bytes <= found.floor_bytes
+    sent = [simulate(p.program, p).sent_bytes for p in found.points]
+    assert max(sent) > 0 == sent[-1]
+    points = json.loads(found.to_json())["points"]
+    assert [p["sent_bytes"] for p in points] == sent
+    assert all(p["tier_bytes"] <= p["sent_bytes"] and p["waited_seconds"] >= 0 for p in points)
+    assert "sent_bytes" not in json.loads(alone.to_json())["points"][0]
+    lines = str(found).splitlines()
+    assert "to the tier   most in it   waiting" in lines[1]
+    assert all(format_bytes(n) in line for n, line in zip(sent, lines[-4:], strict=True))
+    assert "to the tier" not in str(alone)
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoremat.planner import solve
+from autoremat.planner import Wishes, solve
 from autoremat.planner.bounds.linked import bound_with_link_at, linked_bound, linked_floor_bound
 from autoremat.planner.search.moving import gaps, moved, places
 from autoremat.program import (
@@ -72,6 +72,36 @@ def test_both_choices_together_are_never_worse_than_one(program: Program, link: 
     assert again is not None
     assert again.schedule == both.schedule
     assert Plan.from_json(both.to_json()) == both
+
+
+@pytest.mark.parametrize("rate", [3.0, 30.0, 300.0])
+@pytest.mark.parametrize("share", [0.5, 0.7])
+def test_both_single_choices_are_among_what_a_plan_is_chosen_from(rate: float, share: float) -> None:
+    """Asked for as a user asks for them: without a link, and with nothing to be computed again."""
+    program, link = uniform_steps(10), Link(rate, rate)
+    both = solve(program, share, link=link, effort=0.02)
+    alone = solve(program, share, effort=0.02)
+    only = solve(program, share, link=link, effort=0.02, wishes=Wishes(keep="*"))
+    assert only.schedule.order == tuple(range(len(program.ops)))
+    looked_at = {round(both.overhead, 9), *(round(overhead, 9) for _, _, overhead in both.candidates)}
+    assert {round(alone.overhead, 9), round(only.overhead, 9)} <= looked_at
+    assert both.overhead <= min(alone.overhead, only.overhead)
+
+
+@pytest.mark.one_in(5, guard=True)
+@pytest.mark.parametrize("solver", ["keep-everything", "revolve", "chen", "rotor", "greedy"])
+def test_classics_with_a_link_are_within_the_budget_or_refused(solver: str) -> None:
+    program, link = uniform_steps(10), Link(30.0, 30.0)
+    peak = simulate(program).peak_bytes
+    for budget in (peak, peak // 3, 100):
+        try:
+            plan = solve(program, budget, solver=solver, link=link, effort=0.02)
+        except InfeasibleBudget as refused:
+            floor = refused.floor_bytes
+            plan = solve(program, floor, solver=solver, link=link, effort=0.02)
+        else:
+            floor = budget
+        assert plan.peak_bytes <= floor
 
 
 def overhead_of(program: Program, schedule: Schedule | None) -> float:

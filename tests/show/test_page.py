@@ -25,7 +25,7 @@ from autoremat.show.report.data import bounds_of, line_of
 from autoremat.show.report.render import page_of
 from autoremat.show.residents import CATEGORIES, name_of, op_text
 from tests.planner.chains import gpt
-from tests.program.hand import chain, chain_plan
+from tests.program.hand import LINK, away, chain, chain_plan
 from tests.show.large import large_plan
 from tests.show.placed import placed, schedules
 
@@ -88,6 +88,24 @@ def test_the_tables_of_the_page_add_up_to_the_peaks() -> None:
     cells = [int(n) for n in re.findall(r'data-bytes="(\d+)"', table)]
     *rows, plain, planned = cells
     assert (plain, planned) == (plan.plain_peak_bytes, plan.peak_bytes) == (sum(rows[::2]), sum(rows[1::2]))
+
+
+def test_the_page_has_the_tier_and_the_traffic_of_the_link() -> None:
+    program, schedule = away()
+    program = replace(program, link=replace(LINK, name="disk:/scratch"))
+    plan = replace(chain_plan(), program=program, schedule=schedule)
+    page, timeline = page_of(plan), simulate(program, schedule)
+    tier, values = data_of(page)["tier"], data_of(page)["values"]
+    assert tier["name"] == "disk:/scratch"
+    assert list(accumulate(tier["bytes"])) == [0, 0, 20, 20, 0]
+    assert tier["waits"] == {"4": timeline.waited_seconds}
+    assert tier["copies"] == [[1, 0, 3.0, 4.5], [1, 1, 7.0, 9.5]]
+    assert data_of(page)["fates"][values["fate"][1]] == "moved to the tier"
+    assert f'data-bytes="{timeline.sent_bytes}"' in page.split('id="figures"')[1].split("</dl>")[0]
+    assert 'id="tier"' in page
+    assert "disk:/scratch: 20 B a second out, 10 B in" in page
+    assert 'id="tier"' not in page_of(chain_plan())
+    assert data_of(page_of(chain_plan()))["tier"] is None
 
 
 def test_the_figures_are_the_plans() -> None:

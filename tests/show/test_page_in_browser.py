@@ -20,10 +20,12 @@ from selenium.webdriver.support.ui import Select
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
 from autoremat.planner import classics_of, frontier, solve
-from autoremat.program import END, Op, Plan, Program, Value, simulate
+from autoremat.program import END, Link, Op, Plan, Program, Value, simulate
 from autoremat.show.explanation import explanation_of
 from autoremat.show.residents import name_of, residents_at
 from autoremat.show.text import format_bytes
+from autoremat.show.traffic import traffic_of
+from tests.planner.chains import gpt
 from tests.program.hand import chain_plan
 from tests.show.browser import CHROMIUM, DRIVER, PHONE, Page, browser
 from tests.show.large import large_plan
@@ -104,6 +106,21 @@ def test_pointing_at_the_chart_says_what_is_in_memory(page: Page, plan: Plan) ->
     page.point_at("#plain", 0.5)
     assert page.bytes_of("#moment-bytes") == [simulate(plan.program).resident_bytes[page.run_shown()]]
     assert page.one("#moment-run").text.startswith("Plain: run ")
+
+
+def test_the_tier_of_a_moment_and_the_copies_of_the_link(browser: webdriver.Chrome, tmp_path: Path) -> None:
+    program = replace(gpt(4), link=Link(3e10, 3e10, 1e-6, name="disk:/scratch"))
+    plan = solve(program, 0.45, effort=0.05)
+    traffic = traffic_of(program, plan.schedule)
+    page = Page(browser)
+    page.open(plan.save_html(tmp_path / "plan.html"))
+    assert len(page.all("#tier .copy")) == len(traffic.copies) > 4
+    for share in (0.3, 0.6, 0.9):
+        page.point_at("#planned", share)
+        assert page.bytes_of("#moment-tier") == [traffic.tier_bytes[page.run_shown()]]
+    page.one("[data-axis=runs]").click()
+    assert len(page.all("#tier .copy")) == len(traffic.copies)
+    assert browser.get_log("browser") == []
 
 
 def test_a_budget_far_above_the_peak_leaves_the_chart_its_height(browser: webdriver.Chrome, tmp_path: Path) -> None:

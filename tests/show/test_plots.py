@@ -9,7 +9,7 @@ from matplotlib.image import imread
 
 from autoremat.program import Op, Program, Schedule, simulate
 from autoremat.show.plots import draw_memory, memory_plot
-from tests.program.hand import chain_plan
+from tests.program.hand import away, chain_plan
 
 
 def drawn(plan: object) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
@@ -31,6 +31,14 @@ def test_the_lines_are_the_simulated_bytes() -> None:
     assert x["plain"] == [0, 1, 3, 6, 7, 8]
     assert y["budget 90 B"] == [90e-6, 90e-6]
     assert (x["planned peak"], y["planned peak"]) == ([8], [87e-6])
+
+
+def test_the_axis_has_the_waits_for_copies() -> None:
+    program, schedule = away()
+    plan = replace(chain_plan(), program=program, schedule=schedule)
+    (axes,) = memory_plot(plan).axes
+    planned = axes.get_lines()[1]
+    assert planned.get_xdata()[-1] == simulate(program, schedule).seconds
 
 
 def test_without_seconds_the_axis_counts_runs() -> None:

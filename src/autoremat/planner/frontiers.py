@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 from autoremat.planner import clock
 from autoremat.planner.refusals import infeasible
-from autoremat.planner.solving import LIMIT_SECONDS, _pool_of, _silent, solve
+from autoremat.planner.solving import LIMIT_SECONDS, _pool_of, _silent, solve, without_link
 from autoremat.planner.wishes import NO_WISHES, Wishes
-from autoremat.program import InfeasibleBudget, Plan, Program, simulate
+from autoremat.program import InfeasibleBudget, Plan, Program, Timeline, simulate
 from autoremat.program.units import parse_budget
 
 if TYPE_CHECKING:
@@ -42,6 +42,14 @@ class Frontier:
     points: tuple[Plan, ...]
     floor_bytes: int
     plain_peak_bytes: int
+
+    @property
+    def timelines(self) -> tuple[Timeline, ...]:
+        """Simulate every point.
+
+        O(points * runs).
+        """
+        return tuple(simulate(plan.program, plan) for plan in self.points)
 
     def plan_at(self, budget: Budget) -> Plan:
         """Return the frontier's cheapest plan within a budget.
@@ -75,11 +83,13 @@ class Frontier:
     def to_json(self, path: str | Path | None = None) -> str:
         """Write the figures as JSON text, also to ``path`` if given.
 
-        The format is ``autoremat-frontier``, version 1.
+        The format is ``autoremat-frontier``, version 1. Where there is a link, points have ``sent_bytes``,
+        ``tier_bytes`` and ``waited_seconds``, too.
         """
         from autoremat.program.json_format import write_json
 
         figures = ("budget_bytes", "peak_bytes", "overhead", "lower_bound", "solver")
+        moved = ("sent_bytes", "tier_bytes", "waited_seconds") if self.program.link is not None else ()
         data = {
             "format": "autoremat-frontier",
             "version": 1,
@@ -88,7 +98,10 @@ class Frontier:
             "measured_share": self.program.measured_share,
             "floor_bytes": self.floor_bytes,
             "plain_peak_bytes": self.plain_peak_bytes,
-            "points": [{name: getattr(plan, name) for name in figures} for plan in self.points],
+            "points": [
+                {name: getattr(plan, name) for name in figures} | {name: getattr(timeline, name) for name in moved}
+                for plan, timeline in zip(self.points, self.timelines, strict=True)
+            ],
         }
         return write_json(data, path)
 
@@ -172,18 +185,20 @@ def _solve_all(program: Program, points: int | Sequence[Budget], limit: float, p
     """Solve every budget, in rising order."""
     from autoremat.planner.search.floor import floor_of
 
-    end, pool, progress = clock.now() + limit, _pool_of(program), progress or _silent
+    end, pool, progress = clock.now() + limit, _pool_of(without_link(program)), progress or _silent
     progress("floor", 0.0)
-    budgets = _budgets(points, floor_of(program).nbytes, simulate(program).peak_bytes)
+    plain_peak_bytes, effort = simulate(program).peak_bytes, limit / LIMIT_SECONDS
+    floor_bytes = floor_of(without_link(program)).nbytes
+    if program.link is not None:
+        floor_bytes = solve(program, plain_peak_bytes, effort=_FOR_ALL * effort).floor_bytes
+    budgets = _budgets(points, floor_bytes, plain_peak_bytes)
     plans = []
     n = len(budgets)
     with pool.shared(_FOR_ALL * limit, _part(progress, 0.05, 0.1)):
         for k, budget_bytes in enumerate(budgets):
             share = max((end - clock.now()) / (n - k), _AT_LEAST * limit / n)
             part = _part(progress, 0.1 + 0.9 * k / n, 0.1 + 0.9 * (k + 1) / n, f"budget {k + 1} of {n}, ")
-            plans.append(
-                solve(program, budget_bytes, time_limit_seconds=share, effort=limit / n / LIMIT_SECONDS, progress=part)
-            )
+            plans.append(solve(program, budget_bytes, time_limit_seconds=share, effort=effort / n, progress=part))
     progress("done", 1.0)
     return plans
 
@@ -201,7 +216,11 @@ def _part(progress: Progress, begin: float, end: float, where: str = "") -> Prog
 
 
 def _best(plans: Sequence[Plan], budget_bytes: int) -> Plan:
-    """Choose the cheapest plan that fits, and the largest valid bound."""
-    plan = min((p for p in plans if p.peak_bytes <= budget_bytes), key=lambda p: (p.overhead, p.peak_bytes))
+    """Choose the cheapest plan that fits, and the largest valid bound.
+
+    Of equal ones, the plan that moves less.
+    """
+    fitting = (p for p in plans if p.peak_bytes <= budget_bytes)
+    plan = min(fitting, key=lambda p: (p.overhead, p.schedule.moved_bytes(p.program), p.peak_bytes))
     bound = max((p.lower_bound for p in plans if p.budget_bytes >= budget_bytes), default=0.0)
     return replace(plan, budget_bytes=budget_bytes, lower_bound=bound)

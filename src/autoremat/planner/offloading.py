@@ -12,10 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import inf
 from typing import Final
 
 from autoremat.planner import clock
 from autoremat.planner.bounds.linked import linked_bound, linked_floor_bound
+from autoremat.planner.refusals import infeasible
+from autoremat.planner.search.lending import lent_schedules
 from autoremat.planner.search.moving import Moving, moved
 from autoremat.program import InfeasibleBudget, Link, Plan, Program, Schedule, Timeline, simulate
 from autoremat.program.units import parse_budget
@@ -45,7 +48,9 @@ class _Candidate:
         return self.timeline.overhead_seconds, self.timeline.sent_bytes
 
 
-def offloaded(program: Program, budget: int | float | str, link: Link, solve: Solve) -> Plan:
+def offloaded(
+    program: Program, budget: int | float | str, link: Link, solve: Solve, *, wished: Program | None
+) -> Plan:  # fmt: skip
     """Find the fastest plan that recomputes values, or moves values.
 
     They move over a link; the plan is the one with the least extra time that is known.
@@ -55,6 +60,8 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
         budget: as for ``solve``.
         link: to the tier.
         solve: plans recomputation alone.
+        wished: the program with what a user wants kept, for the dynamic programming for chains; None where the first
+            plan will do.
 
     Raises:
         InfeasibleBudget: nothing known fits.
@@ -63,37 +70,47 @@ def offloaded(program: Program, budget: int | float | str, link: Link, solve: So
     plain_peak = simulate(program).peak_bytes
     budget_bytes = parse_budget(budget, plain_peak)
     if budget_bytes >= plain_peak:
-        return replace(solve(program, budget_bytes, 1.0), program=linked)
+        plan = solve(program, budget_bytes, 1.0)
+        moved_peak = _peak(linked, _lowest(linked, plan.schedule))
+        return replace(plan, program=linked, floor_bytes=min(plan.floor_bytes, moved_peak))
     refusal, base = None, None
     try:
         base = solve(program, budget_bytes, 1.0)
     except InfeasibleBudget as error:
         refusal = error
-    bases = _larger(program, budget_bytes, plain_peak, solve)
+    bases = _larger(program, refusal.floor_bytes if refusal else budget_bytes, plain_peak, solve, also=bool(refusal))
     found = [] if base is None else [_Candidate(base.solver, base.schedule, simulate(linked, base.schedule))]
-    floors = [base.floor_bytes if base else refusal.floor_bytes if refusal else plain_peak]
+    # What is promised here must be kept elsewhere: where the budget is feasible, only what does not depend on it.
+    lowest = [_lowest(linked, plan.schedule) for plan in (bases if refusal else bases[:1])]
     for plan in bases:
-        floors.append(_lowest(linked, plan.schedule))
         schedule = moved(linked, plan.schedule, budget_bytes)
         if schedule is not None:
             name = "offload" if not plan.overhead else f"{plan.solver} and offload"
             found.append(_Candidate(name, schedule, simulate(linked, schedule)))
             if found[-1].timeline.overhead_seconds <= _HARDLY * program.seconds:
                 break
+    if (
+        wished is not None
+        and min((c.timeline.overhead_seconds for c in found), default=inf) > _HARDLY * program.seconds
+    ):
+        lent = lent_schedules(replace(wished, link=link), budget_bytes)
+        found += [_Candidate("rotor and offload", s, simulate(linked, s)) for s in lent]
+    if not found and refusal and not lowest:
+        raise refusal
     if not found:
-        assert refusal is not None
-        raise _refused(refusal, budget_bytes, min(floors))
+        raise infeasible(linked, budget_bytes, min(lowest, key=lambda s: _peak(linked, s)), solver="auto")
     best = min(found, key=lambda c: c.rank)
-    return _plan(linked, best, found, base, budget_bytes, plain_peak, min(*floors, best.timeline.peak_bytes))
+    floors = [best.timeline.peak_bytes, *(_peak(linked, s) for s in lowest), *([base.floor_bytes] if base else [])]
+    return _plan(linked, best, found, base, budget_bytes, plain_peak, min(floors))
 
 
-def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) -> list[Plan]:
+def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve, *, also: bool) -> list[Plan]:
     """Make plans for larger budgets, the largest first.
 
-    The largest one recomputes nothing but what it is asked to.
+    The largest one recomputes nothing but what it is asked to. ``also``: for this budget, too.
     """
     found = []
-    for k in range(_RUNGS, 0, -1):
+    for k in range(_RUNGS, -1 if also else 0, -1):
         try:
             found.append(
                 solve(program, budget_bytes + (plain_peak - budget_bytes) * k // _RUNGS, _LARGER_SHARE / _RUNGS)
@@ -103,20 +120,14 @@ def _larger(program: Program, budget_bytes: int, plain_peak: int, solve: Solve) 
     return found
 
 
-def _lowest(linked: Program, schedule: Schedule) -> int:
-    """Find the lowest peak that a schedule reaches by moving values.
-
-    It is the lowest that is known.
-    """
+def _lowest(linked: Program, schedule: Schedule) -> Schedule:
+    """Move values out of a schedule, to the lowest known peak."""
     moving = Moving(linked, schedule)
-    least = moving.least_bytes
-    return least if moving.within(least, 1.0) is not None else moving.peak_bytes
+    return moving.within(moving.least_bytes, 1.0) or schedule
 
 
-def _refused(refusal: InfeasibleBudget, budget_bytes: int, floor_bytes: int) -> InfeasibleBudget:
-    known = {"peak_op": refusal.peak_op, "largest": refusal.largest, "arrived": refusal.arrived}
-    message = f"{refusal}; with values moved to the tier the smallest known peak is {floor_bytes:,} bytes"
-    return InfeasibleBudget(message, budget_bytes=budget_bytes, floor_bytes=floor_bytes, **known)  # type: ignore[arg-type]
+def _peak(linked: Program, schedule: Schedule) -> int:
+    return simulate(linked, schedule).peak_bytes
 
 
 def _plan(

@@ -17,9 +17,10 @@ def infeasible(program: Program, budget_bytes: int, lowest: Schedule, *, solver:
     floor = timeline.peak_bytes
     fill = timeline.resident_at_peak
     largest = tuple((program.label(v), program.values[v].nbytes) for v in fill[:_SHOWN])
+    moved = ", with values moved to the tier" if lowest.offloads else ""
     lines = [
         f"no schedule known to solver {solver!r} keeps {program.name or 'the program'!r} within "
-        f"{_exact(budget_bytes)}; the smallest known peak (the floor) is {_exact(floor)}.",
+        f"{_exact(budget_bytes)}; the smallest known peak (the floor) is {_exact(floor)}{moved}.",
         f"That peak stands at {_where(program, timeline.peak_op)}. In memory there: "
         + ", ".join(f"{label} ({format_bytes(nbytes)})" for label, nbytes in largest)
         + _rest(program, fill),

@@ -56,8 +56,8 @@ _FAR: Final = 0.1
 
 _REPEATS: Final = 20_000
 """Ops from which on ``auto`` looks for repetitions first: what it finds then takes a fraction of the time."""
-_BASE_SHARE: Final = 0.6
-"""Of the time where values may move: for the plan that recomputes alone."""
+_PATIENCE: Final = 3.0
+"""How many times its part of the time limit a plan for a larger budget has: its work is small, and seldom cut short."""
 
 _FIRST_SHARE: Final = 0.25
 """Of the time for ``exact``: what ``auto`` may take to find a schedule to start from."""
@@ -109,7 +109,9 @@ def solve(
         first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
             looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
         link: to a slower tier (that of the program unless given), where values may be moved to; the plan's program has
-            it then, and waiting for copies counts as overhead. Not for engines that keep or recompute and no more.
+            it then, and waiting for copies counts as overhead. Recomputation alone has all of the time limit, so that
+            the plan is never worse than without a link; what moves takes up to as long again. Not for engines that keep
+            or recompute and no more.
 
     Raises:
         InfeasibleBudget: no schedule known to the solver fits.
@@ -128,7 +130,7 @@ def solve(
     link = program.link if link is None else link
     if link is not None:
         return _offloaded(
-            program if program.link is None else replace(program, link=None), budget, link,
+            without_link(program), budget, link,
             solver=solver, wishes=wishes, progress=progress, first=first,
             time_limit_seconds=time_limit_seconds, effort=effort,
         )  # fmt: skip
@@ -143,7 +145,8 @@ def solve(
 
 
 def _offloaded(
-    program: Program, budget: int | float | str, link: Link, *, time_limit_seconds: float, effort: float, **asked: Any
+    program: Program, budget: int | float | str, link: Link, *, wishes: Wishes, time_limit_seconds: float,
+    effort: float, **asked: Any,
 ) -> Plan:  # fmt: skip
     """Find the plan where values may also move over a link."""
     from autoremat.planner.offloading import offloaded
@@ -155,10 +158,14 @@ def _offloaded(
         )
 
     def alone(program: Program, budget_bytes: int, share: float) -> Plan:
-        seconds = min(share, _BASE_SHARE) * time_limit_seconds
-        return solve(program, budget_bytes, time_limit_seconds=seconds, effort=share * effort, **asked)
+        seconds = min(1.0, _PATIENCE * share) * time_limit_seconds
+        return solve(program, budget_bytes, wishes=wishes, time_limit_seconds=seconds, effort=share * effort, **asked)
 
-    return offloaded(program, budget, link, alone)
+    is_thorough = asked.get("solver") == "auto" and not asked.get("first")
+    try:
+        return offloaded(program, budget, link, alone, wished=wishes.applied_to(program) if is_thorough else None)
+    except InfeasibleBudget as error:
+        raise (wishes.explained(error) if wishes else error) from None
 
 
 def _solved(
@@ -350,6 +357,19 @@ def _repeated_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan
         return None
     schedule = Schedule.from_order(program, found.unfold().schedule.order)
     return _plan(program, schedule, budget_bytes, plain_peak, floor.met_bytes, found.lower_bound, "repeated", ())
+
+
+def without_link(program: Program) -> Program:
+    """Return the program as recomputation alone plans it.
+
+    It is the same object every time, so what is known of it is found again.
+    """
+    return program if program.link is None else _without_link(program)
+
+
+@per_program
+def _without_link(program: Program) -> Program:
+    return replace(program, link=None)
 
 
 @per_program

@@ -77,11 +77,16 @@ class Clocks:
         """Let an op run."""
         self.now_seconds += seconds
 
-    def begin(self, way: str, value: int, nbytes: int) -> None:
-        """Begin to copy a value, ``out`` or ``in``."""
+    def begin(self, way: str, value: int, nbytes: int) -> tuple[float, float]:
+        """Begin to copy a value, ``out`` or ``in``.
+
+        Returns the seconds at which the link begins with it, and ends.
+        """
         copy = self._link.out_seconds(nbytes) if way == "out" else self._link.in_seconds(nbytes)
         free_at = max(self._free_at.values()) if self._link.takes_turns else self._free_at[way]
-        self._free_at[way] = self._ends[way, value] = max(self.now_seconds, free_at) + copy
+        begin = max(self.now_seconds, free_at)
+        self._free_at[way] = self._ends[way, value] = begin + copy
+        return begin, begin + copy
 
     def wait(self, way: str, value: int) -> None:
         """Wait until the copy of a value has ended."""

@@ -203,6 +203,10 @@ class Schedule:
             counts[i] = counts.get(i, 0) + 1
         return counts
 
+    def moved_bytes(self, program: Program) -> int:
+        """Add up the bytes that go to the slower tier."""
+        return sum(program.values[o.value].nbytes for o in self.offloads)
+
     def extra_seconds(self, program: Program) -> float:
         """Add up the seconds of the reruns alone."""
         return sum((n - 1) * program.ops[i].again_seconds for i, n in self.runs_of.items())

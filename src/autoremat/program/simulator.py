@@ -113,7 +113,7 @@ def simulate(program: Program, plan: Plan | Schedule | None = None) -> Timeline:
         repeats=tuple((i, n - 1) for i, n in sorted(schedule.runs_of.items()) if n > 1),
         waited_seconds=waited,
         tier_bytes=tier.most_bytes if tier else 0,
-        sent_bytes=sum(nbytes[o.value] for o in schedule.offloads),
+        sent_bytes=schedule.moved_bytes(program),
     )
 
 

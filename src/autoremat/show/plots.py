@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from autoremat.program import Plan, Program, Schedule, Timeline, simulate
 from autoremat.show.text import format_bytes
+from autoremat.show.traffic import traffic_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -136,6 +137,8 @@ def _moments(program: Program, schedule: Schedule) -> list[float]:
         for p, i in enumerate(schedule.order):
             durations[p] = program.ops[i].again_seconds if i in seen else program.ops[i].seconds
             seen.add(i)
+        for p, waited in enumerate(traffic_of(program, schedule).waits[1:]):
+            durations[p] += waited
     return list(accumulate(durations, initial=0.0))
 
 

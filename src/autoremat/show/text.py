@@ -203,26 +203,41 @@ def fold_indices(indices: Iterable[int]) -> str:
 def frontier_text(front: Frontier) -> str:
     """Lay out a frontier as a table, a line per budget.
 
-    Each has peak, extra time, lower bound and a logarithmic bar of the two.
+    Each has peak, extra time, lower bound and a logarithmic bar of the two; with a link, in place of the bar, the bytes
+    that go to the tier over the step, the most there at a time, and the waiting.
     """
     from rich import box
     from rich.table import Table
 
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("budget", "of plain", "peak", "extra time", "none below"):
+    for name in ("budget", "of plain", "peak", "extra time", "none below", *(_TRAFFIC if _has_link(front) else ())):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("█ cannot be avoided, ░ perhaps can", no_wrap=True)
+    if not _has_link(front):
+        table.add_column("█ cannot be avoided, ░ perhaps can", no_wrap=True)
     most = max(p.overhead for p in front.points) or 1.0
-    for p in front.points:
+    for p, timeline in zip(front.points, front.timelines, strict=True):
         share = _share(p.budget_bytes, front.plain_peak_bytes)
         sizes = format_bytes(p.budget_bytes), share, format_bytes(p.peak_bytes)
-        table.add_row(*sizes, f"{p.overhead:+.1%}", f"{p.lower_bound:+.1%}", _bar(p, most))
+        rest = _traffic(timeline) if _has_link(front) else (_bar(p, most),)
+        table.add_row(*sizes, f"{p.overhead:+.1%}", f"{p.lower_bound:+.1%}", *rest)
     name = f" of {front.program.name}" if front.program.name else ""
     head = (
         f"Frontier{name}: floor {format_bytes(front.floor_bytes)}, plain peak {format_bytes(front.plain_peak_bytes)}; "
         f"seconds are {timing_text(front.program)}"
     )
     return "\n".join([head, *table_lines(table)])
+
+
+_TRAFFIC: Final = ("to the tier", "most in it", "waiting")
+
+
+def _has_link(front: Frontier) -> bool:
+    return front.program.link is not None
+
+
+def _traffic(timeline: Timeline) -> tuple[str, str, str]:
+    waited = format_seconds(timeline.waited_seconds)
+    return format_bytes(timeline.sent_bytes), format_bytes(timeline.tier_bytes), waited
 
 
 def _bar(plan: Plan, most: float) -> str:

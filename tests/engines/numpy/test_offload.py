@@ -3,54 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from autoremat.engines.numpy import Call, carry_out
-from autoremat.engines.numpy.tier import Array, AtOnce, Tier
+from autoremat.engines.numpy.tier import AtOnce
 from autoremat.planner.search.moving import gaps, moved, places
-from autoremat.program import Link, Offload, Plan, Program, Schedule, simulate, verify
+from autoremat.program import Offload, Program, Schedule, simulate, verify
 from tests.engines.numpy.meter import Meter
-from tests.engines.numpy.steps_of_programs import calls_of, every_result, inputs_of, scaled
+from tests.engines.numpy.offloads import LINK, assert_same, plan_of, random_moves, results_of
+from tests.engines.numpy.steps_of_programs import scaled
 from tests.engines.numpy.tiers import AsTold, AtOnceAndSpoiled, AtRandom, Late, all_orders, spoil
 from tests.fixed import examples
 from tests.planner.chains import uniform_steps
-from tests.planner.random_offloads import with_random_offloads
 from tests.planner.random_programs import steps
-
-LINK = Link(100.0, 200.0, 0.01)
-
-
-def plan_of(program: Program, schedule: Schedule) -> Plan:
-    """A plan that promises what the schedule does."""
-    timeline = simulate(program, schedule)
-    overhead = timeline.overhead_seconds / program.seconds if program.seconds else 0.0
-    peak = timeline.peak_bytes
-    return Plan(program, schedule, peak, peak, simulate(program).peak_bytes, peak, overhead, 0.0, "by hand")
-
-
-def assert_same(
-    plan: Plan, results: dict[str, bytes], tier: Tier, look: Callable[[], None] = lambda: None
-) -> None:  # fmt: skip
-    """Carry out a plan; every run of every call makes what it makes in plain training."""
-
-    def compared(call: Call) -> Call:
-        def fn(*given: Array) -> Sequence[Array]:
-            made = call.fn(*given)
-            assert [a.tobytes() for a in made] == [results[name] for name in call.writes]
-            return made
-
-        return replace(call, fn=fn)
-
-    carry_out(plan, list(map(compared, calls_of(plan.program, look))), inputs_of(plan.program), tier)
-
-
-def results_of(program: Program) -> dict[str, bytes]:
-    return every_result(replace(program, link=None))
 
 
 @pytest.mark.slow
@@ -59,7 +27,7 @@ def results_of(program: Program) -> dict[str, bytes]:
 @given(program=steps(), seed=st.integers(0, 10**6))
 def test_random_offloads_give_the_same_over_every_link(program: Program, seed: int) -> None:
     program = replace(scaled(program), link=LINK)
-    schedule = with_random_offloads(program, Schedule.plain(program), random.Random(seed))
+    schedule = random_moves(program, random.Random(seed))
     assert verify(program, schedule) == ()
     plan, results = plan_of(program, schedule), results_of(program)
     for tier in (AtOnce(), AtOnceAndSpoiled(), AtRandom(seed)):
@@ -90,7 +58,7 @@ def widest(program: Program) -> tuple[Offload, ...]:
     return tuple(Offload(g.value, g.begin - 1, g.begin - 1, g.end, g.end) for g in found)
 
 
-@pytest.mark.parametrize("n", [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
+@pytest.mark.parametrize("n", [1, 2, *(pytest.param(n, marks=pytest.mark.slow) for n in (3, 4))])
 def test_all_interleavings_of_a_few_offloads(n: int) -> None:
     """Every copy at every moment between its begin and the wait for it."""
     program = replace(scaled(uniform_steps(8)), link=LINK)

@@ -17,6 +17,7 @@ from jax import lax
 
 from autoremat.engines.jax import core
 from autoremat.engines.jax.graph import Atom, Constant
+from autoremat.engines.jax.hosting import Hosted
 from autoremat.engines.jax.recording import Recorded
 from autoremat.program import Schedule
 
@@ -99,20 +100,28 @@ class Lowered:
     def forward(self, arguments: Sequence[Any]) -> tuple[list[Any], list[Any], list[Any]]:
         """Results of the function, the arguments that the backward reads, and what else is kept for it."""
         memory: Memory = dict(zip(self.recorded.arguments, arguments, strict=True))
+        hosted = Hosted(self.recorded, self.schedule)
         for p in range(self.cut):
+            hosted.follow(p, memory)
             self._run(p, memory)
+        hosted.send(self.cut, memory)
         outs = [_value(o, memory) for o in self.recorded.graph.outputs[: self.recorded.n_outputs]]
         passed = [a for a, is_kept in zip(arguments, self.kept_arguments, strict=True) if is_kept]
-        return outs, passed, [memory[v] for v in self.kept]
+        return outs, passed, [(memory | hosted.away)[v] for v in self.kept]
 
     def backward(self, passed: Sequence[Any], kept: Sequence[Any], cotangents: Sequence[Any]) -> list[Any]:
         """Gradients of the differentiated arguments, from what ``forward`` handed on."""
         names = [a for a, is_kept in zip(self.recorded.arguments, self.kept_arguments, strict=True) if is_kept]
         fixed: Memory = dict(zip(names, passed, strict=True))
         memory: Memory = dict(zip((*self.kept, *self.recorded.cotangents), (*kept, *cotangents), strict=True))
+        hosted = Hosted(self.recorded, self.schedule)
+        hosted.away = {v: memory.pop(v) for v in hosted.at(self.cut)}
+        hosted.come(self.cut, memory)
         for stretch in self.stretches:
             view = self._fenced(stretch, fixed, memory) if stretch.is_again else fixed
             for p in range(stretch.begin, stretch.end):
+                if p > self.cut:
+                    hosted.follow(p, memory)
                 self._run(p, memory, view)
         return [_value(o, fixed | memory) for o in self.recorded.graph.outputs[self.recorded.n_outputs :]]
 

@@ -37,26 +37,32 @@ class Gap:
         nbytes: of the value.
         begin: the first place at which it can go: ahead of that run.
         end: the last place at which it can come back: ahead of that run.
+        ready: the first place at which it may be sent; others may still read it then.
     """
 
     value: int
     nbytes: int
     begin: int
     end: int
+    ready: int
 
 
-def moved(program: Program, schedule: Schedule, budget_bytes: int) -> Schedule | None:
+def moved(
+    program: Program, schedule: Schedule, budget_bytes: int, *, first: frozenset[int] = frozenset()
+) -> Schedule | None:  # fmt: skip
     """The schedule with values moved to the tier so that its peak is within a budget; None where that is not known.
 
     Args:
         program: with a link.
         schedule: without offloads.
         budget_bytes: of the peak.
+        first: values to move before all others.
     """
-    moving = Moving(program, schedule)
+    moving = Moving(program, schedule, first)
     if moving.peak_bytes <= budget_bytes:
         return schedule
-    found = [s for ahead in _AHEAD if (s := moving.within(budget_bytes, ahead)) is not None]
+    ways = [(ahead, at_once) for at_once in moving.sends for ahead in _AHEAD]
+    found = [s for ahead, at_once in ways if (s := moving.within(budget_bytes, ahead, at_once=at_once)) is not None]
     return min(found, key=lambda s: simulate(program, s).overhead_seconds, default=None)
 
 
@@ -66,9 +72,10 @@ class Moving:
     Args:
         program: with a link.
         schedule: without offloads.
+        first: values to move before all others.
     """
 
-    def __init__(self, program: Program, schedule: Schedule) -> None:
+    def __init__(self, program: Program, schedule: Schedule, first: frozenset[int] = frozenset()) -> None:
         assert program.link is not None
         self._program, self._schedule, self._link = program, schedule, program.link
         self._during: Ints = np.array(simulate(program, schedule).resident_bytes, dtype=np.int64)
@@ -80,7 +87,10 @@ class Moving:
         self._at = seconds
         """For every run the seconds at which it begins, if nothing is waited for."""
         self._places = places(program, schedule)
-        self._gaps = sorted(gaps(program, schedule, self._places), key=lambda g: self._at[g.begin] - self._at[g.end])
+        self._gaps = sorted(
+            gaps(program, schedule, self._places),
+            key=lambda g: (g.value not in first, self._at[g.begin] - self._at[g.end]),
+        )
 
     @property
     def peak_bytes(self) -> int:
@@ -95,15 +105,23 @@ class Moving:
             during[gap.begin : gap.end] -= gap.nbytes
         return int(during.max(initial=0))
 
-    def within(self, budget_bytes: int, ahead: float) -> Schedule | None:
-        """Move what it takes to come down to a budget; copies back begin so many times their length ahead."""
+    @property
+    def sends(self) -> tuple[bool, ...]:
+        """Whether values may be sent at once, beside being sent once they are idle."""
+        return (False, True) if any(g.ready < g.begin for g in self._gaps) else (False,)
+
+    def within(self, budget_bytes: int, ahead: float, *, at_once: bool = False) -> Schedule | None:
+        """Move what it takes to come down to a budget; copies back begin so many times their length ahead.
+
+        With ``at_once`` values are sent as soon as they are there, also while others still read them.
+        """
         chosen = self._chosen(budget_bytes)
         if chosen is None:
             return None
         going = self._going(chosen, budget_bytes)
         if going is None:
             return None
-        offloads = self._coming(going, budget_bytes, ahead)
+        offloads = self._coming(going, budget_bytes, ahead, at_once=at_once)
         return replace(self._schedule, offloads=tuple(sorted(offloads, key=lambda o: (o.send, o.gone, o.here))))
 
     def _chosen(self, budget_bytes: int) -> list[Gap] | None:
@@ -145,7 +163,9 @@ class Moving:
                 found.append((gap, place))
         return found
 
-    def _coming(self, going: Sequence[tuple[Gap, int]], budget_bytes: int, ahead: float) -> Iterator[Offload]:
+    def _coming(
+        self, going: Sequence[tuple[Gap, int]], budget_bytes: int, ahead: float, *, at_once: bool
+    ) -> Iterator[Offload]:  # fmt: skip
         """The offloads, with copies back that begin as early as their length asks for and the budget allows."""
         during, due, begin_by = self._during.copy(), inf, dict[Gap, float]()
         for gap, place in going:
@@ -160,7 +180,7 @@ class Moving:
             k = bisect_left(self._places, max(earliest, min(wanted, gap.end)))
             fetch = self._places[k] if k < len(self._places) and self._places[k] <= gap.end else gap.end
             during[fetch : gap.end] += gap.nbytes
-            yield Offload(gap.value, gap.begin - 1, place - 1, fetch, gap.end)
+            yield Offload(gap.value, (gap.ready if at_once else gap.begin) - 1, place - 1, fetch, gap.end)
 
 
 def places(program: Program, schedule: Schedule) -> list[int]:
@@ -195,8 +215,9 @@ def gaps(program: Program, schedule: Schedule, where: Sequence[int]) -> Iterator
     first: dict[int, int] = {}
     for p, i in enumerate(schedule.order):
         first.setdefault(i, p)
-    able = _movable(program)
+    able, waits = _movable(program), any(op.call >= 0 for op in program.ops)
     last: dict[int, int] = {}
+    since: dict[int, int] = {}
     until = [first.get(h, -1) for h in program.hold]
     for p, (i, frees) in enumerate(zip(schedule.order, schedule.frees, strict=True)):
         op = program.ops[i]
@@ -205,13 +226,18 @@ def gaps(program: Program, schedule: Schedule, where: Sequence[int]) -> Iterator
                 begin = bisect_right(where, max(last[v], until[v]))
                 end = bisect_right(where, p) - 1
                 if begin < end:
-                    yield Gap(v, program.values[v].nbytes, where[begin], where[end])
+                    # The tape has a value from the call on that saves it for the backward.
+                    ready = where[begin if waits else bisect_right(where, since[v])]
+                    yield Gap(v, program.values[v].nbytes, where[begin], where[end], ready)
+                    since[v] = p
             last[v] = p
+            since.setdefault(v, p)
         if op.kind == "ask":
             for v in op.reads:
                 until[v] = max(until[v], first.get(program.handed_until[i], p))
         for v in frees:
             last.pop(v, None)
+            since.pop(v, None)
 
 
 def _movable(program: Program) -> list[bool]:

@@ -116,6 +116,11 @@ class Table:
         """
         left: list[tuple[int, int, int]] = []
         self._walk(0, self.count - 1, slots, left, self._choose_first)
+        yield from self.sweeps_of(left)
+
+    def sweeps_of(self, left: list[tuple[int, int, int]]) -> Iterator[Sweep]:
+        """List the sweeps for parts ``(s, t, slots)`` of the chain."""
+        left = list(left)
         while left:
             s, t, m = left.pop()
             yield Sweep(t, s, self._walk(s, t, m, left, self._choose))
@@ -125,21 +130,21 @@ class Table:
     def _solve(self, s: int, t: int) -> None:
         d, row = self.demand, self.again[s, t]
         if s == t:
-            row[self._units(d.target_bytes[t]) :] = d.tape_seconds[t]
+            row[self.units(d.target_bytes[t]) :] = d.tape_seconds[t]
         else:
             split = self.again[s, s:t] + self.shifted[t, s + 1 : t + 1]
             split += (self.advance[s + 1 : t + 1] - self.advance[s])[:, None]
             row[:] = split.min(axis=0)
-            row[: self._units(d.sweep_bytes(s, t))] = np.inf
-            whole = d.whole_seconds[s] + self._moved(self.shifted[t, s + 1], d.whole[s])
-            whole[: self._units(d.whole_bytes(s, t))] = np.inf
+            row[: self.units(d.sweep_bytes(s, t))] = np.inf
+            whole = d.whole_seconds[s] + self.moved(self.shifted[t, s + 1], d.whole[s])
+            whole[: self.units(d.whole_bytes(s, t))] = np.inf
             np.minimum(row, whole, out=row)
-        self.shifted[t, s] = self._moved(row, d.state[s])
+        self.shifted[t, s] = self.moved(row, d.state[s])
 
     def _solve_first(self, s: int) -> None:
         row = self.first[s]
         if s == self.count - 1:
-            row[self._units(self.demand.turn_bytes) :] = 0.0
+            row[self.units(self.demand.turn_bytes) :] = 0.0
             return
         row[:] = self._first_splits(s).min(axis=0)
         np.minimum(row, self._first_whole(s), out=row)
@@ -148,25 +153,25 @@ class Table:
         """Keep state s, and go on to every s' beyond it."""
         d = self.demand
         after = range(s + 1, self.count)
-        table = np.stack([self._moved(self.first[k], d.state[k]) for k in after])
+        table = np.stack([self.moved(self.first[k], d.state[k]) for k in after])
         table += self.again[s, s : self.count - 1]
         for k in after:
-            table[k - s - 1, : self._units(d.forward_bytes(s, k))] = np.inf
+            table[k - s - 1, : self.units(d.forward_bytes(s, k))] = np.inf
         return table
 
     def _first_whole(self, s: int) -> Costs:
         d = self.demand
-        row = self._moved(self.first[s + 1], d.whole[s], d.state[s + 1])
-        row[: self._units(d.forward_whole_bytes[s])] = np.inf
+        row = self.moved(self.first[s + 1], d.whole[s], d.state[s + 1])
+        row[: self.units(d.forward_whole_bytes[s])] = np.inf
         return row
 
-    def _units(self, nbytes: int) -> int:
+    def units(self, nbytes: int) -> int:
         """Count the slots of so many bytes, at most one extra."""
         return max(0, min(-(-nbytes * self._parts // self._of_bytes), self.slots + 1))
 
-    def _moved(self, row: Costs, *nbytes: int) -> Costs:
+    def moved(self, row: Costs, *nbytes: int) -> Costs:
         """Shift the costs by so many bytes of the slots."""
-        by = min(sum(self._units(n) for n in nbytes), self.slots + 1)
+        by = min(sum(self.units(n) for n in nbytes), self.slots + 1)
         moved = np.full_like(row, np.inf)
         moved[by:] = row[: self.slots + 1 - by]
         return moved
@@ -184,10 +189,10 @@ class Table:
             if k == s:
                 whole.add(s)
                 k = s + 1
-                m -= self._units(d.whole[s])
+                m -= self.units(d.whole[s])
             else:
                 left.append((s, k - 1, m))
-            m -= self._units(d.state[k])
+            m -= self.units(d.state[k])
             s = k
         return frozenset(whole)
 
@@ -199,11 +204,11 @@ class Table:
         d = self.demand
         split = self.again[s, s:t, m] + self.shifted[t, s + 1 : t + 1, m]
         split = split + self.advance[s + 1 : t + 1] - self.advance[s]
-        if m < self._units(d.sweep_bytes(s, t)):
+        if m < self.units(d.sweep_bytes(s, t)):
             split[:] = np.inf
-        rest = m - self._units(d.whole[s])
+        rest = m - self.units(d.whole[s])
         whole = np.inf
-        if rest >= 0 and m >= self._units(d.whole_bytes(s, t)):
+        if rest >= 0 and m >= self.units(d.whole_bytes(s, t)):
             whole = d.whole_seconds[s] + self.shifted[t, s + 1, rest]
         return s if whole <= split.min() else s + 1 + int(split.argmin())
 

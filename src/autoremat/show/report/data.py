@@ -18,11 +18,12 @@ from autoremat.show.explanation import Explanation
 from autoremat.show.modules import Module
 from autoremat.show.residents import CATEGORIES, name_of, op_text, short_source, type_text
 from autoremat.show.spans import spans_of
+from autoremat.show.traffic import traffic_of
 
 if TYPE_CHECKING:
     from autoremat.planner.frontiers import Frontier
 
-FATES = ("always there", "kept", "computed again", "not saved")
+FATES = ("always there", "kept", "computed again", "not saved", "moved to the tier")
 """What a plan does with a value; the page lists the index."""
 
 
@@ -61,9 +62,10 @@ def page_data(e: Explanation, plan: Plan, front: Frontier | None, points: Sequen
         "plainPeak": plan.plain_peak_bytes,
         "peak": plan.peak_bytes,
         "ops": _ops(program, texts),
-        "values": _values(e, texts),
+        "values": _values(e, texts, {o.value for o in plan.schedule.offloads}),
         "plain": {"spans": _spans(program, Schedule.plain(program))},
         "planned": {"order": _steps(plan.schedule.order), "spans": _spans(program, plan.schedule)},
+        "tier": _tier(program, plan.schedule),
         "modules": _module(e.modules),
         "frontier": {
             "points": [(p.name, p.peak_bytes, p.overhead, p.group) for p in points],
@@ -121,7 +123,7 @@ def _ops(program: Program, texts: _Texts) -> dict[str, Any]:
     }
 
 
-def _values(e: Explanation, texts: _Texts) -> dict[str, Any]:
+def _values(e: Explanation, texts: _Texts, moved: set[int]) -> dict[str, Any]:
     """Lay out values in columns.
 
     A name of -1 is that of the op which made the value.
@@ -137,16 +139,34 @@ def _values(e: Explanation, texts: _Texts) -> dict[str, Any]:
         ],
         "type": [texts(type_text(v.dtype, v.shape)) for v in program.values],
         "made": _steps(program.producer),
-        "fate": [_fate(program, v, kept, again) for v in range(len(program.values))],
+        "fate": [_fate(program, v, kept, again, moved) for v in range(len(program.values))],
         "again": {v: again[i] for v, i in enumerate(program.producer) if i in again},
         "kept": _steps(sorted(kept)),
     }
 
 
-def _fate(program: Program, v: int, kept: set[int], again: dict[int, int]) -> int:
+def _fate(program: Program, v: int, kept: set[int], again: dict[int, int], moved: set[int]) -> int:
     if program.values[v].fixed:
         return 0
-    return 2 if program.producer[v] in again else 1 if v in kept else 3
+    if program.producer[v] in again:
+        return 2
+    return 4 if v in moved else 1 if v in kept else 3
+
+
+def _tier(program: Program, schedule: Schedule) -> dict[str, Any] | None:
+    """Lay out the bytes in the tier, and every copy.
+
+    None where nothing moves.
+    """
+    traffic = traffic_of(program, schedule)
+    if not traffic.copies:
+        return None
+    return {
+        "name": program.link.name if program.link is not None else "",
+        "bytes": _steps(traffic.tier_bytes),
+        "waits": {p: waited for p, waited in enumerate(traffic.waits) if waited},
+        "copies": [(c.value, int(c.way == "in"), c.begin_seconds, c.end_seconds) for c in traffic.copies],
+    }
 
 
 def _spans(program: Program, schedule: Schedule) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from autoremat.program import Program
+from autoremat.program import Program, simulate
 from autoremat.program.files import write_text
 from autoremat.program.units import format_bytes
 from autoremat.show.explanation import Explanation, explanation_of
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from autoremat.planner.frontiers import Frontier
     from autoremat.program import Plan
 
-SCRIPTS: Final = ("page.js", "memory.js", "frontier.js", "modules.js", "values.js")
+SCRIPTS: Final = ("page.js", "memory.js", "tier.js", "frontier.js", "modules.js", "values.js")
 Beside = Sequence[tuple[str, int, float]]
 
 
@@ -59,6 +59,7 @@ def page_of(plan: Plan, *, frontier: Frontier | None = None, beside: Beside = ()
     return environment.from_string(_file("page.html")).render(
         plan=plan,
         points=points,
+        timeline=simulate(plan.program, plan),
         has_frontier=frontier is not None,
         peaks=_peaks(explanation_of(plan.program), e),
         known=_known(plan, e),
@@ -106,7 +107,8 @@ def _known(plan: Plan, e: Explanation) -> list[tuple[str, str, str]]:
             "measured" if scratch and program.timing == "measured" else "given" if scratch else "not known",
         ),
         ("Both peaks, and what fills them", "Added up from these bytes, run by run.", "computed"),
-        ("Extra time", "The seconds of all further runs, added up.", "computed"),
+        ("Extra time", _extra(plan), "computed"),
+        *_link(program),
         ("Lower bound", f"Proven for these bytes and seconds: {_bounds(plan)}.", "proven"),
         (
             "What really happens in training",
@@ -137,6 +139,23 @@ _TIMED: Final = {
     "estimated": ("From floating-point operations and bytes; nothing was run.", "estimated"),
     "given": ("Taken from a file or made by hand.", "given"),
 }
+
+
+def _extra(plan: Plan) -> str:
+    if plan.schedule.offloads:
+        return "The seconds of all further runs, and of waiting for copies, added up."
+    return "The seconds of all further runs, added up."
+
+
+def _link(program: Program) -> list[tuple[str, str, str]]:
+    """Say how fast the link is taken to be."""
+    link = program.link
+    if link is None:
+        return []
+    out, back = (format_bytes(int(rate)) for rate in (link.out_bytes_per_second, link.in_bytes_per_second))
+    rates = f"{out} a second out, {back} in"
+    how = f"{link.name or 'The tier'}: {rates}. A slower one makes the step longer, but never takes more memory."
+    return [("The link to the tier", how, "measured" if link.name else "given")]
 
 
 def _bounds(plan: Plan) -> str:

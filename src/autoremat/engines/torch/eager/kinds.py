@@ -186,13 +186,15 @@ class Prepared:
 
     def follow(self, plan: Plan, budget_bytes: int, *, tried_seconds: float) -> None:
         """Follow this plan; ``budget_bytes`` is for all calls before a backward."""
-        assert self.path is not None
-        script = replace(script_of(plan, self.path), budget_bytes=budget_bytes)
-        if self.parallel.units:  # off the path, nobody knows which parameters exist
-            script = replace(script, budget_bytes=None)
-        self.plan, self.script, self.budget_bytes = plan, script, budget_bytes
+        self.plan, self.script, self.budget_bytes = plan, self.script_of(plan, budget_bytes), budget_bytes
         self.tried_seconds, self.used_seconds, self.checked = tried_seconds, 0.0, False
         self.measured_bytes, self.to_measure = None, MAX_MEASURED
+
+    def script_of(self, plan: Plan, budget_bytes: int) -> Script:
+        """Make what carries out a plan of this step."""
+        assert self.path is not None
+        # With units, nobody knows off the path which parameters exist.
+        return replace(script_of(plan, self.path), budget_bytes=None if self.parallel.units else budget_bytes)
 
 
 @dataclass

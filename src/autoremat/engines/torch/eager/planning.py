@@ -24,6 +24,7 @@ from autoremat.planner import beside
 from autoremat.planner.beside import SearchFailed, Wanted
 from autoremat.planner.growth import grown, grown_number, is_same, shrunk, shrunk_number
 from autoremat.planner.refusals import with_arrivals
+from autoremat.planner.solving import solve, without_link
 from autoremat.program import InfeasibleBudget, Plan, Program, Value, simulate
 
 _LOG = logging.getLogger("autoremat")
@@ -321,6 +322,32 @@ class Planning:
         except InfeasibleBudget:
             self._at_most_bytes = before
             raise
+
+
+def first_script(planning: Planning, step: Prepared) -> Script:
+    """Return what the first backward goes by.
+
+    Its forward has moved nothing, and what it has dropped can only be recomputed. So it is recomputation alone, if
+    that keeps the budget; else the plan, which takes more than the budget this once.
+    """
+    script, plan = step.script, step.plan
+    assert script is not None
+    assert plan is not None
+    if not script.away:
+        return script
+    wanted = planning._planner.wanted(without_link(plan.program), plan.budget_bytes, planning.quick_seconds)
+    try:
+        alone = solve(
+            wanted.program, wanted.budget_bytes, wishes=wanted.wishes, time_limit_seconds=wanted.seconds, first=True
+        )
+    except InfeasibleBudget as error:
+        planning._reporter.tell(
+            "the first step of a kind of input is not planned in its forward and moves nothing there to the tier; "
+            f"without that, no plan keeps it within the budget (the smallest that was found takes "
+            f"{error.floor_bytes:,} bytes, the budget is {error.budget_bytes:,}): this once, the step takes more"
+        )
+        return script
+    return step.script_of(alone, step.budget_bytes)
 
 
 def away_for(planning: Planning, script: Script) -> Nowhere:

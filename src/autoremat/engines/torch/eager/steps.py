@@ -13,7 +13,7 @@ from autoremat.engines.torch.eager.first import FirstStep, NotRecorded, missing_
 from autoremat.engines.torch.eager.here import Here
 from autoremat.engines.torch.eager.inputs import gradients_of
 from autoremat.engines.torch.eager.kinds import Kind, Prepared
-from autoremat.engines.torch.eager.planning import Planner, Planning, away_for
+from autoremat.engines.torch.eager.planning import Planner, Planning, away_for, first_script
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.room import OfScript
 from autoremat.engines.torch.eager.script import Script, elsewhere
@@ -126,7 +126,7 @@ class Steps:
             program = self._planner.assembled(step)
             kind.prepared.path = step.path()
             if kind.script is not None and kind.prepared.path == known:
-                self._follow(step.tape, kind.script)
+                self._follow(step.tape, first_script(self._planning, kind.prepared))
                 return
             adopted = None if kind.prepared.differing else self._planning.adopted(kind.prepared, program)
             there = step.gradients(program)
@@ -141,7 +141,7 @@ class Steps:
             if kind.prepared.parallel.units:  # the program has what fully_shard's hooks take already
                 step.tape.sections = None
             if kind.script is not None:
-                self._follow(step.tape, kind.script)
+                self._follow(step.tape, first_script(self._planning, kind.prepared))
                 kind.prepared.sections = step.tape.sections
         except NothingDifferentiable:
             kind.is_new = True

@@ -235,13 +235,13 @@ class Disk:
         if os.getpid() != self._pid:
             self._pid, self.worker, self._files, self._stores = os.getpid(), Worker(), [], weakref.WeakSet()
         file = self._files.pop() if self._files else self._file()
-        seen = os.statvfs(self.folder)
+        seen = os.fstatvfs(file.fileno())  # also where the folder is gone by now
         left = seen.f_bavail * seen.f_frsize + os.fstat(file.fileno()).st_blocks * 512
         if left < nbytes:
             self.take_back(file)
             raise OffloadFailed(
-                f"the plan moves {format_bytes(nbytes)} to {self.folder}, which has {format_bytes(left)} left: make "
-                'room there, name another folder (offload="disk:/path"), or give a smaller offload_budget'
+                f"{format_bytes(nbytes)} are to go to {self.folder}, which has {format_bytes(left)} left: make room "
+                'there, name another folder (offload="disk:/path"), or give a smaller offload_budget'
             )
         store = Store(self, file)
         self._stores.add(store)

@@ -5,6 +5,7 @@ const LARGEST = 8;
 const SHOWN = data.categories.map((_, c) => c).filter((c) => [plain, planned].some((course) => course.series[c].some(Boolean)));
 const hasSeconds = data.ops.seconds.some(Boolean);
 let inSeconds = hasSeconds;
+const tierBytes = cumulated(data.tier?.bytes ?? []);
 
 /** Round steps for an axis from 0, at most so many. */
 function ticks(most, count) {
@@ -175,6 +176,11 @@ function showMoment(course, run, name) {
   $("moment-bytes").textContent = formatBytes(total);
   $("moment-bytes").dataset.bytes = total;
   $("moment").dataset.run = run;
+  if (data.tier) {
+    const inTier = course === planned ? tierBytes[run] : 0;
+    $("moment-tier").textContent = formatBytes(inTier);
+    $("moment-tier").dataset.bytes = inTier;
+  }
   $("moment-categories").replaceChildren(...SHOWN.map((c) => {
     const bytes = course.series[c][run];
     return element("li", { class: bytes ? "" : "none", "data-bytes": bytes },

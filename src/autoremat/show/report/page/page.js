@@ -38,7 +38,8 @@ function element(name, attributes = {}, ...children) {
 
 /** A schedule: what runs when, and how many bytes of which category are in memory meanwhile. */
 class Course {
-  constructor(coded) {
+  constructor(coded, waits = {}) {
+    this.waits = waits;
     this.order = coded.order ? cumulated(coded.order) : data.ops.name.map((_, i) => i);
     this.length = this.order.length;
     this.value = coded.spans.value;
@@ -69,12 +70,13 @@ class Course {
     return series;
   }
 
-  /** When each run starts, and when the last one ends, in seconds or in runs. */
+  /** When each run starts, after what is waited for, and when the last one ends, in seconds or in runs. */
   moments(inSeconds) {
     const at = new Float64Array(this.length + 1);
     this.order.forEach((i, p) => {
       const again = p > this.firstRun[i] ? data.ops.secondsAgain[i] : undefined;
-      at[p + 1] = at[p] + (inSeconds ? again ?? data.ops.seconds[i] : 1);
+      const waits = inSeconds ? this.waits[p + 1] ?? 0 : 0;
+      at[p + 1] = at[p] + (inSeconds ? again ?? data.ops.seconds[i] : 1) + waits;
     });
     return at;
   }
@@ -90,7 +92,7 @@ class Course {
 /** The top of both pictures: a budget far above the plain peak would leave nothing to see below. */
 const HIGHEST = Math.max(data.plainPeak, data.peak, data.floor, data.budget <= 1.3 * data.plainPeak ? data.budget : 0);
 const plain = new Course(data.plain);
-const planned = new Course(data.planned);
+const planned = new Course(data.planned, data.tier?.waits);
 
 for (const key of document.querySelectorAll(".key[data-category]"))
   key.style.setProperty("--fill", color(data.categories.indexOf(key.dataset.category)));
