@@ -169,7 +169,7 @@ def _bytes_of(length: int, segments: tuple[int, ...], kept: Kept, carry_bytes: i
 def ladders(length: int) -> Iterator[tuple[int, ...]]:
     """Lengths of segments to try: none; one level; two levels. Which is best depends on what carry and elements take.
 
-    All there are of a short scan; of a longer one those that divide it, and some of every size.
+    All there are of a short scan.
     """
     yield ()
     yield from ((first,) for first in _sizes(length, _ALL_OF_ONE))
@@ -178,13 +178,16 @@ def ladders(length: int) -> Iterator[tuple[int, ...]]:
 
 
 def _sizes(length: int, most: int) -> Sequence[int]:
-    """Lengths of segments of which there are at least two: all, but of more than ``most`` iterations some."""
+    """Lengths of segments of which there are at least two: all, but of more than ``most`` iterations some.
+
+    Those are the ones that divide it, some of every size, and those that leave as much on each level.
+    """
     last = length // 2
     if length <= most:
         return range(2, last + 1)
-    steps = math.ceil(math.log(max(last, 1), _STEP)) if last > 1 else 0
-    some = {round(_STEP**k) for k in range(1, steps + 1)} | {math.isqrt(length)}
-    return sorted(d for d in {*some, *_divisors(length)} if 2 <= d <= last)
+    some = {round(_STEP**k) for k in range(1, math.ceil(math.log(last, _STEP)))}
+    even = {math.ceil(length**power) for power in (1 / 3, 1 / 2, 2 / 3)}
+    return sorted(d for d in {*some, *even, *_divisors(length)} if 2 <= d <= last)
 
 
 def _divisors(length: int) -> set[int]:
