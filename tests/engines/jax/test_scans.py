@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from autoremat.engines.jax import scans, variants  # noqa: E402
 from autoremat.engines.jax.engine import ENGINE, Step  # noqa: E402
 from autoremat.engines.jax.scans import Choice  # noqa: E402
 from autoremat.engines.jax.steps import record_step  # noqa: E402
-from autoremat.program import simulate, verify  # noqa: E402
+from autoremat.program import Plan, simulate, verify  # noqa: E402
 from autoremat.program.units import format_bytes  # noqa: E402
 from tests.engines.jax.models import (  # noqa: E402
     MIB,
@@ -270,11 +271,21 @@ def test_a_frontier_has_what_scans_stack_for_less() -> None:
     assert front.floor_bytes < 0.8 * front.plain_peak_bytes
     assert [p.overhead for p in front.points] == sorted((p.overhead for p in front.points), reverse=True)
     assert plans
-    assert all(verify(p.program, p.schedule, budget_bytes=p.budget_bytes) == () for p in plans)
+    assert all(verify(p.program, p) == () for p in plans)
     assert front.plan_at(front.floor_bytes).peak_bytes <= front.floor_bytes
     assert f"floor {format_bytes(front.floor_bytes)}" in str(front)
     with pytest.raises(aj.InfeasibleBudget):
         front.plan_at(front.floor_bytes - 1000)
+
+
+def test_a_plan_for_a_scan_is_judged_beside_plain_training() -> None:
+    """What segments run again is a part of the program; the plan counts it, and a plan that does not is found out."""
+    args = recurrence_parameters(8), jnp.ones((64, 4, 8))
+    plan = Plan.from_json(aj.plan(recurrence, *args, budget="60%", time_limit_seconds=0.2).to_json())
+    assert plan.overhead > 0
+    assert verify(plan.program, plan) == ()
+    for lie in ({"overhead": 0.0}, {"plain_seconds": 0.0}, {"plain_peak_bytes": plan.peak_bytes - 1}):
+        assert {v.rule for v in verify(plan.program, replace(plan, **lie))} == {"plan's figures"}
 
 
 def test_the_engine_carries_out_a_plan_for_a_scan() -> None:

@@ -134,13 +134,13 @@ class Variants:
     def _compared(self, planned: Planned, floor_bytes: int) -> Planned:
         """The plan with its cost against the step where bytes cost nothing, and with the floor of all prices."""
         plain, plan = self.plain.program, planned.plan
-        seconds = plan.program.seconds * (1 + plan.overhead)
-        overhead = max(0.0, seconds / plain.seconds - 1) if plain.seconds else 0.0
+        plan = replace(plan, floor_bytes=floor_bytes, lower_bound=0.0)
+        if planned.recorded is self.plain or not plain.seconds:
+            return replace(planned, plan=plan)
+        overhead = max(0.0, plan.program.seconds * (1 + plan.overhead) / plain.seconds - 1)
         peak = max(simulate(plain).peak_bytes, plan.plain_peak_bytes)
-        return replace(
-            planned,
-            plan=replace(plan, overhead=overhead, lower_bound=0.0, plain_peak_bytes=peak, floor_bytes=floor_bytes),
-        )
+        figures = replace(plan, overhead=overhead, plain_peak_bytes=peak, plain_seconds=plain.seconds)
+        return replace(planned, plan=figures)
 
     def _rule(self, price: float) -> Callable[[Any, Sequence[Any]], Sequence[Any]]:
         """How scans run at a price."""
