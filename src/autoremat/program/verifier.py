@@ -736,8 +736,10 @@ def _overhead(machine: _Machine, tier: Tier, plain_seconds: float) -> float:
     It is 0 where nothing takes any time. Where plain training is another program, what this one takes more is extra.
     """
     once = math.fsum(op.seconds for op in machine.program.ops)
-    extra, plain = math.fsum(machine.extra) + tier.waited, plain_seconds or once
-    return max(0.0, once + extra - plain) / plain if plain_seconds else extra / plain if plain else 0.0
+    extra = math.fsum(machine.extra) + tier.waited
+    if plain_seconds:
+        return max(0.0, once + extra - plain_seconds) / plain_seconds
+    return extra / once if once else 0.0
 
 
 def _plain_peak(program: Program) -> int:

@@ -261,12 +261,18 @@ def _dead_in_the_forward(groups: Sequence[Group], graph: Graph) -> frozenset[int
     return frozenset(dead)
 
 
+def _is_reshape(equation: Equation) -> bool:
+    """Whether the same numbers come out in the same order: for XLA the same memory."""
+    is_one = equation.eqn.primitive is lax.reshape_p and equation.eqn.params.get("dimensions") is None
+    return is_one and len(equation.operands) == 1
+
+
 def _reshaped_to_outputs(graph: Graph) -> frozenset[int]:
     """Values that nobody reads but a reshape which makes an output of them: their bytes are those of the output."""
     readers = Counter(r for equation in graph.equations for r in equation.operands)
     outputs, found = {o for o in graph.outputs if isinstance(o, int)}, set[int]()
     for equation in reversed(graph.equations):
-        if equation.eqn.primitive is lax.reshape_p and (outputs | found).issuperset(equation.results):
+        if _is_reshape(equation) and (outputs | found).issuperset(equation.results):
             found.update(r for r in equation.operands if readers[r] == 1 and r not in outputs)
     return frozenset(found)
 
@@ -307,7 +313,7 @@ def _copied_bytes(graph: Graph, results: Iterable[Atom]) -> int:
     size = 0
     for value in (r for r in results if isinstance(r, int)):
         made_by = maker.get(value)
-        while made_by is not None and made_by.eqn.primitive is lax.reshape_p:
+        while made_by is not None and _is_reshape(made_by):
             made_by = maker.get(made_by.operands[0])
         size += nbytes(graph.avals[value]) if made_by is not None and _has_inner(made_by.eqn) else 0
     return size
