@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any, TypeVar, overload
 
@@ -19,12 +20,13 @@ if find_spec("jax") is None:
 from autoremat.engines.jax.compiler import BarriersRemoved, Memory, compiler_options, keeps_barriers, memory
 from autoremat.engines.jax.fitting import Fitted, fitted
 from autoremat.engines.jax.hosting import link_of
-from autoremat.engines.jax.planning import Asked, Given, budget_bytes, planned
+from autoremat.engines.jax.planning import Asked, Given, budget_bytes
 from autoremat.engines.jax.steps import record_step
 from autoremat.engines.jax.variants import Variants
 from autoremat.engines.jax.wrapping import checkpointed
 from autoremat.planner import Frontier
 from autoremat.planner import frontier as frontier_of
+from autoremat.planner.frontiers import frontier_of_plans
 from autoremat.planner.wishes import Patterns, Wishes
 from autoremat.program import InfeasibleBudget, Plan, Program
 from autoremat.program.units import Budget
@@ -259,9 +261,18 @@ def frontier(
         >>> [p.overhead for p in frontier.points] == sorted((p.overhead for p in frontier.points), reverse=True)
         True
     """
-    program = _program_of(program_or_fn, args, kwargs, argnums)
     wishes = Wishes(keep, recompute)
-    return frontier_of(program, points=points, wishes=wishes, time_limit_seconds=time_limit_seconds)
+    if isinstance(program_or_fn, Program):
+        program = _program_of(program_or_fn, args, kwargs, argnums)
+        return frontier_of(program, points=points, wishes=wishes, time_limit_seconds=time_limit_seconds)
+    step = record_step(program_or_fn, args, kwargs, argnums)
+    if not step.has_scans:
+        return frontier_of(step.plain.program, points=points, wishes=wishes, time_limit_seconds=time_limit_seconds)
+    n = points if isinstance(points, int) else len(points)
+    asked = Asked(None, wishes, time_limit_seconds / max(n, 1))
+    return frontier_of_plans(
+        lambda nbytes: step.planned(nbytes, asked).plan, step.plain.program, step.floor_bytes(asked), points
+    )
 
 
 def fit(
@@ -281,14 +292,14 @@ def fit(
 
     Args:
         step: the train step. It differentiates a function that went through ``checkpoint`` without a budget (a budget
-            given there is not looked at here).
+            given there is not looked at here). What went through ``jax.jit`` is compiled with the options given there.
         *args: its arguments, or ``jax.ShapeDtypeStruct`` in their place.
         budget: of the step in all, arguments, outputs and temporaries: bytes, or a size such as ``"10GiB"``; on several
             devices, of each.
         donate_argnums: as for ``jax.jit``; the state that the step replaces is there twice otherwise.
         static_argnums: as for ``jax.jit``.
         compiler_options: further ones, as for ``jax.jit``. Those that keep barriers are added where they are needed.
-        most_tries: how many further steps are compiled before only the smallest plan is left.
+        most_tries: how many further steps are compiled; the last one by the smallest plan, where nothing fits by then.
 
     Returns:
         ``fitted(*args)`` runs the step; ``fitted.memory`` is XLA's account, ``fitted.plans`` what was planned, and
@@ -315,7 +326,8 @@ def fit(
     found = Budget.read(_read(budget))
     if found.nbytes is None:
         raise ValueError(f"fit needs a budget in bytes, not {budget!r}: what plain training takes, only XLA can tell")
-    jit_options = {"donate_argnums": donate_argnums, "static_argnums": static_argnums}
+    given = {"donate_argnums": donate_argnums, "static_argnums": static_argnums}
+    jit_options = {name: positions for name, positions in given.items() if positions != ()}
     return fitted(step, args, found.nbytes, jit_options, compiler_options or {}, most_tries)
 
 
@@ -369,14 +381,14 @@ def max_batch(
     check_limits(budget, overhead, start, most)
     asked = Asked(budget, Wishes(keep, recompute), time_limit_seconds)
     return largest(
-        lambda n: _plan_of(record_step(fn, tuple(make_args(n)), {}, argnums), asked),
+        lambda n: asked.planned(record_step(fn, tuple(make_args(n)), {}, argnums)).plan,
         overhead=overhead, start=start, most=most,
     )  # fmt: skip
 
 
-def _plan_of(variants: Variants, asked: Asked) -> Plan:
-    """Plan a step within its budget."""
-    return planned(variants, asked).plan
+def _plan_of(step: Variants, asked: Asked) -> Plan:
+    """Plan a step within its budget; the floor is the step's, however little time there is to plan."""
+    return replace(asked.planned(step).plan, floor_bytes=step.floor_bytes(asked))
 
 
 def _program_of(

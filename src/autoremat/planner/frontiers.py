@@ -63,7 +63,7 @@ class Frontier:
         budget_bytes = parse_budget(budget, self.plain_peak_bytes)
         lowest = self.points[0]
         if budget_bytes < lowest.peak_bytes:
-            raise infeasible(self.program, budget_bytes, lowest.schedule, solver="frontier")
+            raise infeasible(lowest.program, budget_bytes, lowest.schedule, solver="frontier")
         return _best(self.points, budget_bytes)
 
     def plot(self, path: str | Path | None = None, *, beside: Sequence[str] = ()) -> Figure:
@@ -148,8 +148,7 @@ def frontier(
         >>> [(p.peak_bytes, p.overhead) for p in frontier(Program("tiny", values, ops), points=2).points]
         [(24, 0.2), (32, 0.0)]
     """
-    if isinstance(points, str | float) or not points or (isinstance(points, int) and points < 2):
-        raise ValueError(f"points is at least 2 (the floor and the plain peak), or a list of budgets; got {points!r}")
+    _check(points)
     if not program.ops:
         raise ValueError(f"program {program.name!r} has no operators, so there is nothing to trade memory for")
     try:
@@ -158,6 +157,32 @@ def frontier(
         raise (wishes.explained(error) if wishes else error) from None
     best = tuple(replace(_best(plans, p.budget_bytes), program=program) for p in plans)
     return Frontier(program, best, best[0].floor_bytes, best[0].plain_peak_bytes)
+
+
+def frontier_of_plans(
+    plan_within: Callable[[int], Plan], program: Program, floor_bytes: int, points: int | Sequence[Budget]
+) -> Frontier:
+    """Trace the frontier of a step whose program depends on the budget.
+
+    Args:
+        plan_within: from bytes to a plan, of whichever program of the step.
+        program: the step as it is recorded for plain training.
+        floor_bytes: the smallest budget that has a plan.
+        points: as for ``frontier``.
+
+    Raises:
+        ValueError: fewer than two points, a budget that cannot be read.
+        InfeasibleBudget: one of the budgets named is below the floor.
+    """
+    _check(points)
+    plain_peak = simulate(program).peak_bytes
+    plans = [plan_within(nbytes) for nbytes in _budgets(points, floor_bytes, plain_peak)]
+    return Frontier(program, tuple(_best(plans, p.budget_bytes) for p in plans), floor_bytes, plain_peak)
+
+
+def _check(points: int | Sequence[Budget]) -> None:
+    if isinstance(points, str | float) or not points or (isinstance(points, int) and points < 2):
+        raise ValueError(f"points is at least 2 (the floor and the plain peak), or a list of budgets; got {points!r}")
 
 
 def reached(front: Frontier, solver: str, *, time_limit_seconds: float = 10.0) -> tuple[Plan, ...]:

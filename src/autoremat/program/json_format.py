@@ -130,6 +130,7 @@ def plan_to_data(plan: Plan) -> dict[str, Any]:
         "lower_bound": float(plan.lower_bound),
         "solver": plan.solver,
         **_unless({"stopped": plan.stopped}, stopped=""),
+        **_unless({"plain_seconds": float(plan.plain_seconds)}, plain_seconds=0.0),
         **_unless({"candidates": candidates}, candidates=[]),
         "order": [int(i) for i in plan.schedule.order],
         "frees": [[ids[v] for v in frees] for frees in plan.schedule.frees],
@@ -330,6 +331,7 @@ def plan_from_data(data: Mapping[str, Any]) -> Plan:
         candidates=tuple(_candidate(i, item) for i, item in enumerate(_get(data, "plan", "candidates", list, ()))),
         floor_lower_bound_bytes=_get(data, "plan", "floor_lower_bound_bytes", int, 0),
         stopped=_get(data, "plan", "stopped", str, ""),
+        plain_seconds=_number(data, "plan", "plain_seconds", 0.0),
     )
 
 

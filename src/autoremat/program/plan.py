@@ -28,13 +28,16 @@ class Plan:
         budget_bytes: the budget asked for.
         peak_bytes: the peak of the schedule.
         plain_peak_bytes: the peak without any recomputation.
-        floor_bytes: the smallest budget that is accepted, whoever plans.
+        floor_bytes: the smallest budget that is accepted, whoever plans; where the limit of time has cut planning
+            short, the smallest that was known by then.
         overhead: extra seconds as a fraction of the plain program's seconds.
         lower_bound: an overhead below which no schedule within this budget can go.
         solver: name of the solver whose schedule this is.
         candidates: ``(solver, peak_bytes, overhead)`` of the other schedules that were looked at.
         floor_lower_bound_bytes: no schedule at all has a smaller peak than this; 0 when nothing is known.
         stopped: when and why the search ended before it was done, as a part of a sentence; "" where it was done.
+        plain_seconds: of the step without any recomputation, where some is inside of the program's ops (a loop that
+            runs segments again): what ``overhead`` and ``plain_peak_bytes`` stand beside. 0.0: the program itself.
     """
 
     program: Program
@@ -49,6 +52,7 @@ class Plan:
     candidates: tuple[tuple[str, int, float], ...] = ()
     floor_lower_bound_bytes: int = 0
     stopped: str = ""
+    plain_seconds: float = 0.0
 
     def __str__(self) -> str:
         """Describe the plan in a few lines for people."""

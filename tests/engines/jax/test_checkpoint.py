@@ -6,7 +6,7 @@ import re
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +17,7 @@ import jax.numpy as jnp  # noqa: E402 - jax is optional
 from jax import lax  # noqa: E402
 
 import autoremat.jax as aj  # noqa: E402
-from autoremat.engines.jax import compiler  # noqa: E402
+from autoremat.engines.jax import compiler, core  # noqa: E402
 from autoremat.engines.jax.compiler import BarriersRemoved, compiler_options, keeps_barriers  # noqa: E402
 from autoremat.engines.jax.lowering import Lowered  # noqa: E402
 from autoremat.engines.jax.steps import record_step  # noqa: E402
@@ -57,6 +57,16 @@ def test_effects_are_refused_by_name(effect: Callable[[Any], None]) -> None:
         return jnp.sin(x).sum()
 
     with pytest.raises(ValueError, match=r"fn has an effect .*auxiliary output"):
+        jax.grad(aj.checkpoint(fn, budget=1.0))(jnp.ones(3))
+
+
+def test_an_effect_without_a_name_is_called_by_its_type() -> None:
+    def fn(x: Any) -> Any:
+        known = jax.new_ref(x)
+        known[...] = jnp.sin(known[...])
+        return known[...].sum()
+
+    with pytest.raises(ValueError, match=r"fn has an effect \([A-Za-z]+\)"):
         jax.grad(aj.checkpoint(fn, budget=1.0))(jnp.ones(3))
 
 
@@ -171,6 +181,38 @@ def test_as_many_fences_as_stretches_of_further_runs() -> None:
     lowered = Lowered(record_step(layers, (ws, x), {}).plain, plan.schedule)
     text = jax.jit(jax.grad(checkpoint(layers, budget=floor))).lower(ws, x).as_text()
     assert text.count("stablehlo.optimization_barrier") == lowered.n_fences > 0
+
+
+def barriers(jaxpr: Any) -> Iterator[Any]:
+    """All barriers of a jaxpr, those inside of calls included."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive is lax.optimization_barrier_p:
+            yield eqn
+        for one in eqn.params.values():
+            if hasattr(one, "eqns") or hasattr(one, "jaxpr"):
+                yield from barriers(getattr(one, "jaxpr", one))
+
+
+def test_a_fence_has_a_barrier_for_each_way_in_which_arrays_vary_over_a_mesh() -> None:
+    """A common one would make parameters, which are the same on all devices, differ as the batch does."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    batched, same = jax.sharding.PartitionSpec("d"), jax.sharding.PartitionSpec()
+    ws, x = weights(4, "float32"), batch("float32")
+    fences = []
+
+    def shard(ws: Any, x: Any) -> Any:
+        floor = aj.plan(layers, ws, x, budget=1.0, time_limit_seconds=BRIEF).floor_bytes
+        plan = aj.plan(layers, ws, x, budget=floor, time_limit_seconds=BRIEF)
+        fences.append(Lowered(record_step(layers, (ws, x), {}).plain, plan.schedule).n_fences)
+        return jax.grad(checkpoint(layers, budget=floor))(ws, x)
+
+    one = jax.shard_map(shard, mesh=mesh, in_specs=(same, batched), out_specs=same)
+    found = list(barriers(jax.make_jaxpr(one)(ws, x).jaxpr))
+    kinds = [{core.varying(v.aval) for v in eqn.invars} for eqn in found]
+    assert all(len(kind) == 1 for kind in kinds)
+    assert set().union(*kinds) == {frozenset(), frozenset({"d"})}
+    assert kinds.count({frozenset({"d"})}) == fences[0]
+    assert fences[0] < len(found) <= 2 * fences[0]
 
 
 # ---- plans -----------------------------------------------------------------------------------------------------------

@@ -104,16 +104,37 @@ def test_several_checkpointed_functions_share_what_there_is() -> None:
     assert agrees(fitted, step_of(plain_loss), args)
 
 
-@pytest.mark.parametrize("where", ["outside", "inside"])
+def accumulated(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """A step that scans over a function that JAX has traced before, and remembers."""
+
+    def add(total: Any, part: Any) -> Any:
+        return jax.tree.map(jnp.add, total, jax.grad(loss)(total, part)), None
+
+    return lambda ws, x: jax.lax.scan(add, ws, x.reshape(2, -1, x.shape[-1]))[0]
+
+
+PLACES: dict[str, Callable[[Callable[..., Any]], Callable[..., Any]]] = {
+    "outside": lambda loss: jax.jit(step_of(loss)),
+    "inside": lambda loss: step_of(jax.jit(loss)),
+    "scan": accumulated,
+}
+
+
+@pytest.mark.parametrize("where", PLACES)
 def test_jit_in_the_step_does_not_keep_an_old_plan(where: str) -> None:
-    loss = checkpoint(network)
-    step = jax.jit(step_of(loss)) if where == "outside" else step_of(jax.jit(loss))
-    plain = step_of(network if where == "outside" else jax.jit(network))
-    args = inputs(4)
-    budget = int(0.9 * total(plain, args))
-    fitted = aj.fit(step, *args, budget=budget)
-    assert fitted.memory.total_bytes <= budget
-    assert len(fitted.tries) > 1
+    """Neither one of a try before, nor one of a step fitted before."""
+    step, args = PLACES[where](checkpoint(network)), inputs(4)
+    budget = int(0.9 * total(PLACES[where](network), args))
+    for _ in range(2):
+        fitted = aj.fit(step, *args, budget=budget)
+        assert fitted.memory.total_bytes <= budget
+        assert len(fitted.tries) > 1
+
+
+def test_what_a_jitted_step_donates_is_donated() -> None:
+    args = inputs(2)
+    fitted = aj.fit(jax.jit(step_of(checkpoint(network)), donate_argnums=0), *args, budget="1GiB")
+    assert fitted.memory.aliased_bytes >= sum(w.nbytes for w in args[0])
 
 
 def test_static_arguments_and_options_are_those_of_jit() -> None:
@@ -136,31 +157,52 @@ def test_refusals() -> None:
         aj.fit(step_of(network), *args, budget="50%")
 
 
-class Stubborn:
-    """Compiles to what is planned, of 1000 bytes; but to 500 wherever between 440 and 500 are planned."""
+class Compiler:
+    """Compiles a step of 1000 bytes to as many as it makes of those planned; nothing is planned below 300."""
 
-    def __init__(self, *_: Any) -> None:
-        pass
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, makes: Callable[[int], int]) -> None:
+        self.makes, self.shares = makes, list[float]()
+        monkeypatch.setattr(fitting, "_Builder", lambda *_: self)
+        monkeypatch.setattr(fitting, "memory", lambda total: Memory(0, 0, total, 0))
+        monkeypatch.setattr(fitting, "flops", lambda _: 1.0)
 
     def build(self, share: float) -> tuple[Any, Any]:
-        planned = int(1000 * share)
-        plan = SimpleNamespace(
-            plain_peak_bytes=1000,
-            peak_bytes=planned,
-            overhead=1 - share,
-            program=SimpleNamespace(fixed_bytes=0, seconds=1),
-        )
-        return 500 if 440 <= planned <= 500 else planned, SimpleNamespace(plans=[plan], is_at_the_floor=not planned)
+        self.shares.append(share)
+        planned = max(300, int(1000 * share))
+        program = SimpleNamespace(fixed_bytes=0, seconds=1)
+        plan = SimpleNamespace(plain_peak_bytes=1000, peak_bytes=planned, overhead=1 - share, program=program)
+        return self.makes(planned), SimpleNamespace(plans=[plan], is_at_the_floor=share < 0.3)
+
+
+def stuck(planned: int) -> int:
+    return 500 if 440 <= planned <= 500 else planned
 
 
 def test_steps_grow_where_the_compiler_does_not_follow(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else all tries end above the budget, and only the smallest plan of all is left."""
-    monkeypatch.setattr(fitting, "_Builder", Stubborn)
-    monkeypatch.setattr(fitting, "memory", lambda total: Memory(0, 0, total, 0))
-    monkeypatch.setattr(fitting, "flops", lambda _: 1.0)
+    Compiler(monkeypatch, stuck)
     fitted = fitting.fitted(print, (), 490, {}, {}, most_tries=4)
     assert 0.4 < fitted.chosen.share < 0.44
-    assert len(fitted.tries) <= 5
+
+
+@pytest.mark.parametrize("budget", range(300, 1001, 100))
+@pytest.mark.parametrize("makes", [int, stuck, lambda planned: 1000 if planned > 300 else 300])
+def test_at_most_four_steps_are_compiled_beside_plain_training(
+    budget: int, makes: Callable[[int], int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the compiler does; and where the smallest plan fits, a step is found."""
+    compiler = Compiler(monkeypatch, makes)
+    assert fitting.fitted(print, (), budget, {}, {}, most_tries=4).memory.total_bytes <= budget
+    assert compiler.shares[0] == 1.0
+    assert len(compiler.shares) <= 5
+
+
+def test_no_further_step_is_compiled_where_the_smallest_plan_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Compiler(monkeypatch, lambda planned: planned)
+    with pytest.raises(aj.InfeasibleBudget) as found:
+        fitting.fitted(print, (), 299, {}, {}, most_tries=4)
+    assert found.value.floor_bytes == 300
+    assert len(compiler.shares) <= 5
 
 
 # ---- figures ---------------------------------------------------------------------------------------------------------

@@ -20,6 +20,7 @@ from tests.engines.jax.models import QUIET, batch, checkpoint, error, layers, ti
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 EXACT = 1e-12
+KEY = jax.random.key(7)
 
 
 @pytest.fixture(autouse=True)
@@ -41,6 +42,17 @@ def _of_gradients(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 def _along(fn: Callable[..., Any]) -> Callable[..., Any]:
     return lambda ws, x: jax.jvp(lambda w: jax.grad(fn)(w, x), (ws,), (ws,))
+
+
+def _hessian(fn: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda ws, x: jax.hessian(lambda bias: fn(ws, x + bias))(x[0])
+
+
+def _donated(fn: Callable[..., Any]) -> Callable[..., Any]:
+    def step(ws: Any, x: Any) -> Any:
+        return jax.tree.map(lambda w, g: w - 0.1 * g, ws, jax.grad(fn)(ws, x))
+
+    return lambda ws, x: jax.jit(step, donate_argnums=0)(jax.tree.map(jnp.copy, ws), x)
 
 
 def _halves(x: jax.Array) -> jax.Array:
@@ -79,6 +91,8 @@ TRANSFORMS: dict[str, Transform] = {
     "grad of vmap": lambda fn: jax.grad(lambda ws, x: jax.vmap(fn, (None, 0))(ws, _halves(x)).sum()),
     "grad of grad": lambda fn: jax.grad(_of_gradients(fn)),
     "forward over reverse": _along,
+    "hessian": _hessian,
+    "donated": _donated,
     "accumulated in a scan": _accumulated,
     "inside of a scan": _inside_of_a_scan,
     "shard_map": functools.partial(_in_a_mesh, True),
@@ -171,13 +185,19 @@ def _dropout(ws: Any, x: Any) -> Any:
     return (x**2).mean()
 
 
+def _closed_over_key(ws: Any, x: Any) -> Any:
+    for k, w in enumerate(ws):
+        x = jnp.sin(x @ w) * jax.random.bernoulli(jax.random.fold_in(KEY, k), 0.7, x.shape)
+    return (x**2).mean()
+
+
 def _old_keys(ws: Any, x: Any) -> Any:
     return layers(ws, x * jax.random.bernoulli(jax.random.PRNGKey(3), 0.7, x.shape))
 
 
 INSIDE = [
     _custom_reverse, _custom_forward, _by_hand, _with_jit, _while_stopped, _fixed_loop, _cond, _callback, _complex,
-    _dropout, _old_keys,
+    _dropout, _closed_over_key, _old_keys,
 ]  # fmt: skip
 
 

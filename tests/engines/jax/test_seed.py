@@ -10,10 +10,12 @@ import pytest
 jax = pytest.importorskip("jax")
 
 import jax.numpy as jnp  # noqa: E402 - jax is optional
+import numpy as np  # noqa: E402
 
 import autoremat  # noqa: E402
 import autoremat.jax as aj  # noqa: E402
 from tests.engines.jax.models import QUIET, error  # noqa: E402
+from tests.engines.jax.pictures import picture  # noqa: E402
 
 pytestmark = pytest.mark.filterwarnings(QUIET)
 
@@ -54,6 +56,78 @@ def test_three_layers_are_planned_as_by_hand_and_as_for_torch(tmp_path: Path) ->
     repeated = [of_torch.program.ops[i].name for i, _ in autoremat.simulate(of_torch.program, of_torch).repeats]
     assert repeated == ["aten.mm.default", "aten.sigmoid.default"]
     assert "A1" in plan.save_html(tmp_path / "plan.html").read_text(encoding="utf-8")
+
+
+def layers_of_torch(ws: Any, names: list[str], activation: Any, loss: Any) -> Any:
+    """The layers as modules of torch, which end in a loss."""
+    import torch
+
+    class Layer(torch.nn.Module):
+        def __init__(self, w: Any, is_last: bool) -> None:
+            super().__init__()
+            self.w, self.is_last = torch.nn.Parameter(torch.from_numpy(np.array(w))), is_last
+
+        def forward(self, x: Any) -> Any:
+            return x @ self.w if self.is_last else activation(x @ self.w)
+
+    class Network(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, w in zip(names, ws, strict=True):
+                self.add_module(name, Layer(w, name == names[-1]))
+
+        def forward(self, x: Any) -> Any:
+            for layer in self.children():
+                x = layer(x)
+            return loss(x)
+
+    return Network()
+
+
+def layers_of_jax(names: list[str], activation: Any, loss: Any) -> Any:
+    def fn(ws: Any, x: Any) -> Any:
+        for name, w in zip(names, ws, strict=True):
+            with jax.named_scope(name):
+                x = x @ w if name == names[-1] else activation(x @ w)
+        return loss(x)
+
+    return fn
+
+
+KEEP_A2 = [
+    "A1 forward #.", "A2 forward .#", "Y forward .#", "Y backward .#", "A2 backward ..", "A1 again #.",
+    "A2 backward #.", "A1 backward ..",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.guard
+@pytest.mark.parametrize("budget", [1.0, 0.9])
+@pytest.mark.parametrize("network", ["three layers", "XOR"])
+def test_the_same_picture_as_beside_torch(network: str, budget: float) -> None:
+    """The same layers run and run again in the same order, and the same activations are there behind each."""
+    torch = pytest.importorskip("torch")
+    from examples.xor_jax import inputs as cases
+
+    if network == "XOR":
+        _, x, y = cases()
+        names, sizes = ["A1", "A2", "A3", "A4", "Y"], [2, 16, 16, 16, 16, 1]
+        answers = torch.from_numpy(np.array(y))
+        of_jax = layers_of_jax(names, jnp.tanh, lambda z: ((z - y) ** 2).mean())
+        keys = jax.random.split(jax.random.key(0), len(names))
+        ws = [jax.random.normal(k, (a, b)) for k, a, b in zip(keys, sizes, sizes[1:], strict=False)]
+        of_torch = layers_of_torch(ws, names, torch.tanh, lambda z: ((z - answers) ** 2).mean())
+    else:
+        ws, x = inputs()
+        names = ["A1", "A2", "Y"]
+        of_jax = layers_of_jax(names, jax.nn.sigmoid, jnp.sum)
+        of_torch = layers_of_torch(ws, names, torch.sigmoid, torch.sum)
+    found = picture(aj.plan(of_jax, ws, x, budget=budget), names)
+    beside = autoremat.plan(of_torch, torch.from_numpy(np.array(x)), budget=budget, timing="estimate")
+    assert found == picture(beside, names)
+    assert any("again" in line for line in found) == (budget < 1.0)
+    if network == "three layers" and budget < 1.0:
+        assert found == KEEP_A2
 
 
 def test_three_layers_have_the_gradients_by_hand() -> None:

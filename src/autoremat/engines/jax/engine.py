@@ -10,6 +10,7 @@ import jax
 
 from autoremat.engines.jax.planning import Asked
 from autoremat.engines.jax.steps import record_step
+from autoremat.engines.jax.variants import Planned, Variants
 from autoremat.engines.jax.wrapping import checkpointed
 from autoremat.program import Abilities, Plan, Program
 
@@ -35,19 +36,22 @@ class Given(Asked):
 
     plan: Plan | None = None
 
-    def solve(self, program: Program, nbytes: int) -> Plan:
-        """The plan, if it is one of this program.
+    def planned(self, variants: Variants) -> Planned:
+        """The plan, with the recording of the step that it is one of.
 
         Raises:
             ValueError: it is of another one.
         """
         assert self.plan is not None
-        if program.ops != self.plan.program.ops or program.values != self.plan.program.values:
-            raise ValueError(
-                f"the plan is of {self.plan.program.name!r} with other operations or sizes than {program.name!r} has "
-                "here: plan this step itself (autoremat.jax.plan), with arguments of these shapes"
-            )
-        return self.plan
+        for price in variants.prices():
+            recorded = variants.at(price)
+            if (recorded.program.ops, recorded.program.values) == (self.plan.program.ops, self.plan.program.values):
+                return Planned(recorded, self.plan)
+        raise ValueError(
+            f"the plan is of {self.plan.program.name!r} with other operations or sizes than "
+            f"{variants.plain.program.name!r} has here: plan this step itself (autoremat.jax.plan), with arguments of "
+            "these shapes"
+        )
 
 
 class Jax:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,7 +18,7 @@ _LEAST_STEP: Final = 0.01
 """Of what checkpointed functions take in plain training: by less a further try is not tightened."""
 _OVERSHOOT: Final = 1.1
 """How much more is taken away than is missing, because XLA does not follow to the byte."""
-_GROWTH: Final = 2.0
+_GROWTH: Final = 4.0
 """How much larger a further step is than the one before, which was too small: XLA may not follow at all for a while."""
 _LOOSE: Final = 0.9
 """A step that takes less than this share of the budget is tried once more with more room."""
@@ -118,13 +117,11 @@ def fitted(
     """
     search = _Search(_Builder(step, args, jit_options, compiler_options(options)), budget_bytes)
     search.first()
-    for _ in range(most_tries):
+    for left in reversed(range(most_tries)):
         share = search.next_share()
         if share is None:
             break
-        search.build(share)
-    if search.best is None and not search.tries[-1].is_at_the_floor:
-        search.build(0.0)
+        search.build(share if left or search.best else 0.0)
     if search.best is None:
         raise _infeasible(search.tries, budget_bytes)
     compiled, chosen = search.best
@@ -137,29 +134,17 @@ class _Builder:
     def __init__(
         self, step: Callable[..., Any], args: Sequence[Any], jit_options: Mapping[str, Any], options: Mapping[str, Any]
     ) -> None:
-        self._step = getattr(step, "__wrapped__", step) if hasattr(step, "lower") else step
-        self._args, self._jit_options, self._options = args, jit_options, options
-        self._n_plans = 0
+        is_jitted = hasattr(step, "lower") and not jit_options  # by jax.jit, with options of its own
+        self._step: Any = step if is_jitted else jax.jit(step, **jit_options)
+        self._args = args
+        self._options = dict(options) or None
 
     def build(self, share: float) -> tuple[Any, Allowance]:
         """A compiled step, and what was planned for it."""
-        lowered, allowance = self._lowered(share)
-        if len(allowance.plans) < self._n_plans:  # a jit inside of the step remembers what was traced before
-            jax.clear_caches()
-            lowered, allowance = self._lowered(share)
-        self._n_plans = max(self._n_plans, len(allowance.plans))
-        return lowered.compile(compiler_options=dict(self._options) or None), allowance
-
-    def _lowered(self, share: float) -> tuple[Any, Allowance]:
-        step = self._step
-
-        @functools.wraps(step)
-        def anew(*args: Any) -> Any:  # a function that jit has not seen
-            return step(*args)
-
         allowance = Allowance(share)
         with allowed(allowance):
-            return jax.jit(anew, **self._jit_options).lower(*self._args), allowance
+            lowered = self._step.lower(*self._args)
+        return lowered.compile(compiler_options=self._options), allowance
 
 
 class _Search:

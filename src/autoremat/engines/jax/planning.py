@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
+
+import jax
 
 from autoremat.engines.jax.variants import Planned, Variants
 from autoremat.planner import solve
+from autoremat.planner.search.floor import floor_of
 from autoremat.planner.wishes import NO_WISHES, Wishes
 from autoremat.program import InfeasibleBudget, Link, Plan, Program, simulate
 from autoremat.program.units import Budget
@@ -41,17 +45,48 @@ class Asked:
         Raises:
             InfeasibleBudget: no known plan fits.
         """
-        key = program, nbytes, self.wishes, self.link
-        if key not in _PLANS:
-            while len(_PLANS) >= _REMEMBERED:
-                _PLANS.pop(next(iter(_PLANS)))
-            _PLANS[key] = solve(
-                program, nbytes, wishes=self.wishes, time_limit_seconds=self.time_limit_seconds, link=self.link
+        limit = self.time_limit_seconds
+        return _remembered(
+            _PLANS,
+            (program, nbytes, self.wishes, self.link),
+            lambda: solve(program, nbytes, wishes=self.wishes, time_limit_seconds=limit, link=self.link),
+        )
+
+    def floor_bytes(self, program: Program) -> int:
+        """The smallest budget of a program that is accepted, however long it takes to find."""
+        if self.link is not None:
+            return self.plan(program, simulate(program).peak_bytes).floor_bytes
+        return _remembered(_FLOORS, (program, self.wishes), lambda: floor_of(self.wishes.applied_to(program)).nbytes)
+
+    def planned(self, variants: Variants) -> Planned:
+        """The plan of a step within the budget.
+
+        Raises:
+            InfeasibleBudget: no known plan fits.
+            ValueError: there is no budget.
+        """
+        program = variants.plain.program
+        if self.budget is None:
+            raise ValueError(
+                f"{program.name} is checkpointed without a budget, which only autoremat.jax.fit can find: give one "
+                '(autoremat.jax.checkpoint(fn, budget="10GiB")), or compile the train step with autoremat.jax.fit'
             )
-        return _PLANS[key]
+        return variants.planned(budget_bytes(self.budget, program), self)
 
 
 _PLANS: dict[tuple[Program, int, Wishes, Link | None], Plan] = {}
+_FLOORS: dict[tuple[Program, Wishes], int] = {}
+K = TypeVar("K")
+T = TypeVar("T")
+
+
+def _remembered(known: dict[K, T], key: K, make: Callable[[], T]) -> T:
+    """What was made for this key, or is made now."""
+    if key not in known:
+        while len(known) >= _REMEMBERED:
+            known.pop(next(iter(known)))
+        known[key] = make()
+    return known[key]
 
 
 def budget_bytes(budget: Given, program: Program) -> int:
@@ -83,9 +118,9 @@ class Allowance:
         plain = simulate(program).peak_bytes
         nbytes = program.fixed_bytes + int(self.share * (plain - program.fixed_bytes))
         try:
-            found = variants.planned(nbytes, asked.solve)
+            found = variants.planned(nbytes, asked)
         except InfeasibleBudget as error:
-            found = variants.planned(error.floor_bytes, asked.solve)
+            found = variants.planned(error.floor_bytes, asked)
             self.is_at_the_floor &= True
         else:
             self.is_at_the_floor = False
@@ -94,6 +129,9 @@ class Allowance:
 
 
 _ALLOWANCE: ContextVar[Allowance | None] = ContextVar("allowance", default=None)
+_TRACED_ANEW: Final = jax.make_user_context(default_value=0)
+"""What JAX has traced under another value it traces again: no jit inside of a step remembers an old plan."""
+_ALLOWANCES: Final = itertools.count(1)
 
 
 def is_fitting() -> bool:
@@ -106,7 +144,8 @@ def allowed(allowance: Allowance) -> Iterator[None]:
     """Have checkpointed functions ask ``fit`` what they may take."""
     token = _ALLOWANCE.set(allowance)
     try:
-        yield
+        with _TRACED_ANEW(next(_ALLOWANCES)):
+            yield
     finally:
         _ALLOWANCE.reset(token)
 
@@ -119,12 +158,4 @@ def planned(variants: Variants, asked: Asked) -> Planned:
         ValueError: there is no budget.
     """
     allowance = _ALLOWANCE.get()
-    if allowance is not None:
-        return allowance.planned(variants, asked)
-    program = variants.plain.program
-    if asked.budget is None:
-        raise ValueError(
-            f"{program.name} is checkpointed without a budget, which only autoremat.jax.fit can find: give one "
-            '(autoremat.jax.checkpoint(fn, budget="10GiB")), or compile the train step with autoremat.jax.fit'
-        )
-    return variants.planned(budget_bytes(asked.budget, program), asked.solve)
+    return asked.planned(variants) if allowance is None else allowance.planned(variants, asked)

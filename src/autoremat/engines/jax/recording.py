@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Final
 
 import jax
 import numpy as np
+from jax import lax
 
 from autoremat.engines.jax import core
 from autoremat.engines.jax.facts import Kind, abstract, facts_of, is_inexact, machine, nbytes
 from autoremat.engines.jax.fusion import Group, groups_of
-from autoremat.engines.jax.graph import Equation, Graph, graph_of, source_of
+from autoremat.engines.jax.graph import Atom, Equation, Graph, graph_of, source_of
 from autoremat.program import END, Abilities, Once, Op, Program, Schedule, Value, simulate
 
 Flat = Callable[..., Sequence[Any]]
@@ -151,6 +153,7 @@ class _Assembly:
         self.index: dict[int, int] = {}
         self._graph, self._names, self._machine, self._dead = graph, names, machine(), dead
         self._outputs = {o for o in graph.outputs if isinstance(o, int)}
+        self._in_outputs = _reshaped_to_outputs(graph)
 
     def add_inputs(self, n_arguments: int, is_differentiated: Sequence[bool]) -> None:
         """Arguments and cotangents: they are there from beginning to end."""
@@ -197,6 +200,8 @@ class _Assembly:
         for w in group.writes:
             if w in self._outputs:  # its bytes are those of the output
                 self._add(w, module or str(last.primitive), held=END, nbytes=0)
+            elif w in self._in_outputs:
+                self._add(w, module or str(last.primitive), nbytes=0)
             else:
                 self._add(w, module or str(last.primitive))
         moved = sum(nbytes(self._graph.avals[v]) for v in (*group.reads, *group.writes))
@@ -256,6 +261,22 @@ def _dead_in_the_forward(groups: Sequence[Group], graph: Graph) -> frozenset[int
     return frozenset(dead)
 
 
+def _is_reshape(equation: Equation) -> bool:
+    """Whether the same numbers come out in the same order: for XLA the same memory."""
+    is_one = equation.eqn.primitive is lax.reshape_p and equation.eqn.params.get("dimensions") is None
+    return is_one and len(equation.operands) == 1
+
+
+def _reshaped_to_outputs(graph: Graph) -> frozenset[int]:
+    """Values that nobody reads but a reshape which makes an output of them: their bytes are those of the output."""
+    readers = Counter(r for equation in graph.equations for r in equation.operands)
+    outputs, found = {o for o in graph.outputs if isinstance(o, int)}, set[int]()
+    for equation in reversed(graph.equations):
+        if _is_reshape(equation) and (outputs | found).issuperset(equation.results):
+            found.update(r for r in equation.operands if readers[r] == 1 and r not in outputs)
+    return frozenset(found)
+
+
 def _has_inner(eqn: Any) -> bool:
     return any(True for _ in core.jaxprs_in_params(eqn.params))
 
@@ -271,12 +292,28 @@ def inner_peak_bytes(equation: Equation) -> int:
     if equation.kind not in _INNER_PEAKS:
         while len(_INNER_PEAKS) >= _REMEMBERED:
             _INNER_PEAKS.pop(next(iter(_INNER_PEAKS)))
-        _INNER_PEAKS[equation.kind] = max(_peak_beside(j) for j in core.jaxprs_in_params(equation.eqn.params))
+        _INNER_PEAKS[equation.kind] = max(
+            _peak_beside(j, equation.eqn.params.get("num_carry")) for j in core.jaxprs_in_params(equation.eqn.params)
+        )
     return _INNER_PEAKS[equation.kind]
 
 
-def _peak_beside(jaxpr: Any) -> int:
+def _peak_beside(jaxpr: Any, n_carry: int | None) -> int:
+    """Bytes beside what goes in and out; ``n_carry`` of the body of a scan, whose further results are stacked."""
     closed = core.ClosedJaxpr(jaxpr, [np.zeros(v.aval.shape, v.aval.dtype) for v in jaxpr.constvars])
     n = len(jaxpr.invars)
     inside = assembled(closed, n, len(jaxpr.outvars), (False,) * n, (), Names())
-    return simulate(inside.program, Schedule.plain(inside.program)).peak_bytes - inside.program.fixed_bytes
+    copied = 0 if n_carry is None else _copied_bytes(inside.graph, inside.graph.outputs[n_carry:])
+    return simulate(inside.program, Schedule.plain(inside.program)).peak_bytes - inside.program.fixed_bytes + copied
+
+
+def _copied_bytes(graph: Graph, results: Iterable[Atom]) -> int:
+    """Bytes of those that a loop has made in memory of its own, from where they are copied to a stack."""
+    maker = {w: equation for equation in graph.equations for w in equation.results}
+    size = 0
+    for value in (r for r in results if isinstance(r, int)):
+        made_by = maker.get(value)
+        while made_by is not None and _is_reshape(made_by):
+            made_by = maker.get(made_by.operands[0])
+        size += nbytes(graph.avals[value]) if made_by is not None and _has_inner(made_by.eqn) else 0
+    return size

@@ -23,10 +23,12 @@ from autoremat.planner.search.unrolled import unroll
 from autoremat.program import Schedule, simulate
 
 _PRICES: Final = 12
-_ALL_OF_ONE: Final = 64
+_ALL_OF_ONE: Final = 512
 """Iterations up to which all segments are tried, without segments inside."""
 _ALL_OF_TWO: Final = 24
 """The same with segments inside."""
+_STEP: Final = 1.3
+"""From one length of segments to the next, where not all are tried."""
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,11 @@ def kept_by_price(recorded: Recorded, shape: Shape) -> list[Kept]:
 def choices_of(recorded: Recorded, shape: Shape) -> list[Choice]:
     """All that is worth choosing, the fewest bytes first: for every further byte, less time."""
     carry = sum(nbytes(a) for a in _carry_avals(recorded, shape))
-    elements = recorded.arguments[shape.n_consts + shape.n_carry :]
-    stacked_inputs = sum(nbytes(recorded.graph.avals[v]) for v in elements)
+    element = _element_bytes(recorded, shape)
     forward = sum(op.seconds for op in recorded.program.ops if op.phase == "forward")
     found = [
         Choice(
-            segments, kept.body, _bytes_of(shape.length, segments, kept, carry, stacked_inputs),
+            segments, kept.body, _bytes_of(shape.length, segments, kept, carry, element),
             shape.length * (kept.extra_seconds + len(segments) * forward),
         )
         for kept in kept_by_price(recorded, shape)
@@ -142,44 +143,56 @@ def _carry_avals(recorded: Recorded, shape: Shape) -> list[Any]:
     return [recorded.graph.avals[v] for v in carry]
 
 
-def _bytes_of(length: int, segments: tuple[int, ...], kept: Kept, carry_bytes: int, input_bytes: int) -> int:
+def _element_bytes(recorded: Recorded, shape: Shape) -> int:
+    """Bytes of stacked arrays for one iteration's backward: elements, their cotangents, and those of results."""
+    first = shape.n_consts + shape.n_carry
+    elements = recorded.arguments[first:]
+    wanted = [v for v, w in zip(elements, recorded.is_differentiated[first:], strict=True) if w]
+    results = recorded.cotangents[sum(recorded.takes_cotangent[: shape.n_carry]) :]
+    return sum(nbytes(recorded.graph.avals[v]) for v in (*elements, *wanted, *results))
+
+
+def _bytes_of(length: int, segments: tuple[int, ...], kept: Kept, carry_bytes: int, element_bytes: int) -> int:
     """Bytes of a scan of this length: one carry for each segment, and what the longest segment takes.
 
-    Where segments do not divide it, its inputs are copied in two parts.
+    That has its part of the stacked arrays as arrays of its own. Where segments do not divide the length, all of the
+    stacked arrays are copied, in two parts.
     """
     if not segments:
         return length * kept.stacked_bytes + kept.transient_bytes
     whole, rest = divmod(length, segments[0])
-    copied = length * input_bytes if rest else 0
-    inner = _bytes_of(segments[0], segments[1:], kept, carry_bytes, input_bytes)
-    return (whole + bool(rest)) * carry_bytes + copied + inner
+    copied = (length if rest else 0) + segments[0]
+    inner = _bytes_of(segments[0], segments[1:], kept, carry_bytes, element_bytes)
+    return (whole + bool(rest)) * carry_bytes + copied * element_bytes + inner
 
 
 def ladders(length: int) -> Iterator[tuple[int, ...]]:
-    """Lengths of segments to try: none; one level; two levels.
+    """Lengths of segments to try: none; one level; two levels. Which is best depends on what carry and elements take.
 
-    All there are of a short scan; of a longer one those that divide it, and those whose parts are about equal.
+    All there are of a short scan.
     """
     yield ()
-    for first in range(2, length // 2 + 1) if length <= _ALL_OF_ONE else _sizes(length):
-        yield (first,)
-    for first in range(4, length // 2 + 1) if length <= _ALL_OF_TWO else _near(length, length ** (2 / 3)):
-        for second in range(2, first // 2 + 1) if length <= _ALL_OF_TWO else _near(first, math.sqrt(first)):
-            yield (first, second)
+    yield from ((first,) for first in _sizes(length, _ALL_OF_ONE))
+    for first in _sizes(length, _ALL_OF_TWO):
+        yield from ((first, second) for second in _sizes(first, _ALL_OF_TWO))
 
 
-def _sizes(length: int) -> list[int]:
-    """Lengths of one segment: all that divide a scan, and those around its square root."""
-    whole = [d for d in range(2, length) if length % d == 0 and length // d > 1]
-    return sorted({*whole, *_near(length, math.sqrt(length))})
+def _sizes(length: int, most: int) -> Sequence[int]:
+    """Lengths of segments of which there are at least two: all, but of more than ``most`` iterations some.
+
+    Those are the ones that divide it, some of every size, and those that leave as much on each level.
+    """
+    last = length // 2
+    if length <= most:
+        return range(2, last + 1)
+    some = {round(_STEP**k) for k in range(1, math.ceil(math.log(last, _STEP)))}
+    even = {math.ceil(length**power) for power in (1 / 3, 1 / 2, 2 / 3)}
+    return sorted(d for d in {*some, *even, *_divisors(length)} if 2 <= d <= last)
 
 
-def _near(length: int, wanted: float) -> list[int]:
-    """The next lengths around one, and the next that divide, where there are at least two segments of at least two."""
-    divides = [d for d in range(2, length // 2 + 1) if length % d == 0]
-    divides.sort(key=lambda d: abs(math.log(d / wanted)))
-    around = [d for d in (math.floor(wanted), math.ceil(wanted)) if 2 <= d <= length // 2]
-    return sorted({*divides[:2], *around})
+def _divisors(length: int) -> set[int]:
+    small = [d for d in range(1, math.isqrt(length) + 1) if length % d == 0]
+    return {*small, *(length // d for d in small)}
 
 
 def chosen(choices: Sequence[Choice], price: float) -> Choice:

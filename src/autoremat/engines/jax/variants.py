@@ -1,14 +1,15 @@
 """One step, recorded at a price: what its scans keep depends on what a byte costs, and what it takes, on that.
 
 Of all prices the lowest is looked for at which the step fits without any further runs outside of its scans; beside it,
-the next lower one, with further runs. The faster one of the two is the plan.
+the next lower one, with further runs. The faster one of the two is the plan. The floor is that of the two highest
+prices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import jax
 
@@ -22,8 +23,17 @@ from autoremat.program import InfeasibleBudget, Plan, Program, simulate
 
 _MOST_PRICES: Final = 32
 
-Solve = Callable[[Program, int], Plan]
-"""A program and bytes to a plan."""
+
+class Planner(Protocol):
+    """Plans programs."""
+
+    def solve(self, program: Program, nbytes: int) -> Plan:
+        """The plan of a program within so many bytes, or ``InfeasibleBudget``."""
+        ...
+
+    def floor_bytes(self, program: Program) -> int:
+        """The smallest budget of a program that is accepted."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +50,7 @@ class Variants:
     def __init__(self, closed: Any, avals: Sequence[Any], is_differentiated: Sequence[bool], names: Names) -> None:
         self._closed, self._avals, self._names = closed, avals, names
         self._is_differentiated = is_differentiated
-        self._has_scans = has_scans(closed)
+        self.has_scans = has_scans(closed)
         self._at: dict[float, Recorded] = {}
         self._choices: dict[tuple[int, tuple[bool, ...], float], tuple[Any, list[Choice]]] = {}
 
@@ -52,29 +62,44 @@ class Variants:
     def at(self, price: float) -> Recorded:
         """The step where a byte costs so many seconds."""
         if price not in self._at:
-            flat = with_scans(self._closed, self._rule(price)) if self._has_scans else _as_traced(self._closed)
+            flat = with_scans(self._closed, self._rule(price)) if self.has_scans else _as_traced(self._closed)
             self._at[price] = record(flat, self._avals, self._is_differentiated, self._names)
         return self._at[price]
 
-    def planned(self, nbytes: int, solve: Solve) -> Planned:
+    def planned(self, nbytes: int, planner: Planner) -> Planned:
         """The fastest plan known within so many bytes.
 
         Raises:
             InfeasibleBudget: there is none.
         """
         plain = self.plain.program
-        if not self._has_scans or simulate(plain).peak_bytes <= nbytes:
-            return Planned(self.plain, solve(plain, nbytes))
-        prices = self.prices()
-        looked_at = self._bisected(prices, nbytes)
-        fitting = [price for price, peak in looked_at.items() if peak <= nbytes]
-        lowest = min(looked_at, key=lambda price: (looked_at[price], price))
-        best = min(fitting, default=lowest)
-        before = max((p for p in prices if p < best), default=best)
-        found = [p for p in (self._tried(price, nbytes, solve) for price in (before, best)) if p]
+        if not self.has_scans:
+            return Planned(self.plain, planner.solve(plain, nbytes))
+        floors = self._floors(planner)
+        if simulate(plain).peak_bytes <= nbytes:
+            found = [Planned(self.plain, planner.solve(plain, nbytes))]
+        else:
+            found = [p for p in (self._tried(price, nbytes, planner) for price in self._worth_trying(nbytes)) if p]
         if not found:
-            found = [Planned(self.at(lowest), solve(self.at(lowest).program, nbytes))]
-        return min((self._compared(p) for p in found), key=lambda p: p.plan.overhead)
+            lowest = self.at(min(floors, key=lambda price: floors[price]))
+            found = [Planned(lowest, planner.solve(lowest.program, nbytes))]
+        return min((self._compared(p, min(floors.values())) for p in found), key=lambda p: p.plan.overhead)
+
+    def floor_bytes(self, planner: Planner) -> int:
+        """The smallest budget that is accepted, whatever was asked for before."""
+        return min(self._floors(planner).values())
+
+    def _floors(self, planner: Planner) -> dict[float, int]:
+        """The floors of the two highest prices: where less is stacked, hardly ever more is needed."""
+        return {price: planner.floor_bytes(self.at(price).program) for price in self.prices()[-2:]}
+
+    def _worth_trying(self, nbytes: int) -> tuple[float, ...]:
+        """The lowest price at which the step fits as it is, and the next lower one; the two highest where none does."""
+        prices = self.prices()
+        best = min(
+            (price for price, peak in self._bisected(prices, nbytes).items() if peak <= nbytes), default=prices[-1]
+        )
+        return max((p for p in prices if p < best), default=best), best
 
     def prices(self) -> list[float]:
         """Prices at which the step differs, ascending; 0 is the first."""
@@ -100,19 +125,22 @@ class Variants:
             if low >= high:
                 return peaks
 
-    def _tried(self, price: float, nbytes: int, solve: Solve) -> Planned | None:
+    def _tried(self, price: float, nbytes: int, planner: Planner) -> Planned | None:
         try:
-            return Planned(self.at(price), solve(self.at(price).program, nbytes))
+            return Planned(self.at(price), planner.solve(self.at(price).program, nbytes))
         except InfeasibleBudget:
             return None
 
-    def _compared(self, planned: Planned) -> Planned:
-        """The plan with its cost against the step where bytes cost nothing."""
+    def _compared(self, planned: Planned, floor_bytes: int) -> Planned:
+        """The plan with its cost against the step where bytes cost nothing, and with the floor of all prices."""
         plain, plan = self.plain.program, planned.plan
-        seconds = plan.program.seconds * (1 + plan.overhead)
-        overhead = max(0.0, seconds / plain.seconds - 1) if plain.seconds else 0.0
+        plan = replace(plan, floor_bytes=floor_bytes, lower_bound=0.0)
+        if planned.recorded is self.plain or not plain.seconds:
+            return replace(planned, plan=plan)
+        overhead = max(0.0, plan.program.seconds * (1 + plan.overhead) / plain.seconds - 1)
         peak = max(simulate(plain).peak_bytes, plan.plain_peak_bytes)
-        return replace(planned, plan=replace(plan, overhead=overhead, lower_bound=0.0, plain_peak_bytes=peak))
+        figures = replace(plan, overhead=overhead, plain_peak_bytes=peak, plain_seconds=plain.seconds)
+        return replace(planned, plan=figures)
 
     def _rule(self, price: float) -> Callable[[Any, Sequence[Any]], Sequence[Any]]:
         """How scans run at a price."""

@@ -68,9 +68,9 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], s
     name = getattr(fn, "__name__", type(fn).__name__)
     if effects := unplannable_effects(closed.effects):
         raise ValueError(
-            f"{name} has an effect ({', '.join(map(str, effects))}), such as jax.debug.print or an ordered callback: "
-            "what is computed again would have it twice, or not at all. Take it out of the checkpointed function, or "
-            "return what it needs as an auxiliary output and have the effect outside"
+            f"{name} has an effect ({', '.join(map(_effect_text, effects))}), such as jax.debug.print or an ordered "
+            "callback: what is computed again would have it twice, or not at all. Take it out of the checkpointed "
+            "function, or return what it needs as an auxiliary output and have the effect outside"
         )
     n = len(closed.consts)
     names = Names(name, (*(f"constant {k}" for k in range(n)), *arguments.array_paths), results.paths)
@@ -78,6 +78,12 @@ def trace(fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], s
         _without_constants(closed), [*closed.consts, *arguments.arrays], arguments.array_positions, names, arguments,
         results,
     )  # fmt: skip
+
+
+def _effect_text(effect: Any) -> str:
+    """The name of an effect; that of its type where it says nothing of itself but where it is in memory."""
+    text = str(effect)
+    return type(effect).__name__ if " object at 0x" in text else text
 
 
 def _without_constants(closed: Any) -> Any:
