@@ -77,7 +77,7 @@ class Intervals:
         gap, taken, runs, seed = (peak - self._least) / 8, 0, Runs(), 0
         while taken < most and gap > _LAST_STEP * plain:
             start = self._plain.with_runs(runs, int(peak - gap))
-            annealing = Annealing(start, Course(most // 8, seed, cold=0.3, price=10.0))
+            annealing = Annealing(start, Course(most // 8, seed, cold=0.3, price=10.0, above=0.0))
             found = annealing.run(annealing.fits)
             taken, seed = taken + found.steps, seed + 1
             if found.runs is None:
