@@ -1,10 +1,10 @@
 """Simulated annealing on retention intervals: on any graph, near the floor, in steps that can be counted.
 
 One step changes the set of further runs: it drops a value from memory until its next use, keeps one through, or makes
-one again earlier or later. What exceeds the budget costs a price per byte and run: a Lagrange multiplier that is steered.
-For most of the search a share of the runs is to exceed the budget, fewer and fewer of them: were none to, the price of a
-large program would have to be so high that a value could only leave where another has already, because some of a
-thousand runs nearly always exceed it. In the last part all of them have to fit, and the cheapest set that does remains.
+one again earlier or later. What exceeds the budget costs a price per byte and run: a Lagrange multiplier that is
+steered. For most of the search a share of the runs is to exceed the budget, fewer and fewer of them. Were none to, the
+price of a large program would be so high that hardly anything could change, because some of a thousand runs nearly
+always exceed it. In the last part all of them have to fit, and the cheapest set that does remains.
 Annealing over retention intervals is that of FastSA (Imanishi et al. 2023, "A fast heuristic to optimize time-space
 tradeoff for large models", NeurIPS).
 
@@ -22,7 +22,7 @@ from math import log
 from autoremat.planner import clock
 from autoremat.planner.search.retention import Retention, Runs
 
-STEPS_A_SECOND = 15_000
+STEPS_A_SECOND = 25_000
 """Steps that count as a second of work."""
 
 _BATCH = 250
