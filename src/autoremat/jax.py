@@ -53,16 +53,16 @@ F = TypeVar("F", bound=Callable[..., Any])
 @overload
 def checkpoint(
     fn: F, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
-    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+    recompute: Patterns = (), time_limit_seconds: float = 10.0, effort: float | None = None,
 ) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
     fn: None = None, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
-    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+    recompute: Patterns = (), time_limit_seconds: float = 10.0, effort: float | None = None,
 ) -> Callable[[F], F]: ...  # fmt: skip
 def checkpoint(
     fn: Any = None, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
-    recompute: Patterns = (), time_limit_seconds: float = 10.0,
+    recompute: Patterns = (), time_limit_seconds: float = 10.0, effort: float | None = None,
 ) -> Any:  # fmt: skip
     """Make the gradient of a function fit into a memory budget.
 
@@ -85,6 +85,8 @@ def checkpoint(
         keep: patterns (``fnmatch``) on named scopes or operations; what these make is never computed again.
         recompute: the same; what these make does not stay from the forward into the backward.
         time_limit_seconds: the longest that making a plan may take.
+        effort: how much work a plan is worth, on any machine and whatever else that does: 1.0 is most of what fits into
+            ten seconds of a quiet one. None: a tenth of ``time_limit_seconds``.
 
     Raises:
         ValueError: a budget that cannot be read. When the function is traced: no budget outside of ``fit``, an effect
@@ -110,14 +112,14 @@ def checkpoint(
     if fn is None:
         return functools.partial(
             checkpoint, budget=budget, static_argnums=static_argnums, keep=keep, recompute=recompute,
-            time_limit_seconds=time_limit_seconds,
+            time_limit_seconds=time_limit_seconds, effort=effort,
         )  # fmt: skip
     if not callable(fn):
         raise TypeError(f"autoremat.jax.checkpoint takes a function, got {type(fn).__name__}")
     if hasattr(fn, "__wrapped_by_autoremat__"):
         raise ValueError(f"{getattr(fn, '__name__', 'this')} is checkpointed by autoremat already")
     static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-    return checkpointed(fn, Asked(budget, Wishes(keep, recompute), time_limit_seconds), static)
+    return checkpointed(fn, Asked(budget, Wishes(keep, recompute), time_limit_seconds, effort), static)
 
 
 def plan(
@@ -128,6 +130,7 @@ def plan(
     keep: Patterns = (),
     recompute: Patterns = (),
     time_limit_seconds: float = 10.0,
+    effort: float | None = None,
     **kwargs: Any,
 ) -> Plan:
     """Plan the gradient of a function without running anything.
@@ -140,6 +143,7 @@ def plan(
         keep: as for ``checkpoint``.
         recompute: as for ``checkpoint``.
         time_limit_seconds: the longest that planning may take, recording excluded.
+        effort: as for ``checkpoint``.
         **kwargs: keyword arguments of the function.
 
     Raises:
@@ -158,7 +162,8 @@ def plan(
         True
     """
     _read(budget)
-    return _plan_of(record_step(fn, args, kwargs, argnums), Asked(budget, Wishes(keep, recompute), time_limit_seconds))
+    asked = Asked(budget, Wishes(keep, recompute), time_limit_seconds, effort)
+    return _plan_of(record_step(fn, args, kwargs, argnums), asked)
 
 
 def explain(

@@ -27,11 +27,13 @@ class Asked:
         budget: of the peak; None: as much as ``fit`` allows.
         wishes: what is kept or computed again, whatever the planner thinks.
         time_limit_seconds: the longest that planning may take.
+        effort: how much work it is worth, as for ``solve``.
     """
 
     budget: Given | None = None
     wishes: Wishes = NO_WISHES
     time_limit_seconds: float = 10.0
+    effort: float | None = None
 
     def solve(self, program: Program, nbytes: int) -> Plan:
         """The plan of a program within so many bytes.
@@ -39,15 +41,17 @@ class Asked:
         Raises:
             InfeasibleBudget: no known plan fits.
         """
-        key = program, nbytes, self.wishes
+        key = program, nbytes, self.wishes, self.effort
         if key not in _PLANS:
             while len(_PLANS) >= _REMEMBERED:
                 _PLANS.pop(next(iter(_PLANS)))
-            _PLANS[key] = solve(program, nbytes, wishes=self.wishes, time_limit_seconds=self.time_limit_seconds)
+            _PLANS[key] = solve(
+                program, nbytes, wishes=self.wishes, time_limit_seconds=self.time_limit_seconds, effort=self.effort
+            )
         return _PLANS[key]
 
 
-_PLANS: dict[tuple[Program, int, Wishes], Plan] = {}
+_PLANS: dict[tuple[Program, int, Wishes, float | None], Plan] = {}
 
 
 def budget_bytes(budget: Given, program: Program) -> int:

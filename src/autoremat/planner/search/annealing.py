@@ -72,11 +72,11 @@ class Course:
     def turn(self, done: int) -> float:
         """By how much the price turns after a batch."""
         part = _RISEN if done < self._loose_steps or not self.above else _LAST / 2
-        return max(_LEAST_TURN, _RISE ** (_BATCH / max(_BATCH, part * self.steps)))
+        return max(_LEAST_TURN, float(_RISE ** (_BATCH / max(_BATCH, part * self.steps))))
 
     def heat(self, done: int) -> float:
         """The temperature after so many steps, in mean seconds of an op."""
-        return self.hot * (self.cold / self.hot) ** (done / self.steps)
+        return float(self.hot * (self.cold / self.hot) ** (done / self.steps))
 
     def share_above(self, done: int) -> float:
         """The share of the runs that may exceed the budget after so many steps."""
