@@ -2,7 +2,7 @@
 
 The model is that of Moccasin (Bartan et al. 2023): a node has a few copies, each with the stage in which it runs and
 the time up to which it stays; the intervals are under one cumulative limit; every run reads a copy that is there. It
-has all schedules that run an op at most ``COPIES`` times, with reruns in program order ahead of a first run. It starts
+has all schedules that run an op a few times, with reruns in program order ahead of a first run. It starts
 from the plan of ``solve`` unless told ``--cold``, so it can only be as good or better.
 Needs OR-Tools, which autoremat does not: ``pip install ortools``.
 Run: ``python benchmarks/layered_cpsat.py NODES SEED SHARE SECONDS [--cold]``.
@@ -16,10 +16,11 @@ from collections import defaultdict
 from ortools.sat.python import cp_model
 
 from autoremat import Program, Schedule, simulate, solve
+from autoremat.planner.solving import LIMIT_SECONDS
 from benchmarks.layered import SECONDS, layered_graph
 
 COPIES = 3
-"""Of a value, the first included."""
+"""Of a value, the first included, at least; as many as the plan has where that has more."""
 
 
 class Model:
@@ -28,18 +29,20 @@ class Model:
     Args:
         program: whose ops write one value each and may all run again.
         budget_bytes: of the peak.
+        copies: of a value at most.
     """
 
-    def __init__(self, program: Program, budget_bytes: int) -> None:
-        self.program, self.model = program, cp_model.CpModel()
+    def __init__(self, program: Program, budget_bytes: int, copies: int) -> None:
+        self.copies, self.program, self.model = copies, program, cp_model.CpModel()
         self.n = n = len(program.ops)
         self.end = n * (n + 1) // 2
         self.active: dict[tuple[int, int], cp_model.IntVar] = {}
         self.start: dict[tuple[int, int], cp_model.IntVar] = {}
         self.stop: dict[tuple[int, int], cp_model.IntVar] = {}
+        self.chosen: dict[tuple[int, int, int, int], cp_model.IntVar] = {}
         intervals, bytes_of = [], []
         for i in range(n):
-            for c in range(COPIES if i + 1 < n else 1):
+            for c in range(copies if i + 1 < n else 1):
                 intervals.append(self._copy(i, c))
                 bytes_of.append(program.values[program.ops[i].writes[0]].nbytes)
         self.model.add_cumulative(intervals, bytes_of, budget_bytes)
@@ -76,8 +79,8 @@ class Model:
     def _read(self, i: int, c: int, u: int) -> None:
         """Every run of ``i`` reads a copy of what ``u`` makes that is there: its interval reaches beyond the run."""
         model, sources = self.model, []
-        for k in range(COPIES):
-            chosen = model.new_bool_var(f"r{i}_{c}_{u}_{k}")
+        for k in range(self.copies):
+            self.chosen[i, c, u, k] = chosen = model.new_bool_var(f"r{i}_{c}_{u}_{k}")
             model.add_implication(chosen, self.active[u, k])
             model.add(self.start[u, k] < self.start[i, c]).only_enforce_if(chosen)
             model.add(self.stop[u, k] > self.start[i, c]).only_enforce_if(chosen)
@@ -86,14 +89,26 @@ class Model:
 
     def hint(self, schedule: Schedule) -> None:
         """Start from a schedule."""
-        runs, stage = defaultdict[int, list[int]](list), 0
+        starts, stops, stage = defaultdict[int, list[int]](list), dict[tuple[int, int], int](), 0
         for i in schedule.order:
-            runs[i].append(self.at(max(stage, i), i))
+            now = self.at(max(stage, i), i)
+            for v in self.program.ops[i].reads:
+                u = self.program.producer[v]
+                k = len(starts[u]) - 1
+                stops[u, k] = now + 1
+                for other in range(self.copies):
+                    self.model.add_hint(self.chosen[i, len(starts[i]), u, other], other == k)
+            stops[i, len(starts[i])] = now + 1
+            starts[i].append(now)
             stage = max(stage, i + 1)
         for (i, c), active in self.active.items():
-            self.model.add_hint(active, c < len(runs[i]))
-            if c and c < len(runs[i]):
-                self.model.add_hint(self.start[i, c], runs[i][c])
+            there = c < len(starts[i])
+            self.model.add_hint(active, there)
+            if there and c:
+                self.model.add_hint(self.start[i, c], starts[i][c])
+            if there:
+                is_held = c == 0 and self.program.hold[self.program.ops[i].writes[0]] >= self.n - 1
+                self.model.add_hint(self.stop[i, c], self.end if is_held else stops[i, c])
 
     def schedule(self, solver: cp_model.CpSolver) -> Schedule:
         """What has been found."""
@@ -105,8 +120,9 @@ def main(n: int, seed: int, share: float, seconds: float, *, cold: bool) -> None
     """Print what is found."""
     program = layered_graph(n, seed)
     plain = simulate(program).peak_bytes
-    plan = solve(program, share, time_limit_seconds=SECONDS.get(n, 60.0))
-    model = Model(program, int(share * plain))
+    limit = SECONDS.get(n, 60.0)
+    plan = solve(program, share, time_limit_seconds=10 * limit, effort=limit / LIMIT_SECONDS)
+    model = Model(program, int(share * plain), max(COPIES, *plan.schedule.runs_of.values()))
     if not cold:
         model.hint(plan.schedule)
     solver = cp_model.CpSolver()

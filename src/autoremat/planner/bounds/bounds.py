@@ -290,7 +290,7 @@ def _stages(
     for w in range(looks_every, len(ends), looks_every):
         stages.since(w)
     for w in range(1, len(ends) if looks_at else 0):
-        stages.since(w, w + looks_at - 1)
+        stages.since(w, min(w + looks_at, len(ends)) - 1)
     return stages
 
 

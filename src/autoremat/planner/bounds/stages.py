@@ -345,17 +345,13 @@ class Stages:
             self.table.row(terms, free)
 
     def since(self, w: int, until: int | None = None) -> None:
-        """Add rows that look at some stages at once: whatever runs again in them does so *at least once*.
+        """Add rows that look at the stages from ``w`` up to ``until``, or all later ones, at once.
 
-        Every schedule keeps them, but a relaxed one may run an op half a time in two stages and its sources half a time
-        in one. With these rows the relaxation is at least as good as the minimum cut of ``bounds`` at that moment.
-
-        Args:
-            w: the first of the stages.
-            until: the last of them; the last of all unless given.
+        Whatever runs again in them does so *at least once*. A relaxed schedule may run an op half a time in two stages
+        and its sources half a time in one; it is now at least as dear as the minimum cut of ``bounds`` at that moment.
         """
         begin, table = self.first(w), self.table
-        last = len(self.moments) - 1 if until is None else min(until, len(self.moments) - 1)
+        last = len(self.moments) - 1 if until is None else until
         ever = {i: [self.again[x, i] for x in range(w, last + 1) if (x, i) in self.again] for i in range(begin)}
         once = {i: table.column(whole=False) for i, columns in ever.items() if columns}
         for i, column in once.items():

@@ -168,7 +168,7 @@ class Annealing:
 
     def _change(self, excess: int) -> None:
         draw = self._rnd()
-        if draw < 0.4 or not self._state.count:
+        if draw < 0.4 or not self._state.again.keys:
             key = self._idle(self._moment(excess))
             if key >= 0:
                 self._drop(key, _DEEP)
@@ -185,7 +185,7 @@ class Annealing:
 
     def _one_again(self) -> int:
         """One of the further runs."""
-        again = self._state.again
+        again = self._state.again.keys
         return again[int(self._rnd() * len(again))]
 
     def _idle(self, moment: int) -> int:

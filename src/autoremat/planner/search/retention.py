@@ -13,6 +13,7 @@ first run of an op is ``op * n + op``. Runs are in the order of their keys, as i
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from copy import copy
 from dataclasses import dataclass, field
 
@@ -48,6 +49,11 @@ class Facts:
     again_bytes: tuple[int, ...]
     after: tuple[int, ...]
 
+    def own_bytes(self, key: int) -> int:
+        """What a run adds while it runs, to what was there and stays."""
+        late, i = divmod(key, len(self.reads))
+        return self.first_bytes[i] if late == i else self.again_bytes[i]
+
 
 def facts_of(program: Program) -> Facts:
     """The facts of a program. O(reads).
@@ -72,6 +78,30 @@ def facts_of(program: Program) -> Facts:
         tuple(w + op.again_scratch_bytes for w, op in zip(written, ops, strict=True)),
         tuple(after),
     )
+
+
+class Bag:
+    """Keys in no order, any of which is drawn, added or removed in the same time.
+
+    Attributes:
+        keys: a list that only this class changes.
+    """
+
+    def __init__(self, keys: Iterable[int] = ()) -> None:
+        self.keys = list(keys)
+        self._place = {key: k for k, key in enumerate(self.keys)}
+
+    def add(self, key: int) -> None:
+        """Add a key that is not there."""
+        self._place[key] = len(self.keys)
+        self.keys.append(key)
+
+    def remove(self, key: int) -> None:
+        """Remove a key that is there; the last one takes its place."""
+        place, last = self._place.pop(key), self.keys.pop()
+        if last != key:
+            self.keys[place] = last
+            self._place[last] = place
 
 
 @dataclass(slots=True)
@@ -112,7 +142,7 @@ class Retention:
         facts: of the program.
         n: how many ops there are.
         keys: of all runs, ascending.
-        again: keys of the further runs, in no order.
+        again: keys of the further runs.
         accesses: for every value the keys of the runs that make or read it, ascending; up to where it is held, too;
             those of the draft among them.
         extra_seconds: of the further runs.
@@ -123,9 +153,7 @@ class Retention:
         self.facts, self.budget_bytes = facts_of(program), budget_bytes
         self.n = n = len(program.ops)
         self.keys = [i * (n + 1) for i in range(n)]
-        self.again: list[int] = []
-        self._place: dict[int, int] = {}
-        """Where a key stands in ``again``."""
+        self.again = Bag()
         self.accesses: list[list[int]] = [_accesses(program, v) for v in range(len(program.values))]
         self.extra_seconds, self.draft = 0.0, Draft()
         self._over = np.zeros(2 * n + 1, dtype=np.int64)
@@ -141,7 +169,7 @@ class Retention:
         """The same with these further runs as well, and counted from a budget; this one stays as it is."""
         other = copy(self)
         other.keys, other.accesses = list(self.keys), [list(found) for found in self.accesses]
-        other.again, other._place, other.draft = list(self.again), dict(self._place), Draft()
+        other.again, other.draft = Bag(self.again.keys), Draft()
         other._sums, other._above = [], None
         other._over = self._over + (self.budget_bytes - budget_bytes)
         other.budget_bytes = budget_bytes
@@ -149,11 +177,6 @@ class Retention:
             other.add(late * self.n + op)
             other.settle()
         return other
-
-    @property
-    def count(self) -> int:
-        """How many further runs there are."""
-        return len(self.again)
 
     @property
     def peak_bytes(self) -> int:
@@ -173,7 +196,7 @@ class Retention:
     @property
     def runs(self) -> Runs:
         """The further runs as ``(late op, op)``."""
-        return [divmod(k, self.n) for k in sorted(self.again)]
+        return [divmod(k, self.n) for k in sorted(self.again.keys)]
 
     def is_again(self, key: int) -> bool:
         """Whether the run of that key would be a further one."""
@@ -261,22 +284,15 @@ class Retention:
                 x = bisect_left(keys, ~change)
                 over[x : len(keys) - 1] = over[x + 1 : len(keys)]
                 del keys[x]
-                self._forget(~change)
+                self.again.remove(~change)
         for key, bytes_over in new:
             x = bisect_left(keys, key)
             over[x + 1 : len(keys) + 1] = over[x : len(keys)]
             over[x] = bytes_over
             keys.insert(x, key)
-            self._place[key] = len(self.again)
-            self.again.append(key)
+            self.again.add(key)
         self.extra_seconds += self.draft.seconds
         self.draft, self._sums, self._above = Draft(), [], None
-
-    def _forget(self, key: int) -> None:
-        place, last = self._place.pop(key), self.again.pop()
-        if last != key:
-            self.again[place] = last
-            self._place[last] = place
 
     def _spans(self) -> list[tuple[int, int, int]]:
         """The spans of the draft in places of runs that are there."""
@@ -289,7 +305,7 @@ class Retention:
         for key in self.draft.changes:
             if key >= 0:
                 x = bisect_left(keys, key)
-                here = int(self._over[x]) - self._own_bytes(keys[x]) + facts.again_bytes[key % n]
+                here = int(self._over[x]) - facts.own_bytes(keys[x]) + facts.again_bytes[key % n]
                 for a, b, nbytes in self.draft.spans:
                     if a < key <= b:
                         here += nbytes
@@ -307,11 +323,6 @@ class Retention:
         if not self._sums:
             self._sums = [0, *np.cumsum(np.maximum(self.over, 0)).tolist()]
         return self._sums
-
-    def _own_bytes(self, key: int) -> int:
-        """What a run adds while it runs, to what was there and stays."""
-        i = key % self.n
-        return self.facts.again_bytes[i] if self.is_again(key) else self.facts.first_bytes[i]
 
 
 def _accesses(program: Program, value: int) -> list[int]:

@@ -59,6 +59,7 @@ def page_of(plan: Plan, *, frontier: Frontier | None = None, beside: Beside = ()
     return environment.from_string(_file("page.html")).render(
         plan=plan,
         points=points,
+        reserved=e.reserved_bytes if plan.program.abilities.ordered else None,
         has_frontier=frontier is not None,
         peaks=_peaks(explanation_of(plan.program), e),
         known=_known(plan, e),
@@ -106,6 +107,7 @@ def _known(plan: Plan, e: Explanation) -> list[tuple[str, str, str]]:
             "measured" if scratch and program.timing == "measured" else "given" if scratch else "not known",
         ),
         ("Both peaks, and what fills them", "Added up from these bytes, run by run.", "computed"),
+        ("Reserved", "The rules of torch's allocator for CUDA, run by run, on an empty device.", "computed"),
         ("Extra time", "The seconds of all further runs, added up.", "computed"),
         ("Lower bound", f"Proven for these bytes and seconds: {_bounds(plan)}.", "proven"),
         (
