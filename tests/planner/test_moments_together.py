@@ -1,4 +1,4 @@
-"""The linear program of several moments: what looking at some stages at once adds, and that it stays below the truth."""
+"""The linear program of several moments: what looking at some stages at once adds, and that it is never too much."""
 
 from __future__ import annotations
 

@@ -144,8 +144,7 @@ class Annealing:
         state, rnd, price, within = self._state, self._rnd, self._price, 0
         excess = state.excess_bytes
         for _ in range(_BATCH):
-            most = -heat * log(1.0 - rnd())
-            """What the change may cost: Metropolis' rule with the dice cast ahead of it."""
+            most = -heat * log(1.0 - rnd())  # Metropolis' rule, with the dice cast ahead of the change
             self._change(excess)
             draft = state.draft
             if draft.changes and draft.seconds - price * excess <= most:

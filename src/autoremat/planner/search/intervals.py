@@ -7,6 +7,7 @@ along the program, and what keeps or drops values once (``shave``, ``fill``, cut
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from autoremat.planner import clock
 from autoremat.planner.bounds.bounds import floor_bound
@@ -29,7 +30,7 @@ _START_STEPS = 60
 _MOST_STARTS = 8
 """Of searches, at most, beside the first; where the best stays far from the bound, up to so many in any case."""
 
-_HOT, _COLD = {"hot": 4.0, "cold": 0.1, "above": 0.03}, {"hot": 1.0, "cold": 0.02, "above": 0.1}
+_HOT, _COLD = Course(0, hot=4.0, cold=0.1, above=0.03), Course(0)
 """How searches cool down in turn: small programs have a few large values to get right, large ones many small ones."""
 
 _FLOOR_STEPS, _MOST_FLOOR_STEPS = 200, 80_000
@@ -73,7 +74,7 @@ class Intervals:
             if done() or clock.is_over(deadline) or (k > starts and not self._is_far(budget_bytes, far_seconds)):
                 break
             steps = int(most * (share if k else _FIRST_SHARE))
-            course = Course(steps, k, **(_COLD if k % 2 or not k else _HOT))
+            course = replace(_COLD if k % 2 or not k else _HOT, steps=steps, seed=k)
             annealing = Annealing(self._plain.with_runs([], budget_bytes), course)
             found = annealing.run(lambda: done() or clock.is_over(deadline))
             taken += found.steps
