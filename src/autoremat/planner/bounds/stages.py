@@ -119,6 +119,7 @@ class Table:
         options = {**clock.relaxation_limits(clock.left()), "maxiter": _whole_number(seconds / per_step)}
         found = linprog(self.cost, A_ub=matrix, b_ub=self.most, bounds=box, method="highs-ds", options=options)
         clock.spend(per_step * found.nit)
+        clock.is_over(closely=True)
         if found.status == _INFEASIBLE:
             return Relaxed(inf, np.zeros(len(self.cost)))
         if found.status != 0:
