@@ -18,7 +18,7 @@ from autoremat.program import Program
 
 _NAME = "annealing"
 
-_SQUARE_STEPS = 3
+_SQUARE_STEPS = 5
 """Steps for each pair of ops that count as much as a second of work at least: small programs need no more."""
 
 _FIRST_SHARE = 0.1
