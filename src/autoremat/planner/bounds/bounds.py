@@ -51,8 +51,9 @@ _FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 10, 100, 20.0, 2.6
 """Moments of the linear program all along, at first and at most; the work it may take, and with which power of the
 number of moments that grows."""
 
-_LEAST_MORE, _MOST_MORE = 1.25, 2.0
-"""How many times as many moments there are the next time, at least and at most."""
+_LEAST_MORE, _MOST_MORE, _SURE = 1.25, 2.0, 0.7
+"""How many times as many moments there are the next time, at least and at most; for what share of the work that is left:
+one that does not end says nothing."""
 
 _LOOKS_EVERY: Final = 3
 """From every how manieth of them on it looks at all later ones together: that makes it much larger."""
@@ -267,7 +268,8 @@ def _all_along(program: Program, budget_bytes: int, deadline: float) -> float:
         if not found or found.cost == inf:
             break
         best, now = max(best, found.cost * _unit(program)), clock.worked()
-        more = min(_MOST_MORE, (max(0.0, deadline - now) / (now - begin)) ** (1 / _GROWTH)) if now > begin else 1.0
+        left = _SURE * max(0.0, deadline - now)
+        more = min(_MOST_MORE, (left / (now - begin)) ** (1 / _GROWTH)) if now > begin else 1.0
         count = min(most, int(more * count)) if more >= _LEAST_MORE and count < most else 0
     return best
 
