@@ -52,8 +52,8 @@ _FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 10, 100, 20.0, 2.6
 number of moments that grows."""
 
 _LEAST_MORE, _MOST_MORE, _SURE = 1.25, 2.0, 0.7
-"""How many times as many moments there are the next time, at least and at most; for what share of the work that is left:
-one that does not end says nothing."""
+"""How many times as many moments there are the next time, at least and at most; in what share of the work that is left
+they are to fit, because a program that does not end says nothing."""
 
 _LOOKS_EVERY: Final = 3
 """From every how manieth of them on it looks at all later ones together: that makes it much larger."""
