@@ -24,7 +24,7 @@ _SQUARE_STEPS = 5
 _FIRST_SHARE = 0.1
 """Of the steps: for a first search, whose result is known soon."""
 
-_START_STEPS = 60
+_START_STEPS = 95
 """For each op: where there are n² times as many steps, there are n starts."""
 
 _MOST_STARTS = 8
