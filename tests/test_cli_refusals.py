@@ -107,6 +107,8 @@ def test_models_that_cannot_be_used(steps: Path, command: str, model: str, code:
         ("solve broken.json --budget 4", 1, "file 'broken.json' is not valid JSON"),
         ("solve plan.json --budget 4 --solver magic", 2, "'magic' is not one of 'auto'"),
         ("solve plan.json --budget 4 --time-limit 0", 2, "0.0 is not in the range x>0"),
+        ("solve plan.json --budget 4 --effort 0", 2, "0.0 is not in the range x>0"),
+        ("plan steps.py:mlp --budget 50% --effort much", 2, "'much' is not a valid float"),
         ("demo --steps many", 2, "'many' is not a valid integer"),
         ("demo --magic", 2, "No such option"),
         ("demo --out steps.py/out", 2, "steps.py is a file, not a folder. Name another folder."),

@@ -49,19 +49,19 @@ TIMINGS: Final = ("auto", "measure", "estimate")
 @overload
 def checkpoint(
     target: F, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
-    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
-    offload: str | None = None, offload_budget: int | str | None = None,
+    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, effort: float | None = None,
+    measure: bool = False, offload: str | None = None, offload_budget: int | str | None = None,
 ) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
     target: None = None, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
-    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
-    offload: str | None = None, offload_budget: int | str | None = None,
+    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, effort: float | None = None,
+    measure: bool = False, offload: str | None = None, offload_budget: int | str | None = None,
 ) -> Callable[[F], F]: ...  # fmt: skip
 def checkpoint(
     target: Any = None, *, budget: Given | None = None, plan: Plan | str | Path | None = None, optimizer: Any = None,
-    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, measure: bool = False,
-    offload: str | None = None, offload_budget: int | str | None = None,
+    keep: Patterns = (), recompute: Patterns = (), time_limit_seconds: float = 10.0, effort: float | None = None,
+    measure: bool = False, offload: str | None = None, offload_budget: int | str | None = None,
 ) -> Any:  # fmt: skip
     """Make a module or a callable train within a memory budget.
 
@@ -85,6 +85,8 @@ def checkpoint(
             ``("aten.bernoulli*", "head")``; what these operators make is never computed again.
         recompute: the same; what these operators make does not stay from the forward into the backward.
         time_limit_seconds: the longest that making a plan may take, recording excluded.
+        effort: how much work a plan is worth, on any machine and whatever else that does: 1.0 is most of what fits into
+            ten seconds of a quiet one. None: a tenth of ``time_limit_seconds``.
         measure: measure the peak of the second step of every plan, from the call to the optimizer's step or the next
             call, for ``stats``. On CPU that step runs under torch's profiler, in the main thread, and takes longer; on
             CUDA it resets the peak statistics of ``torch.cuda``. Without ``measure``, nothing is measured on CPU, and
@@ -129,6 +131,7 @@ def checkpoint(
         shown=progress_bar,
         offload=offload,
         offload_budget=offload_budget,
+        effort=effort,
     )
     if target is None:
         return functools.partial(checkpoint, **options.arguments)
@@ -211,6 +214,7 @@ def plan(
     recompute: Patterns = (),
     timing: str = "auto",
     time_limit_seconds: float = 10.0,
+    effort: float | None = None,
     accumulate: bool = False,
     compiled: bool | str = False,
     offload: str | None = None,
@@ -236,7 +240,9 @@ def plan(
             takes more than half of what the device has left; for the rest, and for meta and fake tensors, the seconds
             are estimates. ``"measure"``: the same, however much that takes. ``"estimate"``: from FLOPs and bytes alone,
             the same on every machine; kernel scratch is not counted then, and ``checkpoint`` may need more.
-        time_limit_seconds: the longest that planning may take, recording excluded.
+        time_limit_seconds: the longest that planning may take, recording excluded. A plan that it cut short says so.
+        effort: as for ``checkpoint``. With ``timing="estimate"`` and a time limit that does not cut, the same call
+            gives the same plan, byte for byte, on any machine, however busy.
         accumulate: the step finds gradients of all parameters that its backward reaches, and adds to them: what
             gradient accumulation takes from the second micro-step on. A plan of it serves the first one, too.
         compiled: plan what ``torch.compile`` makes of the step: the name of a backend, or True for ``"inductor"``. The
@@ -261,13 +267,14 @@ def plan(
     Budget.read(budget)
     tier = TierOf(offload, offload_budget)
     if compiled:
-        options = Options(budget, optimizer, keep, recompute, time_limit_seconds)
+        options = Options(budget, optimizer, keep, recompute, time_limit_seconds, effort=effort)
         return _plan_compiled(fn, args, kwargs, options, "inductor" if compiled is True else str(compiled))
     with progress_bar() as progress:
         program = record_step(fn, args, kwargs, optimizer, timing, progress, accumulate=accumulate)
         return solve(
             program, in_bytes(budget, program), solver=solver, wishes=Wishes(keep, recompute),
-            time_limit_seconds=time_limit_seconds, progress=progress, link=tier.link() if tier.name else None,
+            time_limit_seconds=time_limit_seconds, effort=effort, progress=progress,
+            link=tier.link() if tier.name else None,
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from autoremat.engines.torch.compiled.session import CompiledSession, PlannedBac
 from autoremat.engines.torch.eager.options import Options
 
 NAME: Final = "autoremat"
-_OURS: Final = ("budget", "optimizer", "keep", "recompute", "time_limit_seconds")
+_OURS: Final = ("budget", "optimizer", "keep", "recompute", "time_limit_seconds", "effort")
 _OF_THE_BACKEND: Final = ("backend", "options")
 
 
@@ -26,9 +26,9 @@ def autoremat(
     Args:
         module: the graph, as the compiler hands it to every backend.
         inputs: examples of its inputs.
-        options: what ``torch.compile`` was given as ``options``: ``budget``, ``optimizer``, ``keep``, ``recompute`` and
-            ``time_limit_seconds`` as for ``autoremat.checkpoint``; ``backend``, the name of the backend that compiles
-            what is planned (``"inductor"``), and ``options``, which are its own.
+        options: what ``torch.compile`` was given as ``options``: ``budget``, ``optimizer``, ``keep``, ``recompute``,
+            ``time_limit_seconds`` and ``effort`` as for ``autoremat.checkpoint``; ``backend``, the name of the backend
+            that compiles what is planned (``"inductor"``), and ``options``, which are its own.
         mode: what ``torch.compile`` was given as ``mode``, for Inductor.
 
     Raises:
@@ -83,6 +83,6 @@ def _made(options: Mapping[str, Any], mode: str | None) -> PlannedBackend:
         raise ValueError(f"{options['backend']!r} is not built on AOTAutograd, so no plan can be carried out under it")
     wishes = Options(
         options["budget"], options.get("optimizer"), options.get("keep", ()), options.get("recompute", ()),
-        options.get("time_limit_seconds", 10.0),
+        options.get("time_limit_seconds", 10.0), effort=options.get("effort"),
     )  # fmt: skip
     return CompiledSession(None, wishes).backend(inner, is_whole=False)

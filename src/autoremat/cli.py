@@ -306,7 +306,11 @@ def _time_limit(seconds: float) -> Callable[[C], C]:
     )
 
 
-_planning = _together(_solver, _wishes, _time_limit(10.0), _json, _plot, _html)
+_effort = click.option(
+    "--effort", type=_Seconds(min=0, min_open=True),
+    help="How much work to do, on any machine; 1 is what goes with 10 seconds.  [default: a tenth of --time-limit]",
+)  # fmt: skip
+_planning = _together(_solver, _wishes, _time_limit(10.0), _effort, _json, _plot, _html)
 
 
 # --- What commands work on --------------------------------------------------------------------------------------------
@@ -381,10 +385,11 @@ def _show(found: _Printable, json_path: Path | str | None) -> None:
 
 def _solve_and_show(
     program: Program, budget: int | float | str, solver: str, wishes: Wishes,
-    time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
+    time_limit: float, effort: float | None,
+    json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan, print, write."""
-    plan = _solved(program, budget, solver, wishes, time_limit)
+    plan = _solved(program, budget, solver, wishes, time_limit, effort)
     _show(plan, json_path)
     if plot_path is not None:
         plan.plot(plot_path)
@@ -396,7 +401,7 @@ def _solve_and_show(
 
 def _solved(
     program: Program, budget: int | float | str, solver: str, wishes: Wishes,
-    time_limit: float,
+    time_limit: float, effort: float | None = None,
 ) -> Plan:  # fmt: skip
     """Plan, with a progress bar."""
     from autoremat.planner import solve as make_plan
@@ -404,8 +409,9 @@ def _solved(
 
     with progress_bar() as progress:
         return make_plan(
-            program, budget, solver=solver, wishes=wishes, time_limit_seconds=time_limit, progress=progress
-        )
+            program, budget, solver=solver, wishes=wishes, time_limit_seconds=time_limit, effort=effort,
+            progress=progress,
+        )  # fmt: skip
 
 
 def _asked_of_device(budget: int | float | str, program: Program) -> int | float | str:
@@ -508,8 +514,8 @@ def main(debug: bool) -> None:
 def plan(
     model: str, budget: int | float | str, device: str | None, optimizer: int | None, timing: str | None,
     accumulate: bool, offload: str | None, offload_budget: int | None, solver: str, keep: tuple[str, ...],
-    recompute: tuple[str, ...], time_limit: float,
-    json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
+    recompute: tuple[str, ...], time_limit: float, effort: float | None, json_path: Path | str | None,
+    plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan a training step of MODEL within a budget.
 
@@ -522,7 +528,9 @@ def plan(
     _require_for(json_path, plot_path, html_path)
     program = _linked(_recorded(model, device, optimizer, timing, accumulate), offload, offload_budget)
     budget = _asked_of_device(budget, program)
-    _solve_and_show(program, budget, solver, Wishes(keep, recompute), time_limit, json_path, plot_path, html_path)
+    _solve_and_show(
+        program, budget, solver, Wishes(keep, recompute), time_limit, effort, json_path, plot_path, html_path
+    )
 
 
 @main.command(
@@ -655,7 +663,8 @@ def check(
 @_planning
 def solve(
     file: Path, budget: int | float | str, solver: str, keep: tuple[str, ...], recompute: tuple[str, ...],
-    time_limit: float, json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
+    time_limit: float, effort: float | None,
+    json_path: Path | str | None, plot_path: Path | None, html_path: Path | None,
 ) -> None:  # fmt: skip
     """Plan the program in FILE (autoremat-program JSON) and print the plan.
 
@@ -663,8 +672,9 @@ def solve(
     """
     _require_for(json_path, plot_path, html_path)
     _solve_and_show(
-        Program.from_json(file), budget, solver, Wishes(keep, recompute), time_limit, json_path, plot_path, html_path
-    )
+        Program.from_json(file), budget, solver, Wishes(keep, recompute), time_limit, effort,
+        json_path, plot_path, html_path,
+    )  # fmt: skip
 
 
 @main.command(
@@ -683,7 +693,7 @@ def solve(
 )
 @click.option("--only", default="", metavar="TEXT", help="Programs with this in their names.")
 @_time_limit(10.0)
-@click.option("--effort", type=_Seconds(min=0, min_open=True), help="Work instead of time; 1 is 10 quiet seconds.")
+@_effort
 @click.option("--update", is_flag=True, help="Write what is better than known into the folder's table.")
 @click.option("--by", default="", metavar="NAME", help="Who found it, for the table.")
 @click.pass_context

@@ -57,18 +57,18 @@ F = TypeVar("F", bound=Callable[..., Any])
 def checkpoint(
     fn: F, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
     recompute: Patterns = (), time_limit_seconds: float = 10.0, offload: str | None = None,
-    offload_budget: int | str | None = None,
+    offload_budget: int | str | None = None, effort: float | None = None,
 ) -> F: ...  # fmt: skip
 @overload
 def checkpoint(
     fn: None = None, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
     recompute: Patterns = (), time_limit_seconds: float = 10.0, offload: str | None = None,
-    offload_budget: int | str | None = None,
+    offload_budget: int | str | None = None, effort: float | None = None,
 ) -> Callable[[F], F]: ...  # fmt: skip
 def checkpoint(
     fn: Any = None, *, budget: Given | None = None, static_argnums: int | Sequence[int] = (), keep: Patterns = (),
     recompute: Patterns = (), time_limit_seconds: float = 10.0, offload: str | None = None,
-    offload_budget: int | str | None = None,
+    offload_budget: int | str | None = None, effort: float | None = None,
 ) -> Any:  # fmt: skip
     """Make the gradient of a function fit into a memory budget.
 
@@ -91,6 +91,8 @@ def checkpoint(
         keep: patterns (``fnmatch``) on named scopes or operations; what these make is never computed again.
         recompute: the same; what these make does not stay from the forward into the backward.
         time_limit_seconds: the longest that making a plan may take.
+        effort: how much work a plan is worth, on any machine and whatever else that does: 1.0 is most of what fits into
+            ten seconds of a quiet one. None: a tenth of ``time_limit_seconds``.
         offload: ``"host"`` lets values move to the memory of the host as a third choice, where the backend has one
             apart from its own; refused on CPU. Written and not yet run on a device; XLA decides when copies begin.
         offload_budget: the most bytes there, such as ``"64GiB"``; None for no limit.
@@ -120,7 +122,7 @@ def checkpoint(
     if fn is None:
         return functools.partial(
             checkpoint, budget=budget, static_argnums=static_argnums, keep=keep, recompute=recompute,
-            time_limit_seconds=time_limit_seconds, offload=offload, offload_budget=offload_budget,
+            time_limit_seconds=time_limit_seconds, offload=offload, offload_budget=offload_budget, effort=effort,
         )  # fmt: skip
     link = link_of(offload, offload_budget)
     if not callable(fn):
@@ -128,7 +130,7 @@ def checkpoint(
     if hasattr(fn, "__wrapped_by_autoremat__"):
         raise ValueError(f"{getattr(fn, '__name__', 'this')} is checkpointed by autoremat already")
     static = (static_argnums,) if isinstance(static_argnums, int) else tuple(static_argnums)
-    return checkpointed(fn, Asked(budget, Wishes(keep, recompute), time_limit_seconds, link), static)
+    return checkpointed(fn, Asked(budget, Wishes(keep, recompute), time_limit_seconds, link, effort), static)
 
 
 def plan(
@@ -139,6 +141,7 @@ def plan(
     keep: Patterns = (),
     recompute: Patterns = (),
     time_limit_seconds: float = 10.0,
+    effort: float | None = None,
     **kwargs: Any,
 ) -> Plan:
     """Plan the gradient of a function without running anything.
@@ -151,6 +154,7 @@ def plan(
         keep: as for ``checkpoint``.
         recompute: as for ``checkpoint``.
         time_limit_seconds: the longest that planning may take, recording excluded.
+        effort: as for ``checkpoint``.
         **kwargs: keyword arguments of the function.
 
     Raises:
@@ -169,7 +173,8 @@ def plan(
         True
     """
     _read(budget)
-    return _plan_of(record_step(fn, args, kwargs, argnums), Asked(budget, Wishes(keep, recompute), time_limit_seconds))
+    asked = Asked(budget, Wishes(keep, recompute), time_limit_seconds, effort=effort)
+    return _plan_of(record_step(fn, args, kwargs, argnums), asked)
 
 
 def explain(

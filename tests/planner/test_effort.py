@@ -129,3 +129,11 @@ def test_a_deadline_is_a_point_of_work() -> None:
     clock.spend(2.0)
     assert clock.is_over(begin + 1.0)
     assert not clock.is_over(begin + 2.0)
+
+
+def test_a_linear_program_that_time_has_cut_is_no_secret() -> None:
+    table = Table()
+    table.row([(-1.0, table.column(1.0))], -0.5)
+    with clock.limited(0.0):
+        table.relax(1.0)
+        assert clock.has_cut()

@@ -245,6 +245,7 @@ def test_what_cannot_run_again_frees_nothing() -> None:
 GOLDEN = """\
 Peak of layers, trained plainly: 500 B
   it stands at op 4 of 9, up (forward), layers.2.up
+  for it a caching allocator such as CUDA's reserves 2.1 MB of a device
   plain training saves 300 B for the backward, in 3 values
 
  bytes  share  filled by

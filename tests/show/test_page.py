@@ -111,7 +111,7 @@ def test_the_page_has_the_tier_and_the_traffic_of_the_link() -> None:
 def test_the_figures_are_the_plans() -> None:
     plan = chain_plan()
     figures = page_of(plan).split('id="figures"')[1].split("</dl>")[0]
-    assert [int(n) for n in re.findall(r'data-bytes="(\d+)"', figures)] == [90, 87, 95, 87]
+    assert [int(n) for n in re.findall(r'data-bytes="(\d+)"', figures)] == [90, 87, 2 << 20, 95, 87]
     assert [float(n) for n in re.findall(r'data-share="([\d.]+)"', figures)] == [0.125, 0.125]
     assert "no plan can be below 87 B" in figures
 

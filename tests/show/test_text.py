@@ -14,6 +14,7 @@ GOLDEN = """\
 Plan for chain by solver by hand
   budget           90 B  94.7% of the plain peak
   peak             87 B  91.6% of the plain peak
+  reserved       2.1 MB  of a device, by a caching allocator such as CUDA's
   plain peak       95 B  with nothing computed again
   floor            87 B  smallest known peak; no plan can be below 87 B
   extra time     +12.5%  no plan within this budget can be below +12.5%

@@ -44,12 +44,14 @@ class Wanted:
         budget_bytes: that its peak is to stay within.
         seconds: when to stop looking.
         wishes: as for ``solve``.
+        effort: as for ``solve``.
     """
 
     program: Program
     budget_bytes: int
     seconds: float
     wishes: Wishes = NO_WISHES
+    effort: float | None = None
 
     def found(self) -> Plan:
         """Look for it.
@@ -59,7 +61,9 @@ class Wanted:
         """
         from autoremat.planner.solving import solve
 
-        return solve(self.program, self.budget_bytes, wishes=self.wishes, time_limit_seconds=self.seconds)
+        return solve(
+            self.program, self.budget_bytes, wishes=self.wishes, time_limit_seconds=self.seconds, effort=self.effort
+        )
 
 
 class Search(Protocol):
@@ -213,7 +217,7 @@ def answer(question: Mapping[str, Any]) -> None:
     if hasattr(os, "nice"):
         os.nice(_GIVES_WAY)
     program, wishes = Program.from_json(question["program"]), Wishes(**question["wishes"])
-    wanted = Wanted(program, question["budget_bytes"], question["seconds"], wishes)
+    wanted = Wanted(program, question["budget_bytes"], question["seconds"], wishes, question["effort"])
     try:
         sys.stdout.write(wanted.found().to_json())
     except InfeasibleBudget:

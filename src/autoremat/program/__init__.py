@@ -5,6 +5,7 @@ for one budget. ``simulate`` accounts for a schedule byte by byte, ``verify`` is
 """
 
 from autoremat.program.abilities import Abilities
+from autoremat.program.addresses import Addresses, place
 from autoremat.program.decisions import Decision, beyond_decisions, decisions_of
 from autoremat.program.errors import InfeasibleBudget, InvalidProgram, InvalidSchedule
 from autoremat.program.link import Link
@@ -20,6 +21,7 @@ __all__ = [
     "END",
     "INSIDE",
     "Abilities",
+    "Addresses",
     "Decision",
     "Fetch",
     "Free",
@@ -44,6 +46,7 @@ __all__ = [
     "beyond_decisions",
     "decisions_of",
     "fold",
+    "place",
     "simulate",
     "unfold",
     "verify",

@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from autoremat.program import Plan, Program, Schedule, simulate
+from autoremat.program import Plan, Program, Schedule, place, simulate
 from autoremat.program.files import write_text
 from autoremat.show.blocks import Block, blocks_of
 from autoremat.show.modules import Module, module_tree
@@ -68,6 +68,11 @@ class Explanation:
     def kept_bytes(self) -> int:
         """Count what stays from the forward, for the backward and reruns."""
         return self._bytes_of(self.savings.kept)
+
+    @cached_property
+    def reserved_bytes(self) -> int:
+        """What a caching allocator such as CUDA's takes of a device for the step."""
+        return place(self.program, self.plan).reserved_bytes
 
     def _bytes_of(self, values: Sequence[int]) -> int:
         return sum(self.program.values[v].nbytes for v in values)
@@ -129,6 +134,7 @@ def _data(e: Explanation) -> dict[str, Any]:
         "solver": e.plan.solver if e.plan else None,
         "budget_bytes": e.plan.budget_bytes if e.plan else None,
         "peak_bytes": e.peak_bytes,
+        "reserved_bytes": e.reserved_bytes,
         "peak_op": e.peak_op,
         "saved_bytes": e.saved_bytes,
         "kept_bytes": e.kept_bytes,

@@ -45,6 +45,10 @@ def _head(e: Explanation) -> list[str]:
         op = e.program.ops[e.peak_op]
         where = "".join(f", {part}" for part in (op.module, _short(op.source)) if part)
         lines.append(f"  it stands at op {e.peak_op} of {len(e.program.ops)}, {op.name} ({op.phase}){where}")
+    if e.program.abilities.ordered:
+        lines.append(
+            f"  for it a caching allocator such as CUDA's reserves {format_bytes(e.reserved_bytes)} of a device"
+        )
     lines.append(f"  plain training saves {format_bytes(e.saved_bytes)} for the backward, in {len(e.saved)} values")
     return [*lines, *_planned(e)]
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from math import log1p
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from autoremat.program import Plan, Program, Timeline, simulate
+from autoremat.program import Plan, Program, Timeline, place, simulate
 from autoremat.program.units import format_bytes
 from autoremat.show.page import table_lines
 from autoremat.show.residents import op_text, short_source
@@ -60,6 +60,7 @@ def _costs(plan: Plan) -> list[str]:
         f"  budget      {format_bytes(plan.budget_bytes):>9}  {_share(plan.budget_bytes, plain)} of the plain peak",
         f"  peak        {format_bytes(plan.peak_bytes):>9}  {_share(plan.peak_bytes, plain)} of the plain peak"
         + estimate,
+        *_reserved(plan),
         f"  plain peak  {format_bytes(plain):>9}  with nothing computed again",
         f"  floor       {format_bytes(plan.floor_bytes):>9}  smallest known peak{below}",
         f"  extra time  {plan.overhead:>+9.1%}  no plan within this budget can be below {plan.lower_bound:+.1%}",
@@ -67,6 +68,14 @@ def _costs(plan: Plan) -> list[str]:
         *_tier(plan),
         *([f"  stopped     {plan.stopped}"] if plan.stopped else []),
     ]
+
+
+def _reserved(plan: Plan) -> list[str]:
+    """Say what an allocator takes of the device; who orders runs has one of its own."""
+    if not plan.program.abilities.ordered:
+        return []
+    nbytes = format_bytes(place(plan.program, plan).reserved_bytes)
+    return [f"  reserved    {nbytes:>9}  of a device, by a caching allocator such as CUDA's"]
 
 
 def _tier(plan: Plan) -> list[str]:

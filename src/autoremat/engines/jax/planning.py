@@ -32,12 +32,14 @@ class Asked:
         wishes: what is kept or computed again, whatever the planner thinks.
         time_limit_seconds: the longest that planning may take.
         link: to a slower tier, where values may be moved.
+        effort: how much work it is worth, as for ``solve``.
     """
 
     budget: Given | None = None
     wishes: Wishes = NO_WISHES
     time_limit_seconds: float = 10.0
     link: Link | None = None
+    effort: float | None = None
 
     def solve(self, program: Program, nbytes: int) -> Plan:
         """The plan of a program within so many bytes.
@@ -48,14 +50,16 @@ class Asked:
         limit = self.time_limit_seconds
         return _remembered(
             _PLANS,
-            (program, nbytes, self.wishes, self.link),
-            lambda: solve(program, nbytes, wishes=self.wishes, time_limit_seconds=limit, link=self.link),
+            (program, nbytes, self.wishes, self.link, self.effort),
+            lambda: solve(
+                program, nbytes, wishes=self.wishes, time_limit_seconds=limit, link=self.link, effort=self.effort
+            ),
         )
 
     def floor_bytes(self, program: Program) -> int:
         """The smallest budget of a program that is accepted, however long it takes to find."""
         if self.link is not None:
-            return self.plan(program, simulate(program).peak_bytes).floor_bytes
+            return self.solve(program, simulate(program).peak_bytes).floor_bytes
         return _remembered(_FLOORS, (program, self.wishes), lambda: floor_of(self.wishes.applied_to(program)).nbytes)
 
     def planned(self, variants: Variants) -> Planned:
@@ -74,7 +78,7 @@ class Asked:
         return variants.planned(budget_bytes(self.budget, program), self)
 
 
-_PLANS: dict[tuple[Program, int, Wishes, Link | None], Plan] = {}
+_PLANS: dict[tuple[Program, int, Wishes, Link | None, float | None], Plan] = {}
 _FLOORS: dict[tuple[Program, Wishes], int] = {}
 K = TypeVar("K")
 T = TypeVar("T")

@@ -47,12 +47,19 @@ _LOOKED_AT: Final = 80_000
 _STEPS: Final = 24
 """Steps of the bisection."""
 
-_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 10, 40, 20.0, 6
-"""Moments of the linear program all along, at first and at most; the work it may take; how many times as much twice as
-many moments take."""
+_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 10, 100, 20.0, 2.6
+"""Moments of the linear program all along, at first and at most; the work it may take, and with which power of the
+number of moments that grows."""
+
+_LEAST_MORE, _MOST_MORE, _SURE = 1.25, 2.0, 0.7
+"""How many times as many moments there are the next time, at least and at most; in what share of the work that is left
+they are to fit, because a program that does not end says nothing."""
 
 _LOOKS_EVERY: Final = 3
 """From every how manieth of them on it looks at all later ones together: that makes it much larger."""
+
+_NEXT_ALONG: Final = 4
+"""How many stages it looks at together from every one of them on."""
 
 _LARGEST_ALONG: Final = 24_000
 """Moments times ops up to which that is worth it."""
@@ -253,16 +260,17 @@ def _all_along(program: Program, budget_bytes: int, deadline: float) -> float:
     above = [t for t, nbytes in enumerate(simulate(program).resident_bytes) if nbytes > budget_bytes]
     most = min(_MOST_ALONG, len(above), _LARGEST_ALONG // len(program.ops))
     best, count = 0.0, min(most, _FIRST_ALONG)
-    while 0 < count <= most and not clock.is_over(deadline):
+    while count and not clock.is_over(deadline):
         begin = clock.worked()
         moments = [above[len(above) * k // count] for k in range(count)]
-        table = _stages(program, budget_bytes, moments, looks_every=_LOOKS_EVERY).table
+        table = _stages(program, budget_bytes, moments, looks_every=_LOOKS_EVERY, looks_at=_NEXT_ALONG).table
         found = table.relax(min(_MOST_ALONG_SECONDS, deadline - begin))
         if not found or found.cost == inf:
             break
-        best, count = max(best, found.cost * _unit(program)), 2 * count
-        if _GROWTH * (clock.worked() - begin) > deadline - clock.worked():
-            break
+        best, now = max(best, found.cost * _unit(program)), clock.worked()
+        left = _SURE * max(0.0, deadline - now)
+        more = min(_MOST_MORE, (left / (now - begin)) ** (1 / _GROWTH)) if now > begin else 1.0
+        count = min(most, int(more * count)) if more >= _LEAST_MORE and count < most else 0
     return best
 
 
@@ -276,11 +284,15 @@ def _whole(program: Program, budget_bytes: int, ranked: list[int], deadline: flo
     return found.bound * _unit(program) * (1 - _TOLERANCE) if found.bound < inf else 0.0
 
 
-def _stages(program: Program, budget_bytes: int, moments: list[int], *, looks_every: int = 1) -> Stages:
+def _stages(
+    program: Program, budget_bytes: int, moments: list[int], *, looks_every: int = 1, looks_at: int = 0
+) -> Stages:
     ends = sorted({*moments, len(program.ops) - 1})
     stages = Stages(program, budget_bytes, ends, unit_seconds=_unit(program))
     for w in range(looks_every, len(ends), looks_every):
         stages.since(w)
+    for w in range(1, len(ends) if looks_at else 0):
+        stages.since(w, min(w + looks_at, len(ends)) - 1)
     return stages
 
 

@@ -33,7 +33,7 @@ Floats = npt.NDArray[np.float64]
 
 _INFEASIBLE: Final = 2
 
-_ENTRIES_A_SECOND: Final = 3e8
+_ENTRIES_A_SECOND: Final = 6e8
 """Entries of the matrix times steps of the simplex algorithm that a second of work goes through."""
 
 _ROOT_SECONDS, _NODE_SECONDS = 2.5e-5, 5e-6
@@ -119,6 +119,7 @@ class Table:
         options = {**clock.relaxation_limits(clock.left()), "maxiter": _whole_number(seconds / per_step)}
         found = linprog(self.cost, A_ub=matrix, b_ub=self.most, bounds=box, method="highs-ds", options=options)
         clock.spend(per_step * found.nit)
+        clock.is_over(closely=True)
         if found.status == _INFEASIBLE:
             return Relaxed(inf, np.zeros(len(self.cost)))
         if found.status != 0:
@@ -344,24 +345,24 @@ class Stages:
         if sum(max(b, 0.0) for b, _ in terms) > free:
             self.table.row(terms, free)
 
-    def since(self, w: int) -> None:
-        """Add rows that look at all stages from ``w`` on at once: whatever runs again does so *at least once*.
+    def since(self, w: int, until: int | None = None) -> None:
+        """Add rows that look at the stages from ``w`` up to ``until``, or all later ones, at once.
 
-        Every schedule keeps them, but a relaxed one may run an op half a time in two stages and its sources half a time
-        in one. With these rows the relaxation is at least as good as the minimum cut of ``bounds`` at that moment.
+        Whatever runs again in them does so *at least once*. A relaxed schedule may run an op half a time in two stages
+        and its sources half a time in one; it is now at least as dear as the minimum cut of ``bounds`` at that moment.
         """
         begin, table = self.first(w), self.table
-        later = range(w, len(self.moments))
-        ever = {i: [self.again[x, i] for x in later if (x, i) in self.again] for i in range(begin)}
+        last = len(self.moments) - 1 if until is None else until
+        ever = {i: [self.again[x, i] for x in range(w, last + 1) if (x, i) in self.again] for i in range(begin)}
         once = {i: table.column(whole=False) for i, columns in ever.items() if columns}
         for i, column in once.items():
             table.below(column, *ever[i])
-        reads = {u for i in range(begin, len(self.program.ops)) for u in self._reads[i]}
-        for column, sources in [(ONE, reads), *((c, self._reads[i]) for i, c in once.items())]:
-            for u in sources:
-                producer = self.program.producer[u]
-                if producer < begin:
-                    table.below(column, self.at(w, u), once.get(producer, ZERO))
+        reads = {u for i in range(begin, self.moments[last] + 1) for u in self._reads[i]}
+        needs = [(ONE, u) for u in reads] + [(c, u) for i, c in once.items() for u in self._reads[i]]
+        for column, u in [*needs, *((self.at(last + 1, v), v) for v in self._made)]:
+            producer = self.program.producer[u]
+            if producer < begin:
+                table.below(column, self.at(w, u), once.get(producer, ZERO))
 
     # -- within a stage ------------------------------------------------------------------------------------------------
 

@@ -1,10 +1,12 @@
 """Simulated annealing on retention intervals: on any graph, near the floor, in steps that can be counted.
 
 One step changes the set of further runs: it drops a value from memory until its next use, keeps one through, or makes
-one again earlier or later. What exceeds the budget costs a price per byte and run, which rises while the search stays
-above the budget and falls while it stays below: so at first those values leave that free the most for the longest time,
-and in the end the cheapest set that fits remains. Annealing over retention intervals is that of FastSA (Katayama et al.
-2023, "Fast Simulated Annealing for Rematerialization"); the price is a Lagrange multiplier that is steered.
+one again earlier or later. What exceeds the budget costs a price per byte and run: a Lagrange multiplier that is
+steered. For most of the search a share of the runs is to exceed the budget, fewer and fewer of them. Were none to, the
+price of a large program would be so high that hardly anything could change, because some of a thousand runs nearly
+always exceed it. In the last part all of them have to fit, and the cheapest set that does remains.
+Annealing over retention intervals is that of FastSA (Imanishi et al. 2023, "A fast heuristic to optimize time-space
+tradeoff for large models", NeurIPS).
 
 Time plays no part: a step count and a seed decide, and the same ones find the same on every machine.
 """
@@ -15,12 +17,12 @@ import random
 from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
-from math import exp
+from math import log
 
 from autoremat.planner import clock
 from autoremat.planner.search.retention import Retention, Runs
 
-STEPS_A_SECOND = 15_000
+STEPS_A_SECOND = 25_000
 """Steps that count as a second of work."""
 
 _BATCH = 250
@@ -38,6 +40,12 @@ _LEAST_TURN, _RISE, _RISEN = 1.08, 300.0, 0.3
 """The price changes by that factor after a batch; in a short search by more, so that it can rise so many times in so
 large a part of it."""
 
+_LEAST_ABOVE = 0.8
+"""The price falls where fewer runs exceed the budget than this share of those that may."""
+
+_LAST = 0.15
+"""The part of a search, its last, in which all runs have to fit; in half of it the price can rise ``_RISE`` times."""
+
 _DEAREST = 1e6
 """The price beyond which nothing changes any more, in the price of a mean byte."""
 
@@ -51,6 +59,7 @@ class Course:
         seed: of the dice.
         hot, cold: first and last temperature, in mean seconds of an op.
         price: of a byte and run above the budget, at first, in mean seconds of an op over mean bytes of a value.
+        above: the share of the runs that may exceed the budget at first; 0: all have to fit all the time.
     """
 
     steps: int
@@ -58,6 +67,24 @@ class Course:
     hot: float = 1.0
     cold: float = 0.02
     price: float = 0.01
+    above: float = 0.1
+
+    def turn(self, done: int) -> float:
+        """By how much the price turns after a batch."""
+        part = _RISEN if done < self._loose_steps or not self.above else _LAST / 2
+        return max(_LEAST_TURN, float(_RISE ** (_BATCH / max(_BATCH, part * self.steps))))
+
+    def heat(self, done: int) -> float:
+        """The temperature after so many steps, in mean seconds of an op."""
+        return float(self.hot * (self.cold / self.hot) ** (done / self.steps))
+
+    def share_above(self, done: int) -> float:
+        """The share of the runs that may exceed the budget after so many steps."""
+        return self.above * max(0.0, 1.0 - done / self._loose_steps)
+
+    @property
+    def _loose_steps(self) -> float:
+        return (1.0 - _LAST) * self.steps
 
 
 @dataclass(frozen=True)
@@ -87,24 +114,26 @@ class Annealing:
         self._unit = sum(facts.seconds) / n or 1.0
         self._dear = self._unit / (sum(facts.nbytes) / max(1, len(facts.nbytes)) or 1.0)
         self._price = course.price * self._dear
-        self._changes: list[int] = []
-        """Keys of the runs that this step has added; of those that it has taken back ``~key``."""
         self.best = Annealed(None, float("inf"), 0)
 
     def run(self, enough: Callable[[], bool]) -> Annealed:
         """All steps, or until it is enough, which is asked after every batch. O(runs) array operations each."""
         course, done = self._course, 0
-        turn = max(_LEAST_TURN, _RISE ** (_BATCH / max(_BATCH, _RISEN * course.steps)))
         while done < course.steps and not enough():
-            heat = course.hot * (course.cold / course.hot) ** (done / course.steps)
-            within = self._batch(heat * self._unit)
-            if within < 0.2 and self._price < _DEAREST * self._dear:
-                self._price *= turn
-            elif within > 0.5:
-                self._price /= turn
+            within = self._batch(course.heat(done) * self._unit)
+            self._price *= course.turn(done) ** self._direction(within, course.share_above(done))
             done += _BATCH
             clock.spend(_BATCH / STEPS_A_SECOND)
         return Annealed(self.best.runs, self.best.extra_seconds, done)
+
+    def _direction(self, within: float, most_above: float) -> int:
+        """Whether the price is to rise (1) or to fall (-1), after a batch part of whose steps was within the budget."""
+        if most_above:
+            above = len(self._state.keys_above) / len(self._state.keys)
+            return 1 if above > most_above else -(above < _LEAST_ABOVE * most_above)
+        if within < 0.2:
+            return int(self._price < _DEAREST * self._dear)
+        return -(within > 0.5)
 
     def fits(self) -> bool:
         """Whether something within the budget has been found."""
@@ -112,21 +141,21 @@ class Annealing:
 
     def _batch(self, heat: float) -> float:
         """Some steps at one temperature and price; the share of them that were within the budget."""
-        state, rnd, within = self._state, self._rnd, 0
+        state, rnd, price, within = self._state, self._rnd, self._price, 0
         excess = state.excess_bytes
-        cost = state.extra_seconds + self._price * excess
         for _ in range(_BATCH):
-            self._changes = []
+            most = -heat * log(1.0 - rnd())  # Metropolis' rule, with the dice cast ahead of the change
             self._change(excess)
-            if self._changes:
-                after = state.excess_bytes
-                now = state.extra_seconds + self._price * after
-                if now <= cost or rnd() < exp((cost - now) / heat):
-                    cost, excess = now, after
+            draft = state.draft
+            if draft.changes and draft.seconds - price * excess <= most:
+                change = state.excess_change()
+                if draft.seconds + price * change <= most:
+                    state.settle()
+                    excess += change
                     if not excess:
                         self._note()
-                else:
-                    self._take_back()
+            if state.draft.changes or state.draft.spans:
+                state.take_back()
             within += not excess
         return within / _BATCH
 
@@ -134,18 +163,11 @@ class Annealing:
         if self._state.extra_seconds < self.best.extra_seconds * (1 - 1e-12):
             self.best = Annealed(self._state.runs, self._state.extra_seconds, 0)
 
-    def _take_back(self) -> None:
-        for change in reversed(self._changes):
-            if change >= 0:
-                self._state.remove(change)
-            else:
-                self._state.add(~change)
-
     # -- changes -------------------------------------------------------------------------------------------------------
 
     def _change(self, excess: int) -> None:
         draw = self._rnd()
-        if draw < 0.4 or not self._state.count:
+        if draw < 0.4 or not self._state.again.keys:
             key = self._idle(self._moment(excess))
             if key >= 0:
                 self._drop(key, _DEEP)
@@ -157,18 +179,13 @@ class Annealing:
     def _moment(self, excess: int) -> int:
         """The key of a run, mostly of one above the budget."""
         state, rnd = self._state, self._rnd
-        if excess and rnd() < 0.7:
-            above = (state.over > 0).nonzero()[0]
-            return state.keys[int(above[int(rnd() * len(above))])]
-        return state.keys[int(rnd() * len(state.keys))]
+        keys = state.keys_above if excess and rnd() < 0.7 else state.keys
+        return keys[int(rnd() * len(keys))]
 
     def _one_again(self) -> int:
         """One of the further runs."""
-        state, rnd = self._state, self._rnd
-        while True:
-            key = state.keys[int(rnd() * len(state.keys))]
-            if state.is_again(key):
-                return key
+        again = self._state.again.keys
+        return again[int(self._rnd() * len(again))]
 
     def _idle(self, moment: int) -> int:
         """The further run that lets a value go which is in memory at a moment without being used; -1: none found."""
@@ -200,18 +217,10 @@ class Annealing:
         key = late * n + i
         return (key, late - found[p - 1] // n) if late > after and key > found[p - 1] else (-1, 0)
 
-    def _add(self, key: int) -> None:
-        self._state.add(key)
-        self._changes.append(key)
-
-    def _remove(self, key: int) -> None:
-        self._state.remove(key)
-        self._changes.append(~key)
-
     def _drop(self, key: int, depth: int) -> None:
         """Have a further run, and now and then of what it reads and would have to stay for it."""
-        self._add(key)
         state, late = self._state, key // self._state.n
+        state.add(key)
         for v in state.facts.reads[key % state.n] if depth else ():
             i, found = state.facts.producer[v], state.accesses[v]
             source = late * state.n + i
@@ -222,8 +231,8 @@ class Annealing:
 
     def _keep(self, key: int) -> None:
         """Take a further run back, and those that only fed it."""
-        self._remove(key)
         state, n = self._state, self._state.n
+        state.remove(key)
         for v in state.facts.reads[key % n]:
             found = state.accesses[v]
             maker = found[bisect_left(found, key) - 1]

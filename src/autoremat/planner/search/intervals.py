@@ -7,26 +7,33 @@ along the program, and what keeps or drops values once (``shave``, ``fill``, cut
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 from autoremat.planner import clock
 from autoremat.planner.bounds.bounds import floor_bound
-from autoremat.planner.search.annealing import STEPS_A_SECOND, Annealed, Annealing, Course
+from autoremat.planner.search.annealing import STEPS_A_SECOND, Annealing, Course
 from autoremat.planner.search.retention import Retention, Runs
 from autoremat.planner.search.search import Search
 from autoremat.program import Program
 
 _NAME = "annealing"
 
-_SHARES = (0.8, 0.2)
-"""How the steps are divided: one search from the program as it is, then one from the best that is known."""
+_SQUARE_STEPS = 5
+"""Steps for each pair of ops that count as much as a second of work at least: small programs need no more."""
 
-_MOST_STEPS = 300
-"""For each op, of the searches within one budget: small programs need no more."""
+_FIRST_SHARE = 0.1
+"""Of the steps: for a first search, whose result is known soon."""
 
-_MOST_ROUNDS = 8
-"""Of searches, where the best found stays far from the bound."""
+_START_STEPS = 95
+"""For each op: where there are n² times as many steps, there are n starts."""
 
-_FLOOR_STEPS, _MOST_FLOOR_STEPS = 100, 40_000
+_MOST_STARTS = 8
+"""Of searches, at most, beside the first; where the best stays far from the bound, up to so many in any case."""
+
+_HOT, _COLD = Course(0, hot=4.0, cold=0.1, above=0.03), Course(0)
+"""How searches cool down in turn: small programs have a few large values to get right, large ones many small ones."""
+
+_FLOOR_STEPS, _MOST_FLOOR_STEPS = 200, 80_000
 """Of looking for the floor, for each op and in all; for one budget an eighth of that."""
 
 _LAST_STEP = 0.002
@@ -59,15 +66,20 @@ class Intervals:
 
         Returns the number of steps.
         """
-        taken, most = 0, min(int(STEPS_A_SECOND * work), _MOST_STEPS * self._plain.n)
-        for k in range(_MOST_ROUNDS):
-            if done() or clock.is_over(deadline) or (k >= len(_SHARES) and not self._is_far(budget_bytes, far_seconds)):
+        n, taken = self._plain.n, 0
+        most = int(work * min(STEPS_A_SECOND, _SQUARE_STEPS * n * n))
+        starts = max(1, min(_MOST_STARTS, int((most / (_START_STEPS * n)) ** 0.5)))
+        share = (1.0 - _FIRST_SHARE) / starts
+        for k in range(1 + _MOST_STARTS):
+            if done() or clock.is_over(deadline) or (k > starts and not self._is_far(budget_bytes, far_seconds)):
                 break
-            steps = int(most * _SHARES[k % len(_SHARES)])
-            best = self._best(budget_bytes) if k % 2 else None
-            start = self._plain.with_runs(best or [], budget_bytes)
-            course = Course(steps, k, hot=0.5, price=1.0) if best else Course(steps, k)
-            taken += self._anneal(start, course, lambda: done() or clock.is_over(deadline)).steps
+            steps = int(most * (share if k else _FIRST_SHARE))
+            course = replace(_COLD if k % 2 or not k else _HOT, steps=steps, seed=k)
+            annealing = Annealing(self._plain.with_runs([], budget_bytes), course)
+            found = annealing.run(lambda: done() or clock.is_over(deadline))
+            taken += found.steps
+            if found.runs is not None:
+                self._search.look(_NAME, found.runs)
         return taken
 
     def lowering(self) -> Iterator[None]:
@@ -77,7 +89,7 @@ class Intervals:
         gap, taken, runs, seed = (peak - self._least) / 8, 0, Runs(), 0
         while taken < most and gap > _LAST_STEP * plain:
             start = self._plain.with_runs(runs, int(peak - gap))
-            annealing = Annealing(start, Course(most // 8, seed, cold=0.3, price=10.0))
+            annealing = Annealing(start, Course(most // 8, seed, cold=0.3, price=10.0, above=0.0))
             found = annealing.run(annealing.fits)
             taken, seed = taken + found.steps, seed + 1
             if found.runs is None:
@@ -85,18 +97,6 @@ class Intervals:
             else:
                 runs, peak = found.runs, self._search.look(_NAME, found.runs).peak_bytes
             yield
-
-    def _anneal(self, start: Retention, course: Course, enough: Callable[[], bool]) -> Annealed:
-        found = Annealing(start, course).run(enough)
-        if found.runs is not None:
-            self._search.look(_NAME, found.runs)
-        return found
-
-    def _best(self, budget_bytes: int) -> Runs | None:
-        """The further runs of the cheapest candidate that fits, where they are retention intervals."""
-        best = self._search.best_within(budget_bytes)
-        runs = self._search.recall(best).runs if best else []
-        return runs if runs and all(late > self._plain.facts.after[op] for late, op in runs) else None
 
     def _is_far(self, budget_bytes: int, far_seconds: float) -> bool:
         best = self._search.best_within(budget_bytes)

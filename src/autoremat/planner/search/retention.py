@@ -12,9 +12,10 @@ first run of an op is ``op * n + op``. Runs are in the order of their keys, as i
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -48,6 +49,11 @@ class Facts:
     again_bytes: tuple[int, ...]
     after: tuple[int, ...]
 
+    def own_bytes(self, key: int) -> int:
+        """What a run adds while it runs, to what was there and stays."""
+        late, i = divmod(key, len(self.reads))
+        return self.first_bytes[i] if late == i else self.again_bytes[i]
+
 
 def facts_of(program: Program) -> Facts:
     """The facts of a program. O(reads).
@@ -74,8 +80,58 @@ def facts_of(program: Program) -> Facts:
     )
 
 
+class Bag:
+    """Keys in no order, any of which is drawn, added or removed in the same time.
+
+    Attributes:
+        keys: a list that only this class changes.
+    """
+
+    def __init__(self, keys: Iterable[int] = ()) -> None:
+        self.keys = list(keys)
+        self._place = {key: k for k, key in enumerate(self.keys)}
+
+    def add(self, key: int) -> None:
+        """Add a key that is not there."""
+        self._place[key] = len(self.keys)
+        self.keys.append(key)
+
+    def remove(self, key: int) -> None:
+        """Remove a key that is there; the last one takes its place."""
+        place, last = self._place.pop(key), self.keys.pop()
+        if last != key:
+            self.keys[place] = last
+            self._place[last] = place
+
+
+@dataclass(slots=True)
+class Draft:
+    """A change that is not settled.
+
+    Attributes:
+        changes: keys of the further runs to add, ``~key`` of those to take back.
+        spans: ``(a, b, bytes)``: what the runs after the one of key ``a`` get more, up to that of ``b`` and with it.
+        seconds: that the further runs take more.
+    """
+
+    changes: list[int] = field(default_factory=list)
+    spans: list[tuple[int, int, int]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def note(self, change: int, seconds: float) -> None:
+        """Take note of one more change, which may be the opposite of an earlier one."""
+        if ~change in self.changes:
+            self.changes.remove(~change)
+        else:
+            self.changes.append(change)
+        self.seconds += seconds
+
+
 class Retention:
     """The runs of a schedule and the bytes at each of them, under changes.
+
+    A change is drafted first, run by run: what it would do to the bytes is known then, at little expense, and it is
+    settled or taken back.
 
     Args:
         program: whose ops run; at first each of them once.
@@ -86,31 +142,40 @@ class Retention:
         facts: of the program.
         n: how many ops there are.
         keys: of all runs, ascending.
-        accesses: for every value the keys of the runs that make or read it, ascending; up to where it is held, too.
-        count: of the further runs.
+        again: keys of the further runs.
+        accesses: for every value the keys of the runs that make or read it, ascending; up to where it is held, too;
+            those of the draft among them.
         extra_seconds: of the further runs.
+        draft: what is not settled yet.
     """
 
     def __init__(self, program: Program, budget_bytes: int = 0) -> None:
         self.facts, self.budget_bytes = facts_of(program), budget_bytes
         self.n = n = len(program.ops)
         self.keys = [i * (n + 1) for i in range(n)]
+        self.again = Bag()
         self.accesses: list[list[int]] = [_accesses(program, v) for v in range(len(program.values))]
-        self.count, self.extra_seconds = 0, 0.0
+        self.extra_seconds, self.draft = 0.0, Draft()
         self._over = np.zeros(2 * n + 1, dtype=np.int64)
         self._over[:n] = program.fixed_bytes - budget_bytes + np.array(self.facts.first_bytes, dtype=np.int64)
         for v, found in enumerate(self.accesses):
             if found:  # what an op writes is in its own bytes
                 self._over[found[0] // n + 1 : found[-1] // n + 1] += self.facts.nbytes[v]
+        self._sums: list[int] = []
+        """Of the bytes above the budget: for every run those at all runs before it, and in all; empty: not known."""
+        self._above: list[int] | None = None
 
     def with_runs(self, runs: Runs, budget_bytes: int) -> Retention:
         """The same with these further runs as well, and counted from a budget; this one stays as it is."""
         other = copy(self)
         other.keys, other.accesses = list(self.keys), [list(found) for found in self.accesses]
+        other.again, other.draft = Bag(self.again.keys), Draft()
+        other._sums, other._above = [], None
         other._over = self._over + (self.budget_bytes - budget_bytes)
         other.budget_bytes = budget_bytes
         for late, op in sorted(set(runs)):
             other.add(late * self.n + op)
+            other.settle()
         return other
 
     @property
@@ -125,59 +190,17 @@ class Retention:
 
     @property
     def excess_bytes(self) -> int:
-        """The bytes above the budget, of all runs together. O(runs)."""
-        return int(np.maximum(self.over, 0).sum())
-
-    @property
-    def again(self) -> tuple[int, ...]:
-        """The keys of the further runs, ascending."""
-        return tuple(k for k in self.keys if self.is_again(k))
+        """The bytes above the budget, of all runs together."""
+        return self._summed()[-1]
 
     @property
     def runs(self) -> Runs:
         """The further runs as ``(late op, op)``."""
-        return [divmod(k, self.n) for k in self.again]
+        return [divmod(k, self.n) for k in sorted(self.again.keys)]
 
     def is_again(self, key: int) -> bool:
         """Whether the run of that key would be a further one."""
         return key // self.n != key % self.n
-
-    def add(self, key: int) -> None:
-        """Have one more further run, which is not there yet. O(values it uses * runs) array operations."""
-        facts, keys, i = self.facts, self.keys, key % self.n
-        if len(keys) + 1 == len(self._over):
-            self._over = np.concatenate([self._over, np.zeros_like(self._over)])
-        x, over = bisect_left(keys, key), self._over
-        over[x + 1 : len(keys) + 1] = over[x : len(keys)]
-        over[x] += facts.again_bytes[i] - self._own_bytes(keys[x])
-        keys.insert(x, key)
-        for v in facts.reads[i]:
-            begin = self._enter(v, key, is_read=True)
-            if begin >= 0:
-                over[begin + 1 : x + 1] += facts.nbytes[v]
-        for v in facts.writes[i]:
-            begin = self._enter(v, key, is_read=False)
-            if begin >= 0:
-                over[begin + 1 : x + 1] -= facts.nbytes[v]
-        self.count += 1
-        self.extra_seconds += facts.seconds[i]
-
-    def remove(self, key: int) -> None:
-        """Take a further run back. O(values it uses * runs) array operations."""
-        facts, keys, over, i = self.facts, self.keys, self._over, key % self.n
-        x = bisect_left(keys, key)
-        for v in facts.writes[i]:
-            begin = self._leave(v, key, is_read=False)
-            if begin >= 0:
-                over[begin + 1 : x + 1] += facts.nbytes[v]
-        for v in facts.reads[i]:
-            begin = self._leave(v, key, is_read=True)
-            if begin >= 0:
-                over[begin + 1 : x + 1] -= facts.nbytes[v]
-        over[x : len(keys) - 1] = over[x + 1 : len(keys)]
-        del keys[x]
-        self.count -= 1
-        self.extra_seconds -= facts.seconds[i]
 
     def lasts(self, value: int, key: int) -> bool:
         """Whether a value that is in memory at that run is read later than it, as the same copy. O(log accesses)."""
@@ -185,31 +208,121 @@ class Retention:
         p = bisect_left(found, key + 1)
         return p < len(found) and found[p] % self.n != self.facts.producer[value]
 
-    def _own_bytes(self, key: int) -> int:
-        """What a run adds while it runs, to what was there and stays."""
-        i = key % self.n
-        return self.facts.again_bytes[i] if self.is_again(key) else self.facts.first_bytes[i]
+    # -- a draft -------------------------------------------------------------------------------------------------------
 
-    def _enter(self, value: int, key: int, *, is_read: bool) -> int:
-        """Note an access; the run before it between which and this one the value comes, or goes; -1 if neither."""
-        found = self.accesses[value]
-        p = bisect_left(found, key)
-        begin = self._changed_from(value, p, is_read=is_read)
-        found.insert(p, key)
-        return begin
+    def add(self, key: int) -> None:
+        """Draft one more further run, which is not there yet. O(values it uses * log runs)."""
+        facts, n, i, spans = self.facts, self.n, key % self.n, self.draft.spans
+        for v in facts.reads[i]:
+            found = self.accesses[v]
+            p = bisect_left(found, key)
+            if p == len(found) or found[p] % n == facts.producer[v]:
+                spans.append((found[p - 1], key, facts.nbytes[v]))
+            found.insert(p, key)
+        for v in facts.writes[i]:
+            found = self.accesses[v]
+            p = bisect_left(found, key)
+            if p < len(found) and found[p] % n != facts.producer[v]:
+                spans.append((found[p - 1], key, -facts.nbytes[v]))
+            found.insert(p, key)
+        self.draft.note(key, facts.seconds[i])
 
-    def _leave(self, value: int, key: int, *, is_read: bool) -> int:
-        """The opposite of ``_enter``."""
-        found = self.accesses[value]
-        p = bisect_left(found, key)
-        del found[p]
-        return self._changed_from(value, p, is_read=is_read)
+    def remove(self, key: int) -> None:
+        """Draft to take a further run back. O(values it uses * log runs)."""
+        facts, n, i, spans = self.facts, self.n, key % self.n, self.draft.spans
+        for v in facts.writes[i]:
+            found = self.accesses[v]
+            p = bisect_left(found, key)
+            del found[p]
+            if p < len(found) and found[p] % n != facts.producer[v]:
+                spans.append((found[p - 1], key, facts.nbytes[v]))
+        for v in facts.reads[i]:
+            found = self.accesses[v]
+            p = bisect_left(found, key)
+            del found[p]
+            if p == len(found) or found[p] % n == facts.producer[v]:
+                spans.append((found[p - 1], key, -facts.nbytes[v]))
+        self.draft.note(~key, -facts.seconds[i])
 
-    def _changed_from(self, value: int, p: int, *, is_read: bool) -> int:
-        """Where the interval begins that an access between ``p - 1`` and ``p`` changes; -1: none does."""
-        found = self.accesses[value]
-        lasts = p < len(found) and found[p] % self.n != self.facts.producer[value]
-        return -1 if lasts == is_read else bisect_left(self.keys, found[p - 1])
+    def take_back(self) -> None:
+        """Forget the draft."""
+        facts, n = self.facts, self.n
+        for change in reversed(self.draft.changes):
+            key = max(change, ~change)
+            for v in (*facts.reads[key % n], *facts.writes[key % n]):
+                found = self.accesses[v]
+                p = bisect_left(found, key)
+                if change >= 0:
+                    del found[p]
+                else:
+                    found.insert(p, key)
+        self.draft = Draft()
+
+    def excess_change(self) -> int:
+        """By how much the draft would change ``excess_bytes``. O(runs in its spans) in a few array operations."""
+        keys, spans, sums = self.keys, self._spans(), self._summed()
+        new, gone = self._new(), [bisect_left(keys, ~change) for change in self.draft.changes if change < 0]
+        begin = min([*gone, *(a for a, _, _ in spans)], default=0)
+        end = max([*(x + 1 for x in gone), *(b for _, b, _ in spans)], default=0)
+        part = self._over[begin:end].copy()
+        for a, b, nbytes in spans:
+            part[a - begin : b - begin] += nbytes
+        for x in gone:
+            part[x - begin] = 0
+        np.maximum(part, 0, out=part)
+        return int(np.add.reduce(part)) - (sums[end] - sums[begin]) + sum(over for _, over in new if over > 0)
+
+    def settle(self) -> None:
+        """Make the draft true. O(runs) array operations."""
+        keys, over, new = self.keys, self._over, self._new()
+        if len(keys) + len(new) >= len(over):
+            self._over = over = np.concatenate([over, np.zeros_like(over)])
+        for a, b, nbytes in self._spans():
+            over[a:b] += nbytes
+        for change in self.draft.changes:
+            if change < 0:
+                x = bisect_left(keys, ~change)
+                over[x : len(keys) - 1] = over[x + 1 : len(keys)]
+                del keys[x]
+                self.again.remove(~change)
+        for key, bytes_over in new:
+            x = bisect_left(keys, key)
+            over[x + 1 : len(keys) + 1] = over[x : len(keys)]
+            over[x] = bytes_over
+            keys.insert(x, key)
+            self.again.add(key)
+        self.extra_seconds += self.draft.seconds
+        self.draft, self._sums, self._above = Draft(), [], None
+
+    def _spans(self) -> list[tuple[int, int, int]]:
+        """The spans of the draft in places of runs that are there."""
+        keys = self.keys
+        return [(bisect_right(keys, a), bisect_right(keys, b), nbytes) for a, b, nbytes in self.draft.spans]
+
+    def _new(self) -> list[tuple[int, int]]:
+        """The further runs of the draft that are not there yet, and their bytes above the budget."""
+        keys, n, facts, found = self.keys, self.n, self.facts, []
+        for key in self.draft.changes:
+            if key >= 0:
+                x = bisect_left(keys, key)
+                here = int(self._over[x]) - facts.own_bytes(keys[x]) + facts.again_bytes[key % n]
+                for a, b, nbytes in self.draft.spans:
+                    if a < key <= b:
+                        here += nbytes
+                found.append((key, here))
+        return found
+
+    @property
+    def keys_above(self) -> list[int]:
+        """The keys of the runs that are above the budget, ascending."""
+        if self._above is None:
+            self._above = [self.keys[x] for x in (self.over > 0).nonzero()[0].tolist()]
+        return self._above
+
+    def _summed(self) -> list[int]:
+        if not self._sums:
+            self._sums = [0, *np.cumsum(np.maximum(self.over, 0)).tolist()]
+        return self._sums
 
 
 def _accesses(program: Program, value: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import itertools
 import logging
 import os
 import pickle
@@ -27,7 +28,8 @@ from torch import Tensor, nn
 import autoremat
 from autoremat.checkpointed import session_of
 from autoremat.engines.torch.eager.kinds import Prepared
-from autoremat.planner import Wishes, beside
+from autoremat.engines.torch.eager.options import Options
+from autoremat.planner import Wishes, beside, clock
 from autoremat.planner.beside import Beside, Here, Search, SearchFailed, Wanted
 from autoremat.program import Once, Op, Plan, Program, Value, verify
 from autoremat.program.once import Reason
@@ -116,6 +118,36 @@ def test_another_process_finds_the_same_plan_as_this_one() -> None:
     assert found.program is program
     assert not list(verify(program, found))
     assert found.overhead == wanted.found().overhead
+
+
+def planned_by_a_clock(seconds_a_look: float, effort: float) -> Plan:
+    """What ``plan`` says, where each look at the clock finds it so much later."""
+    ticks = itertools.count()
+    with patch.object(clock, "now", lambda: next(ticks) * seconds_a_look):
+        x = torch.randn(256, 32, device="meta")
+        return autoremat.plan(
+            model().to("meta"), x, budget="70%", timing="estimate", time_limit_seconds=1e9, effort=effort
+        )
+
+
+def test_a_plan_of_an_effort_is_the_same_on_a_slow_machine() -> None:
+    quick, slow = planned_by_a_clock(1e-6, 0.05), planned_by_a_clock(50.0, 0.05)
+    assert quick.overhead > 0
+    assert quick.to_json() == slow.to_json()
+
+
+def test_the_effort_of_a_training_is_that_of_its_last_search() -> None:
+    """Earlier ones take a share of the time, and do the same share of the work."""
+    options = Options(0.8, None, (), (), 20.0, effort=0.5)
+    assert options.wanted(chain(), 900, 20.0).effort == 0.5
+    assert options.wanted(chain(), 900, 2.0).effort == pytest.approx(0.05)
+    assert options.arguments["effort"] == 0.5
+    assert Options(0.8, None, (), (), 20.0).wanted(chain(), 900, 2.0).effort is None
+
+
+def test_the_other_process_does_as_much_work() -> None:
+    little = Wanted(chain(40), 1800, 1e6, effort=0.001)
+    assert Beside(little).plan().to_json() == little.found().to_json()  # type: ignore[union-attr]
 
 
 @pytest.mark.slow

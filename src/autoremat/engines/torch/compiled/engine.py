@@ -31,6 +31,7 @@ class Given:
     plan: Plan | None = None
     wishes: Wishes = NO_WISHES
     time_limit_seconds: float = 10.0
+    effort: float | None = None
     optimizer: Any = None
 
     @property

@@ -34,6 +34,7 @@ class Planner(Protocol):
 
     wishes: Wishes
     time_limit_seconds: float
+    effort: float | None
     optimizer: Any
 
     @property
@@ -182,7 +183,7 @@ class CompiledSession:
     def _wishes(self) -> tuple[Any, ...]:
         """All that a plan depends on beside the graph."""
         planner = self.planner
-        wishes = planner.budget, planner.wishes, planner.time_limit_seconds
+        wishes = planner.budget, planner.wishes, planner.time_limit_seconds, planner.effort
         return *wishes, optimizer_bytes(planner.optimizer), planner.settled_bytes, self.margin_bytes
 
     def planned(

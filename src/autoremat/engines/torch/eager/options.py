@@ -52,10 +52,11 @@ class Options:
     def __init__(
         self, budget: Given, optimizer: Any, keep: Patterns, recompute: Patterns, time_limit_seconds: float,
         measure: bool = False, given: Plan | None = None, *, shown: Shown = contextlib.nullcontext,
-        offload: str | None = None, offload_budget: int | str | None = None,
+        offload: str | None = None, offload_budget: int | str | None = None, effort: float | None = None,
     ) -> None:  # fmt: skip
         self.given, self._shown = given, shown
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
+        self.effort = effort
         self._asked = Budget.read(budget)
         self._tier = TierOf(offload or _tier_named_in(given), offload_budget)
         self.wishes, self.measure = Wishes(keep, recompute), measure
@@ -82,6 +83,7 @@ class Options:
             "optimizer": self.optimizer,
             **vars(self.wishes),
             "time_limit_seconds": self.time_limit_seconds,
+            "effort": self.effort,
             "measure": self.measure,
             "plan": self.given,
             "offload": offload,
@@ -148,8 +150,8 @@ class Options:
         wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
         with self._shown() as progress:
             return solve(
-                program, budget, wishes=wanted.wishes, time_limit_seconds=wanted.seconds, progress=progress,
-                first=is_first, link=self._link(program),
+                program, budget, wishes=wanted.wishes, time_limit_seconds=wanted.seconds, effort=wanted.effort,
+                progress=progress, first=is_first, link=self._link(program),
             )  # fmt: skip
 
     def _link(self, program: Program) -> Link | None:
@@ -164,7 +166,9 @@ class Options:
         """Describe the same plan, to be searched for elsewhere."""
         found_out = any(op.once in (Once.MADE_IS_CHANGED, Once.DIFFERS) for op in program.ops)
         wishes = self.wishes.still_possible(program) if found_out else self.wishes
-        return Wanted(program, budget, min(seconds, self.time_limit_seconds), wishes)
+        seconds = min(seconds, self.time_limit_seconds)
+        effort = None if self.effort is None else self.effort * seconds / self.time_limit_seconds
+        return Wanted(program, budget, seconds, wishes, effort)
 
     def with_floor(self, plan: Plan) -> Plan:
         """Add the smallest accepted budget to a plan.
