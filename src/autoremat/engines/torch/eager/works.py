@@ -56,7 +56,7 @@ class Works:
             other = other or work
             if k in spare and other is None:
                 other = self._work(k, call, spare, matter, saved)
-            found.append(_drawing(call) if other is None else replace(other, spare=k in spare))
+            found.append(_drawing(call) if other is None else replace(other, ready=k in self._ready, spare=k in spare))
         return tuple(found)
 
     def _may_rerun(self) -> frozenset[int]:

@@ -297,3 +297,13 @@ def test_what_a_function_has_saved_is_no_part_of_the_checkpoint_by_hand_that_rea
     branch = If(3, (Do("zero_", 0, 0, 1, 2),), otherwise=(Do("tied", 3, 3, 1, 4), Do("clamp_", 1, 1, 4, 5)))
     body = (Do("scale_function", 3, 3, 2, 3), Do("checkpoint", 0, 4, 4, 6), branch)
     assert examine(Script(body, steps=(Step(),) * 2, way=Way(mode))).wrong == []
+
+
+@pytest.mark.parametrize("mode", ["moved", "random"])
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_what_is_prepared_beyond_the_plan_is_given_up_as_a_whole(mode: str, seed: int) -> None:
+    """A call that the plan does not rerun was taken for one that it does, and outlived what it reads."""
+    branch = If(0, (Do("relu", 0, 0),), otherwise=(Do("where", 3, 0, 1),))
+    body = (Do("set_item", 1, 2), Do("masked_fill_", 0, 1), Do("seed", 3, 0), branch)
+    steps = (Step(rows=4), Step(rows=4, sign=-1))
+    assert examine(Script(body, returns="loss", slots=(0,), steps=steps, way=Way(mode, seed, 0.0))).wrong == []
