@@ -392,7 +392,10 @@ def max_batch(
 
 
 def _plan_of(step: Variants, asked: Asked) -> Plan:
-    """Plan a step within its budget; the floor is the step's, however little time there is to plan."""
+    """Plan a step within its budget.
+
+    The floor is the step's, however little time there is to plan.
+    """
     return replace(asked.planned(step).plan, floor_bytes=step.floor_bytes(asked))
 
 

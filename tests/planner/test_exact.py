@@ -129,7 +129,7 @@ def test_bytes_at_further_runs_count():
 
 
 def test_a_floor_below_the_one_of_auto_is_found():
-    program = layered(6, 10)
+    program = layered(35, 10)
     below = solve(program, 1.0).floor_bytes - 1
     with pytest.raises(InfeasibleBudget):
         solve(program, below)

@@ -1,4 +1,6 @@
-"""``place``: the addresses of a schedule's values under a caching allocator, and what that has to reserve.
+"""Places a schedule's values as a caching allocator would.
+
+That gives addresses, and what the allocator has to reserve.
 
 A budget is about bytes that are allocated. An allocator rounds them up, keeps what is freed for later, and cannot join
 what lies apart: what it *reserves* of the device is more. The rules here are those of torch's allocator for CUDA
@@ -102,7 +104,10 @@ class Heap:
         """The free blocks by segment and offset."""
 
     def take(self, nbytes: int) -> Block:
-        """Find a block for so many bytes, at least one; reserve a segment where none fits. O(free blocks)."""
+        """Find a block for so many bytes, at least one.
+
+        Reserves a segment where none fits. O(free blocks).
+        """
         size = max(1, -(-nbytes // UNIT_BYTES)) * UNIT_BYTES
         is_small = size <= SMALL_BYTES
         free = self._free[is_small]
@@ -118,7 +123,10 @@ class Heap:
         return block
 
     def give(self, block: Block) -> None:
-        """Take a block back, and join it with what is free beside it. O(free blocks)."""
+        """Take a block back, and join it with free neighbours.
+
+        O(free blocks).
+        """
         self.allocated_bytes -= block.nbytes
         before, after = block.before, block.after
         if after is not None and after.is_free:
@@ -221,7 +229,10 @@ class _Walk:
             self._leave(value, block, begin, p)
 
     def run(self, p: int, op: Op, frees: tuple[int, ...], *, is_again: bool) -> None:
-        """Run an op: what it writes, its scratch, and what leaves after it."""
+        """Run an op.
+
+        Takes what it writes and its scratch; then what is over leaves.
+        """
         double = [(v, *self.there.pop(v)) for v in op.writes if v in self.there]
         for v in self._made(op, frees, p):
             self.come(v, p)
@@ -233,7 +244,10 @@ class _Walk:
             self.go(v, p)
 
     def _made(self, op: Op, frees: tuple[int, ...], p: int) -> list[int]:
-        """What an op writes to memory of its own; the rest gets the blocks that it takes over."""
+        """List what an op writes to memory of its own.
+
+        The rest gets the blocks that it takes over.
+        """
         sizes, taken = self._program.values, set[int]()
         for new, old in op.in_place:
             if old in frees and old in self.there and sizes[new].nbytes == sizes[old].nbytes:

@@ -71,7 +71,7 @@ class Explanation:
 
     @cached_property
     def reserved_bytes(self) -> int:
-        """What a caching allocator such as CUDA's takes of a device for the step."""
+        """What a caching allocator takes of the device."""
         return place(self.program, self.plan).reserved_bytes
 
     def _bytes_of(self, values: Sequence[int]) -> int:

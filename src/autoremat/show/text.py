@@ -71,7 +71,10 @@ def _costs(plan: Plan) -> list[str]:
 
 
 def _reserved(plan: Plan) -> list[str]:
-    """Say what an allocator takes of the device; who orders runs has one of its own."""
+    """Say what an allocator takes of the device.
+
+    Whoever orders runs has an allocator of its own.
+    """
     if not plan.program.abilities.ordered:
         return []
     nbytes = format_bytes(place(plan.program, plan).reserved_bytes)

@@ -23,6 +23,7 @@ import autoremat
 from autoremat.engines.torch.eager.away import Away
 from autoremat.engines.torch.world import tier
 from autoremat.engines.torch.world.tier import Disk, OffloadFailed
+from tests.alone import goes_on_alone
 from tests.engines.torch.eager.moved_steps import (
     Put,
     fast,
@@ -263,7 +264,11 @@ def test_a_file_that_may_grow_no_further_leaves_values_in_memory(tmp_path: Path)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Python only prints one in a __del__
-def test_ctrl_c_at_any_moment_leaves_the_next_step_exact(on_disk: OnDisk) -> None:
+@pytest.mark.slow
+def test_ctrl_c_at_any_moment_leaves_the_next_step_exact(on_disk: OnDisk, request: pytest.FixtureRequest) -> None:
+    """In a process of its own: it may also come while torch enters or leaves a block of its own."""
+    if goes_on_alone(request, needed=True):
+        return
     model, call = on_disk.model, on_disk.call
     begin = time.perf_counter()
     step(model, call)

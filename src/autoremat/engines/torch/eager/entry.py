@@ -116,9 +116,10 @@ class Entry:
         args = [resolved(a, memory) for a in self.args]
         kwargs = {k: resolved(a, memory) for k, a in self.kwargs.items()} if self.kwargs else {}
         hooked = self.state.settings.grad_enabled
-        if hooked:
-            _push_hooks(_catcher(inner, enough, found), _never)
+        catch = _catcher(inner, enough, found)
         try:
+            if hooked:
+                _push_hooks(catch, _never)  # within: Ctrl-C may come right after it
             with heard_by_classes():
                 made = self.func(*args, **kwargs)
         except Enough as end:

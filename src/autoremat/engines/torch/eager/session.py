@@ -23,6 +23,7 @@ from autoremat.engines.torch.eager.planning import Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.eager.steps import Steps
+from autoremat.engines.torch.eager.tape import unheard
 from autoremat.engines.torch.operators.local import local_of
 from autoremat.engines.torch.operators.values import storage_of
 from autoremat.engines.torch.world.devices import check_devices
@@ -67,9 +68,12 @@ class Session:
             return self.fn(*args, **kwargs)
         if self._here.inside or is_heard() or is_traced():
             return self.fn(*args, **kwargs)
-        self._here.inside = True
+        self._here.inside, n_modes = True, torch._C._len_torch_function_stack()
         try:
             return self._outermost(args, kwargs)
+        except BaseException:
+            unheard(n_modes)
+            raise
         finally:
             self._here.inside = False
 

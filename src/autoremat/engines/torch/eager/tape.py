@@ -6,14 +6,14 @@ handles. Policy, ledger and passes deal with these events. Afterwards the handle
 
 from __future__ import annotations
 
-import contextlib
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import _get_current_function_mode_stack
 
 from autoremat.engines.torch.eager.backward import Backward
 from autoremat.engines.torch.eager.check import NoCheck
@@ -38,6 +38,7 @@ from autoremat.engines.torch.recording.frames import user_line
 _push_hooks = torch._C._autograd._push_saved_tensors_default_hooks
 _pop_hooks = torch._C._autograd._pop_saved_tensors_default_hooks
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_pop_function_mode = torch._C._pop_torch_function_stack
 _hooks_disabled = torch._C._autograd._saved_tensors_hooks_get_disabled_error_message
 
 
@@ -71,6 +72,36 @@ class First:
     shadow: Shadow | None = None
     storages: Collection[torch.UntypedStorage] = ()
     is_kept: Callable[[str, str], bool] = lambda module, name: False
+
+
+class Forward:
+    """The block in which a tape hears a forward.
+
+    No generator: one that Ctrl-C ends half-way would go on later, when it is collected.
+    """
+
+    __slots__ = ("_tape",)
+
+    def __init__(self, tape: Tape) -> None:
+        self._tape = tape
+
+    def __enter__(self) -> None:
+        self._tape.listen()
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._tape.end(is_well=kind is None)
+
+
+def unheard(n_modes: int) -> None:
+    """Take away listeners and hooks that Ctrl-C has left behind.
+
+    Args:
+        n_modes: function modes that were active before.
+    """
+    while torch._C._len_torch_function_stack() > n_modes:
+        _pop_function_mode()
+    while (hooks := _top_hooks(True)) is not None and isinstance(getattr(hooks[0], "__self__", None), Tape):
+        _pop_hooks()
 
 
 class Tape:
@@ -122,34 +153,40 @@ class Tape:
 
     # ---- the forward ---------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def forward(self) -> Iterator[None]:
-        """Run the forward in this block."""
+    def forward(self) -> Forward:
+        """Return the block in which the forward runs."""
+        return Forward(self)
+
+    def listen(self) -> None:
+        """Begin to hear calls, and what autograd saves outside of them."""
+        if self._throughout:
+            _push_hooks(self._packed, self.backward.unpack)
+        self.listener.__enter__()
+
+    def end(self, *, is_well: bool) -> None:
+        """Hear nothing any more; end the forward, if all went well."""
         try:
-            with self.listener, self._hooks():
-                yield
-            self.policy.finish()
-            if self.check.is_looking:
-                with torch._C.DisableTorchFunction():
-                    self._look_at_all()
-            self.backward.finish_forward()
+            if (
+                self.listener in _get_current_function_mode_stack()[-1:]
+            ):  # Ctrl-C inside of torch may have taken it away
+                self.listener.__exit__(None, None, None)
+            if self._throughout:
+                _pop_hooks()
+            if is_well:
+                self.policy.finish()
+                if self.check.is_looking:
+                    with torch._C.DisableTorchFunction():
+                        self._look_at_all()
+                self.backward.finish_forward()
         finally:
             self.policy.end()
-
-    @contextlib.contextmanager
-    def _hooks(self) -> Iterator[None]:
-        if not self._throughout:
-            yield
-            return
-        with torch.autograd.graph.saved_tensors_hooks(self._packed, self.backward.unpack):
-            yield
 
     def hooked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call with our saved-tensor hooks, unless others are active."""
         if self._throughout or _top_hooks(True) is not None or _hooks_disabled():
             return func(*args, **kwargs)
-        _push_hooks(self._packed, self.backward.unpack)
         try:
+            _push_hooks(self._packed, self.backward.unpack)  # within: Ctrl-C may come right after it
             return func(*args, **kwargs)
         finally:
             _pop_hooks()
