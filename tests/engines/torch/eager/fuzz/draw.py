@@ -77,8 +77,10 @@ measured_scripts = st.builds(
 """Whole steps in which nothing is random: the states of generators take more than these tensors."""
 
 
-moved_scripts = scripts.map(lambda script: replace(script, way=replace(script.way, mode="moved")))
-"""The same scripts under plans that move values to a tier and back."""
+moved_scripts = scripts.map(
+    lambda script: replace(script, steps=(script.steps[0], *script.steps), way=replace(script.way, mode="moved"))
+)
+"""The same scripts under plans that move values to a tier and back; with a step more, since the first moves nothing."""
 
 
 def features(script: Script) -> Counter[str]:
