@@ -86,10 +86,22 @@ class Forward:
         self._tape = tape
 
     def __enter__(self) -> None:
-        self._tape.listen()
+        tape = self._tape
+        if tape.throughout:
+            _push_hooks(tape.packed, tape.backward.unpack)
+        tape.listener.__enter__()
 
     def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
-        self._tape.end(is_well=kind is None)
+        tape = self._tape
+        try:
+            if tape.listener in _get_current_function_mode_stack()[-1:]:  # else Ctrl-C came while torch had it off
+                tape.listener.__exit__(None, None, None)
+            if tape.throughout:
+                _pop_hooks()
+            if kind is None:
+                tape.finish()
+        finally:
+            tape.policy.end()
 
 
 def unheard(n_modes: int) -> None:
@@ -148,7 +160,8 @@ class Tape:
         else:
             spare = Spare(self.ledger, self.numbers, self.passes, self.backward) if wary else None
             self.policy, self.ledger.where = Follow(self, self.script, spare), self.script.where
-        self._throughout = self.script is None or self.script.loose
+        self.throughout = self.script is None or self.script.loose
+        """What autograd saves outside of all calls matters, too."""
         self.listener = Listener(self._heard())
 
     # ---- the forward ---------------------------------------------------------------------------------------------
@@ -157,36 +170,20 @@ class Tape:
         """Return the block in which the forward runs."""
         return Forward(self)
 
-    def listen(self) -> None:
-        """Begin to hear calls, and what autograd saves outside of them."""
-        if self._throughout:
-            _push_hooks(self._packed, self.backward.unpack)
-        self.listener.__enter__()
-
-    def end(self, *, is_well: bool) -> None:
-        """Hear nothing any more; end the forward, if all went well."""
-        try:
-            if (
-                self.listener in _get_current_function_mode_stack()[-1:]
-            ):  # Ctrl-C inside of torch may have taken it away
-                self.listener.__exit__(None, None, None)
-            if self._throughout:
-                _pop_hooks()
-            if is_well:
-                self.policy.finish()
-                if self.check.is_looking:
-                    with torch._C.DisableTorchFunction():
-                        self._look_at_all()
-                self.backward.finish_forward()
-        finally:
-            self.policy.end()
+    def finish(self) -> None:
+        """Finish a forward that came to its end."""
+        self.policy.finish()
+        if self.check.is_looking:
+            with torch._C.DisableTorchFunction():
+                self._look_at_all()
+        self.backward.finish_forward()
 
     def hooked(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call with our saved-tensor hooks, unless others are active."""
-        if self._throughout or _top_hooks(True) is not None or _hooks_disabled():
+        if self.throughout or _top_hooks(True) is not None or _hooks_disabled():
             return func(*args, **kwargs)
         try:
-            _push_hooks(self._packed, self.backward.unpack)  # within: Ctrl-C may come right after it
+            _push_hooks(self.packed, self.backward.unpack)  # within: Ctrl-C may come right after it
             return func(*args, **kwargs)
         finally:
             _pop_hooks()
@@ -197,7 +194,8 @@ class Tape:
             return self.policy.looked
         return self.policy.heard
 
-    def _packed(self, tensor: Tensor) -> Any:
+    def packed(self, tensor: Tensor) -> Any:
+        """Return what autograd saves in place of a tensor."""
         j = self.n_packs
         self.n_packs = j + 1
         with torch._C.DisableTorchFunction():
