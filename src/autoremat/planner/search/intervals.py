@@ -60,9 +60,13 @@ class Intervals:
         self._least = floor_bound(program)
 
     def around(
-        self, budget_bytes: int, work: float, done: Callable[[], bool], far_seconds: float, deadline: float
-    ) -> int:
+        self, budget_bytes: int, work: float, done: Callable[[], bool], far_seconds: float, deadline: float,
+        known_seconds: float,
+    ) -> int:  # fmt: skip
         """Search within a budget for so much work, up to the deadline while the best takes longer than ``far_seconds``.
+
+        No longer than two starts while what was found takes longer than ``known_seconds``, which another search has
+        found with next to no work: there the rest of the work is worth more elsewhere.
 
         Returns the number of steps.
         """
@@ -72,6 +76,8 @@ class Intervals:
         share = (1.0 - _FIRST_SHARE) / starts
         for k in range(1 + _MOST_STARTS):
             if done() or clock.is_over(deadline) or (k > starts and not self._is_far(budget_bytes, far_seconds)):
+                break
+            if k > 1 and self._is_far(budget_bytes, known_seconds):
                 break
             steps = int(most * (share if k else _FIRST_SHARE))
             course = replace(_COLD if k % 2 or not k else _HOT, steps=steps, seed=k)

@@ -156,7 +156,7 @@ class Pool:
 
         Below the floor ``auto`` looks for nothing: what it would find depends on how long it looks, and on seconds.
         """
-        bound, moments = 0.0, list[int]()
+        bound, moments, steps = 0.0, list[int](), 0
         progress("floor", 0.0)
         if solver == "auto" and not self._floor.is_within(budget_bytes):
             floor = self._look_for_the_floor()[0]
@@ -174,12 +174,13 @@ class Pool:
         def done() -> bool:
             return self._is_down_to(enough, budget_bytes)
 
-        steps = 0
         if solver == "auto" and self._intervals:
             progress("annealing", 0.0)
             self._search.frontier, self._search.leveled = [], []
             far = (bound + _FAR) * program.seconds
-            steps = self._intervals.around(budget_bytes, _INTERVALS_SHARE * limit, done, far, begin + 0.7 * limit)
+            known = greedy_one.extra_seconds if greedy_one.peak_bytes <= budget_bytes else inf
+            work, end = _INTERVALS_SHARE * limit, begin + 0.7 * limit
+            steps = self._intervals.around(budget_bytes, work, done, far, end, known)
             early = [*early, *self._search.frontier]
         self.grow(begin + 0.6 * limit, progress, (lambda: True) if steps and done() else done)
         for entry in early:
