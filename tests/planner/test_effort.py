@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import lzma
@@ -15,7 +16,7 @@ from autoremat import Plan, solve, verify
 from autoremat.planner import clock
 from autoremat.planner.bounds.stages import Table
 from autoremat.planner.search.pool import Pool
-from autoremat.program import Program
+from autoremat.program import InfeasibleBudget, Program, simulate
 from benchmarks.layered import layered_graph
 from benchmarks.training_graphs import layered, training_graph
 
@@ -76,6 +77,13 @@ def test_where_time_is_over_soon_the_plan_of_the_greedy_is_there() -> None:
     with patch.object(Pool, "grow", too_late):
         found = solve(program, 0.9, effort=EFFORT)
     assert found.overhead <= solve(program, 0.9, solver="greedy").overhead
+
+
+@pytest.mark.parametrize("solver", ["auto", "greedy", "exact"])
+def test_without_any_time_there_is_a_plan_or_a_floor(solver: str) -> None:
+    program = training_graph("layered", layered(30, 1))
+    with patch.object(clock, "is_over", lambda *deadline, **how: True), contextlib.suppress(InfeasibleBudget):
+        assert solve(program, 0.9, solver=solver).peak_bytes <= 0.9 * simulate(program).peak_bytes
 
 
 def test_a_plan_far_from_the_bound_says_so() -> None:

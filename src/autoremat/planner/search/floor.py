@@ -74,13 +74,13 @@ class Floor:
     def entries(
         self, extra_seconds_of: Callable[[Ints], float], will_do: Callable[[], bool] = lambda: False
     ) -> list[Entry]:
-        """All that were looked at, the lowest peak first.
+        """All that were looked at, one at least; the lowest peak first.
 
         Args:
             extra_seconds_of: what the reruns of an order take on the program itself.
             will_do: asked before each step whether what has been looked at so far will do.
         """
-        while not will_do() and self._look():
+        while not (self._search.heard and will_do()) and self._look():
             pass
         found = [replace(entry, extra_seconds=extra_seconds_of(order)) for entry, order in self._search.heard]
         return sorted(found, key=lambda e: (e.peak_bytes, e.extra_seconds))
