@@ -89,7 +89,11 @@ class Frontier:
         from autoremat.program.json_format import write_json
 
         figures = ("budget_bytes", "peak_bytes", "overhead", "lower_bound", "solver")
-        moved = ("sent_bytes", "tier_bytes", "waited_seconds") if self.program.link is not None else ()
+        points = [{name: getattr(plan, name) for name in figures} for plan in self.points]
+        if self.program.link is not None:
+            moved = ("sent_bytes", "tier_bytes", "waited_seconds")
+            for point, timeline in zip(points, self.timelines, strict=True):
+                point |= {name: getattr(timeline, name) for name in moved}
         data = {
             "format": "autoremat-frontier",
             "version": 1,
@@ -98,10 +102,7 @@ class Frontier:
             "measured_share": self.program.measured_share,
             "floor_bytes": self.floor_bytes,
             "plain_peak_bytes": self.plain_peak_bytes,
-            "points": [
-                {name: getattr(plan, name) for name in figures} | {name: getattr(timeline, name) for name in moved}
-                for plan, timeline in zip(self.points, self.timelines, strict=True)
-            ],
+            "points": points,
         }
         return write_json(data, path)
 
