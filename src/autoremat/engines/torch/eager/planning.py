@@ -324,7 +324,7 @@ class Planning:
             raise
 
 
-def first_script(planning: Planning, step: Prepared) -> Script:
+def first_script(planner: Planner, reporter: Reporter, seconds: float, step: Prepared) -> Script:
     """Return what the first backward goes by.
 
     Its forward has moved nothing, and what it has dropped can only be recomputed. So it is recomputation alone, if
@@ -335,13 +335,13 @@ def first_script(planning: Planning, step: Prepared) -> Script:
     assert plan is not None
     if not script.away:
         return script
-    wanted = planning._planner.wanted(without_link(plan.program), plan.budget_bytes, planning.quick_seconds)
+    wanted = planner.wanted(without_link(plan.program), plan.budget_bytes, seconds)
     try:
         alone = solve(
             wanted.program, wanted.budget_bytes, wishes=wanted.wishes, time_limit_seconds=wanted.seconds, first=True
         )
     except InfeasibleBudget as error:
-        planning._reporter.tell(
+        reporter.tell(
             "the first step of a kind of input is not planned in its forward and moves nothing there to the tier; "
             f"without that, no plan keeps it within the budget (the smallest that was found takes "
             f"{error.floor_bytes:,} bytes, the budget is {error.budget_bytes:,}): this once, the step takes more"
