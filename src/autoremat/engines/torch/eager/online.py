@@ -8,8 +8,9 @@ Searches are rare: where room is needed, a little more than that is dropped at o
 the next search waits until more is held. So all searches together take time about linear in the number of calls.
 
 Reruns are bounded. Where next to nothing may be held, every value takes a long chain of reruns. So once as many calls
-have been rerun as there were, more and more is held, at the expense of room left for other things: after
-``MOST_RERUNS`` times as many, all that there is, and from then on nothing is dropped any more.
+have been rerun as there were, or several times as many as a plan for the same budget reruns, more and more is held, at
+the expense of room left for other things: after ``FURTHER_RERUNS`` times as many as there were, all that there is, and
+from then on nothing is dropped any more.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from typing import Final
 
 from autoremat.engines.torch.eager.ledger import Ledger, Meter
 
-MOST_RERUNS: Final = 3
-"""Reruns, per call of the forward, after which everything is held.
+FURTHER_RERUNS: Final = 2
+"""Reruns, per call of the forward and beyond patience, after which everything is held.
 
 What is gone by then is recomputed at most once more, so that all in all it is less than two more.
 """
@@ -37,10 +38,13 @@ class Online:
         ledger: of the step; from now on it counts the bytes that there are.
         can_go: whether dropping a held value frees its memory.
         n_calls: calls of the forward that were made before.
+        patience: reruns per call of the forward before more is held than is allowed.
     """
 
-    def __init__(self, ledger: Ledger, can_go: Callable[[int], bool], n_calls: int = 0) -> None:
-        self._ledger, self._can_go, self._n_calls = ledger, can_go, n_calls
+    def __init__(
+        self, ledger: Ledger, can_go: Callable[[int], bool], n_calls: int = 0, patience: float = 1.0
+    ) -> None:  # fmt: skip
+        self._ledger, self._can_go, self._n_calls, self._patience = ledger, can_go, n_calls, patience
         self._seconds: dict[int, float] = {}
         self.nbytes: dict[int, int] = {}
         """By call, the bytes of what it makes, temporaries included."""
@@ -80,7 +84,7 @@ class Online:
     def impatience(self) -> float:
         """The share of all room, 0 to 1, held to avoid reruns."""
         times = self._ledger.reruns / max(self._n_calls + len(self._seconds), 16)
-        return min(1.0, max(0.0, (times - 1) / (MOST_RERUNS - 1)))
+        return min(1.0, max(0.0, (times - self._patience) / FURTHER_RERUNS))
 
     def _bytes(self, value: int) -> int:
         return max(1, self._ledger.held[value].untyped_storage().nbytes())

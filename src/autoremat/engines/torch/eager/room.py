@@ -34,8 +34,16 @@ Of what a first step may take.
 """
 
 
+_TIMES_THE_PLAN: Final = 3
+"""How many times as often as the plan a step off the path reruns calls before it holds more than is allowed."""
+
+
 class Allowance(Protocol):
     """What the budget leaves for what a step makes."""
+
+    @property
+    def patience(self) -> float:
+        """Reruns per call of the forward before more is held than is allowed."""
 
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
         """Return the bytes to leave free for the next call.
@@ -66,6 +74,8 @@ class OfFirstStep:
     Args:
         share: bytes that may be taken besides what is always there, given what plain training would take.
     """
+
+    patience = 1.0
 
     def __init__(self, share: Callable[[int], float]) -> None:
         self._share = share
@@ -116,6 +126,7 @@ class OfScript:
         self._beside, self._asked = (self._grown(made, growth) for made in (script.beside_bytes, script.asked_bytes))
         """What the recorded step took besides the tape's values, scaled by growth."""
         self._rerun_bytes = 0
+        self.patience = max(1.0, _TIMES_THE_PLAN * script.n_reruns / max(1, len(script.funcs)))
 
     def _grown(self, beside: Sequence[int], growth: float) -> list[float]:
         fixed, gradients = self._script.fixed_bytes, self._script.gradient_bytes
@@ -152,6 +163,8 @@ class OfScript:
 class Nothing:
     """Where the device has no room: hold nothing that can be recomputed."""
 
+    patience = 1.0
+
     def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
         """Leave nothing free."""
         return 0
@@ -185,7 +198,7 @@ class Room:
         spare: Spare | None = None,
     ) -> None:  # fmt: skip
         self._allowance, self._passes, self._spare = allowance, passes, spare
-        self.online = Online(ledger, may_go, n_calls)
+        self.online = Online(ledger, may_go, n_calls, allowance.patience)
         self._largest_bytes = 0
 
     def make(self, nbytes: int) -> None:
