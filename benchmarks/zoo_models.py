@@ -330,6 +330,14 @@ DIFFUSERS = (
 
 def tell_torchvision_of_its_operators() -> None:
     """Define the schemas that torchvision asks for when it is imported beside a torch that it was not built for."""
+    try:
+        importlib.import_module("torchvision")
+    except ImportError:
+        return
+    except RuntimeError:  # operator torchvision::nms does not exist
+        pass
+    else:
+        return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):
         if not hasattr(torch.ops.torchvision, name):
