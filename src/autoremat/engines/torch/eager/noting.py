@@ -232,6 +232,10 @@ class Noting:
                 effects.append(i)
             elif new != old:
                 found.append((i, old, new))
+            else:  # the recording did not see it
+                effects.append(i)
+                self._tape.keeping.has_changed(old, given[i])
+                self._tape.check.forget(old)
         return found, effects
 
     def _numbered(self, made: Sequence[Tensor], first: int) -> tuple[tuple[tuple[int, int], ...], ...]:

@@ -168,13 +168,16 @@ class Twins:
             return self.bind(tensor, stand_in, node)
 
     def alias_of(self, tensor: Tensor) -> Tensor | None:
-        """Make a fake tensor on the memory of a twin, if possible."""
+        """Make a fake tensor on the memory of a twin, if possible.
+
+        It is no view: what a custom function returns may be overwritten in place.
+        """
         storage = storage_of(tensor if is_distributed(tensor) or is_jagged(tensor) else local_of(tensor))
         real, own = _NONE if storage is None else self._memory.get(storage._cdata, _NONE)
         twin = own()
         if twin is None or real() is not storage or twin.dtype is not tensor.dtype or has_inside(twin):
             return None
-        return twin.detach().as_strided(tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+        return twin.detach().as_strided(tensor.size(), tensor.stride(), int(tensor.storage_offset())).data
 
     def blank_like(self, tensor: Tensor) -> Tensor:
         """Make another fake tensor of the same kind."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 import autoremat
 from autoremat.engines.torch.eager import facts, handle
 from autoremat.engines.torch.eager.dry_run import record
+from autoremat.engines.torch.eager.shadow import Shadow
 from tests.engines.torch.compare import off_path, plan_that_keeps_nothing
 from tests.engines.torch.eager.fuzz.examine import examine
 from tests.engines.torch.eager.fuzz.scripts import Do, If, In, Script, Step, Way
@@ -307,3 +309,24 @@ def test_what_is_prepared_beyond_the_plan_is_given_up_as_a_whole(mode: str, seed
     body = (Do("set_item", 1, 2), Do("masked_fill_", 0, 1), Do("seed", 3, 0), branch)
     steps = (Step(rows=4), Step(rows=4, sign=-1))
     assert examine(Script(body, returns="loss", slots=(0,), steps=steps, way=Way(mode, seed, 0.0))).wrong == []
+
+
+@pytest.mark.parametrize("b", [0, 1, 2])
+def test_what_a_custom_function_made_is_overwritten_by_the_next_call(b: int) -> None:
+    """Its twin was a view, which must not be overwritten: the self-check took the change for an unseen one."""
+    body = (Do("scale_function", to=3, a=2), Do("add_", to=3, a=3, b=b))
+    assert examine(Script(body, steps=(Step(),) * 2)).wrong == []
+
+
+@pytest.mark.parametrize("mode", ["nothing", "random", "budget"])
+def test_a_write_that_cannot_be_recorded_is_no_unseen_one(mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    on_fakes = Shadow._on_fakes
+
+    def without_add_(self: Shadow, func: Any, *others: Any) -> list[Tensor]:
+        if func is Tensor.add_:
+            raise RuntimeError("no fake kernel")
+        return on_fakes(self, func, *others)
+
+    monkeypatch.setattr(Shadow, "_on_fakes", without_add_)
+    body = Do("linear", to=3, a=2), Do("add_", to=3, a=3, b=0), Do("sin", to=1, a=3), Do("mul", to=2, a=1, b=3)
+    assert examine(Script(body, steps=(Step(),) * 3, way=Way(mode=mode))).wrong == []
