@@ -55,8 +55,8 @@ class NoCheck:
     def remade(self, k: int, entry: Entry, made: dict[int, Tensor]) -> None:
         """Look at what a rerun has made."""
 
-    def forget(self, value: int) -> None:
-        """Forget a value that has been overwritten."""
+    def forget(self, *values: int) -> None:
+        """Forget values that have been overwritten."""
 
 
 class SelfCheck(NoCheck):
@@ -139,9 +139,10 @@ class SelfCheck(NoCheck):
         del self._sums[value]
         return True
 
-    def forget(self, value: int) -> None:
-        """Forget a value that has been overwritten."""
-        self._sums.pop(value, None)
+    def forget(self, *values: int) -> None:
+        """Forget values that have been overwritten."""
+        for value in values:
+            self._sums.pop(value, None)
 
     def remade(self, k: int, entry: Entry, made: dict[int, Tensor]) -> None:
         """Compare, in the backward, what a rerun made with the forward's.

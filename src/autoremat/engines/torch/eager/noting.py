@@ -99,8 +99,7 @@ class Noting:
         if name in ESCAPES:
             known = [n for n in numbers if n is not None and n >= 0]
             self._tape.keeping.escape(known)
-            for n in known:
-                self._tape.check.forget(n)
+            self._tape.check.forget(*known)
         state = State.now()
         if is_pass(func, name):
             facts = _PASS
@@ -220,20 +219,16 @@ class Noting:
     ) -> tuple[Written, list[int]]:
         """List (position, before, after) of overwritten values, and effects' positions."""
         found: Written = []
-        effects = list(facts.statistics)
-        done: set[int] = set()
+        effects, firsts = list(facts.statistics), dict[int, int]()
         for i in written:
-            old = numbers[i]
-            if old is None or old in done:
-                continue
-            done.add(old)
-            new = old if old < 0 else self._tape.numbers.after_write(given[i], old)
-            if old < 0:
-                effects.append(i)
-            elif new != old:
+            if (value := numbers[i]) is not None:
+                firsts.setdefault(value, i)
+        for old, i in firsts.items():
+            if old >= 0 and (new := self._tape.numbers.after_write(given[i], old)) != old:
                 found.append((i, old, new))
-            else:  # the recording did not see it
-                effects.append(i)
+                continue
+            effects.append(i)
+            if old >= 0:  # the recording did not see it
                 self._tape.keeping.has_changed(old, given[i])
                 self._tape.check.forget(old)
         return found, effects
