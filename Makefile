@@ -26,8 +26,8 @@ test-guard: $(VENV)/.dev
 
 # Everything: more examples and random ones, and the sweeps of all there is. The seed is printed; SEED=... has it again.
 test-all: SEED := $(or $(SEED),$(shell $(PYTHON) -c 'import random; print(random.randrange(1, 1 << 32))'))
-test-all: $(VENV)/.dev
-	AUTOREMAT_SEED=$(SEED) OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu" -rs --hypothesis-seed=$(SEED)
+test-all: $(VENV)/.all
+	AUTOREMAT_SEED=$(SEED) JAX_PLATFORMS=cpu OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not gpu" -rs --hypothesis-seed=$(SEED)
 
 # The everyday tests with several versions of torch: gigabytes and an hour, by hand. VERSIONS="2.13 2.15" for some.
 versions: $(BIN)/python
@@ -72,4 +72,8 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(BIN)/python
 $(VENV)/.dev: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "Installing autoremat and its development tools into $(VENV) (a few minutes the first time) ..."
 	$(PIP) -e '.[dev]'
+	@touch $@
+
+$(VENV)/.all: $(VENV)/.dev
+	$(PIP) -e '.[dev,tpu]'
 	@touch $@
