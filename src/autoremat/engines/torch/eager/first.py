@@ -38,7 +38,7 @@ from autoremat.engines.torch.world.module_paths import ModulePaths
 from autoremat.engines.torch.world.modules import named_tensors, reachable_modules
 from autoremat.engines.torch.world.parallel import Parallel, resident_bytes
 from autoremat.engines.torch.world.problems import NothingDifferentiable, TrainsInside, no_optimizer, refuse_training
-from autoremat.program import Program
+from autoremat.program import InvalidProgram, Program
 
 
 class NotRecorded(Exception):
@@ -225,18 +225,24 @@ class FirstStep:
         """Make the program of the step.
 
         Where operators are measured, what the step holds by now takes room, too.
+
+        Raises:
+            NotRecorded: what has been recorded contradicts itself.
         """
         room = self.tape.backward.room
         assert room is not None
         room.make(largest_op_bytes(self._shadow))
         there = room.online.meter.nbytes + self._shadow.packs.real_bytes
         there += 0 if self.parallel else sum(gradients_there(self.modules).values())
-        return program_of(
-            self._shadow, self.tape.path, getattr(self.fn, "__name__", type(self.fn).__name__),
-            optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,
-            parallel=self.parallel, progress=progress, timing=timing,
-            limit=None if limit is None else lambda program: limit(program) - there,
-        )  # fmt: skip
+        try:
+            return program_of(
+                self._shadow, self.tape.path, getattr(self.fn, "__name__", type(self.fn).__name__),
+                optimizer_state_bytes=optimizer_state_bytes, optimizer_scratch_bytes=optimizer_scratch_bytes,
+                parallel=self.parallel, progress=progress, timing=timing,
+                limit=None if limit is None else lambda program: limit(program) - there,
+            )  # fmt: skip
+        except (InvalidProgram, LookupError, AssertionError) as error:  # what was recorded cannot be such a step
+            raise NotRecorded(f"{type(error).__name__}: {error}") from error
 
     def module_at(self, line: str) -> str:
         """Return the module that ran a line; "" outside of all."""

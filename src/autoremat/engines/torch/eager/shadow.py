@@ -231,11 +231,11 @@ class Shadow:
             for number, tensor in writes:
                 recorder.storages.born(number, tensor, op)
             self.packs.begin()
-            if not any(t.requires_grad for t in real):
+            if all(t.grad_fn is None for t in real):  # also a view made in inference mode, which says that it has one
                 return made
             behind = [(t, blank_of(t)) for t in inputs if t.requires_grad]
             saved = [(j, self.twin(self.packs.here[j])) for j in packs]
-            node = next(t.grad_fn for t in real if t.requires_grad)
+            node = next(t.grad_fn for t in real if t.grad_fn is not None)
             return self.graph.stand_in(made, behind, node, saved)
 
     def _take_size(self, tensor: Tensor, twin: Tensor) -> None:

@@ -65,7 +65,11 @@ class TwinGraph:
         if where is None or where not in self._nodes or not (twin.layout is torch.strided or is_jagged(twin)):
             return
         with self._world.here(), without_duals():
-            tail = _Tail.apply(self._world.mode, self._nodes[where][1], twin)
+            try:
+                tail = _Tail.apply(self._world.mode, self._nodes[where][1], twin)
+            except RuntimeError:  # a view whose base has been overwritten, if nothing may go on from it any more
+                del self._nodes[where]
+                return
             self._nodes[where] = tail, blank_of(tail)
 
     def of_node(self, tensor: Tensor, node: Any) -> Tensor | None:
@@ -73,10 +77,12 @@ class TwinGraph:
         if type(node).__name__ == _COMPILED:
             self.compiled = self.compiled or user_line() or "a function"
         found = list(self._behind(node, set()))
-        if not found:
+        if not found and not _leads_nowhere(node):
             return None
         alias = self._twins.alias_of(tensor)
         blank = self._twins.blank_like(tensor) if alias is None else alias
+        if blank._is_view() and not tensor._is_view():
+            blank = blank.data  # what is no view may be overwritten in place
         made = self.stand_in([blank], found, node, self._loose)
         self._loose = []
         return made[0]
@@ -114,6 +120,9 @@ class TwinGraph:
         if self.met is not None and is_custom:
             mark = partial(self._mark, self.met(node), type(node).__name__)
         self._packs.begin()
+        if not inputs:
+            nothing = torch.empty(0, requires_grad=True)
+            inputs = [(nothing, blank_of(nothing))]
         with torch.enable_grad(), without_duals(), self._packs.hooks(), self._packs.outside_of_regions():
             made = _StandIn.apply(
                 self._world.mode, mark, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs]
@@ -198,6 +207,20 @@ class _Tail(torch.autograd.Function):
         """Return a gradient of the tensor's size."""
         with ctx.mode:
             return None, None, ctx.blank()
+
+
+def _leads_nowhere(node: Any) -> bool:
+    """Tell whether no leaf is behind a node.
+
+    That is so for what is made of a view that was made without gradients: it requires grad, and has no history.
+    """
+    pending = [node]
+    while pending:
+        behind = [n for n, _ in pending.pop().next_functions if n is not None]
+        if any(hasattr(n, "variable") for n in behind):
+            return False
+        pending += behind
+    return True
 
 
 def _next_node() -> int:

@@ -168,16 +168,20 @@ class Twins:
             return self.bind(tensor, stand_in, node)
 
     def alias_of(self, tensor: Tensor) -> Tensor | None:
-        """Make a fake tensor on the memory of a twin, if possible.
-
-        It is no view: what a custom function returns may be overwritten in place.
-        """
+        """Make a fake tensor on the memory of a twin, if possible."""
         storage = storage_of(tensor if is_distributed(tensor) or is_jagged(tensor) else local_of(tensor))
-        real, own = _NONE if storage is None else self._memory.get(storage._cdata, _NONE)
-        twin = own()
-        if twin is None or real() is not storage or twin.dtype is not tensor.dtype or has_inside(twin):
+        twin = None if storage is None else self._on(storage)
+        if twin is None or twin.dtype is not tensor.dtype or has_inside(twin):
             return None
-        return twin.detach().as_strided(tensor.size(), tensor.stride(), int(tensor.storage_offset())).data
+        return twin.detach().as_strided(tensor.size(), tensor.stride(), int(tensor.storage_offset()))
+
+    def _on(self, storage: torch.UntypedStorage) -> Tensor | None:
+        """Find a twin that stands for this real memory."""
+        real, own = self._memory.get(storage._cdata, _NONE)
+        if real() is storage and (twin := own()) is not None:
+            return twin
+        there = ((t, twin) for known, twin in self._twins.values() if (t := known()) is not None)
+        return next((twin for t, twin in there if storage_of(local_of(t)) is storage), None)
 
     def blank_like(self, tensor: Tensor) -> Tensor:
         """Make another fake tensor of the same kind."""

@@ -17,7 +17,7 @@ from autoremat.engines.torch.eager.dry_run import record
 from autoremat.engines.torch.eager.shadow import Shadow
 from tests.engines.torch.compare import off_path, plan_that_keeps_nothing
 from tests.engines.torch.eager.fuzz.examine import examine
-from tests.engines.torch.eager.fuzz.scripts import Do, If, In, Script, Step, Way
+from tests.engines.torch.eager.fuzz.scripts import Do, If, In, Instruction, Script, Step, Way
 from tests.engines.torch.follow import following, recorded
 
 
@@ -330,3 +330,35 @@ def test_a_write_that_cannot_be_recorded_is_no_unseen_one(mode: str, monkeypatch
     monkeypatch.setattr(Shadow, "_on_fakes", without_add_)
     body = Do("linear", to=3, a=2), Do("add_", to=3, a=3, b=0), Do("sin", to=1, a=3), Do("mul", to=2, a=1, b=3)
     assert examine(Script(body, steps=(Step(),) * 3, way=Way(mode=mode))).wrong == []
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        pytest.param(
+            (Do("add_", to=0, a=2, b=0), In("inference", (Do("linear", to=0, a=3),))), id="of something overwritten"
+        ),
+        pytest.param(
+            (Do("relu", to=4, a=0), In("inference", (Do("reshape", to=0, a=2), Do("dirty_function", to=0, a=0)))),
+            id="overwritten",
+        ),
+        pytest.param((In("no_grad", (Do("half", to=2, a=2),)), Do("scale_function", to=0, a=2)), id="differentiated"),
+    ],
+)
+def test_views_made_without_gradients_are_recorded(body: tuple[Instruction, ...]) -> None:
+    """They say that they require grad, and have no history."""
+    assert examine(Script(body, slots=(0,), steps=(Step(),) * 2)).wrong == []
+
+
+def test_a_view_from_which_nothing_may_go_on_is_recorded() -> None:
+    """What it looks at is overwritten, and it is one view of several by one function."""
+    body = Do("chunk", to=0, a=2), Do("add_", to=0, a=2, b=0)
+    assert examine(Script(body, slots=(0,), steps=(Step(),) * 2)).wrong == []
+
+
+def test_a_part_checkpointed_by_hand_whose_input_is_overwritten_is_an_error_of_torchs() -> None:
+    """No program can be made of such a step: that is not the user's business."""
+    body = Do("checkpoint", to=0, a=2), Do("add_", to=0, a=2, b=0)
+    outcome = examine(Script(body, slots=(0,), steps=(Step(),) * 2))
+    assert outcome.wrong == []
+    assert outcome.error == "RuntimeError"
