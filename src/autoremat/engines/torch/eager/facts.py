@@ -6,12 +6,13 @@ are not torch's own, only the schema is read.
 
 from __future__ import annotations
 
+import logging
 import random
 import threading
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import torch
@@ -361,6 +362,24 @@ def unseen() -> Iterator[None]:
 
 
 @contextmanager
+def without_complaints() -> Iterator[None]:
+    """Keep torch from logging, in this thread, what fake kernels do not know: here that is no error."""
+    thread = threading.get_ident()
+
+    def is_of_others(record: logging.LogRecord) -> bool:
+        return threading.get_ident() != thread
+
+    _LOG_OF_FAKES.addFilter(is_of_others)
+    try:
+        yield
+    finally:
+        _LOG_OF_FAKES.removeFilter(is_of_others)
+
+
+_LOG_OF_FAKES: Final = logging.getLogger("torch._subclasses.fake_tensor")
+
+
+@contextmanager
 def generators_kept() -> Iterator[None]:
     """Restore Python's generator after the block; torch's Python code may draw."""
     before = random.getstate()
@@ -404,6 +423,7 @@ class _Probe(TorchDispatchMode):
         self.communicates = False
         self.seconds = 0.0
         self.nbytes = 0
+        self.begun: list[OpOverload] = []
 
     def __torch_dispatch__(self, func: OpOverload, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run one operator of the call."""
@@ -415,6 +435,7 @@ class _Probe(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **kwargs)
         facts = facts_of(func)
+        self.begun.append(func)
         self.random |= facts.random
         self.once = self.once or facts.once
         self.communicates |= facts.communicates
@@ -432,6 +453,12 @@ class _Probe(TorchDispatchMode):
             self.nbytes += made
             self.seconds += estimate(signature_of(func, args, kwargs), made).seconds
         return out
+
+    def is_all_of(self, func: Any) -> bool:
+        """Tell whether a call that failed is one operator, and its schema says all."""
+        told = not (self.once or self.written or self.statistics or self.random or self.uninitialised)
+        names = [op._schema.name.rpartition("::")[2] for op in self.begun]
+        return told and names == [getattr(func, "__name__", "")]
 
     def _positions(self, tensors: Sequence[Any]) -> Iterator[int]:
         for tensor in tensors:
@@ -467,11 +494,13 @@ def _probed(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], given: Seq
         cache = torch.is_autocast_cache_enabled()
         torch.set_autocast_cache_enabled(False)
         try:
-            with heard_by_classes(), probe:
+            with heard_by_classes(), without_complaints(), probe:
                 func(*fake_args, **fake_kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException):
             pass  # the operators seen so far tell what the call does
         except Exception:  # noqa: BLE001 - whatever a fake kernel does not know
+            if probe.is_all_of(func):
+                return replace(_of_schema(probe.begun[0], args, kwargs, given), random=False, leaves=False)
             probe.once = probe.once or UNKNOWN
             probe.written |= set(_written_by_name(func, kwargs, given))
         finally:

@@ -146,7 +146,7 @@ class Noting:
         after, written = [version_of(t) for t in given], set(facts.written)
         written.update(() if after == before else (i for i, version in enumerate(after) if version != before[i]))
         if tape.witness.shadow is not None:
-            tape.witness.made(func, args, kwargs, out, range(first, tape.n_packs), call)
+            tape.witness.made(func, args, kwargs, out, range(first, tape.n_packs), call, foreign=facts.foreign)
             if entry is not None and any(self._is_kept(*names) for names in tape.witness.names_of(call)):
                 entry = None
         changes, effects = self._overwritten(given, numbers, sorted(written), facts) if written else ([], [])

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from autoremat.engines.torch.eager.arguments import mapped, tensors_given, tensors_in, version_of
 from autoremat.engines.torch.eager.calls import is_pass, name_of
-from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen
+from autoremat.engines.torch.eager.facts import generators_kept, is_overridden, is_torchs, unseen, without_complaints
 from autoremat.engines.torch.eager.state import heard_by_classes
 from autoremat.engines.torch.eager.twin_graph import TwinGraph
 from autoremat.engines.torch.eager.twin_packs import TwinPacks, spoken_name
@@ -132,7 +132,8 @@ class Shadow:
             yield
 
     def make(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, packs: Sequence[int], call: int
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any, packs: Sequence[int], call: int,
+        *, foreign: bool = False,
     ) -> None:  # fmt: skip
         """Repeat a real call on the twins of its arguments.
 
@@ -143,6 +144,7 @@ class Shadow:
             out: its result.
             packs: the numbers of what autograd has saved inside it.
             call: its position among the calls of the step.
+            foreign: fake tensors cannot make it, but what it does is known.
         """
         self.twins.settle()
         recorder, real = self.recorder, tensors_in(out)
@@ -156,11 +158,11 @@ class Shadow:
             region.given(numbers)
         begin = len(recorder.ops)
         versions = {id(twin): _version(twin) for twin, _ in recorder.given}
-        made = self._made(func, args, kwargs, real, packs)
+        made = self._made(func, args, kwargs, real, packs, foreign=foreign)
         for tensor, twin in zip(real, made, strict=True):
             if versions.get(id(twin)) != _version(twin) or self.twins.known(tensor) is not twin:
                 self.twins.bind(tensor, twin, node_made(tensor))
-            self._take_size(tensor, twin)
+            _take_size(recorder, tensor, twin)
         recorder.real, recorder.given, recorder.masks = [], [], []
         _read_all(recorder, begin, numbers)
         if is_pass(func, name_of(func)):
@@ -169,12 +171,13 @@ class Shadow:
             _note_what_leaves(recorder, self.packs.saved_after, begin, made)
 
     def _made(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Sequence[Tensor], packs: Sequence[int]
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], real: Sequence[Tensor], packs: Sequence[int],
+        *, foreign: bool,
     ) -> list[Tensor]:  # fmt: skip
         """Return twins of a call's results, from fakes or from real results."""
         begin = len(self.recorder.ops)
         given = [t for _, t in self.recorder.given]
-        if is_torchs(func) and not any(is_opaque(t) or is_overridden(t) for t in (*given, *real)):
+        if not foreign and is_torchs(func) and not any(is_opaque(t) or is_overridden(t) for t in (*given, *real)):
             for change in (self.twins.as_given, self._with_numbers):
                 try:
                     made = self._on_fakes(func, mapped(args, change), mapped(kwargs, change), real, packs)
@@ -194,12 +197,13 @@ class Shadow:
             Unlike: it saves something else there, or gives something of another kind.
         """
         self.packs.begin()
-        with self._recording(), heard_by_classes():
+        with self._recording(), heard_by_classes(), without_complaints():
             made = tensors_in(func(*args, **kwargs))
         if len(made) != len(real):
             raise Unlike(f"{spoken_name(func)} gives {len(made)} tensors on fake ones and {len(real)} on real ones")
+        has_history = not torch.is_inference_mode_enabled()  # some views there say that they require grad
         for tensor, twin in zip(real, made, strict=True):
-            if not is_like(twin, tensor) or twin.requires_grad != tensor.requires_grad:
+            if not is_like(twin, tensor) or (has_history and twin.requires_grad != tensor.requires_grad):
                 raise Unlike(f"{spoken_name(func)} gives something of another shape, or history, on fake tensors")
         self.packs.match_all(func, packs)
         return made
@@ -238,13 +242,14 @@ class Shadow:
             node = next(t.grad_fn for t in real if t.grad_fn is not None)
             return self.graph.stand_in(made, behind, node, saved)
 
-    def _take_size(self, tensor: Tensor, twin: Tensor) -> None:
-        """Take the real size: some kernels return an oversized memory."""
-        storage, own = storage_of(local_of(tensor)), storage_of(local_of(twin))
-        if storage is not None and own is not None:
-            number = self.recorder.map.number(own)
-            if number >= 0:
-                self.recorder.values[number].nbytes = storage.nbytes()
+
+def _take_size(recorder: Recorder, tensor: Tensor, twin: Tensor) -> None:
+    """Take the real size: some kernels return an oversized memory."""
+    storage, own = storage_of(local_of(tensor)), storage_of(local_of(twin))
+    if storage is not None and own is not None:
+        number = recorder.map.number(own)
+        if number >= 0:
+            recorder.values[number].nbytes = storage.nbytes()
 
 
 def _read_all(recorder: Recorder, begin: int, numbers: Sequence[int]) -> None:

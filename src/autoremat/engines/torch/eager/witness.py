@@ -59,12 +59,14 @@ class Witness:
         """Return a pack's value number; None if not made in the step."""
         return None if self.shadow is None else self.shadow.packs.number_of.get(pack)
 
-    def made(self, func: Any, args: Any, kwargs: Any, out: Any, packs: Sequence[int], call: int) -> None:
-        """Repeat, on fake tensors, a call that was just made."""
+    def made(
+        self, func: Any, args: Any, kwargs: Any, out: Any, packs: Sequence[int], call: int, *, foreign: bool = False
+    ) -> None:  # fmt: skip
+        """Repeat, on fake tensors, a call that was just made; a foreign one is one op."""
         if self.shadow is None:
             return
         try:
-            self.shadow.make(func, args, kwargs, out, packs, call)
+            self.shadow.make(func, args, kwargs, out, packs, call, foreign=foreign)
             self.shadow.packs.here.clear()
         except Exception as error:  # noqa: BLE001 - whatever a fake tensor cannot do
             self.give_up(error)

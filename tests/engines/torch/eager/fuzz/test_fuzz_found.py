@@ -342,6 +342,7 @@ def test_a_write_that_cannot_be_recorded_is_no_unseen_one(mode: str, monkeypatch
             (Do("relu", to=4, a=0), In("inference", (Do("reshape", to=0, a=2), Do("dirty_function", to=0, a=0)))),
             id="overwritten",
         ),
+        pytest.param((In("inference", (Do("complex", to=0, a=2),)),), id="complex"),
         pytest.param((In("no_grad", (Do("half", to=2, a=2),)), Do("scale_function", to=0, a=2)), id="differentiated"),
     ],
 )
