@@ -4,7 +4,8 @@ For every model of ``zoo_models``, in a process of its own: three plain steps of
 of the plain peak, three at the floor and three at 1.1 times that; losses, gradients, parameters, buffers and random
 generators must be equal to the last bit, and the last step must stay within the budget by the allocator's account. The
 first step, which has no plan yet, is measured, too. Where the library has a switch
-for checkpointing, autoremat gets the peak that the switch reaches, and both are timed beside plain training, in turns.
+for checkpointing, autoremat plans beforehand for the peak that the switch reaches, and both are timed beside plain
+training, in turns.
 
 Run: ``python benchmarks/zoo.py --results docs/zoo.json --page docs/zoo.md``; libraries: ``pip install -e '.[zoo]'``.
 """
@@ -309,12 +310,13 @@ def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race
     specimen.switch(switched)
     peak = trace(*_step(specimen, switched, inputs)).peak_bytes
     planned = copy.deepcopy(model)
-    wrapped = autoremat.checkpoint(_loss(specimen, planned), budget=peak)
-    try:
+    loss = _loss(specimen, planned)
+    try:  # planned beforehand: a training has the plan of a tenth of a second for its first steps only
+        plan = autoremat.plan(loss, **inputs, budget=peak, timing="measure")
+        wrapped = autoremat.checkpoint(loss, plan=plan)
         measured = trace(planned, inputs, lambda: wrapped(**inputs)).peak_bytes
     except autoremat.InfeasibleBudget as error:
         return Race(peak, error.floor_bytes, problem=f"the switch's peak, {format_bytes(peak)}, is below the floor")
-    plan = autoremat.stats(wrapped).plan
     steps = {
         "plain": _step(specimen, copy.deepcopy(model), inputs),
         "switch": _step(specimen, switched, inputs),
@@ -325,7 +327,7 @@ def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race
     ratio = {k: statistics.median(x / p for x, p in zip(s, seconds["plain"], strict=True)) - 1
              for k, s in seconds.items()}  # fmt: skip
     return Race(
-        peak, plan.floor_bytes if plan else 0, measured, ratio["switch"], ratio["autoremat"],
+        peak, plan.floor_bytes, measured, ratio["switch"], ratio["autoremat"],
         statistics.median(seconds["plain"]),
     )  # fmt: skip
 
