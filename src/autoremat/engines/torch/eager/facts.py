@@ -363,7 +363,10 @@ def unseen() -> Iterator[None]:
 
 @contextmanager
 def without_complaints() -> Iterator[None]:
-    """Keep torch from logging, in this thread, what fake kernels do not know: here that is no error."""
+    """Keep torch from logging what fake kernels do not know.
+
+    In this thread, that is no error.
+    """
     thread = threading.get_ident()
 
     def is_of_others(record: logging.LogRecord) -> bool:
@@ -455,7 +458,7 @@ class _Probe(TorchDispatchMode):
         return out
 
     def is_all_of(self, func: Any) -> bool:
-        """Tell whether a call that failed is one operator, and its schema says all."""
+        """Tell whether a failed call is one operator, known by its schema."""
         told = not (self.once or self.written or self.statistics or self.random or self.uninitialised)
         names = [op._schema.name.rpartition("::")[2] for op in self.begun]
         return told and names == [getattr(func, "__name__", "")]

@@ -62,7 +62,10 @@ class Witness:
     def made(
         self, func: Any, args: Any, kwargs: Any, out: Any, packs: Sequence[int], call: int, *, foreign: bool = False
     ) -> None:  # fmt: skip
-        """Repeat, on fake tensors, a call that was just made; a foreign one is one op."""
+        """Repeat, on fake tensors, a call that was just made.
+
+        A foreign one is one op.
+        """
         if self.shadow is None:
             return
         try:
