@@ -11,7 +11,8 @@ from autoremat.engines.torch.eager.room import Room
 def sweep(ledger: Ledger, gone: Collection[int], stays: Callable[[int], bool], room: Room | None) -> None:
     """Recompute what is gone, as far as there is room: O(calls).
 
-    Each call is rerun once. Where a call does not fit, all that does not need it comes one by one; the rest when it is asked for.
+    Each call is rerun once. Where a call does not fit, all that does not need it comes one by one; the rest when it is
+    asked for.
 
     Args:
         ledger: of the forward.
