@@ -236,11 +236,11 @@ class Shadow:
             for number, tensor in writes:
                 recorder.storages.born(number, tensor, op)
             self.packs.begin()
-            if all(t.grad_fn is None for t in real):  # also a view made in inference mode, which says that it has one
+            node = next((node for t in real if (node := node_made(t)) is not None), None)
+            if node is None:  # also of a view made in inference mode, which says that it requires grad
                 return made
             behind = [(t, blank_of(t)) for t in inputs if t.requires_grad]
             saved = [(j, self.twin(self.packs.here[j])) for j in packs]
-            node = next(t.grad_fn for t in real if t.grad_fn is not None)
             return self.graph.stand_in(made, behind, node, saved)
 
 
