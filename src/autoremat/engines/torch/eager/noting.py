@@ -219,16 +219,16 @@ class Noting:
     ) -> tuple[Written, list[int]]:
         """List (position, before, after) of overwritten values, and effects' positions."""
         found: Written = []
-        effects, firsts = list(facts.statistics), dict[int, int]()
-        for i in written:
-            if (value := numbers[i]) is not None:
-                firsts.setdefault(value, i)
-        for old, i in firsts.items():
+        effects = list(facts.statistics)
+        firsts = {n: i for i in reversed(written) if (n := numbers[i]) is not None}
+        for old, i in reversed(firsts.items()):
             if old >= 0 and (new := self._tape.numbers.after_write(given[i], old)) != old:
                 found.append((i, old, new))
                 continue
             effects.append(i)
-            if old >= 0:  # the recording did not see it
+            if old >= 0:  # the recording did not see it; what nobody has declared is told
+                if i not in facts.written:
+                    self._tape.look_at([given[i]])
                 self._tape.keeping.has_changed(old, given[i])
                 self._tape.check.forget(old)
         return found, effects
