@@ -204,7 +204,7 @@ class Shadow:
         is_inference = torch.is_inference_mode_enabled()  # there, some views say that they require grad
         for tensor, twin in zip(real, made, strict=True):
             is_other = twin.requires_grad != tensor.requires_grad and not (is_inference and tensor._is_view())
-            if is_other or not is_like(twin, tensor):
+            if is_other or not is_like(twin, tensor) or not _looks_alike(twin, tensor, self.recorder.given):
                 raise Unlike(f"{spoken_name(func)} gives something of another shape, or history, on fake tensors")
         self.packs.match_all(func, packs)
         return made
@@ -242,6 +242,17 @@ class Shadow:
             behind = [(t, blank_of(t)) for t in inputs if t.requires_grad]
             saved = [(j, self.twin(self.packs.here[j])) for j in packs]
             return self.graph.stand_in(made, behind, node, saved)
+
+
+def _looks_alike(twin: Tensor, tensor: Tensor, given: Sequence[tuple[Tensor, Tensor]]) -> bool:
+    """Tell whether both look at memory of what was given, or neither."""
+    own, real = storage_of(local_of(twin)), storage_of(local_of(tensor))
+    if own is None or real is None or not tensor.numel():
+        return True
+    there = [(storage_of(local_of(a)), storage_of(local_of(b))) for a, b in given]
+    shares = (any(s is not None and s._cdata == own._cdata for s, _ in there),
+              any(s is not None and s._cdata == real._cdata for _, s in there))  # fmt: skip
+    return shares[0] == shares[1]
 
 
 def _take_size(recorder: Recorder, tensor: Tensor, twin: Tensor) -> None:
