@@ -143,16 +143,14 @@ class Ledger:
         return self.memory(value)
 
     def recompute(
-        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None],
-        may_run: Callable[[int], bool] = lambda call: True,
-    ) -> None:  # fmt: skip
+        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]
+    ) -> None:
         """Recompute values that are gone, with one rerun per call: O(calls).
 
         Args:
             values: which.
             stays: whether another value that was made on the way stays in memory.
             after_each: as for ``fetch``.
-            may_run: whether there is room for a call; where there is none, what could be recomputed before is all.
         """
         try:
             missing = self.missing(values)
@@ -162,8 +160,6 @@ class Ledger:
         asked, made = set(values), set[int]()
         with Rerunning() as rerunning:
             for k, wanted in missing.items():
-                if not may_run(k):
-                    break
                 self.run(k, wanted, rerunning)
                 made |= wanted
                 reads = self.entries[k].reads
@@ -172,11 +168,6 @@ class Ledger:
                     if not uses[v] and v not in asked and not stays(v):
                         self.let_go(v)
                 after_each(asked | {v for v, n in uses.items() if n > 0})
-            else:
-                return
-        for v in made:
-            if v in self.held and v not in asked and not stays(v):
-                self.let_go(v)
 
     def run(self, call: int, wanted: Collection[int], rerunning: Rerunning, ends: Collection[int] = ()) -> None:
         """Rerun a call, and hold what is wanted of it.
