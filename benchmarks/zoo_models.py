@@ -8,6 +8,7 @@ Run: ``python benchmarks/zoo_models.py`` lists them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -330,13 +331,8 @@ DIFFUSERS = (
 
 def tell_torchvision_of_its_operators() -> None:
     """Define the schemas that torchvision asks for when it is imported beside a torch that it was not built for."""
-    try:
+    with contextlib.suppress(ImportError, RuntimeError):  # operator torchvision::nms does not exist
         importlib.import_module("torchvision")
-    except ImportError:
-        return
-    except RuntimeError:  # operator torchvision::nms does not exist
-        pass
-    else:
         return
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name in ("nms", "qnms"):

@@ -9,7 +9,7 @@ its tensor does, so the recorder sees when memory is freed.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -249,10 +249,12 @@ def _looks_alike(twin: Tensor, tensor: Tensor, given: Sequence[tuple[Tensor, Ten
     own, real = storage_of(local_of(twin)), storage_of(local_of(tensor))
     if own is None or real is None or not tensor.numel():
         return True
-    there = [(storage_of(local_of(a)), storage_of(local_of(b))) for a, b in given]
-    shares = (any(s is not None and s._cdata == own._cdata for s, _ in there),
-              any(s is not None and s._cdata == real._cdata for _, s in there))  # fmt: skip
+    shares = own._cdata in _addresses(a for a, _ in given), real._cdata in _addresses(b for _, b in given)
     return shares[0] == shares[1]
+
+
+def _addresses(tensors: Iterable[Tensor]) -> set[int]:
+    return {s._cdata for t in tensors if (s := storage_of(local_of(t))) is not None}
 
 
 def _take_size(recorder: Recorder, tensor: Tensor, twin: Tensor) -> None:

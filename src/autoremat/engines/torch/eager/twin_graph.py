@@ -210,17 +210,11 @@ class _Tail(torch.autograd.Function):
 
 
 def _leads_nowhere(node: Any) -> bool:
-    """Tell whether no leaf is behind a node.
+    """Tell whether a node has nothing behind it.
 
-    That is so for what is made of a view that was made without gradients: it requires grad, and has no history.
+    So it is with what is made of views made without gradients: they require grad, and have no history.
     """
-    pending = [node]
-    while pending:
-        behind = [n for n, _ in pending.pop().next_functions if n is not None]
-        if any(hasattr(n, "variable") for n in behind):
-            return False
-        pending += behind
-    return True
+    return all(n is None for n, _ in node.next_functions)
 
 
 def _next_node() -> int:
