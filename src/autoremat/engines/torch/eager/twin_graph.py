@@ -64,7 +64,7 @@ class TwinGraph:
         where = self._node_of.pop(id(twin), None)
         if where is None or where not in self._nodes or not (twin.layout is torch.strided or is_jagged(twin)):
             return
-        with self._world.here(), torch.inference_mode(mode=False), torch.enable_grad(), without_duals():
+        with self._world.here(), without_duals():
             try:
                 tail = _Tail.apply(self._world.mode, self._nodes[where][1], twin)
             except RuntimeError:  # a view whose base has been overwritten, if nothing may go on from it any more

@@ -363,11 +363,3 @@ def test_a_part_checkpointed_by_hand_whose_input_is_overwritten_is_an_error_of_t
     outcome = examine(Script(body, slots=(0,), steps=(Step(),) * 2))
     assert outcome.wrong == []
     assert outcome.error == "RuntimeError"
-
-
-@pytest.mark.parametrize("region", ["", "inference"])
-def test_what_dies_where_no_gradients_are_made_keeps_its_history(region: str) -> None:
-    """The next call in sight is one inside of a custom function, or of an inference region."""
-    between = (In(region, (Do("relu", to=4, a=1),)),) if region else ()
-    body = (Do("relu", to=0, a=2), Do("gelu", to=0, a=0), *between, Do("twist_function", to=1, a=0))
-    assert examine(Script((*body, Do("add_", to=0, a=0)), slots=(0,), steps=(Step(),) * 2)).wrong == []
