@@ -116,8 +116,12 @@ def _solved(table: Table, seconds: float, *, nodes: int | None = None, **rest: A
 
 @contextmanager
 def fixed_planning() -> Iterator[None]:
-    """The planner's limits of time count work, and plans are looked for in this process."""
+    """The planner's limits of time count work, from none on, and plans are looked for in this process."""
     work = Work()
     limits = {name: getattr(work, name) for name in ("now", "relaxation_limits", "search_limits")}
-    with patch.multiple(clock, **limits), patch.object(Table, "solve", _solved), patch.object(beside, "begun", Here):
+    with (
+        patch.multiple(clock, _METER=clock._Meter(), **limits),
+        patch.object(Table, "solve", _solved),
+        patch.object(beside, "begun", Here),
+    ):
         yield

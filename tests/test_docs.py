@@ -121,6 +121,7 @@ def test_code_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
+@pytest.mark.guard
 def test_console_blocks_show_what_the_commands_print(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """After ``$ autoremat ...`` come lines of its output, ``...`` for any others; an ``Error:`` may be cut off."""
     monkeypatch.setattr(sys, "path", sys.path[:])

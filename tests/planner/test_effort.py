@@ -19,6 +19,7 @@ from autoremat.planner.search.pool import Pool
 from autoremat.program import InfeasibleBudget, Program, simulate
 from benchmarks.layered import layered_graph
 from benchmarks.training_graphs import layered, training_graph
+from tests.fixed import fixed_planning
 
 EFFORT = 0.1
 RECORDED = Path(__file__).parents[2] / "benchmarks" / "programs" / "test-gpt.json.xz"
@@ -145,3 +146,12 @@ def test_a_linear_program_that_time_has_cut_is_no_secret() -> None:
     with clock.limited(0.0):
         table.relax(1.0)
         assert clock.has_cut()
+
+
+def test_what_other_tests_have_worked_counts_in_none() -> None:
+    """Deadlines are points of work: after much of it nothing would be looked for any more."""
+    with fixed_planning():
+        clock.spend(1e6)
+        with fixed_planning():
+            assert clock.worked() == 0.0
+        assert clock.worked() == 1e6

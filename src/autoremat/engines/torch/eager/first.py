@@ -144,7 +144,7 @@ class FirstStep:
         """
         self.tape.passes.needs.stop_counting()
         self.tape.ledger.close()
-        self._shadow.close()
+        self.let_go()
         self.args, self.kwargs, self._gradients = (), {}, []
 
     def forward(self, within: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()) -> Any:  # noqa: B008
@@ -261,3 +261,10 @@ class FirstStep:
         path = path_of(self._shadow, self.tape.path, self.tape.n_packs, self.tape.composites)
         self.tape.witness.shadow = None
         return path
+
+    def let_go(self) -> None:
+        """Hold nothing of the recording.
+
+        What it has copied would take room until somebody looks for circles.
+        """
+        self._shadow.close()

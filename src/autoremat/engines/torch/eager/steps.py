@@ -149,6 +149,8 @@ class Steps:
                 raise
         except NotRecorded as error:
             self._reporter.not_recorded(error)
+        finally:
+            step.let_go()
         self.under_plan.waits(kind, step.tape)
 
     def _first_script(self, kind: Kind) -> Script:

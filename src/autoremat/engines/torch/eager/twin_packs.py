@@ -61,6 +61,7 @@ class TwinPacks:
     def close(self) -> None:
         """Hold no tensor of the step any more."""
         self.here.clear()
+        self._numbers.clear()
         self._regions, self.region = Regions(), None
 
     def hooks(self) -> AbstractContextManager[Any]:
