@@ -16,6 +16,7 @@ from autoremat.engines.torch.eager.acting import Acting, carry_out
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.passes import NO_TASK, Passes, current_task, in_backward, in_python_node
+from autoremat.engines.torch.eager.returning import bring_back
 from autoremat.engines.torch.eager.room import Nothing, Room
 from autoremat.engines.torch.eager.script import Act, Script
 from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory
@@ -83,10 +84,12 @@ class Backward:
             if value not in kept and value in ledger.maker and can_go(value):
                 ledger.let_go(value)
         gone = [v for v in kept - script.away if v not in ledger.held and v in ledger.maker and needs.is_needed(v)]
-        missing = ledger.missing(gone)
-        if (self.room is None or self.room.fits(missing)) and ledger.can_make(missing):  # else when it is asked for
-            ledger.recompute(gone, kept.__contains__, lambda locked: None)
-            ledger.recomputed -= kept  # these replace the forward's own values
+        if not ledger.can_make(ledger.missing(gone)):
+            return  # it comes when it is asked for
+        if self.room is not None:
+            self.room.learn(script.costs)
+        bring_back(ledger, kept - script.away, gone, can_go, self.room)
+        ledger.recomputed -= kept  # these replace the forward's own values
 
     def improvise(self) -> None:
         """Recompute values on demand from here on, within the budget's room."""

@@ -143,14 +143,17 @@ class Ledger:
         return self.memory(value)
 
     def recompute(
-        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]
-    ) -> None:
+        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None],
+        may_run: Callable[[int, Collection[int]], bool] = lambda call, needed: True,
+    ) -> None:  # fmt: skip
         """Recompute values that are gone, with one rerun per call: O(calls).
 
         Args:
             values: which.
             stays: whether another value that was made on the way stays in memory.
             after_each: as for ``fetch``.
+            may_run: asked before every call, with the values that are still needed on the way; at the first one that
+                may not run this ends, with what it has.
         """
         try:
             missing = self.missing(values)
@@ -160,6 +163,8 @@ class Ledger:
         asked, made = set(values), set[int]()
         with Rerunning() as rerunning:
             for k, wanted in missing.items():
+                if not may_run(k, +uses):
+                    break
                 self.run(k, wanted, rerunning)
                 made |= wanted
                 reads = self.entries[k].reads
@@ -168,6 +173,11 @@ class Ledger:
                     if not uses[v] and v not in asked and not stays(v):
                         self.let_go(v)
                 after_each(asked | {v for v, n in uses.items() if n > 0})
+            else:
+                return
+        for v in made:
+            if v not in asked and not stays(v):
+                self.let_go(v)
 
     def run(self, call: int, wanted: Collection[int], rerunning: Rerunning, ends: Collection[int] = ()) -> None:
         """Rerun a call, and hold what is wanted of it.

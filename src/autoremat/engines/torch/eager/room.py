@@ -5,7 +5,7 @@ That is the case in a first step, and off the path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from math import ceil
 from typing import Final, Protocol
 
@@ -88,7 +88,7 @@ class OfFirstStep:
 
         What is held in the backward, a plan will say.
         """
-        return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * max(0.0, self._share(self.plain_bytes))))
+        return needed_bytes + int(min(3 * needed_bytes, _SCRATCH * max(0.0, self._share(self.plain_bytes))))
 
     def saved(self, value: int, nbytes: int) -> None:
         """Note that autograd saves a value, perhaps not for the first time."""
@@ -210,9 +210,14 @@ class Room:
         """Count what a call has made."""
         self.online.meter.add(local_of(tensor))
 
-    def fits(self, calls: Iterable[int]) -> bool:
-        """Tell whether there is room to rerun these calls one by one."""
-        return self.has(3 * max((self.online.nbytes.get(k, 0) for k in calls), default=0))
+    def learn(self, costs: Sequence[tuple[float, int]]) -> None:
+        """Take a rerun's seconds and bytes, by call, from a program."""
+        for call in self.online.nbytes:
+            self.online.noted(call, *costs[call])
+
+    def fits(self, call: int) -> bool:
+        """Tell whether there is room to rerun a call of known bytes."""
+        return self.online.meter.nbytes + self.online.nbytes.get(call, 0) <= self._allowance.all_bytes()
 
     def has(self, nbytes: int) -> bool:
         """Tell whether there is room for so many bytes."""

@@ -118,7 +118,7 @@ class Script:
         spare_works: in place of ``works``, where the path may be left: whatever may be rerun is prepared.
         spare_seconds: what that takes: an estimate.
         packed: for everything that autograd saves the value, if it has one.
-        costs: for every call a rerun's seconds, and the bytes of what it makes, temporaries included.
+        costs: for every call a rerun's seconds, and the most bytes that it takes on top of what is there.
         composites: by their first call, functions made of others at whose calls there is nothing to do.
         away: values that are in the tier for a while.
         sent_bytes: what goes there in all.

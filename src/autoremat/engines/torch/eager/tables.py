@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 from autoremat.engines.torch.eager.stays import Stays
-from autoremat.program import Plan, Program, Timeline
+from autoremat.program import Plan, Program, Timeline, simulate
 
 
 def stops_of(program: Program, number: dict[int, int]) -> frozenset[int]:
@@ -27,15 +27,19 @@ def stops_of(program: Program, number: dict[int, int]) -> frozenset[int]:
 def costs_of(program: Program, n_calls: int) -> tuple[tuple[float, int], ...]:
     """Return, for every call, a rerun's seconds and its bytes.
 
-    The bytes are of what it makes, temporaries included.
+    The bytes are the most that it takes on top of what is there before: temporaries, and copies of what it overwrites.
     """
-    found = [(0.0, 0)] * n_calls
-    for op in (program.ops[i] for i in program.forward):
-        if 0 <= op.call < len(found):
-            seconds, nbytes = found[op.call]
-            made = sum(program.values[v].nbytes for v in op.writes)
-            found[op.call] = seconds + op.again_seconds, nbytes + made + op.scratch_bytes
-    return tuple(found)
+    seconds, most, copies, before = [0.0] * n_calls, [0] * n_calls, [0] * n_calls, dict[int, int]()
+    for i, resident in zip(program.forward, simulate(program).resident_bytes, strict=False):
+        op = program.ops[i]
+        if 0 <= op.call < n_calls:
+            overwritten = sum(program.values[old].nbytes for _, old in op.in_place)
+            made = op.scratch_bytes + sum(program.values[v].nbytes for v in op.writes) - overwritten
+            before.setdefault(op.call, resident - made)
+            most[op.call] = max(most[op.call], made, resident - before[op.call])
+            copies[op.call] += overwritten
+            seconds[op.call] += op.again_seconds
+    return tuple((s, m + c) for s, m, c in zip(seconds, most, copies, strict=True))
 
 
 def run_twice(plan: Plan, timeline: Timeline, ready: frozenset[int]) -> frozenset[int]:
