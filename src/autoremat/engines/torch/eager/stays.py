@@ -66,11 +66,14 @@ class Stays:
     def kept_packs(self, away: Collection[int] = ()) -> set[int]:
         """Find packs that are asked for only while the forward's value remains.
 
-        Those of values that are away for a while are not.
+        Those of values that are away for a while are not. Nor is the pack at which a value becomes known that is made
+        inside a call, such as a weight that autocast has converted and keeps for further calls, if one of these is not.
         """
         later = {self.pack_at[p] for v in away for s in self.by_value[v] for p in s.asks}
         for ss in self.by_value.values():
             later |= {self.pack_at[p] for s in ss[1:] for p in s.asks}
+        values = {self._path.packed[j] for j in later if j >= 0}
+        later |= {c.packs[0] + i for c in self._path.calls for i, v in c.saved if v in values}
         return set(range(len(self._path.packed))) - later
 
     def find_last_reads(self, packs: tuple[int | None, ...]) -> None:

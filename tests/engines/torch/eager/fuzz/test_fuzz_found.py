@@ -363,3 +363,10 @@ def test_a_part_checkpointed_by_hand_whose_input_is_overwritten_is_an_error_of_t
     outcome = examine(Script(body, slots=(0,), steps=(Step(),) * 2))
     assert outcome.wrong == []
     assert outcome.error == "RuntimeError"
+
+
+def test_weights_that_autocast_keeps_from_an_earlier_call_are_known() -> None:
+    """The first call converts and saves them; where its backward does not ask for them, the second one's does."""
+    body = Do("gru", to=1, a=0), Do("gru", to=1, a=0)
+    steps = (Step("within autocast", training=True),) * 3
+    assert examine(Script(body, slots=(0,), steps=steps, way=Way("nothing"))).wrong == []
