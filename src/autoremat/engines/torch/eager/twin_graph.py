@@ -59,6 +59,10 @@ class TwinGraph:
         self._nodes[where] = twin, blank_of(twin)
         self._node_of[id(twin)] = where
 
+    def is_placed(self, twin: Tensor, where: tuple[int, int]) -> bool:
+        """Tell whether a twin stands for this output of a node."""
+        return self._node_of.get(id(twin)) == where
+
     def cut(self, twin: Tensor) -> None:
         """Take the memory from a twin; what was computed needs its history."""
         where = self._node_of.pop(id(twin), None)

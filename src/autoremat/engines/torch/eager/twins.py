@@ -61,11 +61,22 @@ class Twins:
         ``node_of``: gives the node that has made the tensor.
         """
         if (twin := self.known(tensor)) is not None:
-            if is_like(twin, tensor) and twin.requires_grad == tensor.requires_grad:
+            is_same = is_like(twin, tensor) and twin.requires_grad == tensor.requires_grad
+            if is_same and not self._has_new_history(tensor, twin, node_of):
                 return twin
             return self._put_right(tensor, twin)
         node = node_of(tensor)
         return self.bind(tensor, self._met(tensor, node), node)
+
+    def _has_new_history(self, tensor: Tensor, twin: Tensor, node_of: Callable[[Tensor], Any]) -> bool:
+        """Tell whether a tensor got a history unseen.
+
+        Views that a custom Function returns get theirs when it ends; before, they say that they require grad, too.
+        """
+        if not is_leaf(twin) or is_leaf(tensor):
+            return False
+        node = node_of(tensor)
+        return node is not None and not self.graph.is_placed(twin, (node._sequence_nr(), tensor.output_nr))
 
     def as_given(self, tensor: Tensor) -> Tensor:
         """Return the twin of an argument as it was when given."""
