@@ -94,7 +94,7 @@ class Script:
         packs: for everything that autograd saves: None to keep it as it is, or the value whose memory may go.
         asked: packs that are kept, and at which something is to be done when they are asked for.
         acts: what to do at requests of the backward, in order.
-        kept: values of packs that are kept.
+        kept: values of packs that are kept and that the backward asks for.
         hold: values that the tape itself holds.
         hold_at: those of them made and saved inside a call, by the number of a pack that is kept.
         twice: calls for whose immediate rerun the budget has room.

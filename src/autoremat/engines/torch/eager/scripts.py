@@ -61,7 +61,7 @@ def script_of(plan: Plan, path: Path) -> Script:
         asked=asked,
         acts=acts,
         hold=hold,
-        kept=frozenset(v for j, v in enumerate(path.packed) if v is not None and packs[j] is None),
+        kept=frozenset(v for j in path.asks if j >= 0 and packs[j] is None and (v := path.packed[j]) is not None),
         hold_at=hold_at,
         loose=not hooked <= inside,
         twice=run_twice(plan, timeline, ready),
