@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,7 +213,7 @@ def test_what_the_tape_does(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     trace = Trace(monkeypatch)
     trace.know(path)
     tape = following(plan_of(program), path)
-    tape.backward.on_ask = lambda value: trace.note("?", value)
+    tape.backward.watch = SimpleNamespace(asked=lambda value: trace.note("?", value), gone=lambda pack: None)
     with tape.forward():
         loss = (other or fn)(x)
     trace.events.append("|")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.memory_account import account, measured_peak, resident
 from autoremat.program import simulate
 from tests.engines.torch.follow import recorded
 
@@ -67,3 +69,30 @@ def test_a_result_that_stays_keeps_its_graph() -> None:
     assert plan is not None
     assert abs(plan.plain_peak_bytes - peaks[0]) <= 64
     assert peaks[2] <= plan.peak_bytes + 64
+
+
+@pytest.mark.parametrize(
+    "look", [torch.abs, lambda x: x.square().mean(), torch.isfinite], ids=["abs", "metric", "isfinite"]
+)
+def test_a_look_at_activations_that_is_thrown_away_costs_nothing(look: Callable[[Tensor], Tensor]) -> None:
+    """Its graph is gone at once, so that what it has saved is free to go."""
+    torch.manual_seed(0)
+    modules = nn.Sequential(*(m for _ in range(4) for m in (nn.Linear(64, 64), nn.GELU())))
+    x = torch.randn(512, 64)
+
+    def step(x: Tensor, looks: bool) -> Tensor:
+        for module in modules:
+            x = module(x)
+            if looks:
+                look(x)
+        return x.square().mean()
+
+    plain, plan = (autoremat.plan(lambda x, looks=looks: step(x, looks), x, budget=1.0) for looks in (False, True))
+    modules.zero_grad()
+    assert plan.plain_peak_bytes == measured_peak(lambda: step(x, looks=True).backward(), modules, x)
+    assert plan.floor_bytes == plain.floor_bytes
+    budget = int(1.15 * plan.floor_bytes)
+    call = autoremat.checkpoint(lambda x: step(x, looks=True), budget=budget)
+    for _ in range(3):
+        modules.zero_grad()
+        assert measured_peak(lambda: call(x).backward(), modules, x) <= budget

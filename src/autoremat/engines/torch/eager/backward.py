@@ -7,7 +7,7 @@ code, with the same random numbers, in the same state, in-place calls on copies.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +22,19 @@ from autoremat.engines.torch.eager.script import Act, Script
 from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory
 
 _unseen = torch._C.DisableTorchFunction
+
+
+class Watch(Protocol):
+    """Somebody who wants to know what happens to saved tensors."""
+
+    def asked(self, value: int) -> None:
+        """Hear that a pass asks for a value."""
+
+    def gone(self, pack: int) -> None:
+        """Hear that autograd has let go of a pack.
+
+        This may come at any moment, in any thread.
+        """
 
 
 class Backward:
@@ -52,8 +65,8 @@ class Backward:
         self.is_forward = True
         self._is_patient = False
         """Deaths of handles change nothing before the next pass, or the last one."""
-        self.on_ask: Callable[[int], None] | None = None
-        """Told which values passes ask for, if set."""
+        self.watch: Watch | None = None
+        """Told what passes ask for and what autograd lets go of, if set."""
         self.pinned: set[int] = set()
         """Values that the plan would drop and that must be kept."""
 
@@ -128,8 +141,8 @@ class Backward:
                 if handle.stays is not None and handle.served == passes.number:
                     return handle.stays
                 value = passes.serve(handle)
-                if self.on_ask is not None:
-                    self.on_ask(value)
+                if self.watch is not None:
+                    self.watch.asked(value)
                 if self._script is None:
                     self._shrink()
                 tensor = self._served(handle, value)
@@ -260,6 +273,8 @@ class Backward:
     def released(self, handle: Handle) -> None:
         """Note that a handle is gone; drop what only handles needed."""
         self._passes.put_down(handle)
+        if self.watch is not None:
+            self.watch.gone(handle.pack)
         if self._is_patient and not self._passes.are_all_gone:
             return
         # A finalizer must not wait for the lock: it may have interrupted the very thread that holds it.

@@ -122,6 +122,7 @@ class FirstStep:
         self._units = Units(parallel, self.modules, self._shadow)
         storages, fixed_bytes = what_is_there(self.modules, args, kwargs, parallel)
         self.tape = Tape(First(OfFirstStep(room(fixed_bytes)), self._shadow, storages, is_kept), reports, check)
+        self.tape.backward.watch = self._shadow.packs
 
     def _named(self) -> list[tuple[str, Tensor]]:
         return _named(self.modules)

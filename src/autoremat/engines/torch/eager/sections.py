@@ -127,6 +127,9 @@ class Sections:
         self._shadow = None
         return tuple(self._taken.values())
 
+    def gone(self, pack: int) -> None:
+        """Do nothing: what a pass no longer needs is no news."""
+
     def asked(self, value: int) -> None:
         """Note that a pass asks for a value of the forward."""
         if self._section is not None and torch._C._current_graph_task_id() != self._section.task:

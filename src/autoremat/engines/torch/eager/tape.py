@@ -240,9 +240,9 @@ class Tape:
         self.script, self.ledger.where = script, script.where
         with torch._C.DisableTorchFunction():
             self.backward.take_plan(script, self.keeping.may_go)
-        sections, self.sections = self.sections, None
+        sections, self.sections, self.backward.watch = self.sections, None, None
         if sections is not None and sections.open():
-            self.sections, self.backward.on_ask = sections, sections.asked
+            self.sections = self.backward.watch = sections
 
     # ---- what happens to values ------------------------------------------------------------------------------------
 

@@ -27,6 +27,8 @@ class TwinPacks:
         self.recorder = world.recorder
         self.pack_of: dict[int, int] = {}
         """By the recorder's count of packs, the real step's pack."""
+        self._count_of: dict[int, int] = {}
+        """The same the other way round."""
         self.number_of: dict[int, int] = {}
         """By real pack, its value's number, if the step made it."""
         self.here: dict[int, Tensor] = {}
@@ -61,6 +63,7 @@ class TwinPacks:
     def close(self) -> None:
         """Hold no tensor of the step any more."""
         self.here.clear()
+        self._count_of.clear()
         self._numbers.clear()
         self._regions, self.region = Regions(), None
 
@@ -122,12 +125,20 @@ class TwinPacks:
             self.match(packed, j)
         self.begin()  # what is still in the list would seem to be wanted to the end of the backward
 
+    def asked(self, value: int) -> None:
+        """Do nothing: a pass within the forward is recorded itself."""
+
+    def gone(self, pack: int) -> None:
+        """Note that the real graph has let go of what it had saved."""
+        if (n := self._count_of.get(pack)) is not None:
+            self.recorder.packs.gone(n)
+
     def match(self, packed: Any, j: int) -> None:
         """Match one pack of a twin with a real pack."""
         if isinstance(packed, PackedLocal):
             packed = packed.packed
         if isinstance(packed, Packed):
-            self.pack_of[packed.n] = j
+            self.pack_of[packed.n], self._count_of[j] = j, packed.n
             self.number_of[j] = packed.number
             real = self.here.get(j)
             if real is not None and real.dtype is not torch.bool and is_small_index(real):

@@ -40,13 +40,16 @@ class Packs:
         self._of_value: dict[int, set[int]] = {}
         self._open: dict[int, int] = {}
         """By pack, the op at which the backward has asked for it."""
+        self._gone_at: dict[int, int] = {}
+        """By pack, how many ops there were when the real step's graph let go of it."""
 
     def save(self, number: int, view: View, device: torch.device, module: str, source: str) -> Packed:
         """Note that autograd saves this view of a value."""
         packed = Packed(self._n, number, view, device, module, source)
         self._n += 1
         key = id(packed)
-        self._packed[key] = weakref.ref(packed, lambda _: self._released(key))
+        n = packed.n
+        self._packed[key] = weakref.ref(packed, lambda _: self._released(key, n))
         self._number_of[key] = number
         self._of_value.setdefault(number, set()).add(key)
         return packed
@@ -82,7 +85,14 @@ class Packs:
                 self._number_of[key] = new
                 self._of_value.setdefault(new, set()).add(key)
 
-    def _released(self, key: int) -> None:
+    def gone(self, n: int) -> None:
+        """Note that the real graph has let go of a pack.
+
+        Nobody will ask for it, though the graph that stands for the real one may have it for longer.
+        """
+        self._gone_at.setdefault(n, len(self._log.ops))
+
+    def _released(self, key: int, n: int) -> None:
         del self._packed[key]
         number = self._number_of.pop(key)
         self._of_value[number].discard(key)
@@ -91,11 +101,11 @@ class Packs:
             self._storages.is_used(number, asked_at)
         else:  # nobody asked for it: plain training would have kept it until now
             value = self._log.values[number]
-            value.died = max(value.died or 0, len(self._log.ops))
+            value.died = max(value.died or 0, self._gone_at.get(n, len(self._log.ops)))
 
     def finish(self) -> None:
         """Hold what nobody has asked for to the end of the step."""
         for ref in self._packed.values():
             packed = ref()
-            if packed is not None and not packed.unpacked:
+            if packed is not None and not packed.unpacked and packed.n not in self._gone_at:
                 self._log.values[packed.number].forever = True
