@@ -208,3 +208,27 @@ def test_declared_bytes_and_what_is_refused() -> None:
     lbfgs: Any = optim.LBFGS(network().parameters())
     with pytest.raises(UnusableInput, match="optimizer=<bytes>"):
         optimizer_bytes(lbfgs)
+
+
+def test_state_that_some_parameters_will_get_later_is_counted_from_the_beginning() -> None:
+    """One of three heads is trained in every step; only then AdamW makes its state."""
+    heads = nn.ModuleList(nn.Linear(8, 100) for _ in range(3))
+    optimizer = torch.optim.AdamW(heads.parameters())
+    whole = optimizer_bytes(optimizer).state
+    for head in heads:
+        assert optimizer_bytes(optimizer).state == whole
+        optimizer.zero_grad()
+        head(torch.randn(4, 8)).sum().backward()
+        optimizer.step()
+    assert whole == sum(t.nbytes for state in optimizer.state.values() for t in state.values())
+
+
+def test_parameters_that_are_unfrozen_get_a_state() -> None:
+    model = nn.Sequential(nn.Linear(8, 300), nn.Linear(300, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    model[0].requires_grad_(False)
+    model(torch.randn(4, 8)).sum().backward()
+    optimizer.step()
+    assert optimizer_bytes(optimizer).state == 2 * 602 * 4 + 2 * 4
+    model.requires_grad_(True)
+    assert optimizer_bytes(optimizer).state == 2 * (602 + 2700) * 4 + 4 * 4

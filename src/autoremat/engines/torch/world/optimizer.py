@@ -35,8 +35,8 @@ class OptimizerBytes(NamedTuple):
 def optimizer_bytes(optimizer: Any) -> OptimizerBytes:
     """Return the bytes of an optimizer's state and of its temporaries.
 
-    The state is that of now, or of after the first step. Two steps are taken by a copy of the optimizer on fake
-    parameters: nothing is allocated or changed.
+    The state is that of now, and of parameters that have none yet what they get in their first step. Two steps are
+    taken by a copy of the optimizer on fake parameters: nothing is allocated or changed.
 
     Args:
         optimizer: an optimizer, several that take turns, the number of bytes of a state, or None for no state.
@@ -81,16 +81,21 @@ def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
             "how many bytes its state takes instead: optimizer=<bytes>"
         )
     try:
-        state, scratch = _apart(optimizer)
+        states, scratch = _apart(optimizer)
     except Exception as error:
         raise UnusableInput(
             f"{type(optimizer).__name__} cannot take a step on fake parameters ({type(error).__name__}: {error}); say "
             "how many bytes its state takes instead: optimizer=<bytes>"
         ) from error
-    return OptimizerBytes(_state_bytes(optimizer) or state, scratch)
+    coming = sum(made for p, made in zip(_trained(optimizer), states, strict=True) if not optimizer.state.get(p))
+    return OptimizerBytes(_state_bytes(optimizer) + coming, scratch)
 
 
-def _apart(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
+def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+
+
+def _apart(optimizer: torch.optim.Optimizer) -> tuple[list[int], int]:
     """Take two steps where they leave nothing behind.
 
     An optimizer may change its own attributes, for one.
@@ -101,8 +106,8 @@ def _apart(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
     return _two_steps(optimizer)
 
 
-def _two_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
-    """Return bytes of state and temporaries of two steps.
+def _two_steps(optimizer: torch.optim.Optimizer) -> tuple[list[int], int]:
+    """Return bytes of state, by parameter, and of temporaries of two steps.
 
     The first step makes the state as it goes; later ones find it.
     """
@@ -117,14 +122,18 @@ def _two_steps(optimizer: torch.optim.Optimizer) -> tuple[int, int]:
         with mode, _Account() as account:
             take(twin)
         peaks.append(account.peak_bytes)
-    state = _state_bytes(twin)
-    return state, max(peaks[0] - state, peaks[1])
+    states = [_bytes_of([twin.state.get(p, {})]) for p in _trained(twin)]
+    return states, max(peaks[0] - _state_bytes(twin), peaks[1])
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    return _bytes_of(optimizer.state.values())
+
+
+def _bytes_of(states: Iterable[Mapping[str, Any]]) -> int:
     storages = {
         t.untyped_storage()._cdata: t.untyped_storage().nbytes()
-        for state in optimizer.state.values()
+        for state in states
         for t in map(local_of, torch.utils._pytree.tree_leaves(dict(state)))
         if isinstance(t, Tensor)
     }
