@@ -6,7 +6,7 @@ code, with the same random numbers, in the same state, in-place calls on copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ from autoremat.engines.torch.eager.acting import Acting, carry_out
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.passes import NO_TASK, Passes, current_task, in_backward, in_python_node
-from autoremat.engines.torch.eager.returning import bring_back
+from autoremat.engines.torch.eager.returning import begin_by
 from autoremat.engines.torch.eager.room import Nothing, Room
 from autoremat.engines.torch.eager.script import Act, Script
 from autoremat.engines.torch.world.memory import free_memory, is_out_of_memory
@@ -86,23 +86,16 @@ class Backward:
         if not self.is_planned:
             self._passes.needs.count()
 
-    def take_plan(self, script: Script, can_go: Callable[[int], bool]) -> None:
-        """Go on by a plan made of this forward: hold, drop, recompute."""
-        ledger, needs = self._ledger, self._passes.needs
+    def take_plan(self, script: Script, can_go: Callable[[int], bool], there: Mapping[int, Tensor]) -> None:
+        """Go on by a plan made of this forward: hold, drop, recompute.
+
+        Args:
+            script: of the plan.
+            can_go: whether dropping a held value frees its memory and loses nothing.
+            there: values that somebody else holds; nobody has to recompute these now.
+        """
         self._script, self._acting = script, Acting(script)
-        for entry in ledger.entries.values():  # also of calls that the plan never reruns: they may be needed
-            entry.stops = frozenset([v for _, v in entry.saved if v in script.stops])
-        kept = script.kept | script.hold
-        for value in list(ledger.held):
-            if value not in kept and value in ledger.maker and can_go(value):
-                ledger.let_go(value)
-        gone = [v for v in kept - script.away if v not in ledger.held and v in ledger.maker and needs.is_needed(v)]
-        if not ledger.can_make(ledger.missing(gone)):
-            return  # it comes when it is asked for
-        if self.room is not None:
-            self.room.learn(script.costs)
-        bring_back(ledger, kept - script.away, gone, can_go, self.room)
-        ledger.recomputed -= kept  # these replace the forward's own values
+        begin_by(script, self._ledger, self._passes.needs, can_go, there, self.room)
 
     def improvise(self) -> None:
         """Recompute values on demand from here on, within the budget's room."""

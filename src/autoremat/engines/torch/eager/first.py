@@ -249,6 +249,10 @@ class FirstStep:
         """Return the module that ran a line; "" outside of all."""
         return next((op.module for op in self._shadow.recorder.ops if op.source == line), "")
 
+    def living(self) -> list[Tensor]:
+        """List the tensors of the step that somebody holds."""
+        return self._shadow.twins.tensors()
+
     def on_op(self, report: Callable[[int], None]) -> None:
         """Report every recorded op, by the number of those so far."""
         self._shadow.recorder.log.on_op = report

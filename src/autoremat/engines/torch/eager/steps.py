@@ -126,7 +126,7 @@ class Steps:
             program = self._planner.assembled(step)
             kind.prepared.path = step.path()
             if kind.script is not None and kind.prepared.path == known:
-                self._follow(step.tape, self._first_script(kind))
+                self._follow(step, self._first_script(kind))
                 return
             adopted = None if kind.prepared.differing else self._planning.adopted(kind.prepared, program)
             there = step.gradients(program)
@@ -141,7 +141,7 @@ class Steps:
             if kind.prepared.parallel.units:  # the program has what fully_shard's hooks take already
                 step.tape.sections = None
             if kind.script is not None:
-                self._follow(step.tape, self._first_script(kind))
+                self._follow(step, self._first_script(kind))
                 kind.prepared.sections = step.tape.sections
         except NothingDifferentiable:
             kind.is_new = True
@@ -157,11 +157,11 @@ class Steps:
         """Return what the first backward of a kind goes by."""
         return first_script(self._planner, self._reporter, self._planning.quick_seconds, kind.prepared)
 
-    def _follow(self, tape: Tape, script: Script) -> None:
+    def _follow(self, step: FirstStep, script: Script) -> None:
         """Go on by a plan; what it has away by now moves."""
-        ledger = tape.ledger
+        ledger = step.tape.ledger
         ledger.away = away_for(self._planning, script)
-        tape.take_plan(script)
+        step.tape.take_plan(script, step.living())
         ledger.away.take(ledger, script.away)
 
     def knows(self, prepared: Prepared, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ handles. Policy, ledger and passes deal with these events. Afterwards the handle
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -235,11 +235,15 @@ class Tape:
         self.listener.heard = self._heard()
         self.backward.improvise()
 
-    def take_plan(self, script: Script) -> None:
-        """Go on by a plan that was made of this very forward."""
+    def take_plan(self, script: Script, living: Iterable[Tensor] = ()) -> None:
+        """Go on by a plan that was made of this very forward.
+
+        ``living``: tensors that somebody else holds.
+        """
         self.script, self.ledger.where = script, script.where
         with torch._C.DisableTorchFunction():
-            self.backward.take_plan(script, self.keeping.may_go)
+            there = {n: t for t in living if (n := self.numbers.known_tensor(t)) is not None and n >= 0}
+            self.backward.take_plan(script, self.keeping.may_go, there)
         sections, self.sections, self.backward.watch = self.sections, None, None
         if sections is not None and sections.open():
             self.sections = self.backward.watch = sections

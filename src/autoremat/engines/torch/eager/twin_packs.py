@@ -129,7 +129,7 @@ class TwinPacks:
         """Do nothing: a pass within the forward is recorded itself."""
 
     def gone(self, pack: int) -> None:
-        """Note that the real graph has let go of what it had saved."""
+        """Note that the real graph has let go of a pack."""
         if (n := self._count_of.get(pack)) is not None:
             self.recorder.packs.gone(n)
 

@@ -50,6 +50,10 @@ class Twins:
         bound = (storage_of(local_of(twin)) for _, twin in self._twins.values())
         return {self._world.recorder.map.number(s) for s in bound if s is not None}
 
+    def tensors(self) -> list[Tensor]:
+        """List the tensors of the step that are alive."""
+        return [t for known, _ in self._twins.values() if (t := known()) is not None]
+
     def leaves(self) -> list[Tensor]:
         """List the twins that gradients are accumulated into."""
         found = {id(twin): twin for _, twin in self._twins.values() if is_leaf(twin) and twin.requires_grad}
