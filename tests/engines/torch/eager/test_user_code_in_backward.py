@@ -79,6 +79,36 @@ class Implicit(nn.Module):
         return self.before(z).square().mean()
 
 
+class WithStatistics(torch.autograd.Function):
+    """Gives a second result, as large as the first, and a mask; where nobody reads them, autograd makes zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y, mask = x.tanh(), x > 0
+        ctx.save_for_backward(y)
+        ctx.mark_non_differentiable(mask)
+        return y, y.exp(), mask
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor, *_: Tensor) -> Tensor:  # type: ignore[override]
+        (y,) = ctx.saved_tensors
+        return gradient * (1 - y * y)
+
+
+class Unread(nn.Module):
+    """Layers whose Functions give more than is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """One number."""
+        for layer in self.layers:
+            x = WithStatistics.apply(layer(x))[0]  # type: ignore[no-untyped-call]
+        return x.square().mean()
+
+
 def peaks(net: nn.Module, call: Callable[[Tensor], Tensor], steps: int = 3) -> list[int]:
     """Measured peaks of steps; gradients are left of the last one."""
     torch.manual_seed(1)
@@ -90,8 +120,8 @@ def peaks(net: nn.Module, call: Callable[[Tensor], Tensor], steps: int = 3) -> l
     return found
 
 
-@pytest.mark.one_in(2)
-@pytest.mark.parametrize("kind", [Blocks, Implicit])
+@pytest.mark.one_in(3)
+@pytest.mark.parametrize("kind", [Blocks, Implicit, Unread])
 def test_what_code_in_the_backward_takes_is_in_the_plan(kind: type[nn.Module]) -> None:
     torch.manual_seed(0)
     plain = kind()
@@ -234,7 +264,7 @@ def test_what_a_custom_function_saves_of_its_own_is_in_the_plan() -> None:
 
 @pytest.mark.slow
 @pytest.mark.guard
-@pytest.mark.parametrize("kind", [Blocks, Implicit])
+@pytest.mark.parametrize("kind", [Blocks, Implicit, Unread])
 def test_the_second_plan_is_found_without_looking_for_all_others(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -55,6 +55,7 @@ class _Section:
         first_value: the same of the first value.
         task: the pass that it is part of.
         graph: the nodes whose twins had a history before.
+        zeros_bytes: of the gradients that autograd has made for it, because none came.
         asked: values of the forward that other passes have asked for.
         failed: something in it cannot be done on fake tensors.
     """
@@ -64,6 +65,7 @@ class _Section:
     first_value: int
     task: int
     graph: frozenset[tuple[int, int]]
+    zeros_bytes: int
     asked: set[int] = field(default_factory=set)
     failed: bool = False
 
@@ -82,6 +84,8 @@ class Sections:
         self._listener = Listener(self._heard)
         self._section: _Section | None = None
         self._taken: dict[int, Taken] = {}
+        self._arrived: dict[int, tuple[bool, ...]] = {}
+        """Which gradients a custom Function's node has got, by its key; autograd makes zeros for the others."""
         self._n_hooks = self._n_over = 0
         shadow.graph.met = self._met
 
@@ -93,7 +97,11 @@ class Sections:
         for name in ("apply", "apply_boxed"):
             if hasattr(type(node), name):
                 setattr(node, name, partial(self._applied, weakref.ref(node), key, name))
+        node.register_prehook(partial(self._arrive, key))
         return key
+
+    def _arrive(self, key: int, gradients: Sequence[Any]) -> None:
+        self._arrived[key] = tuple(g is not None for g in gradients)
 
     def _applied(self, reference: weakref.ref[Any], key: int, name: str, *gradients: Any) -> Any:
         node = reference()
@@ -141,7 +149,8 @@ class Sections:
             return func(*gradients)
         recorder = shadow.recorder
         task = torch._C._current_graph_task_id()
-        self._section = section = _Section(key, len(recorder.ops), recorder.map.made, task, shadow.graph.known())
+        zeros = self._zeros_bytes(key, gradients)
+        self._section = section = _Section(key, len(recorder.ops), recorder.map.made, task, shadow.graph.known(), zeros)
         try:
             with _in_forward(shadow), self._listener:
                 out = func(*gradients)
@@ -154,6 +163,13 @@ class Sections:
             self._n_over += 1
             if self._n_over == len(shadow.graph.marks):
                 self._shadow = None
+
+    def _zeros_bytes(self, key: int, gradients: Sequence[Any]) -> int:
+        """Return the bytes of the gradients that no node has given."""
+        arrived = self._arrived.pop(key, (True,) * len(gradients))
+        made = {s._cdata: s.nbytes() for g, came in zip(gradients, arrived, strict=False)
+                if isinstance(g, Tensor) and not came and (s := storage_of(local_of(g)))}  # fmt: skip
+        return sum(made.values())
 
     def _heard(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         shadow, section = self._shadow, self._section
@@ -191,7 +207,7 @@ class Sections:
         ops = recorder.ops[section.first_op :]
         return Taken(
             shadow.graph.marks[section.key],
-            peak_bytes(ops, recorder.values, section.first_op, first),
+            section.zeros_bytes + peak_bytes(ops, recorder.values, section.first_op, first),
             sum(recorder.values[n].nbytes for n in left),
             frozenset(section.asked),
         )
