@@ -1,12 +1,14 @@
 """Parts of a step that the user checkpoints with ``torch.utils.checkpoint``.
 
 What is saved inside such a part is gone after the forward. torch reruns the part as soon as the backward asks for the
-first of it, and then all of it is there. In a recording that is one op of the backward.
+first of it, and then all of it is there. In a recording that is one op of the backward. What the part is given is saved
+outside of it, as other saved tensors are, and asked for right before the rerun.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 from weakref import WeakSet
@@ -16,6 +18,7 @@ from torch import Tensor
 
 from autoremat.engines.torch.operators.history import is_leaf
 from autoremat.engines.torch.operators.values import View, is_parameter, storage_of
+from autoremat.engines.torch.recording.packs import Packed
 from autoremat.engines.torch.recording.recorder import Recorder
 from autoremat.engines.torch.recording.recording import RecordedOp
 
@@ -23,10 +26,26 @@ _OF_TORCH: Final = "torch.utils.checkpoint"
 _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
+def is_given_to_a_region() -> bool:
+    """Tell whether what autograd saves right now is what a part is given.
+
+    torch then makes a saved tensor by itself, right in that file (``save_inputs``, 2.13).
+    """
+    frame = sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("autoremat."):
+        frame = frame.f_back
+    return frame.f_globals.get("__name__") == _OF_TORCH
+
+
 class Regions:
-    """The parts of one step."""
+    """The parts of one step.
+
+    Attributes:
+        given: what has been saved for the part that begins next.
+    """
 
     def __init__(self) -> None:
+        self.given: list[Packed] = []
         self._found: dict[Any, Region] = {}
 
     def now(self, recorder: Recorder) -> Region | None:
@@ -38,7 +57,8 @@ class Regions:
         if hooks is None or getattr(hooks[0], "__module__", "") != _OF_TORCH:
             return None
         if hooks[0] not in self._found:
-            self._found[hooks[0]] = Region(recorder)
+            self._found[hooks[0]] = Region(recorder, tuple(self.given))
+            self.given.clear()
         return self._found[hooks[0]]
 
 
@@ -47,10 +67,11 @@ class Region:
 
     Args:
         recorder: that records the step.
+        saved: what the part is given, as it has been saved.
     """
 
-    def __init__(self, recorder: Recorder) -> None:
-        self.recorder = recorder
+    def __init__(self, recorder: Recorder, saved: Sequence[Packed]) -> None:
+        self.recorder, self._saved = recorder, saved
         self._waiting: WeakSet[SetAside] = WeakSet()
         self._begin = recorder.map.made
         self._reads: dict[int, None] = {}
@@ -68,7 +89,7 @@ class Region:
         if storage is None or is_parameter(tensor) or recorder.map.number(storage) < 0:
             return tensor if is_leaf(tensor) else tensor.detach()
         number = recorder.map.number(storage)
-        packed = SetAside(self, number, View.of(tensor), tensor.device, recorder.module_path())
+        packed = SetAside(self, number, View.of(tensor), tensor.device, recorder.module_path(), self._saved)
         self._waiting.add(packed)
         return packed
 
@@ -81,6 +102,9 @@ class Region:
             for p in waiting:
                 if p.number not in made:
                     made[p.number] = torch.empty(recorder.values[p.number].nbytes, dtype=torch.uint8, device=p.device)
+        for given in self._saved:
+            recorder.packs.ask(given)
+        self._saved = ()  # from here on it is there as long as what is waiting
         inside = [n for n in made if n >= self._begin]
         op = RecordedOp(_OF_TORCH, list(self._reads), (), (), True, None, module=min(p.module for p in waiting))
         op.writes = tuple(recorder.map.bind_made(made[n].untyped_storage()) for n in inside)
@@ -102,6 +126,8 @@ class SetAside:
     view: View
     device: torch.device
     module: str
+    saved: Sequence[Packed]
+    """What its part is given; torch has it as long as anything that it recomputes."""
     tensor: Tensor | None = None
     """Its memory, between the rerun of the part and the request."""
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from autoremat.engines.torch.eager.by_hand import is_given_to_a_region
 from autoremat.engines.torch.eager.twin_packs import TwinPacks
 from autoremat.engines.torch.eager.twin_world import Blank, TwinWorld, blank_of, without_duals
 from autoremat.engines.torch.eager.twins import Twins
@@ -93,7 +94,11 @@ class TwinGraph:
 
     def save_loose(self, j: int, tensor: Tensor) -> None:
         """Note what is saved outside all calls, as by custom functions."""
-        self._loose.append((j, self._twins.memory_of(tensor)))
+        twin = self._twins.memory_of(tensor)
+        if is_given_to_a_region():
+            self._packs.give(j, twin)
+        else:
+            self._loose.append((j, twin))
 
     def _behind(self, node: Any, seen: set[Any]) -> Iterator[tuple[Tensor, Blank]]:
         """Yield a node's nearest known inputs; unseen nodes may lie between."""

@@ -71,6 +71,16 @@ class TwinPacks:
         """Open a block in which what autograd saves is packed here."""
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
+    def give(self, j: int, twin: Tensor) -> None:
+        """Note that torch saves this for the part checkpointed by hand that begins now."""
+        with self.outside_of_regions():
+            packed = self._pack(twin)
+        self.match(packed, j)
+        packed = packed.packed if isinstance(packed, PackedLocal) else packed
+        if isinstance(packed, Packed):
+            self._regions.given.append(packed)
+        self.begin()
+
     @contextmanager
     def outside_of_regions(self) -> Iterator[None]:
         """Open a block in which what is saved belongs to no region.
