@@ -18,11 +18,12 @@ class Acting:
 
     Args:
         script: None where there is no plan.
+        is_over: the forward is over, and with it the passes within it.
     """
 
-    def __init__(self, script: Script | None) -> None:
+    def __init__(self, script: Script | None, *, is_over: bool = False) -> None:
         self._acts = () if script is None else script.acts
-        self._cursor = self._begin = 0
+        self._cursor = self._begin = script.n_acts_within if script is not None and is_over else 0
 
     def is_next(self, pack: int) -> bool:
         """Tell whether asking for this pack sets off the next act."""

@@ -36,7 +36,7 @@ class Acts:
             packs: for every pack the value, if its memory may go; else None.
             moves: by position of a request, what goes to the tier or comes back ahead of it.
         """
-        reruns = self._stays.reruns
+        reruns, end = self._stays.reruns, max(self._stays.program.forward, default=-1)
         acts: list[Act] = []
         pending: list[Rerun] = []
         block: list[int] = []
@@ -54,7 +54,7 @@ class Acts:
                 if pending or is_handle or p in moves:
                     value = self._stays.number.get(v, -1)
                     drops = is_handle and value in self._drops.get(p, ())
-                    acts.append(Act(j, value, tuple(pending), drops, moves.get(p, ())))
+                    acts.append(Act(j, value, tuple(pending), drops, moves.get(p, ()), i < end))
                     pending = []
         return tuple(acts)
 

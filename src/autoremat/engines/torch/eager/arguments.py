@@ -28,6 +28,11 @@ class Seen(NamedTuple):
     view: View
     description: Description | Jagged | None = None
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its elements."""
+        return self.view.size.numel() * self.view.dtype.itemsize
+
     @staticmethod
     def of(tensor: Tensor) -> Seen:
         """Describe how this tensor looks at its memory."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from autoremat.engines.torch.eager.acting import Acting, carry_out
+from autoremat.engines.torch.eager.first_stays import FirstStays
 from autoremat.engines.torch.eager.handle import Handle, Kept
 from autoremat.engines.torch.eager.ledger import Ledger
 from autoremat.engines.torch.eager.passes import NO_TASK, Passes, current_task, in_backward, in_python_node
@@ -58,8 +59,7 @@ class Backward:
         """The pass after the forward has begun."""
         self._is_noted = script is None
         """The forward was noted, so even kept values have handles."""
-        self._late: set[int] = set()
-        """Values to drop as soon as their last handle is gone."""
+        self._stays = FirstStays()
         self.room: Room | None = None
         """Bounds what is held where no plan does."""
         self.is_forward = True
@@ -94,7 +94,8 @@ class Backward:
             can_go: whether dropping a held value frees its memory and loses nothing.
             there: values that somebody else holds; nobody has to recompute these now.
         """
-        self._script, self._acting = script, Acting(script)
+        self._script, self._acting = script, Acting(script, is_over=True)
+        self._stays.take_plan(script)
         begin_by(script, self._ledger, self._passes.needs, can_go, there, self.room)
 
     def improvise(self) -> None:
@@ -137,7 +138,7 @@ class Backward:
                 if self.watch is not None:
                     self.watch.asked(value)
                 if self._script is None:
-                    self._shrink()
+                    self._shrink(needed=handle.seen.nbytes if self.is_forward else 0)
                 tensor = self._served(handle, value)
                 # Keep it like autograd does: until the node is done, including sums over broadcast dimensions.
                 handle.stays = tensor if not passes.retained or in_python_node() else None
@@ -228,18 +229,19 @@ class Backward:
         if self._is_noted:
             if value not in ledger.maker and self._passes.needs.is_needed(value):
                 return  # a chain of reruns may begin with this value
-            kept = self._script is None or value in self._script.kept
+            kept = self._script is None or self._stays.last(value)
             if is_own and kept and value in self._passes.needs.handles:
-                self._late.add(value)
+                self._stays.late.add(value)
                 return
         if value in ledger.held and not (self._passes.retained and is_own and value not in ledger.maker):
             ledger.let_go(value)
 
     # ---- on demand -----------------------------------------------------------------------------------------------
 
-    def _shrink(self, locked: Collection[int] = ()) -> None:
+    def _shrink(self, locked: Collection[int] = (), *, needed: int = 0) -> None:
+        """Make room; a node of a pass within the forward makes about as much as it asks for."""
         if self._script is None and self.room is not None:
-            self.room.shrink(locked, in_backward=not self.is_forward)
+            self.room.shrink(locked, needed=needed, in_backward=not self.is_forward)
 
     def _fetched(self, value: int) -> Tensor:
         script = self._script
@@ -278,11 +280,14 @@ class Backward:
                 self._passes.lock.release()
 
     def _settle(self) -> None:
-        for value in self._passes.settle():
+        unneeded, packs = self._passes.settle()
+        if self._is_noted:
+            unneeded += self._stays.gone(packs)
+        for value in unneeded:
             if self.is_forward or value in self.pinned:
                 continue
             if self._script is not None:
-                is_due = value in self._late or value not in self._script.hold
+                is_due = value in self._stays.late or value not in self._script.hold
                 if is_due and value not in self._ledger.recomputed:
                     self._drop(value)
             elif not self._passes.needs.is_needed(value):

@@ -21,6 +21,7 @@ from autoremat.engines.torch.eager.draws import Draws
 from autoremat.engines.torch.eager.entry import Entry, generators_of, prepared
 from autoremat.engines.torch.eager.facts import FOREIGN, CallFacts, facts_of_call
 from autoremat.engines.torch.eager.handle import Handle, Kept
+from autoremat.engines.torch.eager.passes import in_backward
 from autoremat.engines.torch.eager.path import Call, n_elements
 from autoremat.engines.torch.eager.purity import gives_the_same
 from autoremat.engines.torch.eager.state import DRAWING, State
@@ -237,8 +238,6 @@ class Noting:
         """Return (position, number) of results, and of what was saved inside."""
         number = self._tape.numbers.of_new
         results = tuple([(i, n) for i, t in enumerate(made) if (n := number(t)) is not None])
-        if not self._fresh:
-            return results, ()
         return results, tuple([(j - first, n) for j, _, t in self._fresh if (n := number(t, j)) is not None])
 
     def _enter(self, call: int, entry: Entry | None, facts: CallFacts, effects: Sequence[int]) -> None:
@@ -284,6 +283,8 @@ class Noting:
         handle = Handle(tape.backward, j, tensor)
         if number is None:
             self._fresh.append((j, handle, tensor))
+            if in_backward():  # a pass within the forward saves much before its call is over
+                self._room.made(tensor)
             if self._busy is not None and self._busy[1] is not None:
                 self._busy[1].at(j - self._busy[0])
         else:

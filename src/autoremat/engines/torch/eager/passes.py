@@ -54,7 +54,7 @@ class Passes:
         self.lock = threading.Lock()
         self.task: int | None = None
         """The pass that asked last."""
-        self._gone: deque[tuple[int, int]] = deque()
+        self._gone: deque[tuple[int, int, int]] = deque()
 
     def made(self, handle: Handle) -> None:
         """Count a handle that has been given out."""
@@ -106,20 +106,22 @@ class Passes:
 
     def put_down(self, handle: Handle) -> None:
         """Put down that a handle is gone."""
-        self._gone.append((handle.value, handle.served))
+        self._gone.append((handle.value, handle.served, handle.pack))
 
     @property
     def are_all_gone(self) -> bool:
         """Whether no handle is alive."""
         return len(self._gone) >= self.needs.n_handles
 
-    def settle(self) -> list[int]:
-        """Settle the deaths of handles; return values no longer needed."""
+    def settle(self) -> tuple[list[int], list[int]]:
+        """Settle the deaths of handles; return values no longer needed, and whose packs are gone."""
         unneeded: list[int] = []
+        packs: list[int] = []
         while self._gone:
-            value, served = self._gone.popleft()
+            value, served, pack = self._gone.popleft()
+            packs.append(pack)
             value = self.now(value)
             if served != self.number:
                 self.waiting[value] -= 1
             unneeded += self.needs.remove_handle(value)
-        return unneeded
+        return unneeded, packs

@@ -37,7 +37,7 @@ def begin_by(
     """
     for entry in ledger.entries.values():  # also of calls that the plan never reruns: they may be needed
         entry.stops = frozenset([v for _, v in entry.saved if v in script.stops])
-    kept = script.kept | script.hold
+    kept = script.at_end
     for value in list(ledger.held):
         if value not in kept and value in ledger.maker and can_go(value):
             ledger.let_go(value)

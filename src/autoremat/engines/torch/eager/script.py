@@ -42,6 +42,8 @@ class Act:
         value: that it stands for.
         reruns: calls to rerun before.
         drop: whether the value goes afterwards.
+        moves: what goes to the tier or comes back, ahead of all that.
+        is_within: whether a pass within the forward asks.
     """
 
     pack: int
@@ -49,7 +51,7 @@ class Act:
     reruns: tuple[Rerun, ...]
     drop: bool
     moves: tuple[Move, ...] = ()
-    """What goes to the tier or comes back, ahead of all that."""
+    is_within: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,7 @@ class Script:
         kept: values of packs that are kept and that the backward asks for.
         hold: values that the tape itself holds.
         hold_at: those of them made and saved inside a call, by the number of a pack that is kept.
+        at_end: values in memory at the end of the forward, which somebody asks for or reads later.
         twice: calls for whose immediate rerun the budget has room.
         budget_bytes: the budget; None: a step off the path may take what it likes.
         beside_bytes: the most that is taken besides the values that the tape holds: in the forward, then from each
@@ -131,6 +134,7 @@ class Script:
     acts: tuple[Act, ...]
     hold: frozenset[int]
     kept: frozenset[int] = frozenset()
+    at_end: frozenset[int] = frozenset()
     hold_at: dict[int, int] = field(default_factory=dict)
     twice: frozenset[int] = frozenset()
     budget_bytes: int | None = None
@@ -153,6 +157,11 @@ class Script:
     composites: dict[int, Composite] = field(default_factory=dict)
     away: frozenset[int] = frozenset()
     sent_bytes: int = 0
+
+    @cached_property
+    def n_acts_within(self) -> int:
+        """Count the acts of passes within the forward; these are the first."""
+        return sum(act.is_within for act in self.acts)
 
     @cached_property
     def n_reruns(self) -> int:

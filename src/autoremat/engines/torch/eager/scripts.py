@@ -62,6 +62,7 @@ def script_of(plan: Plan, path: Path) -> Script:
         acts=acts,
         hold=hold,
         kept=frozenset(v for j in path.asks if j >= 0 and packs[j] is None and (v := path.packed[j]) is not None),
+        at_end=stays.at_end(),
         hold_at=hold_at,
         loose=not hooked <= inside,
         twice=run_twice(plan, timeline, ready),

@@ -96,6 +96,18 @@ class Stays:
                 if (p, v) not in self._passing:
                     current[v] = current.get(v, -1) + 1
 
+    def at_end(self) -> frozenset[int]:
+        """Find the values that are in memory and still needed when the forward, with the passes within it, is over.
+
+        The last reads have been found.
+        """
+        last = max(self.program.forward, default=-1)
+        end = next((p for p, i in enumerate(self.order) if i == last), -1)
+        return frozenset(
+            self.number[v] for v, ss in self.by_value.items()
+            if any(s.made_at <= end < max(s.last_read or 0, *s.asks, 0) for s in ss)
+        )  # fmt: skip
+
     def _block_begin(self, p: int) -> int:
         """Return the position where the block of a rerun begins.
 
