@@ -52,10 +52,12 @@ class Relaxed:
         cost: no point, whole or not, costs less; ``inf`` when there is none.
         reduced: for every column by how much at least the cost grows when it is 1 instead of 0 (negative: when it is
             0 instead of 1).
+        point: where it is, as far as the solver's tolerances go.
     """
 
     cost: float
     reduced: Floats
+    point: Floats
 
 
 @dataclass(frozen=True)
@@ -121,14 +123,14 @@ class Table:
         clock.spend(per_step * found.nit)
         clock.is_over(closely=True)
         if found.status == _INFEASIBLE:
-            return Relaxed(inf, np.zeros(len(self.cost)))
+            return Relaxed(inf, np.zeros(len(self.cost)), np.zeros(len(self.cost)))
         if found.status != 0:
             return None
         # Any multipliers give a bound (weak duality), so the tolerances of the solver cannot make this one wrong.
         prices = np.minimum(found.ineqlin.marginals, 0.0)
         reduced = np.array(self.cost) - matrix.T @ prices
         slack = np.where(reduced < 0, reduced * box[:, 1], reduced * box[:, 0]).sum()
-        return Relaxed(float(prices @ np.array(self.most) + slack), reduced)
+        return Relaxed(float(prices @ np.array(self.most) + slack), reduced, found.x)
 
     def solve(
         self, seconds: float, *, low: Floats | None = None, high: Floats | None = None, nodes: int | None = None
