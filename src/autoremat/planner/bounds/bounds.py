@@ -48,11 +48,11 @@ _LOOKED_AT: Final = 80_000
 _STEPS: Final = 24
 """Steps of the bisection."""
 
-_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 10, 100, 20.0, 2.6
+_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 8, 100, 20.0, 2.6
 """Moments of the linear program all along, at first and at most; the work it may take, and with which power of the
 number of moments that grows."""
 
-_LEAST_MORE, _MOST_MORE, _SURE = 1.1, 1.5, 0.7
+_LEAST_MORE, _MOST_MORE, _SURE = 1.0, 1.5, 0.8
 """How many times as many moments there are the next time, at least and at most; in what share of the work that is left
 they are to fit, because a program that does not end says nothing."""
 
@@ -285,8 +285,8 @@ def _by_fractions(telling: Telling, deadline: float, share: float) -> float:
         best, now = max(best, found.cost), clock.worked()
         left = _SURE * max(0.0, end - now)
         growth = min(_MOST_MORE, (left / (now - begin)) ** (1 / _GROWTH)) if now > begin else 1.0
-        more = int(growth * count) - count
-        if growth < _LEAST_MORE or not more or not telling.go_on(stages, found.point, more):
+        more = max(1, int(growth * count) - count)
+        if growth < _LEAST_MORE or not telling.go_on(stages, found.point, more):
             break
     return best
 

@@ -12,23 +12,24 @@ from dataclasses import replace
 from autoremat.planner import clock
 from autoremat.planner.bounds.bounds import floor_bound
 from autoremat.planner.search.annealing import STEPS_A_SECOND, Annealing, Course
+from autoremat.planner.search.merging import merged
 from autoremat.planner.search.retention import Retention, Runs
 from autoremat.planner.search.search import Search
 from autoremat.program import Program
 
-_NAME = "annealing"
+_NAME, _MERGED = "annealing", "merging"
 
 _SQUARE_STEPS = 5
 """Steps for each pair of ops that count as much as a second of work at least: small programs need no more."""
 
-_FIRST_SHARE = 0.1
-"""Of the steps: for a first search, whose result is known soon."""
+_MERGING_SHARE = 0.4
+"""Of the work, at least: for merging what the searches have found."""
 
-_START_STEPS = 95
-"""For each op: where there are n² times as many steps, there are n starts."""
+_START_STEPS = 60
+"""Of a search, for each op, at least."""
 
 _MOST_STARTS = 8
-"""Of searches, at most, beside the first; where the best stays far from the bound, up to so many in any case."""
+"""Of searches, at most; where the best stays far from the bound, up to so many in any case."""
 
 _HOT, _COLD = Course(0, hot=4.0, cold=0.1, above=0.03), Course(0)
 """How searches cool down in turn: small programs have a few large values to get right, large ones many small ones."""
@@ -60,8 +61,8 @@ class Intervals:
         self._least = floor_bound(program)
 
     def around(
-        self, budget_bytes: int, work: float, done: Callable[[], bool], far_seconds: float, deadline: float,
-        known_seconds: float,
+        self, program: Program, budget_bytes: int, work: float, done: Callable[[], bool], far_seconds: float,
+        deadline: float, known_seconds: float,
     ) -> int:  # fmt: skip
         """Search within a budget for so much work, up to the deadline while the best takes longer than ``far_seconds``.
 
@@ -70,23 +71,37 @@ class Intervals:
 
         Returns the number of steps.
         """
-        n, taken = self._plain.n, 0
-        most = int(work * min(STEPS_A_SECOND, _SQUARE_STEPS * n * n))
-        starts = max(1, min(_MOST_STARTS, int((most / (_START_STEPS * n)) ** 0.5)))
-        share = (1.0 - _FIRST_SHARE) / starts
-        for k in range(1 + _MOST_STARTS):
-            if done() or clock.is_over(deadline) or (k > starts and not self._is_far(budget_bytes, far_seconds)):
+        n, taken, plans = self._plain.n, 0, list[tuple[float, Runs]]()
+        most = int((1.0 - _MERGING_SHARE) * work * min(STEPS_A_SECOND, _SQUARE_STEPS * n * n))
+        starts = max(2, min(_MOST_STARTS, most // (_START_STEPS * n)))
+
+        def over() -> bool:
+            return done() or clock.is_over(deadline)
+
+        for seeds in (range(starts), range(starts, _MOST_STARTS)):
+            for k in seeds:
+                if over() or (k > 1 and self._is_far(budget_bytes, known_seconds)):
+                    break
+                course = replace(_HOT if k % 3 == 2 else _COLD, steps=most // starts, seed=k)
+                found = Annealing(self._plain.with_runs([], budget_bytes), course).run(over)
+                taken += found.steps
+                if found.runs is not None:
+                    self._search.look(_NAME, found.runs)
+                    plans.append((found.extra_seconds, found.runs))
+            if not over():
+                self._merge(program, budget_bytes, [runs for _, runs in sorted(plans)], _MERGING_SHARE * work)
+            if over() or not self._is_far(budget_bytes, far_seconds):
                 break
-            if k > 1 and self._is_far(budget_bytes, known_seconds):
-                break
-            steps = int(most * (share if k else _FIRST_SHARE))
-            course = replace(_COLD if k % 2 or not k else _HOT, steps=steps, seed=k)
-            annealing = Annealing(self._plain.with_runs([], budget_bytes), course)
-            found = annealing.run(lambda: done() or clock.is_over(deadline))
-            taken += found.steps
-            if found.runs is not None:
-                self._search.look(_NAME, found.runs)
         return taken
+
+    def _merge(self, program: Program, budget_bytes: int, plans: list[Runs], seconds: float) -> None:
+        """Look for a cheaper plan among the further runs of those that were found."""
+        best = self._search.best_within(budget_bytes)
+        if best is not None and len(plans) > 1:
+            plain = self._plain.with_runs([], budget_bytes)
+            runs = merged(program, plain, plans, best.extra_seconds, seconds)
+            if runs is not None:
+                self._search.look(_MERGED, runs)
 
     def lowering(self) -> Iterator[None]:
         """Look for the lowest peak, step by step: within a budget below the lowest so far, closer and closer to it."""
