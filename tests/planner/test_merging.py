@@ -82,6 +82,7 @@ def test_without_work_nothing_is_merged() -> None:
     assert merged(program, state, [[(50, 3)], [(60, 4)]], inf, 0.0) is None
 
 
+@pytest.mark.slow
 def test_a_graph_near_its_floor_is_planned_close_to_its_bound() -> None:
     """2.4 points above it before, with as much work."""
     plan = solve(layered_graph(250, 2), 0.8, effort=1.0, time_limit_seconds=1e6)

@@ -75,6 +75,7 @@ def test_an_optimum_has_no_more_than_the_budget_at_its_moments_and_too_much_at_t
     assert all(along[t] < budget for t in set(known) - set(telling.moments))
 
 
+@pytest.mark.slow
 def test_telling_moments_say_more_than_as_much_work_on_even_ones() -> None:
     """4.2 % with even moments and six times the work; 5.26 % is the optimum."""
     program = layered_graph(100, 2)
