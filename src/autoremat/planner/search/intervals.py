@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from autoremat.planner import clock
 from autoremat.planner.bounds.bounds import floor_bound
-from autoremat.planner.search.annealing import STEPS_A_SECOND, Annealing, Course
+from autoremat.planner.search.annealing import STEPS_A_SECOND, Annealed, Annealing, Course
 from autoremat.planner.search.merging import merged
 from autoremat.planner.search.retention import Retention, Runs
 from autoremat.planner.search.search import Search
@@ -25,6 +25,9 @@ _SQUARE_STEPS = 5
 _MERGING_SHARE = 0.4
 """Of the work, at least: for merging what the searches have found."""
 
+_FIRST_SHARE = 1 / 12
+"""Of the work: for a first search, whose result is known soon."""
+
 _START_STEPS = 60
 """Of a search, for each op, at least."""
 
@@ -33,6 +36,14 @@ _MOST_STARTS = 8
 
 _HOT, _COLD = Course(0, hot=4.0, cold=0.1, above=0.03), Course(0)
 """How searches cool down in turn: small programs have a few large values to get right, large ones many small ones."""
+
+_REHEATED, _ROUNDS, _REHEATS, _LESS, _AGAIN = 400, 2, 4, 0.1, Course(0, hot=0.2, above=0.05)
+"""Ops from which on the best is annealed again, how often, in how many ways each time; by how much more work merging
+is then, for each round; how it cools down. Each way spoils some parts of a large plan and improves others, and merging
+takes the best of each."""
+
+_PAIR_SECONDS = 8e-6
+"""The work of merging, for each pair of ops, below which there is no again: as much as one look takes."""
 
 _FLOOR_STEPS, _MOST_FLOOR_STEPS = 200, 80_000
 """Of looking for the floor, for each op and in all; for one budget an eighth of that."""
@@ -66,37 +77,74 @@ class Intervals:
     ) -> int:  # fmt: skip
         """Search within a budget for so much work, up to the deadline while the best takes longer than ``far_seconds``.
 
-        No longer than two starts while what was found takes longer than ``known_seconds``, which another search has
-        found with next to no work: there the rest of the work is worth more elsewhere.
+        One long search more after two starts if what was found takes longer than ``known_seconds``, which another
+        search has found with next to no work: there many short ones come to nothing.
 
         Returns the number of steps.
         """
-        n, taken, plans = self._plain.n, 0, list[tuple[float, Runs]]()
-        most = int((1.0 - _MERGING_SHARE) * work * min(STEPS_A_SECOND, _SQUARE_STEPS * n * n))
-        starts = max(2, min(_MOST_STARTS, most // (_START_STEPS * n)))
+        n, rounds = self._plain.n, 0
+        merging = _MERGING_SHARE * work
+        if n > _REHEATED:
+            each = merging * (1 + _LESS * _ROUNDS) / (1 + _ROUNDS)
+            if each >= _PAIR_SECONDS * n * n:
+                rounds, merging = _ROUNDS, each
+        most = int((work - (1 + rounds) * merging) * min(STEPS_A_SECOND, _SQUARE_STEPS * n * n))
+        starts = _REHEATS if rounds else max(2, min(_MOST_STARTS, most // (_START_STEPS * n)))
+        steps = most // (starts + rounds * _REHEATS // 2)
 
         def over() -> bool:
             return done() or clock.is_over(deadline)
 
-        for seeds in (range(starts), range(starts, _MOST_STARTS)):
+        soon = replace(_COLD, steps=int(_FIRST_SHARE * work * STEPS_A_SECOND))
+        found = [self._annealed([], budget_bytes, soon, over)]
+        for seeds in (range(1, starts), range(starts, _MOST_STARTS)):
             for k in seeds:
-                if over() or (k > 1 and self._is_far(budget_bytes, known_seconds)):
+                if over():
                     break
-                course = replace(_HOT if k % 3 == 2 else _COLD, steps=most // starts, seed=k)
-                found = Annealing(self._plain.with_runs([], budget_bytes), course).run(over)
-                taken += found.steps
-                if found.runs is not None:
-                    self._search.look(_NAME, found.runs)
-                    plans.append((found.extra_seconds, found.runs))
+                if k > 1 and self._is_far(budget_bytes, known_seconds):
+                    steps = max(steps, most - sum(one.steps for one in found))
+                    found.append(self._annealed([], budget_bytes, replace(_COLD, steps=steps, seed=k), over))
+                    break
+                course = replace(_HOT if k % 3 == 2 else _COLD, steps=steps, seed=k)
+                found.append(self._annealed([], budget_bytes, course, over))
             if not over():
-                self._merge(program, budget_bytes, [runs for _, runs in sorted(plans)], _MERGING_SHARE * work)
+                self._merge(program, budget_bytes, found, merging)
             if over() or not self._is_far(budget_bytes, far_seconds):
                 break
+        taken = sum(one.steps for one in found)
+        for k in range(rounds):
+            if not over() and not self._is_far(budget_bytes, known_seconds):
+                taken += self._again(program, budget_bytes, replace(_AGAIN, steps=steps // 2, seed=k), merging, over)
         return taken
 
-    def _merge(self, program: Program, budget_bytes: int, plans: list[Runs], seconds: float) -> None:
+    def _annealed(self, runs: Runs, budget_bytes: int, course: Course, over: Callable[[], bool]) -> Annealed:
+        """What one search finds from these further runs."""
+        found = Annealing(self._plain.with_runs(runs, budget_bytes), course).run(over)
+        if found.runs is not None:
+            self._search.look(_NAME, found.runs)
+        return found
+
+    def _again(
+        self, program: Program, budget_bytes: int, course: Course, merging: float, over: Callable[[], bool]
+    ) -> int:
+        """Anneal the best again in a few ways, and merge what becomes of it with it; the number of steps."""
+        best = self._search.best_within(budget_bytes)
+        if best is None:
+            return 0
+        runs = list(self._search.recall(best).runs)
+        found = [Annealed(runs, best.extra_seconds, 0)]
+        for k in range(_REHEATS):
+            if not over():
+                again = replace(course, seed=_MOST_STARTS + _REHEATS * course.seed + k)
+                found.append(self._annealed(runs, budget_bytes, again, over))
+        if not over():
+            self._merge(program, budget_bytes, found, merging)
+        return sum(one.steps for one in found)
+
+    def _merge(self, program: Program, budget_bytes: int, found: list[Annealed], seconds: float) -> None:
         """Look for a cheaper plan among the further runs of those that were found."""
         best = self._search.best_within(budget_bytes)
+        plans = [one.runs for one in sorted(found, key=lambda one: one.extra_seconds) if one.runs is not None]
         if best is not None and len(plans) > 1:
             plain = self._plain.with_runs([], budget_bytes)
             runs = merged(program, plain, plans, best.extra_seconds, seconds)
