@@ -52,4 +52,5 @@ def test_more_work_makes_the_bound_of_a_graph_without_a_backward_closer() -> Non
     program = layered_graph(100, 1)
     budget = int(0.75 * simulate(program).peak_bytes)
     little, more = (closer_bound(program, budget, [0], deadline=clock.worked() + work) for work in (0.05, 1.0))
-    assert 0 < little < more < 0.1662  # which is the cheapest plan that is known
+    assert more > 0.13  # as the linear program says at the moments at which memory binds
+    assert 0 < little < more < 0.1581  # which is the cheapest plan that is known

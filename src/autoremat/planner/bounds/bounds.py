@@ -25,6 +25,7 @@ import numpy as np
 
 from autoremat.planner import clock
 from autoremat.planner.bounds.stages import Stages
+from autoremat.planner.bounds.telling import Telling
 from autoremat.planner.search.min_cut import Network, build
 from autoremat.planner.search.tables import split_point
 from autoremat.program import Program, simulate
@@ -47,11 +48,11 @@ _LOOKED_AT: Final = 80_000
 _STEPS: Final = 24
 """Steps of the bisection."""
 
-_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 10, 100, 20.0, 2.6
+_FIRST_ALONG, _MOST_ALONG, _MOST_ALONG_SECONDS, _GROWTH = 8, 100, 20.0, 2.6
 """Moments of the linear program all along, at first and at most; the work it may take, and with which power of the
 number of moments that grows."""
 
-_LEAST_MORE, _MOST_MORE, _SURE = 1.25, 2.0, 0.7
+_LEAST_MORE, _MOST_MORE, _SURE = 1.0, 1.5, 0.8
 """How many times as many moments there are the next time, at least and at most; in what share of the work that is left
 they are to fit, because a program that does not end says nothing."""
 
@@ -63,6 +64,10 @@ _NEXT_ALONG: Final = 4
 
 _LARGEST_ALONG: Final = 24_000
 """Moments times ops up to which that is worth it."""
+
+_LARGEST_WHOLE_ALONG, _FRACTIONS_SHARE, _LOOKS_WHOLE, _MORE_WHOLE, _HARD = 150, 0.3, 3, 2, 3.0
+"""Ops up to which the moments are looked at over whole numbers, too; the share of the work that is for fractions then;
+how often, with how many moments more each time; how many times as much work a node is there as elsewhere."""
 
 _LARGEST_WHOLE: Final = 2500
 """Ops up to which an integer program over two moments is worth its time."""
@@ -253,25 +258,58 @@ def _together(program: Program, budget_bytes: int, ranked: list[int], deadline: 
 
 
 def _all_along(program: Program, budget_bytes: int, deadline: float) -> float:
-    """The same at moments all along where the plain program is above the budget, more of them while there is work left.
+    """The same at moments all along where memory binds, more of them while there is work left.
 
     Where nothing is forward and nothing backward, other values fill the memory at other moments.
     """
-    above = [t for t, nbytes in enumerate(simulate(program).resident_bytes) if nbytes > budget_bytes]
-    most = min(_MOST_ALONG, len(above), _LARGEST_ALONG // len(program.ops))
-    best, count = 0.0, min(most, _FIRST_ALONG)
-    while count and not clock.is_over(deadline):
-        begin = clock.worked()
-        moments = [above[len(above) * k // count] for k in range(count)]
-        table = _stages(program, budget_bytes, moments, looks_every=_LOOKS_EVERY, looks_at=_NEXT_ALONG).table
-        found = table.relax(min(_MOST_ALONG_SECONDS, deadline - begin))
+    above = sum(nbytes > budget_bytes for nbytes in simulate(program).resident_bytes)
+    most = min(_MOST_ALONG, above, _LARGEST_ALONG // len(program.ops))
+    if not most:
+        return 0.0
+    telling, unit = Telling(program, budget_bytes, min(most, _FIRST_ALONG)), _unit(program)
+    is_small = len(program.ops) <= _LARGEST_WHOLE_ALONG
+    best = _by_fractions(telling, deadline, _FRACTIONS_SHARE if is_small else 1.0)
+    return max(best, _by_whole_numbers(telling, deadline) if is_small else 0.0) * unit
+
+
+def _by_fractions(telling: Telling, deadline: float, share: float) -> float:
+    """The linear program at more and more moments, as many as fit into that share of the work."""
+    best, now = 0.0, clock.worked()
+    end = now + share * (deadline - now)
+    while not clock.is_over(deadline):
+        begin, count = clock.worked(), len(telling.moments)
+        stages = _at_telling(telling)
+        found = stages.table.relax(min(_MOST_ALONG_SECONDS, deadline - begin))
         if not found or found.cost == inf:
             break
-        best, now = max(best, found.cost * _unit(program)), clock.worked()
-        left = _SURE * max(0.0, deadline - now)
-        more = min(_MOST_MORE, (left / (now - begin)) ** (1 / _GROWTH)) if now > begin else 1.0
-        count = min(most, int(more * count)) if more >= _LEAST_MORE and count < most else 0
+        best, now = max(best, found.cost), clock.worked()
+        left = _SURE * max(0.0, end - now)
+        growth = min(_MOST_MORE, (left / (now - begin)) ** (1 / _GROWTH)) if now > begin else 1.0
+        more = max(1, int(growth * count) - count)
+        if growth < _LEAST_MORE or not telling.go_on(stages, found.point, more):
+            break
     return best
+
+
+def _by_whole_numbers(telling: Telling, deadline: float) -> float:
+    """The integer program at these moments, and at those at which its optimum has too much in memory."""
+    best = 0.0
+    for _ in range(_LOOKS_WHOLE):
+        if clock.is_over(deadline):
+            break
+        stages, begin = _at_telling(telling), clock.worked()
+        found = stages.table.solve((deadline - begin) / _HARD, nodes=_NODES)
+        clock.spend((_HARD - 1.0) * (clock.worked() - begin))
+        best = max(best, found.bound * (1 - _TOLERANCE) if found.bound < inf else 0.0)
+        if found.point is None or not telling.go_on(stages, found.point, _MORE_WHOLE, gives_up=False):
+            break
+    return best
+
+
+def _at_telling(telling: Telling) -> Stages:
+    """The linear program at the moments that tell most."""
+    moments = telling.moments
+    return _stages(telling.program, telling.budget_bytes, moments, looks_every=_LOOKS_EVERY, looks_at=_NEXT_ALONG)
 
 
 def _whole(program: Program, budget_bytes: int, ranked: list[int], deadline: float) -> float:

@@ -52,10 +52,12 @@ class Relaxed:
         cost: no point, whole or not, costs less; ``inf`` when there is none.
         reduced: for every column by how much at least the cost grows when it is 1 instead of 0 (negative: when it is
             0 instead of 1).
+        point: where it is, as far as the solver's tolerances go.
     """
 
     cost: float
     reduced: Floats
+    point: Floats
 
 
 @dataclass(frozen=True)
@@ -121,18 +123,24 @@ class Table:
         clock.spend(per_step * found.nit)
         clock.is_over(closely=True)
         if found.status == _INFEASIBLE:
-            return Relaxed(inf, np.zeros(len(self.cost)))
+            return Relaxed(inf, np.zeros(len(self.cost)), np.zeros(len(self.cost)))
         if found.status != 0:
             return None
         # Any multipliers give a bound (weak duality), so the tolerances of the solver cannot make this one wrong.
         prices = np.minimum(found.ineqlin.marginals, 0.0)
         reduced = np.array(self.cost) - matrix.T @ prices
         slack = np.where(reduced < 0, reduced * box[:, 1], reduced * box[:, 0]).sum()
-        return Relaxed(float(prices @ np.array(self.most) + slack), reduced)
+        return Relaxed(float(prices @ np.array(self.most) + slack), reduced, found.x)
+
+    @property
+    def entries(self) -> int:
+        """How many coefficients there are."""
+        return len(self._coefficients)
 
     def solve(
-        self, seconds: float, *, low: Floats | None = None, high: Floats | None = None, nodes: int | None = None
-    ) -> Whole:
+        self, seconds: float, *, low: Floats | None = None, high: Floats | None = None, nodes: int | None = None,
+        each: tuple[float, float] = (_ROOT_SECONDS, _NODE_SECONDS),
+    ) -> Whole:  # fmt: skip
         """The optimum over whole numbers (HiGHS), or how far it got in the nodes of the search.
 
         What the search takes is counted in nodes, so that it ends at the same one on any machine; real time cuts it
@@ -143,15 +151,16 @@ class Table:
             low: narrower lower limits of the columns.
             high: narrower upper limits.
             nodes: further limit of the search.
+            each: what an entry of the matrix counts as work, at the first node and at each further one.
         """
         from scipy.optimize import Bounds, LinearConstraint, milp
 
         matrix = self.matrix()
-        root, each = _ROOT_SECONDS * matrix.nnz, _NODE_SECONDS * max(1, matrix.nnz)
+        root, node = each[0] * matrix.nnz, each[1] * max(1, matrix.nnz)
         if root > seconds:
             return Whole(0.0, None)
         limits: dict[str, float] = {**clock.search_limits(clock.left()), "mip_rel_gap": 0.0}
-        most = min(limits.get("node_limit", inf), inf if nodes is None else nodes, 1 + (seconds - root) / each)
+        most = min(limits.get("node_limit", inf), inf if nodes is None else nodes, 1 + (seconds - root) / node)
         found = milp(
             np.array(self.cost),
             integrality=np.array(self.whole),
@@ -159,7 +168,7 @@ class Table:
             constraints=LinearConstraint(matrix, -np.inf, np.array(self.most)),
             options=limits | {"node_limit": _whole_number(most)},
         )
-        clock.spend(min(seconds, root + each * (found.mip_node_count or 0)))
+        clock.spend(min(seconds, root + node * (found.mip_node_count or 0)))
         clock.is_over(closely=True)
         if found.status == _INFEASIBLE:
             return Whole(inf, None)

@@ -32,7 +32,7 @@ _WALKS_FIRST = 500
 _NEAR_ENOUGH = 0.0005
 _FAR = 0.1
 """The gap beyond which annealing goes on."""
-_INTERVALS_SHARE, _BOUND_SHARE = 0.5, 0.3
+_INTERVALS_SHARE, _BOUND_SHARE = 0.6, 0.35
 """Of the work, where any op may run again anywhere: for annealing, and for the bound in the end."""
 _CLOSE = 0.0025
 """The gap beyond which a closer look at the bound is worth its time."""
@@ -180,7 +180,7 @@ class Pool:
             far = (bound + _FAR) * program.seconds
             known = greedy_one.extra_seconds if greedy_one.peak_bytes <= budget_bytes else inf
             work, end = _INTERVALS_SHARE * limit, begin + 0.7 * limit
-            steps = self._intervals.around(budget_bytes, work, done, far, end, known)
+            steps = self._intervals.around(program, budget_bytes, work, done, far, end, known)
             early = [*early, *self._search.frontier]
         self.grow(begin + 0.6 * limit, progress, (lambda: True) if steps and done() else done)
         for entry in early:
