@@ -261,3 +261,28 @@ def test_a_step_off_the_path_stays_within_the_floor() -> None:
     peaks = both(model, floor_bytes, [(x, flag) for flag in flags], lambda m, b: m(*b))
     assert both.stats.deviations == 2  # type: ignore[attr-defined]
     assert max(peaks) <= 1.005 * floor_bytes
+
+
+class Recurrence(nn.Module):
+    """A cell, one call of torch, that saves several tensors; applied as often as the data say."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cell = nn.GRUCell(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, n: Tensor) -> Tensor:
+        h = torch.zeros_like(x)
+        for _ in range(int(n)):
+            h = self.cell(x, h)
+        return h.square().mean()
+
+
+def test_a_call_that_is_made_again_off_the_path_gives_all_that_is_still_wanted_of_it() -> None:
+    torch.manual_seed(0)
+    x, model = torch.randn(64, WIDTH), Recurrence()
+    budget, steps = budget_of(model, 0.5, x, torch.tensor(24)), (23, 24, 20, 24, 22)
+    peaks = both(model, budget, [(x, torch.tensor(n)) for n in steps], lambda m, b: m(*b))
+    stats = both.stats  # type: ignore[attr-defined]
+    assert stats.deviations >= 3
+    assert max(peaks) <= budget
+    assert sum(steps) < stats.reruns <= 2 * sum(steps)  # one rerun for each tensor that is saved were 4 and more

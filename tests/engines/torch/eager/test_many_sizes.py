@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import random
+from collections import UserDict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from torch.nn import functional as F
 import autoremat
 from autoremat.demo.models import GPT, GPTConfig
 from autoremat.engines.torch.eager import families
+from autoremat.engines.torch.eager.inputs import input_of
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.world.memory_account import account, resident
 from tests.fixed import is_thorough, random_seed
@@ -182,3 +185,44 @@ def test_any_sizes_in_any_order(number: int) -> None:
     assert (stats.deviations, stats.unplanned) == (0, 0)
     assert stats.planned <= 2 * records
     assert sum(p > budget for p in peaks) <= records / 10, [p / budget for p in peaks]
+
+
+@dataclass
+class Batch:
+    """A batch as many trainings have it."""
+
+    x: Tensor
+    names: list[str]
+    boxes: list[Tensor]
+    scale: float
+    parent: Any = None
+
+
+class Named(NamedTuple):
+    """The same, a tuple with names."""
+
+    x: Tensor
+    names: list[str]
+    boxes: list[Tensor]
+    scale: float
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict, Batch, lambda **parts: {"batch": Named(**parts)}])
+def test_lists_inside_of_a_batch_and_batches_that_are_objects_make_no_new_kinds(kind: Callable[..., Any]) -> None:
+    def batch(n: int) -> Any:
+        x, boxes = torch.randn(n, 8), [torch.rand(1 + i, 4) for i in range(n)]
+        return kind(x=x, names=[f"{i}.png" for i in range(n)], boxes=boxes, scale=1 / n)
+
+    form, sizes = input_of(print, (batch(9),), {})
+    for n in (2, 5, 8):
+        smaller, its_sizes = input_of(print, (batch(n),), {})
+        assert smaller == form
+        assert its_sizes.fits_into(sizes)
+        assert its_sizes.elements == n * 8 + sum(4 * (1 + i) for i in range(n))
+        assert not sizes.fits_into(its_sizes)
+
+
+def test_objects_inside_of_objects_are_not_looked_into() -> None:
+    inner = Batch(torch.randn(3, 8), [], [], 1.0)
+    inner.parent = Batch(torch.randn(5, 8), [], [], 1.0, inner)  # a circle
+    assert input_of(print, (inner,), {})[1].elements == 3 * 8

@@ -88,6 +88,17 @@ def test_what_must_be_right_is_that_of_the_call_itself(name: str, sizes: tuple[i
             assert right.nbytes <= found.nbytes <= 4 * right.nbytes
 
 
+def test_a_call_of_sizes_near_to_known_ones_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = torch.randn(8, 32)
+    known = told(F.linear, torch.randn(100, 32), weight)
+    assert told(F.linear, torch.randn(150, 32), weight).nbytes == 150 * 8 * 4  # too far away: looked at
+    monkeypatch.setattr(facts, "_probed", None)
+    larger, smaller = told(F.linear, torch.randn(110, 32), weight), told(F.linear, torch.randn(90, 32), weight)
+    assert without_estimates(larger) == without_estimates(known)
+    assert 110 * 8 * 4 <= larger.nbytes <= 1.25 * 110 * 8 * 4
+    assert smaller == known
+
+
 def test_a_number_that_is_no_size_is_looked_at_for_itself() -> None:
     x = torch.randn(12, 12)
     assert told(F.dropout, x, 0.5).random

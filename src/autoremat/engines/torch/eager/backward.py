@@ -6,7 +6,7 @@ code, with the same random numbers, in the same state, in-place calls on copies.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 from autoremat.engines.torch.eager.acting import Acting, carry_out
 from autoremat.engines.torch.eager.first_stays import FirstStays
 from autoremat.engines.torch.eager.handle import Handle, Kept
-from autoremat.engines.torch.eager.ledger import Ledger
+from autoremat.engines.torch.eager.ledger import NOTHING, Along, Ledger
 from autoremat.engines.torch.eager.passes import NO_TASK, Passes, current_task, in_backward, in_python_node
 from autoremat.engines.torch.eager.returning import begin_by
 from autoremat.engines.torch.eager.room import Nothing, Room
@@ -238,7 +238,7 @@ class Backward:
 
     # ---- on demand -----------------------------------------------------------------------------------------------
 
-    def _shrink(self, locked: Collection[int] = (), *, needed: int = 0) -> None:
+    def _shrink(self, locked: Container[int] = (), *, needed: int = 0) -> None:
         """Make room; a node of a pass within the forward makes about as much as it asks for."""
         if self._script is None and self.room is not None:
             self.room.shrink(locked, needed=needed, in_backward=not self.is_forward)
@@ -246,8 +246,8 @@ class Backward:
     def _fetched(self, value: int) -> Tensor:
         script = self._script
         if script is None:
-            needs = self._passes.needs
-            return self._ledger.fetch(value, lambda v: v in needs.handles, self._shrink)
+            needs, along = self._passes.needs, _along(self._ledger, self._passes, self.room, self.is_forward)
+            return self._ledger.fetch(value, lambda v: v in needs.handles, self._shrink, along)
         if value in self._ledger.held:
             return self._ledger.memory(value)
         self._is_patient = False  # this goes with its last handle
@@ -294,3 +294,10 @@ class Backward:
                 self._ledger.let_go(value)
             if not self._passes.needs.handles:
                 self._ledger.close()
+
+
+def _along(ledger: Ledger, passes: Passes, room: Room | None, is_forward: bool) -> Along:
+    """Have all held of a rerun call that this pass will still ask for, where there is room for reruns."""
+    if room is not None and not room.is_enough(in_backward=not is_forward):
+        return NOTHING
+    return lambda call: [v for v in ledger.entries[call].makes if passes.waiting.get(v, 0) > 0]

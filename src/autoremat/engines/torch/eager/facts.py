@@ -13,6 +13,7 @@ import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any, Final
 
 import torch
@@ -103,6 +104,11 @@ MANY_SIZES: Final = 32
 
 That tells best what the calls take.
 """
+NEAR: Final = 1.5
+"""A call that takes no more than so many times as much as a known one is not looked at.
+
+Nor is one that takes no less than that part of it.
+"""
 _SIZE: Final = 9
 """An integer from here on is taken for a size.
 
@@ -165,23 +171,40 @@ def facts_of_call(
 def _like_larger(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], given: Sequence[Tensor], state: State
 ) -> CallFacts:  # fmt: skip
-    """Return facts of a call, perhaps those of a larger one.
+    """Return facts of a call, perhaps those of one of other sizes.
 
-    Where many sizes have come, these are the facts of a call that is alike but for sizes up to twice as large. How
-    large things are does not decide what a call does, as long as nothing is empty or single and everything lies in
-    memory the same way; and it takes no more than the larger call. So where sizes are new in every step, in the end
-    only a few calls are looked at for every doubling of the sizes.
+    How large things are does not decide what a call does, as long as nothing is empty or single and everything lies in
+    memory the same way. So a call that is alike but for sizes is looked at only if its sizes are not near to known
+    ones. Where many sizes have come, the facts may be those of a call of sizes up to twice as large: it takes no more
+    than that. So where sizes are new in every step, in the end only a few calls are looked at for every doubling of the
+    sizes.
     """
     sizes: list[int] = []
     described = _but_for_sizes((args, tuple(kwargs.items())), _decides_by_floats(func), sizes)
     key = func, described, *_around(state)
     known = _OF_OTHER_SIZES.setdefault(key, {})
     mine = tuple(sizes)
-    for theirs, facts in known.items() if len(known) >= MANY_SIZES else ():
-        if all(a <= b <= 2 * a for a, b in zip(mine, theirs, strict=True)):
+    for theirs, facts in known.items():
+        if len(known) >= MANY_SIZES and all(a <= b <= 2 * a for a, b in zip(mine, theirs, strict=True)):
             return facts
+        if (more := _times_as_much(mine, theirs)) is not None:
+            return replace(facts, seconds=more * facts.seconds, nbytes=ceil(more * facts.nbytes))
     facts = known[mine] = _probed(func, args, kwargs, given)
     return facts
+
+
+def _times_as_much(mine: Sequence[int], theirs: Sequence[int]) -> float | None:
+    """Bound how many times as much a call of some sizes takes as one of others; None where these are not near.
+
+    What a call makes grows with the square of a size at most, as products of matrices do.
+    """
+    more, less = 1.0, 1.0
+    for a, b in set(zip(mine, theirs, strict=True)):
+        if a > b:
+            more *= (a / b) ** 2
+        elif a < b:
+            less *= (b / a) ** 2
+    return more if more <= NEAR and less <= NEAR else None
 
 
 def _but_for_sizes(item: Any, floats: bool, sizes: list[int]) -> Any:

@@ -10,8 +10,9 @@ another path, and where they decide how large something is, that it has grown.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import UserDict
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from enum import Enum
 from itertools import zip_longest
 from typing import Any, NamedTuple
@@ -138,12 +139,13 @@ def _larger(before: int, now: int, factor: float) -> int:
 def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Form, Sizes]:
     """Return form and sizes of an input. O(modules + tensors).
 
-    The form has: how arguments are nested, lists of like items like one item; dtypes, devices, dimensions, the order of
-    strides and ``requires_grad`` of tensors; flags; ``training`` of every module that the callable can reach, and which
-    parameters require gradients; autocast. Which parameters have a gradient is among the sizes, for a plan with more
-    gradients serves those with fewer; where ``torch.distributed`` moves gradients about, it is in the form.
+    The form has: how arguments are nested, lists of like items like one item, dataclasses like dicts; dtypes, devices,
+    dimensions, the order of strides and ``requires_grad`` of tensors; flags; ``training`` of every module that the
+    callable can reach, and which parameters require gradients; autocast. Which parameters have a gradient is among the
+    sizes, for a plan with more gradients serves those with fewer; where ``torch.distributed`` moves gradients about, it
+    is in the form.
     """
-    sizes = _Found([], [])
+    sizes = _Found([], [], [])
     positional, named = tuple([_form(x, sizes) for x in args]), tuple([(k, _form(x, sizes)) for k, x in kwargs.items()])
     roots = reachable_modules(fn, args, kwargs)
     modules = _all_modules(roots)
@@ -153,15 +155,14 @@ def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Form
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))
     parallel = parallel_of(roots)
     around = (parallel_signature(parallel), there) if parallel else None
-    elements = sum(t.numel() for t in _tensors((args, kwargs)))
     there = b"" if parallel else there
     form = Form(positional, named, flags, own, autocast, around)
-    return form, Sizes(tuple(sizes.each), tuple(sizes.numbers), elements, there)
+    return form, Sizes(tuple(sizes.each), tuple(sizes.numbers), sum(sizes.elements), there)
 
 
 def sizes_of(argument: Any) -> tuple[int, int]:
     """Return how many sizes and whole numbers an argument has."""
-    found = _Found([], [])
+    found = _Found([], [], [])
     _form(argument, found)
     return len(found.each), len(found.numbers)
 
@@ -194,10 +195,6 @@ def _all_modules(roots: Sequence[nn.Module]) -> list[nn.Module]:
     return list(found.values())
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    return (local_of(x) for x in torch.utils._pytree.tree_leaves(tree) if isinstance(x, Tensor))
-
-
 def _own_tensor(tensor: Tensor) -> tuple[Any, ...]:
     shape = None if nn.parameter.is_lazy(tensor) else tuple(tensor.shape)
     return tensor.requires_grad, tensor.dtype, shape
@@ -208,38 +205,53 @@ def _has_gradient(tensor: Tensor) -> bool:
 
 
 class _Found(NamedTuple):
-    """Sizes and whole numbers, as they are met."""
+    """Sizes, whole numbers and elements of tensors, as they are met."""
 
     each: list[int]
     numbers: list[int]
+    elements: list[int]
 
 
-def _form(x: Any, found: _Found, *, in_list: bool = False) -> Any:
-    """Return the form of an argument; add its sizes to ``found``."""
+def _form(x: Any, found: _Found, *, in_list: bool = False, in_object: bool = False) -> Any:
+    """Return the form of an argument; add its sizes to ``found``.
+
+    Of objects, dataclasses and ``UserDict`` are looked into, not those inside them: these may be trees, or circles.
+    """
     if isinstance(x, Tensor):
-        return _form_of_tensor(x, found.each, in_list=in_list)
+        return _form_of_tensor(x, found, in_list=in_list)
     if x is None or isinstance(x, (bool, Enum, torch.dtype, torch.device)):
         return x
     if isinstance(x, int):
         found.numbers.append(x)
         return int
     if type(x) is list:
-        return _form_of_list(x, found)
+        return _form_of_list(x, found, in_object=in_object)
     if type(x) is tuple:
-        return tuple, tuple([_form(item, found) for item in x])
+        return tuple, tuple([_form(item, found, in_object=in_object) for item in x])
     if not torch.utils._pytree.tree_is_leaf(x):
-        leaves, structure = torch.utils._pytree.tree_flatten(x)
-        return structure, tuple([_form(leaf, found) for leaf in leaves])
+        items, structure = torch.utils._pytree.tree_flatten(x, is_leaf=lambda part: part is not x)
+        return structure, tuple([_form(item, found, in_object=in_object) for item in items])
+    if not in_object and (parts := _parts_of(x)) is not None:
+        return (type(x), *parts), tuple([_form(part, found, in_object=True) for part in parts.values()])
     return id(x) if isinstance(x, nn.Module) else type(x)
 
 
-def _form_of_list(items: list[Any], found: _Found) -> Any:
+def _parts_of(x: Any) -> dict[Any, Any] | None:
+    """Return the parts of an object that is looked into, by name; None for any other."""
+    if isinstance(x, UserDict):
+        return x.data
+    if not is_dataclass(x) or isinstance(x, (type, nn.Module)):
+        return None
+    return {f.name: getattr(x, f.name, None) for f in fields(x)}
+
+
+def _form_of_list(items: list[Any], found: _Found, *, in_object: bool) -> Any:
     """Return the form of a list; equal items have one form.
 
     Then the sizes are the number of items and their largest sizes.
     """
-    own = [_Found([], []) for _ in items]
-    forms = [_form(x, f, in_list=True) for x, f in zip(items, own, strict=True)]
+    own = [_Found([], [], found.elements) for _ in items]
+    forms = [_form(x, f, in_list=True, in_object=in_object) for x, f in zip(items, own, strict=True)]
     if len(set(forms)) != 1:
         for f in own:
             found.each.extend(f.each)
@@ -251,14 +263,15 @@ def _form_of_list(items: list[Any], found: _Found) -> Any:
     return list, "of", forms[0]
 
 
-def _form_of_tensor(x: Tensor, sizes: list[int], *, in_list: bool) -> Any:
+def _form_of_tensor(x: Tensor, found: _Found, *, in_list: bool) -> Any:
     grad = is_leaf(x) and x.grad is not None
     if is_jagged(x):  # every jagged tensor has a size symbol of its own; its offsets tell the size
         inside = Jagged.of(x)
-        sizes += inside.offsets.shape
-        return "jagged", _form_of_tensor(local_of(x), sizes, in_list=in_list), x.requires_grad, grad
+        found.each.extend(inside.offsets.shape)
+        return "jagged", _form_of_tensor(local_of(x), found, in_list=in_list), x.requires_grad, grad
     shape = tuple(x.shape)
-    sizes += shape
+    found.each.extend(shape)
+    found.elements.append(local_of(x).numel())
     # Sizes 0 and 1 are special: torch skips copies of single rows, and broadcasts them.
     special = len(shape) if in_list else tuple([n if n < 2 else 2 for n in shape])
     around = getattr(x, "placements", None)

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from time import perf_counter
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -19,6 +19,10 @@ from autoremat.engines.torch.eager.away import NOWHERE, Nowhere
 from autoremat.engines.torch.eager.entry import Entry
 from autoremat.engines.torch.eager.state import Rerunning
 from autoremat.engines.torch.operators.values import View
+
+Along = Callable[[int], Iterable[int]]
+"""Tells what else of a call that is rerun is to be held."""
+NOTHING: Final[Along] = lambda call: ()  # noqa: E731
 
 
 class Ledger:
@@ -130,21 +134,26 @@ class Ledger:
         """
         return not any(is_freed(outside.tensor) for k in calls for outside in self.entries[k].outside)
 
-    def fetch(self, value: int, stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None]) -> Tensor:
+    def fetch(
+        self, value: int, stays: Callable[[int], bool], after_each: Callable[[Container[int]], None],
+        along: Along = NOTHING,
+    ) -> Tensor:  # fmt: skip
         """Return the memory of a value, recomputed if it is gone.
 
         Args:
             value: which.
             stays: whether a value that was made on the way stays in memory.
             after_each: called after every call with the values that are still needed on the way.
+            along: tells what else of a call that is rerun is to be held, of values that stay.
         """
         if value not in self.held:
-            self.recompute((value,), stays, after_each)
+            self.recompute((value,), stays, after_each, along=along)
         return self.memory(value)
 
     def recompute(
-        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Collection[int]], None],
-        may_run: Callable[[int, Collection[int]], bool] = lambda call, needed: True,
+        self, values: Collection[int], stays: Callable[[int], bool], after_each: Callable[[Container[int]], None],
+        may_run: Callable[[int, Container[int]], bool] = lambda call, needed: True,
+        along: Along = NOTHING,
     ) -> None:  # fmt: skip
         """Recompute values that are gone, with one rerun per call: O(calls).
 
@@ -154,6 +163,7 @@ class Ledger:
             after_each: as for ``fetch``.
             may_run: asked before every call, with the values that are still needed on the way; at the first one that
                 may not run this ends, with what it has.
+            along: as for ``fetch``.
         """
         try:
             missing = self.missing(values)
@@ -161,10 +171,12 @@ class Ledger:
             raise _lost(lost.args[0]) from None
         uses = Counter(v for k in missing for v in self.entries[k].reads)
         asked, made = set(values), set[int]()
+        needed = _Needed(asked, uses)
         with Rerunning() as rerunning:
             for k, wanted in missing.items():
-                if not may_run(k, +uses):
+                if not may_run(k, needed):
                     break
+                wanted.update([v for v in along(k) if v not in self.held])
                 self.run(k, wanted, rerunning)
                 made |= wanted
                 reads = self.entries[k].reads
@@ -172,7 +184,7 @@ class Ledger:
                 for v in (*wanted, *(v for v in reads if v in made)):
                     if not uses[v] and v not in asked and not stays(v):
                         self.let_go(v)
-                after_each(asked | {v for v, n in uses.items() if n > 0})
+                after_each(needed)
             else:
                 return
         for v in made:
@@ -210,6 +222,18 @@ class Ledger:
         self._on_rerun(perf_counter() - begin)
 
 
+class _Needed:
+    """The values that a recomputation still needs: those asked for, and those that its next calls read."""
+
+    __slots__ = ("_asked", "_uses")
+
+    def __init__(self, asked: Container[int], uses: Mapping[int, int]) -> None:
+        self._asked, self._uses = asked, uses
+
+    def __contains__(self, value: object) -> bool:
+        return value in self._asked or self._uses.get(value, 0) > 0  # type: ignore[call-overload]
+
+
 class Meter:
     """Counts the bytes of living storages that a step has made.
 
@@ -218,21 +242,30 @@ class Meter:
 
     def __init__(self, held: Iterable[Tensor]) -> None:
         self.nbytes = 0
-        self._living: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._living: dict[int, _Living] = {}
         for tensor in held:
             self.add(tensor)
 
     def add(self, tensor: Tensor) -> None:
         """Count a tensor that was made now, or was there before."""
         storage = tensor.untyped_storage()
-        address, nbytes = storage._cdata, storage.nbytes()
+        address = storage._cdata
         if address not in self._living:
-            self.nbytes += nbytes
-            self._living[address] = weakref.ref(storage, partial(self._died, address, nbytes))
+            living = self._living[address] = _Living(storage, self._died)
+            living.address, living.nbytes = address, storage.nbytes()
+            self.nbytes += living.nbytes
 
-    def _died(self, address: int, nbytes: int, reference: object) -> None:
-        if self._living.pop(address, None) is not None:
-            self.nbytes -= nbytes
+    def _died(self, living: _Living) -> None:
+        if self._living.pop(living.address, None) is not None:
+            self.nbytes -= living.nbytes
+
+
+class _Living(weakref.ref[torch.UntypedStorage]):
+    """A storage that is counted, with what is known of it."""
+
+    __slots__ = ("address", "nbytes")
+    address: int
+    nbytes: int
 
 
 def copy_of(tensor: Tensor) -> Tensor:

@@ -264,7 +264,7 @@ class Noting:
         if tape.check.is_looking and is_full and tape.n_calls - 1 not in tape.ledger.entries:
             tape.check.noted(tape.n_calls - 1, results, made)
         for _, handle, tensor in self._fresh:
-            self._hold(handle, tensor)
+            self._hold(handle, tensor, tape.numbers.known_tensor(tensor))
         self._fresh.clear()
 
     # ---- saved tensors -------------------------------------------------------------------------------------------
@@ -288,7 +288,7 @@ class Noting:
             if self._busy is not None and self._busy[1] is not None:
                 self._busy[1].at(j - self._busy[0])
         else:
-            self._hold(handle, tensor)
+            self._hold(handle, tensor, number)
         return handle
 
     def _out_of_sight(self, tensor: Tensor, storage: UntypedStorage) -> None:
@@ -297,10 +297,9 @@ class Noting:
             self._tape.has_saved(-storage._cdata, storage.nbytes())
             self._room.made(tensor)
 
-    def _hold(self, handle: Handle, tensor: Tensor) -> None:
+    def _hold(self, handle: Handle, tensor: Tensor, value: int | None) -> None:
         """Hold the value that a handle stands for."""
         tape = self._tape
-        value = tape.numbers.known_tensor(tensor)
         if value is None or value < 0:  # a constant of its call: it stays as long as the handle does
             value = tape.numbers.of_nobody()
         handle.value = value

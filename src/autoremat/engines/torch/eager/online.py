@@ -15,7 +15,7 @@ from then on nothing is dropped any more.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Container
 from typing import Final
 
 from autoremat.engines.torch.eager.ledger import Ledger, Meter
@@ -65,7 +65,7 @@ class Online:
         for value in values:
             self._used[value] = self._clock
 
-    def shrink(self, allowed: float, locked: Collection[int] = ()) -> None:
+    def shrink(self, allowed: float, locked: Container[int] = ()) -> None:
         """Drop values that can be recomputed until the rest is within bounds."""
         ledger, meter = self._ledger, self.meter
         if meter.nbytes <= max(allowed, self._in_vain_bytes) or self.impatience == 1:

@@ -8,7 +8,7 @@ forward goes first, where there is too little room, and comes back in a second r
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 
 from torch import Tensor
 
@@ -73,7 +73,7 @@ def bring_back(
     for _ in range(_ROUNDS):
         dropped: list[int] = []
 
-        def may_run(call: int, needed: Collection[int], dropped: list[int] = dropped) -> bool:
+        def may_run(call: int, needed: Container[int], dropped: list[int] = dropped) -> bool:
             if room is None or room.fits(call):
                 return True
             later = {ledger.maker[v]: v for v in ledger.held if v in kept and ledger.maker.get(v, -1) > call}

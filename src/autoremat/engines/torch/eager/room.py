@@ -5,8 +5,8 @@ That is the case in a first step, and off the path.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from math import ceil
+from collections.abc import Callable, Container, Sequence
+from math import ceil, inf
 from typing import Final, Protocol
 
 from torch import Tensor
@@ -45,13 +45,14 @@ class Allowance(Protocol):
     def patience(self) -> float:
         """Reruns per call before more is held than is allowed."""
 
-    def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
-        """Return the bytes to leave free for the next call.
+    def largest_call(self, nbytes: int) -> None:
+        """Note the most that a call has made so far."""
 
-        Args:
-            needed_bytes: what the next call makes.
-            largest_bytes: the most that a call has made so far.
-        """
+    def least_bytes(self) -> float:
+        """Return what may be held at any moment, whatever the progress, less three times what the next call makes."""
+
+    def taken_bytes(self, needed_bytes: int) -> int:
+        """Return the bytes to leave free for the next call, given those that it makes."""
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """Return the bytes that the step's values may take; None: any number.
@@ -83,7 +84,14 @@ class OfFirstStep:
         """What plain training would hold by now."""
         self._saved: set[int] = set()
 
-    def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
+    def largest_call(self, nbytes: int) -> None:
+        """Do nothing."""
+
+    def least_bytes(self) -> float:
+        """Return 0: what is allowed grows with the step."""
+        return 0.0
+
+    def taken_bytes(self, needed_bytes: int) -> int:
         """Leave room for kernels, which take more than their results.
 
         What is held in the backward, a plan will say.
@@ -132,9 +140,19 @@ class OfScript:
         fixed, gradients = self._script.fixed_bytes, self._script.gradient_bytes
         return [growth * (made - fixed - known) + known for made, known in zip(beside, gradients, strict=False)]
 
-    def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
-        """Leave room for kernels, and note the largest call for reruns."""
-        self._rerun_bytes = 2 * largest_bytes
+    def largest_call(self, nbytes: int) -> None:
+        """Leave room for reruns of this call."""
+        self._rerun_bytes = 2 * nbytes
+
+    def least_bytes(self) -> float:
+        """Return the budget less the most that the plan accounts for otherwise."""
+        if self._script.budget_bytes is None:
+            return inf
+        most = max(max(self._beside), max(self._asked, default=0.0) + self._rerun_bytes)
+        return self._script.budget_bytes - self._script.fixed_bytes - most - self._saved_bytes - self._others_bytes
+
+    def taken_bytes(self, needed_bytes: int) -> int:
+        """Leave room for kernels."""
         return needed_bytes + int(min(2 * needed_bytes, _SCRATCH * (self._script.budget_bytes or 0)))
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
@@ -165,7 +183,14 @@ class Nothing:
 
     patience = 1.0
 
-    def taken_bytes(self, needed_bytes: int, largest_bytes: int) -> int:
+    def largest_call(self, nbytes: int) -> None:
+        """Do nothing."""
+
+    def least_bytes(self) -> float:
+        """Return 0."""
+        return 0.0
+
+    def taken_bytes(self, needed_bytes: int) -> int:
         """Leave nothing free."""
         return 0
 
@@ -200,10 +225,14 @@ class Room:
         self._allowance, self._passes, self._spare = allowance, passes, spare
         self.online = Online(ledger, may_go, n_calls, allowance.patience)
         self._largest_bytes = 0
+        self._least_bytes = allowance.least_bytes()
 
     def make(self, nbytes: int) -> None:
         """Make room for a call that will take so many bytes."""
-        self._largest_bytes = max(self._largest_bytes, nbytes)
+        if nbytes > self._largest_bytes:
+            self._largest_bytes = nbytes
+            self._allowance.largest_call(nbytes)
+            self._least_bytes = self._allowance.least_bytes()
         self.shrink(needed=nbytes)
 
     def made(self, tensor: Tensor) -> None:
@@ -224,19 +253,29 @@ class Room:
         allowed = self._allowance.allowed_bytes(nbytes, None)
         return allowed is None or self.online.meter.nbytes <= allowed
 
-    def shrink(self, locked: Collection[int] = (), *, needed: int = 0, in_backward: bool = False) -> None:
+    def is_enough(self, *, in_backward: bool) -> bool:
+        """Tell whether no more is held than may be, so that a rerun has the room that is left for it."""
+        allowed = self._allowed_bytes(0, in_backward=in_backward)
+        return allowed is None or self.online.meter.nbytes <= allowed
+
+    def shrink(self, locked: Container[int] = (), *, needed: int = 0, in_backward: bool = False) -> None:
         """Drop what can be recomputed until the rest is within bounds."""
-        progress = self._passes.n_served / max(1, self._passes.n_made) if in_backward else None
-        taken = self._allowance.taken_bytes(needed, self._largest_bytes)
-        allowed = self._allowance.allowed_bytes(taken, progress)
-        if allowed is None:
+        if self.online.meter.nbytes + 3 * needed <= self._least_bytes:
+            return  # as almost always; asking what is allowed right now takes a while
+        allowed = self._allowed_bytes(needed, in_backward=in_backward)
+        if allowed is None or self.online.meter.nbytes <= allowed:
             return
-        if self._spare is not None and self.online.meter.nbytes > allowed:
+        if self._spare is not None:
             self._turn(self._spare)
-            allowed = self._allowance.allowed_bytes(taken, progress) or 0.0
+            allowed = self._allowed_bytes(needed, in_backward=in_backward) or 0.0
         if impatience := self.online.impatience:
             allowed = max(allowed, impatience * self._allowance.all_bytes())
         self.online.shrink(allowed, locked)
+
+    def _allowed_bytes(self, needed: int, *, in_backward: bool) -> float | None:
+        progress = self._passes.n_served / max(1, self._passes.n_made) if in_backward else None
+        taken = self._allowance.taken_bytes(needed)
+        return self._allowance.allowed_bytes(taken, progress)
 
     def empty(self) -> None:
         """Drop everything that can be recomputed."""
@@ -247,3 +286,4 @@ class Room:
     def _turn(self, spare: Spare) -> None:
         self._spare = None
         self._allowance.counted(spare.turn())
+        self._least_bytes = self._allowance.least_bytes()

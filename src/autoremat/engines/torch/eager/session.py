@@ -31,6 +31,7 @@ from autoremat.engines.torch.world.gradients import gradients_left, gradients_th
 from autoremat.engines.torch.world.modules import reachable_modules
 from autoremat.engines.torch.world.parallel import check_supported, parallel_of
 from autoremat.planner import clock
+from autoremat.program import InfeasibleBudget
 
 MAX_PLANS: Final = 64
 """Beyond this, plans of least recently used kinds are forgotten."""
@@ -179,7 +180,12 @@ class Session:
             return None  # this step will make other calls
         left = gradients_left(relative.prepared.program)
         there = gradients_there(reachable_modules(self.fn, args, kwargs), left)
-        prepared = self._planning.accumulating(relative.prepared, there, self._here.living)
+        try:
+            prepared = self._planning.accumulating(relative.prepared, there, self._here.living)
+        except InfeasibleBudget:
+            if relative.sizes.fits_into(sizes):
+                raise
+            return None  # the plan was for something larger, which may never come
         self._steps.knows(prepared, args, kwargs)
         family.add(Kind(prepared, replace(relative.sizes, gradients=sizes.gradients)))
         self._forget()

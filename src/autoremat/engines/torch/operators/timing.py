@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch._C._profiler import _ExperimentalConfig
 from torch.autograd import ProfilerConfig, ProfilerState
+from torch.utils._python_dispatch import _disable_current_modes
 
 from autoremat.engines.torch.operators.costs import Cost, Kept, place_of
 from autoremat.engines.torch.operators.facts import tensors_in
@@ -257,8 +258,9 @@ def _flops(signature: CallSignature) -> float:
     if count is None:
         return 0.0
     try:
-        args, kwargs = thaw(signature.args, _meta), thaw(signature.kwargs, _meta)
-        out = signature.func(*args, **kwargs)
+        with _disable_current_modes():  # a fake mode would take a hundred times as long
+            args, kwargs = thaw(signature.args, _meta), thaw(signature.kwargs, _meta)
+            out = signature.func(*args, **kwargs)
         return float(count(*args, **kwargs, out_val=out))
     except Exception:  # noqa: BLE001 - a formula that does not know these arguments is no reason to fail
         return 0.0
