@@ -231,6 +231,7 @@ class CompiledSession:
             "measured_peak_bytes": self._last_word.measured.get(id(last)),
             "executed_by": last.backend,
             "graphs": len(self.graphs),
+            "scheduled_peak_bytes": last.scheduled_peak_bytes,
         }
 
     def beside(self) -> list[Value]:
