@@ -37,15 +37,15 @@ def tokens(n: int, length: int, words: int) -> Data:
 
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, Data]]] = {
     "gpt": lambda: (
-        WithLoss(GPT(GPTConfig(blocks=8, width=64, heads=4, context=64))), tokens(8, 64, 256),
+        WithLoss(GPT(GPTConfig(blocks=8, width=32, heads=2, context=32))), tokens(4, 32, 256),
     ),
     "resnet": lambda: (
-        WithLoss(ResNet(ResNetConfig(widths=(8, 16, 32), blocks_per_stage=2, dropout=0.0))),
-        (torch.randn(16, 1, 28, 28), torch.randint(0, 10, (16,))),
+        WithLoss(ResNet(ResNetConfig(widths=(8, 16), blocks_per_stage=2, dropout=0.0))),
+        (torch.randn(8, 1, 28, 28), torch.randint(0, 10, (8,))),
     ),
-    "unet": lambda: (UNet(16), (torch.randn(8, 1, 32, 32), torch.randn(8, 1, 32, 32))),
-    "llama": lambda: (WithLoss(Llama(blocks=4, width=64, heads=4)), tokens(8, 64, 128)),
-    "decoder": lambda: (EncoderDecoder(64, layers=2), (torch.randn(8, 32, 64), torch.randn(8, 32, 64))),
+    "unet": lambda: (UNet(8), (torch.randn(4, 1, 16, 16), torch.randn(4, 1, 16, 16))),
+    "llama": lambda: (WithLoss(Llama(blocks=4, width=32, heads=2)), tokens(4, 32, 128)),
+    "decoder": lambda: (EncoderDecoder(32), (torch.randn(4, 16, 32), torch.randn(4, 16, 32))),
 }  # fmt: skip
 
 
