@@ -61,7 +61,7 @@ class DrySchedule:
 
 
 def dry_schedule(halves: Halves, program: Program, given: dict[str, Any]) -> DrySchedule:
-    """How Inductor would run two halves; a third of the time that compiling them takes, and nothing is generated.
+    """How Inductor would run two halves; a third of the time that compiling them takes, and nothing is compiled.
 
     Operators that Inductor calls as they are take scratch, of which it knows nothing. They are measured on tensors that
     lie in memory as it lays them out: a convolution takes far less where channels come last.

@@ -286,7 +286,7 @@ def _op_types() -> Any:
     return get_default_op_list()
 
 
-# ---- what Inductor makes of a graph, before it generates code ----------------------------------------------------
+# ---- what Inductor makes of a graph, before it compiles it ------------------------------------------------------
 
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
@@ -336,10 +336,11 @@ def scheduled(
 ) -> Half:  # fmt: skip
     """The kernels that Inductor makes of a graph, in order: bytes while each runs, and the nodes that it computes.
 
-    Lowers, fuses and orders a copy of the graph as the compilation that follows does, and ends before any code is
-    generated. The bytes are Inductor's own estimate (``_inductor.memory``) of what it allocates, and of the inputs that
-    it frees: none of the step's own inputs, and no gradients that the backward is given. ``_post_fusion_custom_pass``
-    is the one hook that is called there, and sees the kernels.
+    Lowers, fuses, orders and writes a copy of the graph as the compilation that follows does, and ends before anything
+    is compiled. The bytes are Inductor's own estimate (``_inductor.memory``) of what it allocates, and of the inputs
+    that it frees: none of the step's own inputs, and no gradients that the backward is given. The text of the kernels
+    says which results take the place of others. ``_post_fusion_custom_pass`` is the hook that sees the kernels, and
+    ``generate`` of the wrapper what is called once they are written.
 
     Args:
         module: of one half.
@@ -509,7 +510,8 @@ def _order_and_end(kernels: Any) -> Any:
     def end(*given: Any) -> Any:
         raise _Scheduled(_half(V.graph))
 
-    V.graph.wrapper_code.generate = end
+    writer: Any = V.graph.wrapper_code
+    writer.generate = end
     inductor_config.cpp.simdlen = 1  # kernels for the sake of their text: their vectors do not matter
     return ordered(kernels) if kernels else kernels
 
