@@ -246,7 +246,7 @@ def plan(
         accumulate: the step finds gradients of all parameters that its backward reaches, and adds to them: what
             gradient accumulation takes from the second micro-step on. A plan of it serves the first one, too.
         compiled: plan what ``torch.compile`` makes of the step: the name of a backend, or True for ``"inductor"``. The
-            callable is traced and planned, and Inductor orders its kernels; no code is generated, and nothing runs.
+            callable is traced and planned, and Inductor writes its kernels; no code is compiled, and nothing runs.
             ``solver``, ``timing``, ``accumulate`` and ``offload`` are not for this.
         offload: as for ``checkpoint``; the bandwidth is measured, once for each folder.
         offload_budget: as for ``checkpoint``.

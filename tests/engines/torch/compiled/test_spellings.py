@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -189,3 +191,24 @@ def test_regions_checkpointed_by_hand_are_left_to_torch() -> None:
     with pytest.warns(RuntimeWarning, match=r"without a plan: it has regions of torch\.utils\.checkpoint"):
         call(*data).backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+def test_what_the_compiler_runs_as_it_is_is_said_to_have_no_plan() -> None:
+    """It makes no graph at all of a recurrent module, and says nothing; a budget must not be lost in silence."""
+
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.GRU(8, 8, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x)[0].sum()
+
+    call = torch.compile(autoremat.checkpoint(Recurrent(), budget=SHARE), backend="aot_eager")
+    with pytest.warns(RuntimeWarning, match="compiled without a plan: torch.compile has made no graph of it"):
+        call(torch.randn(4, 3, 8)).backward()
+    assert autoremat.stats(call).unplanned == 1
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(torch.randn(4, 3, 8))
+    assert autoremat.stats(call).unplanned == 1

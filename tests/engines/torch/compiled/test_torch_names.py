@@ -164,6 +164,34 @@ def test_inductor_says_what_it_would_run() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("is_handed_over", [True, False])
+def test_results_in_the_place_of_what_they_are_made_of(is_handed_over: bool) -> None:
+    """Counted once: in the place of what the half has made, and of inputs that nobody else has."""
+    found = []
+
+    def look(module: torch.fx.GraphModule, inputs: object, *, compiler: str, **given: object) -> object:
+        forward, backward = torch._functorch.partitioners.default_partition(module, inputs, **given)
+        saved = [k for k, n in enumerate(backward.graph.find_nodes(op="placeholder")) if n.name == "exp"]
+        assert saved
+        theirs = saved if is_handed_over else []
+        found.append(names.scheduled(forward, (), is_backward=False, n_visible=1))
+        found.append(names.scheduled(backward, (), is_backward=True, handed_over=theirs))
+        return forward, backward
+
+    def run(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+        return (x @ w).exp().tanh()
+
+    vectors = torch._inductor.config.cpp.simdlen
+    with names.inductor_splits_by(look, ""):
+        torch.compile(run)(torch.randn(64, 64, requires_grad=True), torch.randn(64, 64))
+    one = 64 * 64 * 4
+    made, gradients = ([step.nbytes / one for step in half.steps] for half in found)
+    assert made == [1, 2]  # the product; its exponential in its place, and what is returned
+    assert gradients == [2 if is_handed_over else 3, 2]
+    assert torch._inductor.config.cpp.simdlen == vectors
+
+
+@pytest.mark.slow
 def test_inductor_compiles_the_backward_as_it_was_asked_to() -> None:
     """Not in the first backward, when what it was asked is forgotten; and in the order of the plan."""
     orders = []

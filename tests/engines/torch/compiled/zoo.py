@@ -77,9 +77,9 @@ class Llama(nn.Module):
 class EncoderDecoder(nn.Module):
     """A small transformer of both halves."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, layers: int = 1) -> None:
         super().__init__()
-        self.both = nn.Transformer(width, 2, 1, 1, 64, dropout=0.0, batch_first=True)
+        self.both = nn.Transformer(width, 2, layers, layers, 64, dropout=0.0, batch_first=True)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         return F.mse_loss(self.both(x, y), y)

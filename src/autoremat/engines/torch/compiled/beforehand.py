@@ -1,4 +1,4 @@
-"""The plan of a compiled step that is not going to be run: traced, planned, scheduled, and no code is generated."""
+"""The plan of a compiled step that is not going to be run: traced, planned, scheduled, and nothing is compiled."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Beforehand(CompiledSession):
 def planned_beforehand(
     fn: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any], planner: Planner, backend: str
 ) -> PlannedGraph:
-    """The plan that a compiled step would follow. Nothing runs, and no code is generated.
+    """The plan that a compiled step would follow. Nothing runs, and no code is compiled.
 
     Args:
         fn: the callable, not compiled.

@@ -61,7 +61,7 @@ class DrySchedule:
 
 
 def dry_schedule(halves: Halves, program: Program, given: dict[str, Any]) -> DrySchedule:
-    """How Inductor would run two halves; a third of the time that compiling them takes, and nothing is generated.
+    """How Inductor would run two halves; a third of the time that compiling them takes, and nothing is compiled.
 
     Operators that Inductor calls as they are take scratch, of which it knows nothing. They are measured on tensors that
     lie in memory as it lays them out: a convolution takes far less where channels come last.
@@ -74,7 +74,10 @@ def dry_schedule(halves: Halves, program: Program, given: dict[str, Any]) -> Dry
     forward, backward = halves
     static = given.get("static_lifetime_input_indices") or ()
     first = scheduled(forward, static, is_backward=False, n_visible=given["num_fwd_outputs"])
-    second = scheduled(backward, _fixed_inputs(backward), is_backward=True, strides=first.strides)
+    second = scheduled(
+        backward, _fixed_inputs(backward), is_backward=True, strides=first.strides,
+        handed_over=_handed_over(halves, given["num_fwd_outputs"]),
+    )  # fmt: skip
     steps, beside = [*first.steps, *second.steps], first.copied_bytes + _held_bytes(halves, given)
     costs = costs_of_calls([_called(step) for step in steps])
     kernels, known = list[Kernel](), dict[int, Cost]()
@@ -113,6 +116,23 @@ def _fixed_inputs(module: fx.GraphModule) -> Sequence[int]:
     """The positions of a backward's inputs that are inputs of the step as well, and so stay."""
     inputs = module.graph.find_nodes(op="placeholder")
     return [k for k, node in enumerate(inputs) if "primals" in str(node.target)]
+
+
+def _handed_over(halves: Halves, n_visible: int) -> list[int]:
+    """The positions of the backward's inputs whose memory is neither the step's own, nor returned by either half."""
+    forward, backward = halves
+    made: Any = forward.graph.output_node().args[0]
+    returned: Any = (*made[:n_visible], *backward.graph.output_node().args[0])  # type: ignore[misc]
+    others = {_memory(n) for n in (*forward.graph.find_nodes(op="placeholder"), *returned)}
+    kept = {n.name for n in made[n_visible:] if isinstance(n, Node)}
+    inputs = enumerate(backward.graph.find_nodes(op="placeholder"))
+    return [k for k, n in inputs if n.name in kept and _memory(n) is not None and _memory(n) not in others]
+
+
+def _memory(node: Any) -> int | None:
+    """Tells the memory of a tensor from that of others."""
+    tensor = tensor_of(node) if isinstance(node, Node) else None
+    return None if tensor is None else tensor.untyped_storage()._cdata
 
 
 def _ops(nodes: Sequence[Node]) -> tuple[int, ...]:

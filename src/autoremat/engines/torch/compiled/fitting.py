@@ -100,7 +100,7 @@ def fit(
         else:
             program = _with_excess(known, seen.plan.schedule, seen.found, within)
     if best is None:
-        best = _lowest_look(reading.program, solve, look)
+        best = _lowest_look(reading, solve, look)
         tries += 2
     if best.found.peak_bytes > within:
         raise _infeasible(best, budget_bytes, margin_bytes)
@@ -108,13 +108,25 @@ def fit(
 
 
 def _lowest_look(
-    program: Program, solve: Callable[[Program, int], Plan], look: Callable[[Plan, Program], _Look]
+    reading: Reading, solve: Callable[[Program, int], Plan], look: Callable[[Plan, Program], _Look]
 ) -> _Look:
-    """The plan of the program's floor with the lowest peak, as Inductor would run it. No budget has a say in it."""
-    seen = look(_lowest(program, solve), program)
+    """The plan of the program's floor with the lowest peak, as Inductor would run it.
+
+    Neither a budget nor anything that is measured anew has a say in it, so that what is named as the floor once is
+    accepted as a budget, in another process as well.
+    """
+    program = reading.program
+    seen = look(_lowest_by_formula(reading, program, solve), program)
     known = _as_laid_out(program, seen.found)
-    again = look(_lowest(known, solve), known)
+    again = look(_lowest_by_formula(reading, known, solve), known)
     return min(seen, again, key=lambda s: s.found.peak_bytes)
+
+
+def _lowest_by_formula(reading: Reading, program: Program, solve: Callable[[Program, int], Plan]) -> Plan:
+    """The plan with the lowest peak, found without looking at measured seconds, and then told in these."""
+    plan = _lowest(reading.by_formula(program), solve)
+    overhead = plan.schedule.extra_seconds(program) / (program.seconds or 1.0)
+    return replace(plan, program=program, overhead=overhead, lower_bound=0.0)
 
 
 def _infeasible(lowest: _Look, budget_bytes: int, margin_bytes: int) -> InfeasibleBudget:

@@ -40,12 +40,19 @@ class Reading:
         program: its operators, those of the forward first.
         nodes: for every op its node; None for the one that opens the backward, and for the optimizer's step.
         value: for every node that makes memory its value in the program.
+        estimates: for every op the seconds that it takes by a formula: the same ones in every process.
     """
 
     joint: Joint
     program: Program
     nodes: tuple[Node | None, ...]
     value: Mapping[Node, int]
+    estimates: tuple[float, ...]
+
+    def by_formula(self, program: Program) -> Program:
+        """A program of the same operators, with seconds that are not measured; what is planned for it is repeatable."""
+        both = zip(program.ops, self.estimates, strict=True)
+        return replace(program, ops=tuple(replace(op, seconds=seconds) for op, seconds in both))
 
 
 def read_program(
@@ -67,7 +74,8 @@ def read_program(
     ops, nodes = list[Op](), list[Node | None]()
     ordered = [n for n in joint.operators if n not in joint.late] + [n for n in joint.operators if n in joint.late]
     begins = sum(n not in joint.late for n in joint.operators)
-    costs = costs_of(ordered, is_fused)
+    estimates = estimates_of(ordered)
+    costs = costs_of(ordered, estimates, is_fused)
     for node, cost in zip(ordered, costs, strict=True):
         if len(ops) == begins:
             ops.append(values.backward_begins())
@@ -77,13 +85,14 @@ def read_program(
     if len(ops) == begins:
         ops.append(values.backward_begins())
         nodes.append(None)
+    seconds = [e.seconds for e in estimates]
     total, timed = sum(c.seconds for c in costs), sum(c.seconds for c in costs if c.runs)
     abilities = Abilities("anywhere", ordered=is_fused is never)
     program = Program(
         name, (*values.held(ops, begins), *beside), tuple(ops), recorded="fake", abilities=abilities,
         timing="measured" if timed else "estimated", measured_share=timed / total if total else 0.0,
     )  # fmt: skip
-    return Reading(joint, program, tuple(nodes), values.index)
+    return Reading(joint, program, tuple(nodes), values.index, (*seconds[:begins], 0.0, *seconds[begins:]))
 
 
 def with_optimizer(reading: Reading, scratch_bytes: int) -> Reading:
@@ -92,18 +101,21 @@ def with_optimizer(reading: Reading, scratch_bytes: int) -> Reading:
         return reading
     step = Op("optimizer step", (), (), 0.0, scratch_bytes, "backward", Once.BACKWARD, kind="step")
     program = replace(reading.program, ops=(*reading.program.ops, step))
-    return replace(reading, program=program, nodes=(*reading.nodes, None))
+    return replace(reading, program=program, nodes=(*reading.nodes, None), estimates=(*reading.estimates, 0.0))
 
 
-def costs_of(nodes: Sequence[Node], is_fused: Callable[[Node], bool]) -> list[Cost]:
+def costs_of(nodes: Sequence[Node], estimates: Sequence[Cost], is_fused: Callable[[Node], bool]) -> list[Cost]:
     """What operators take: measured, but for those that no kernel of theirs runs; these move memory."""
-    signatures = [signature_of_node(node) for node in nodes]
     fused = [is_fused(node) for node in nodes]
-    alone = [None if is_one else s for s, is_one in zip(signatures, fused, strict=True)]
-    measured = costs_of_calls(alone)
-    written = [sum(map(bytes_of, made_by(node))) for node in nodes]
-    estimated = estimate_all(signatures, written)
-    return [e if is_one else m for m, e, is_one in zip(measured, estimated, fused, strict=True)]
+    measured = costs_of_calls(
+        [None if is_one else signature_of_node(n) for n, is_one in zip(nodes, fused, strict=True)]
+    )
+    return [e if is_one else m for m, e, is_one in zip(measured, estimates, fused, strict=True)]
+
+
+def estimates_of(nodes: Sequence[Node]) -> list[Cost]:
+    """What operators take by a formula."""
+    return estimate_all(list(map(signature_of_node, nodes)), [sum(map(bytes_of, made_by(node))) for node in nodes])
 
 
 def costs_of_calls(calls: Sequence[CallSignature | None]) -> list[Cost]:

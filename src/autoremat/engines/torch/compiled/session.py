@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from autoremat.engines.torch.compiled.backends import INDUCTOR, Backend, compiled_by, kind_of
 from autoremat.engines.torch.compiled.dry import dry_schedule
@@ -87,7 +87,19 @@ class CompiledSession:
             assert self._met is not None
             backend = self.backend(self._met, is_whole=False)
             compiled = self._apart[key] = torch.compile(_inlined(self.fn), backend=backend)
-        return compiled(*args, **kwargs)
+        before = self.calls, self.unplanned
+        result = compiled(*args, **kwargs)
+        if before == (self.calls, self.unplanned) and _has_history(result):
+            self._ran_eagerly()
+        return result
+
+    def _ran_eagerly(self) -> None:
+        """The compiler has made no graph of a call that has a backward: nobody has planned it."""
+        self.unplanned += 1
+        self.without_plan(
+            "torch.compile has made no graph of it, and runs it as it is (torch._dynamo.explain says why; recurrent "
+            "modules such as nn.GRU need torch._dynamo.config.allow_rnn)"
+        )
 
     def _too_much(self, graph: PlannedGraph, taken_bytes: int) -> None:
         """A measured step has taken more than the budget: plan for as much less, once."""
@@ -231,6 +243,7 @@ class CompiledSession:
             "measured_peak_bytes": self._last_word.measured.get(id(last)),
             "executed_by": last.backend,
             "graphs": len(self.graphs),
+            "scheduled_peak_bytes": last.scheduled_peak_bytes,
         }
 
     def beside(self) -> list[Value]:
@@ -274,6 +287,12 @@ def _inlined(fn: Any) -> Callable[..., Any]:
         return fn(*args, **kwargs)
 
     return run
+
+
+def _has_history(result: Any) -> bool:
+    """Whether something that a call has returned has a backward."""
+    leaves = torch.utils._pytree.tree_leaves(result)
+    return any(isinstance(leaf, Tensor) and leaf.grad_fn is not None for leaf in leaves)
 
 
 def _raising(error: InfeasibleBudget) -> Callable[..., Any]:

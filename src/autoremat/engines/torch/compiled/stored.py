@@ -27,7 +27,7 @@ from autoremat.program import InvalidProgram, Plan, Program
 from autoremat.program.json_format import plan_to_data
 
 _FOLDER: Final = "compiled"
-_VERSION: Final = 2
+_VERSION: Final = 3
 """Of what the files say, and of how graphs are planned: another one finds nothing."""
 
 

@@ -13,7 +13,7 @@ import operator
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from enum import Enum
-from types import CodeType
+from types import CodeType, SimpleNamespace
 from typing import Any, Final, NamedTuple
 
 import torch
@@ -218,7 +218,7 @@ class _Orders(CustomSchedulerPass):
 
     def uuid(self) -> Any:
         """What the order depends on, beside the graph."""
-        return "autoremat", "the plan's order"
+        return "autoremat", "the plan's order", 2  # count up where the order that a graph is given changes
 
 
 class _Splits(CustomPartitionerFn):
@@ -286,7 +286,7 @@ def _op_types() -> Any:
     return get_default_op_list()
 
 
-# ---- what Inductor makes of a graph, before it generates code ----------------------------------------------------
+# ---- what Inductor makes of a graph, before it compiles it ------------------------------------------------------
 
 
 Layout = tuple[tuple[int, ...], tuple[int, ...]]
@@ -332,14 +332,15 @@ class _Scheduled(BaseException):
 
 def scheduled(
     module: fx.GraphModule, static_inputs: Sequence[int], *, is_backward: bool, n_visible: int = 0,
-    strides: Mapping[str, tuple[int, ...]] | None = None,
+    strides: Mapping[str, tuple[int, ...]] | None = None, handed_over: Sequence[int] = (),
 ) -> Half:  # fmt: skip
     """The kernels that Inductor makes of a graph, in order: bytes while each runs, and the nodes that it computes.
 
-    Lowers, fuses and orders a copy of the graph as the compilation that follows does, and ends before any code is
-    generated. The bytes are Inductor's own estimate (``_inductor.memory``) of what it allocates, and of the inputs that
-    it frees: none of the step's own inputs, and no gradients that the backward is given. ``_post_fusion_custom_pass``
-    is the one hook that is called there, and sees the kernels.
+    Lowers, fuses, orders and writes a copy of the graph as the compilation that follows does, and ends before anything
+    is compiled. The bytes are Inductor's own estimate (``_inductor.memory``) of what it allocates, and of the inputs
+    that it frees: none of the step's own inputs, and no gradients that the backward is given. The text of the kernels
+    says which results take the place of others. ``_post_fusion_custom_pass`` is the hook that sees the kernels, and
+    ``generate`` of the wrapper what is called once they are written.
 
     Args:
         module: of one half.
@@ -347,6 +348,7 @@ def scheduled(
         is_backward: which half it is.
         n_visible: outputs that the user sees, so that their layout is that of eager; all of them in a backward.
         strides: by name those of inputs that the other half has laid out in its own way.
+        handed_over: positions of the inputs that nobody else has, so that results may take their place.
     """
     from torch._inductor.compile_fx import compile_fx_inner
 
@@ -354,15 +356,33 @@ def scheduled(
     copy.meta = dict(module.meta)
     inputs = [_laid_out(node, strides or {}) for node in copy.graph.find_nodes(op="placeholder")]
     _say_what_is_visible(copy, None if is_backward else n_visible)
-    quiet = {"force_disable_caches": True, "custom_partitioner_fn": None, "_post_fusion_custom_pass": _stop}
+    quiet = {
+        "force_disable_caches": True, "custom_partitioner_fn": None, "_post_fusion_custom_pass": _order_and_end,
+        "cpp.simdlen": inductor_config.cpp.simdlen,  # which is changed on the way, and so put back
+    }  # fmt: skip
     try:
-        with inductor_config.patch(quiet):
+        with inductor_config.patch(quiet), _handed_over(handed_over):
             compile_fx_inner(
                 copy, inputs, static_input_idxs=list(static_inputs), is_backward=is_backward, graph_id=None
             )
     except _Scheduled as found:
         return found.half
     return Half([], {})
+
+
+@contextmanager
+def _handed_over(positions: Sequence[int]) -> Iterator[None]:
+    """Say to Inductor which inputs are its own, as AOTAutograd does once it has both halves (``donated_buffer``)."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None or not functorch_config.donated_buffer:
+        yield
+        return
+    before = context.fw_metadata
+    context.fw_metadata = SimpleNamespace(bw_donated_idxs=list(positions), static_input_indices=[])  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        context.fw_metadata = before
 
 
 def _laid_out(node: Node, strides: Mapping[str, tuple[int, ...]]) -> Any:
@@ -435,7 +455,10 @@ def _taken(order: Any) -> list[int]:
     _, freed = memory.prepare_planning_info(
         order, scheduler.name_to_buf, scheduler.name_to_fused_node, inputs, outputs
     )  # fmt: skip
-    _, _, changes, _ = memory.estimate_peak_memory_allocfree(order, freed, outputs)
+    replaced = _replaced(scheduler.name_to_buf, freed)
+    _, _, changes, last = memory.estimate_peak_memory_allocfree(order, freed, outputs)
+    for given in replaced:
+        changes[last[given]].size_free -= given.mpi_buffer.size_free
     current, taken = 0, list[int]()
     for _, together in itertools.groupby(enumerate(order), key=_called_with):
         kernels = [changes[kernel] for _, kernel in together]
@@ -443,6 +466,30 @@ def _taken(order: Any) -> list[int]:
         taken += [int(current)] * len(kernels)
         current -= sum(change.size_free for change in kernels)
     return taken
+
+
+def _replaced(buffers: Mapping[str, Any], inputs: Mapping[str, Any]) -> list[Any]:
+    """Take from Inductor's account what has no memory of its own, where the text of the kernels is there to tell.
+
+    Such are results that only the kernel reads which makes them, and results in the place of what they are made of.
+    Returned are the inputs in whose places others come: these are not free when nobody reads them any more.
+    """
+    from torch._inductor.virtualized import V
+
+    gone, found = V.graph.removed_buffers | V.graph.inplaced_to_remove, []
+    for name in gone & buffers.keys():
+        planned = buffers[name].mpi_buffer
+        planned.size_alloc = planned.size_free = 0
+    for new, old in getattr(V.graph.wrapper_code, "reuses", {}).items():
+        if new not in buffers or not gone.isdisjoint((new, old)):
+            continue
+        memory = (buffers.get(old) or inputs[old]).mpi_buffer
+        buffers[new].mpi_buffer.size_alloc, buffers[new].mpi_buffer.size_free = 0, memory.size_free
+        if old in buffers:
+            memory.size_free = 0
+        else:
+            found.append(inputs[old])
+    return found
 
 
 def _called_with(numbered: tuple[int, Any]) -> int:
@@ -456,23 +503,32 @@ def _called_with(numbered: tuple[int, Any]) -> int:
     return number if is_alone else -1
 
 
-def _stop(kernels: Any) -> Any:
-    """Order the kernels as the compilation that follows does, and end."""
+def _order_and_end(kernels: Any) -> Any:
+    """Order the kernels as the compilation that follows does, and let it end once their text is written."""
     from torch._inductor.virtualized import V
 
-    if not kernels:
-        raise _Scheduled(Half([], {}))
-    half: Any = V.graph
-    order = ordered(kernels)
-    steps = [Step(n, _computed(k), _given_to(k)) for k, n in zip(order, _taken(order), strict=True)]
+    def end(*given: Any) -> Any:
+        raise _Scheduled(_half(V.graph))
+
+    writer: Any = V.graph.wrapper_code
+    writer.generate = end
+    inductor_config.cpp.simdlen = 1  # kernels for the sake of their text: their vectors do not matter
+    return ordered(kernels) if kernels else kernels
+
+
+def _half(graph: Any) -> Half:
+    """What Inductor makes of a half whose kernels are written."""
+    order = graph.scheduler.nodes
+    taken = _taken(order) if order else []
+    steps = [Step(n, _computed(k), _given_to(k)) for k, n in zip(order, taken, strict=True)]
     strides, copied_bytes = dict[str, tuple[int, ...]](), 0
-    returned = half.module.graph.output_node().args[0]
-    for node, made in zip(returned, half.graph_outputs, strict=False):
+    returned = graph.module.graph.output_node().args[0]
+    for node, made in zip(returned, graph.graph_outputs, strict=False):
         if isinstance(node, Node) and (known := _layout_of(made)) is not None:
             strides[node.name] = known[1]
-            if node.op == "placeholder" and made.get_name() not in half.graph_inputs:
+            if node.op == "placeholder" and made.get_name() not in graph.graph_inputs:
                 copied_bytes += math.prod(known[0]) * node.meta["val"].itemsize
-    raise _Scheduled(Half(steps, strides, copied_bytes))
+    return Half(steps, strides, copied_bytes)
 
 
 def _layout_of(buffer: Any) -> Layout | None:

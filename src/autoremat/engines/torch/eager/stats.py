@@ -31,6 +31,7 @@ class Stats:
         differing: operators found to give something else when they are rerun; what they make is kept.
         executed_by: who carries out the plan: ``autoremat``, call by call, or the backend of ``torch.compile``.
         graphs: how many graphs of ``torch.compile`` have been planned.
+        scheduled_peak_bytes: of a compiled step under that plan, as its backend will run it; None for others.
     """
 
     plan: Plan | None
@@ -47,6 +48,7 @@ class Stats:
     differing: int
     executed_by: str = "autoremat"
     graphs: int = 0
+    scheduled_peak_bytes: int | None = None
 
     @property
     def fallbacks(self) -> int:
