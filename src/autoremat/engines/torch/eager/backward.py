@@ -239,7 +239,10 @@ class Backward:
     # ---- on demand -----------------------------------------------------------------------------------------------
 
     def _shrink(self, locked: Container[int] = (), *, needed: int = 0) -> None:
-        """Make room; a node of a pass within the forward makes about as much as it asks for."""
+        """Make room.
+
+        A node of a pass within the forward makes about as much as it asks for.
+        """
         if self._script is None and self.room is not None:
             self.room.shrink(locked, needed=needed, in_backward=not self.is_forward)
 
@@ -297,7 +300,10 @@ class Backward:
 
 
 def _along(ledger: Ledger, passes: Passes, room: Room | None, is_forward: bool) -> Along:
-    """Have all held of a rerun call that this pass will still ask for, where there is room for reruns."""
+    """Tell what a rerun call makes that this pass still wants.
+
+    Nothing where there is no room for reruns.
+    """
     if room is not None and not room.is_enough(in_backward=not is_forward):
         return NOTHING
     return lambda call: [v for v in ledger.entries[call].makes if passes.waiting.get(v, 0) > 0]

@@ -27,7 +27,7 @@ _top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 
 
 def is_given_to_a_region() -> bool:
-    """Tell whether what autograd saves right now is what a part is given.
+    """Tell whether autograd saves, right now, what a part is given.
 
     torch then makes a saved tensor by itself, right in that file (``save_inputs``, 2.13).
     """

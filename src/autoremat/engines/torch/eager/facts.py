@@ -194,7 +194,9 @@ def _like_larger(
 
 
 def _times_as_much(mine: Sequence[int], theirs: Sequence[int]) -> float | None:
-    """Bound how many times as much a call of some sizes takes as one of others; None where these are not near.
+    """Bound a call, as a multiple of one of near sizes.
+
+    None where the sizes are not near.
 
     What a call makes grows with the square of a size at most, as products of matrices do.
     """

@@ -1,4 +1,4 @@
-"""First stays: how long what a plan keeps stays in memory, where the forward was noted.
+"""First stays: how long kept values stay after a noted forward.
 
 A plan may keep a value for some of those who ask for it, drop it, and recompute it for others. Where a forward follows
 the plan, autograd has the value for the former, and frees it with the last of them. In a noted one all have handles.
@@ -36,7 +36,7 @@ class FirstStays:
         self._gone_early = []
 
     def gone(self, packs: Iterable[int]) -> list[int]:
-        """Uncount handles that are gone; return values that the plan keeps for none of the rest."""
+        """Uncount handles that are gone; return values without any left."""
         if not self._packed:
             self._gone_early += packs
             return []
@@ -51,5 +51,5 @@ class FirstStays:
         return over
 
     def last(self, value: int) -> bool:
-        """Tell whether a handle is left that the plan keeps the value for."""
+        """Tell whether the plan still keeps the value for a handle."""
         return self._left[value] > 0

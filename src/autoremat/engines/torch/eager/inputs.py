@@ -237,7 +237,7 @@ def _form(x: Any, found: _Found, *, in_list: bool = False, in_object: bool = Fal
 
 
 def _parts_of(x: Any) -> dict[Any, Any] | None:
-    """Return the parts of an object that is looked into, by name; None for any other."""
+    """Return an object's parts by name; None if nobody looks inside."""
     if isinstance(x, UserDict):
         return x.data
     if not is_dataclass(x) or isinstance(x, (type, nn.Module)):

@@ -223,7 +223,10 @@ class Ledger:
 
 
 class _Needed:
-    """The values that a recomputation still needs: those asked for, and those that its next calls read."""
+    """The values that a recomputation still needs.
+
+    They are those asked for, and those that its next calls read.
+    """
 
     __slots__ = ("_asked", "_uses")
 

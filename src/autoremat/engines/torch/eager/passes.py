@@ -114,7 +114,7 @@ class Passes:
         return len(self._gone) >= self.needs.n_handles
 
     def settle(self) -> tuple[list[int], list[int]]:
-        """Settle the deaths of handles; return values no longer needed, and whose packs are gone."""
+        """Settle the deaths of handles; return unneeded values, and their packs."""
         unneeded: list[int] = []
         packs: list[int] = []
         while self._gone:

@@ -49,10 +49,13 @@ class Allowance(Protocol):
         """Note the most that a call has made so far."""
 
     def least_bytes(self) -> float:
-        """Return what may be held at any moment, whatever the progress, less three times what the next call makes."""
+        """Return what may be held at any moment.
+
+        Three times what the next call makes is to be taken from it.
+        """
 
     def taken_bytes(self, needed_bytes: int) -> int:
-        """Return the bytes to leave free for the next call, given those that it makes."""
+        """Return the bytes to leave free for a call of so many."""
 
     def allowed_bytes(self, taken_bytes: int, progress: float | None) -> float | None:
         """Return the bytes that the step's values may take; None: any number.
@@ -254,7 +257,7 @@ class Room:
         return allowed is None or self.online.meter.nbytes <= allowed
 
     def is_enough(self, *, in_backward: bool) -> bool:
-        """Tell whether no more is held than may be, so that a rerun has the room that is left for it."""
+        """Tell whether a rerun has the room left for it."""
         allowed = self._allowed_bytes(0, in_backward=in_backward)
         return allowed is None or self.online.meter.nbytes <= allowed
 

@@ -97,9 +97,9 @@ class Stays:
                     current[v] = current.get(v, -1) + 1
 
     def at_end(self) -> frozenset[int]:
-        """Find the values that are in memory and still needed when the forward, with the passes within it, is over.
+        """Find the values that are kept from the forward for later.
 
-        The last reads have been found.
+        The forward ends with the passes within it. The last reads have been found.
         """
         last = max(self.program.forward, default=-1)
         end = next((p for p, i in enumerate(self.order) if i == last), -1)

@@ -72,7 +72,7 @@ class TwinPacks:
         return torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
 
     def give(self, j: int, twin: Tensor) -> None:
-        """Note that torch saves this for the part checkpointed by hand that begins now."""
+        """Note what the part checkpointed by hand that begins is given."""
         with self.outside_of_regions():
             packed = self._pack(twin)
         self.match(packed, j)
