@@ -62,7 +62,7 @@ class Row:
 
     @property
     def is_kept(self) -> bool:
-        """Whether the step stayed within the budget, and within what was foretold."""
+        """Whether the step stayed within the budget."""
         return self.measured <= self.budget
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import autoremat
-from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.memory_account import measured_peak
 from tests.engines.torch.compare import quick  # noqa: F401 - a fixture for every test
 
 ROWS, WIDTH = 512, 32
@@ -41,7 +41,7 @@ def peaks(net: nn.Module, step: nn.Module, steps: int) -> list[int]:
     for _ in range(steps):
         net.zero_grad()
         x = torch.randn(ROWS, WIDTH)
-        found.append(account(lambda x=x: step(x).backward(), resident(net, x)).peak_bytes)  # type: ignore[misc]
+        found.append(measured_peak(lambda x=x: step(x).backward(), net, x))  # type: ignore[misc]
     return found
 
 
