@@ -19,6 +19,7 @@ import importlib.metadata
 import json
 import os
 import random
+import re
 import statistics
 import subprocess
 import sys
@@ -45,6 +46,8 @@ SHARE = 0.6
 ABOVE = 1.1
 ABOVE_FLOOR = f"{ABOVE} x floor"
 STEPS = 3
+_FOLDERS = re.compile(r"(?:/[^/\s]+)+/")
+"""Where files lie is the machine's affair."""
 
 
 @dataclass
@@ -94,6 +97,8 @@ class Race:
     autoremat_extra: float = 0.0
     plain_seconds: float = 0.0
     problem: str = ""
+    planned_anew: bool = False
+    """The plan that was made beforehand, on fake tensors, was not for the real step."""
 
 
 @dataclass
@@ -314,7 +319,9 @@ def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race
     try:  # planned beforehand: a training has the plan of a tenth of a second for its first steps only
         plan = autoremat.plan(loss, **inputs, budget=peak, timing="measure")
         wrapped = autoremat.checkpoint(loss, plan=plan)
-        measured = trace(planned, inputs, lambda: wrapped(**inputs)).peak_bytes
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            measured = trace(planned, inputs, lambda: wrapped(**inputs)).peak_bytes
     except autoremat.InfeasibleBudget as error:
         return Race(peak, error.floor_bytes, problem=f"the switch's peak, {format_bytes(peak)}, is below the floor")
     steps = {
@@ -328,7 +335,7 @@ def race(specimen: Specimen, model: nn.Module, inputs: Any, rounds: int) -> Race
              for k, s in seconds.items()}  # fmt: skip
     return Race(
         peak, plan.floor_bytes, measured, ratio["switch"], ratio["autoremat"],
-        statistics.median(seconds["plain"]),
+        statistics.median(seconds["plain"]), planned_anew=any("planned by itself" in str(w.message) for w in caught),
     )  # fmt: skip
 
 
@@ -460,11 +467,13 @@ def _trouble(r: dict[str, Any]) -> str:
             found.append(f"at {label}: {t['measured_bytes'] - t['budget_bytes']:,} bytes over the budget")
         if label != "floor" and t.get("first_bytes", 0) > t["budget_bytes"]:
             found.append(f"at {label}: first step {t['first_bytes'] / t['budget_bytes'] - 1:.1%} over the budget")
-        found += [f"at {label}: {w.removeprefix('autoremat: ').split(';')[0]}" for w in t["warned"]]
+        found += [f"at {label}: {_FOLDERS.sub('', w).removeprefix('autoremat: ').split(';')[0]}" for w in t["warned"]]
     if "60 %" not in r["trials"] and "floor" in r["trials"]:
         found.append(f"60 % of the plain peak is below the floor, {r['floor_bytes'] / r['plain_bytes']:.0%}")
     if r["race"] and r["race"]["problem"]:
         found.append(r["race"]["problem"])
+    if r["race"] and r["race"].get("planned_anew"):
+        found.append("beside the switch: the plan made beforehand was of another path, so the first step was planned")
     return "; ".join(found)
 
 

@@ -88,3 +88,18 @@ def test_it_is_refused_in_words_for_another_model_or_a_larger_input(path: Path, 
         mine(x).sum().backward()
     said = [str(w.message) for w in caught]
     assert any("the plan that was given is not for this step" in text for text in said), said
+
+
+def one_head(x: torch.Tensor) -> torch.Tensor:
+    """Attention of one head: steps along that dimension say nothing, and fake kernels choose others."""
+    heads = x.view(*x.shape[:2], 1, -1).transpose(1, 2)
+    seen = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads)
+    return seen.reshape(seen.shape).transpose(1, 2).tanh().square().sum()
+
+
+def test_it_is_followed_where_fake_kernels_give_other_steps_that_mean_nothing() -> None:
+    x = torch.randn(8, 64, 16, requires_grad=True)
+    mine = autoremat.checkpoint(one_head, plan=autoremat.plan(one_head, x, budget=1.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        mine(x).backward()

@@ -183,8 +183,9 @@ class Planning:
         )
         if not is_same(program, plan.program) or any(map(_is_larger, program.values, plan.program.values)):
             self._reporter.warn(
-                "the plan that was given is not for this step (it was made of another model, or of a smaller input; "
-                "autoremat.plan wants the largest): the step is planned by itself, within the same budget"
+                "the plan that was given is not for this step (it was made of another model, or of a smaller input, "
+                "where autoremat.plan wants the largest, or the model takes another path on real numbers): the step is "
+                "planned by itself, within the same budget"
             )
             return None
         if simulate(replace(program, link=plan.program.link), plan.schedule).peak_bytes > plan.budget_bytes:

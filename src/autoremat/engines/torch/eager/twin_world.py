@@ -60,7 +60,10 @@ class TwinWorld:
 
 @contextmanager
 def with_histories() -> Iterator[None]:
-    """Let stand-in nodes have gradients, wherever the user's code is, and no forward-mode derivatives."""
+    """Let stand-in nodes have gradients, wherever the user's code is.
+
+    They have no forward-mode derivatives.
+    """
     with torch.inference_mode(False), torch.enable_grad(), _set_fwd_grad_enabled(False):
         yield
 
@@ -137,4 +140,14 @@ def is_like(twin: Tensor, tensor: Tensor) -> bool:
         return False
     if tensor.layout is not torch.strided or is_distributed(tensor):
         return True
-    return twin.stride() == tensor.stride() and twin.storage_offset() == tensor.storage_offset()
+    return _steps(twin) == _steps(tensor) and twin.storage_offset() == tensor.storage_offset()
+
+
+def _steps(tensor: Tensor) -> tuple[int, ...]:
+    """Return the strides that say where an element is.
+
+    In others, real kernels and fake ones differ.
+    """
+    if not tensor.numel():
+        return ()
+    return tuple([step for n, step in zip(tensor.size(), tensor.stride(), strict=True) if n > 1])
