@@ -87,6 +87,13 @@ class Planner(Protocol):
         """Open a step's part of the tier, if there is one."""
 
 
+_NOT_FOR_THIS_STEP = (
+    "the plan that was given is not for this step (it was made of another model, or of a smaller input, where "
+    "autoremat.plan wants the largest, or the model takes another path on real numbers): the step is planned by "
+    "itself, within the same budget"
+)
+
+
 class Planning:
     """Makes the plans of one callable.
 
@@ -182,11 +189,7 @@ class Planning:
             program, {n: left.get(n, nbytes) for n, nbytes in gradients_found(plan.program).items()}
         )
         if not is_same(program, plan.program) or any(map(_is_larger, program.values, plan.program.values)):
-            self._reporter.warn(
-                "the plan that was given is not for this step (it was made of another model, or of a smaller input, "
-                "where autoremat.plan wants the largest, or the model takes another path on real numbers): the step is "
-                "planned by itself, within the same budget"
-            )
+            self._reporter.warn(_NOT_FOR_THIS_STEP)
             return None
         if simulate(replace(program, link=plan.program.link), plan.schedule).peak_bytes > plan.budget_bytes:
             return None  # the plan was made from estimates, which miss temporaries of kernels
