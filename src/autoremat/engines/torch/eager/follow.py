@@ -28,7 +28,7 @@ from autoremat.engines.torch.eager.script import Script, Work
 from autoremat.engines.torch.eager.spare import Spare
 from autoremat.engines.torch.eager.state import DRAWING, State
 from autoremat.engines.torch.operators.local import PLAIN, local_of
-from autoremat.engines.torch.operators.values import is_parameter, storage_of
+from autoremat.engines.torch.operators.values import storage_of
 
 if TYPE_CHECKING:
     from autoremat.engines.torch.eager.tape import Tape
@@ -128,7 +128,7 @@ class Follow:
                 return func(*args, **kwargs)
         given: list[Tensor] = []
         is_ready, is_right = work.ready, True
-        if is_ready or work.spare or call.written or self._script.loose:
+        if is_ready or work.spare or call.written or call.overwrites_outside or self._script.loose:
             with _unseen():
                 given = tensors_given(args, kwargs)
                 is_right = self._is_as_recorded(work, given)
@@ -137,6 +137,8 @@ class Follow:
             return self._left(f"call {k} ({name_of(func)}) is given other tensors than recorded", func, args, kwargs)
         if call.effects or call.leaves:
             tape.has_effects = True  # before it runs: it may run out of memory half-way
+        for i in call.overwrites_outside:
+            tape.keeping.overwrites_outside(tape.numbers.of(given[i]))
         tape.n_calls = k + 1
         with DRAWING if call.random else _NOTHING:
             entry = None
@@ -219,8 +221,6 @@ class Follow:
         """Return the tensor itself, or a handle where its memory may go."""
         tape, value = self._tape, self._packs[j] if j < len(self._packs) else None
         if value is None:
-            if is_parameter(tensor):
-                return tensor
             kept = Kept(tensor, tape.backward, j) if j in self._script.asked else Kept(tensor)
             if self.spare is not None:
                 self._note_kept(self.spare, j, tensor, kept)

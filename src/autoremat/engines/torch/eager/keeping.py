@@ -109,7 +109,7 @@ class Keeping:
         if number < 0:
             self.before_outside(tensor)
             if not statistics:
-                self._overwritten_outside.add(number)
+                self.overwrites_outside(number)
             self.freeze(self._outside_readers.get(storage._cdata, ()))
         elif number in self._ledger.held and number not in self._ledger.maker and self.is_read(number):
             self._ledger.hold(number, copy_of(self._ledger.held[number]))
@@ -118,6 +118,11 @@ class Keeping:
             for address, (other_begin, other_end) in self._spans.items():
                 if address != storage._cdata and other_begin < end and begin < other_end:
                     self.freeze(self._outside_readers.get(address, ()))
+
+    def overwrites_outside(self, number: int | None) -> None:
+        """Note that the step has overwritten memory from outside."""
+        if number is not None:
+            self._overwritten_outside.add(number)
 
     def overwritten(self, old: int, new: int, tensor: Tensor) -> None:
         """Note that the memory of a value holds another one now."""

@@ -58,6 +58,11 @@ class Call:
     packs: tuple[int, int]
     numel: int = 0
 
+    @property
+    def overwrites_outside(self) -> tuple[int, ...]:
+        """Positions of what it overwrites from outside, but for statistics."""
+        return self.effects[len(self.statistics) :]
+
 
 @dataclass(frozen=True)
 class Path:

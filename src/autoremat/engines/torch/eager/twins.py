@@ -132,8 +132,9 @@ class Twins:
             if is_nested(tensor):
                 blank = self.blank_like(tensor)
                 return requiring_grad(blank) if tensor.requires_grad else blank
-            detached = local_of(tensor if is_leaf(tensor) else tensor.detach())
-            twin: Tensor = self._world.mode.from_tensor(detached)
+            twin = self.alias_of(tensor)  # on memory that is known, as in what a custom function under no_grad returns
+            if twin is None:
+                twin = self._world.mode.from_tensor(local_of(tensor if is_leaf(tensor) else tensor.detach()))
             if tensor.requires_grad and not twin.requires_grad:
                 twin = requiring_grad(twin)
             return twin

@@ -96,13 +96,21 @@ def visible(model: Model, xs: list[Tensor], result: Any) -> Iterator[tuple[str, 
 def nodes_in_order(result: Any) -> tuple[str, ...]:
     """The names of the nodes behind a result, as they were made: that order decides how gradients are added up."""
     found: dict[Any, None] = {}
-    pending = [t.grad_fn for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
+    pending = [node_of(t) for t in tree_leaves(result) if isinstance(t, Tensor) and t.requires_grad]
     while pending:
         node = pending.pop()
         if node is not None and node not in found and not hasattr(node, "variable"):
             found[node] = None
             pending += [n for n, _ in node.next_functions]
     return tuple(node.name() for node in sorted(found, key=lambda node: node._sequence_nr()))
+
+
+def node_of(tensor: Tensor) -> Any:
+    """None of a view from which torch lets nobody go on."""
+    try:
+        return tensor.grad_fn
+    except RuntimeError:
+        return None
 
 
 COSTS: dict[Any, Cost] = {}

@@ -370,10 +370,3 @@ def test_weights_that_autocast_keeps_from_an_earlier_call_are_known() -> None:
     body = Do("gru", to=1, a=0), Do("gru", to=1, a=0)
     steps = (Step("within autocast", training=True),) * 3
     assert examine(Script(body, slots=(0,), steps=steps, way=Way("nothing"))).wrong == []
-
-
-@pytest.mark.parametrize("region", ["no_grad", "inference", "autocast"])
-def test_what_a_custom_function_made_is_read_first_without_gradients(region: str) -> None:
-    """The twin of its input lost its history in there, and the node that stands for the function with it."""
-    body = Do("relu", to=0, a=0), Do("scale_function", to=0, a=0, b=2), In(region, (Do("relu", to=0, a=0),))
-    assert examine(Script(body, slots=(0,), steps=(Step(),) * 2, way=Way("nothing"))).wrong == []
