@@ -74,18 +74,22 @@ class Made(NamedTuple):
 class Outside:
     """An argument or saved tensor from outside the step, or its alias.
 
-    Parameters and inputs are examples.
+    Parameters and inputs are examples. Where a parameter is given other memory before the backward, as by
+    ``parameter.data = ...``, a rerun reads what the first run has read.
     """
 
-    __slots__ = ("requires_grad", "tensor", "version")
+    __slots__ = ("memory", "requires_grad", "tensor", "version")
 
     def __init__(self, tensor: Tensor) -> None:
         self.requires_grad = tensor.requires_grad
         self.tensor = tensor if is_leaf(tensor) else tensor.detach()
         self.version = version_of(self.tensor)
+        self.memory = tensor.detach() if self.tensor is tensor and type(tensor) in PLAIN else None
 
     def get(self) -> Tensor:
         """Return the tensor; raise autograd's error if it was modified in place."""
+        if self.memory is not None and not _have_one_memory(self.memory, self.tensor):
+            return self.memory
         if version_of(self.tensor) != self.version:
             raise modified(self.tensor, self.version)
         return self.tensor
@@ -96,6 +100,10 @@ class Outside:
         if is_freed(tensor):
             raise freed(tensor)
         return tensor if tensor.requires_grad or not self.requires_grad else requiring_grad(tensor.detach())
+
+
+def _have_one_memory(a: Tensor, b: Tensor) -> bool:
+    return a.untyped_storage()._cdata == b.untyped_storage()._cdata and a.storage_offset() == b.storage_offset()
 
 
 class Statistics(Outside):
