@@ -88,18 +88,20 @@ class Shadow:
     def forward_ends(self) -> set[int]:
         """Settle the forward; return values that only autocast's cache holds.
 
-        The cache does so until the user's autocast region ends, as a rule before the backward. If another call reads
-        such a cast, the call that made the cast can hand it out at its end.
+        The cache does so until the user's autocast region ends, as a rule before the backward. Where another call reads
+        a cast that the call which made it has not saved, no rerun could hand it out: that call must not run again.
         """
         self.twins.settle()
         recorder = self.recorder
         known = self.twins.numbers()
         last = {op.call: i for i, op in enumerate(recorder.ops) if op.call >= 0}
-        maker = {n: op.call for op in recorder.ops for n in op.writes}
+        maker = {n: op for op in recorder.ops for n in op.writes}
         for op in recorder.ops:
             for n in op.reads:
-                if n >= 0 and recorder.values[n].available == INSIDE and maker[n] != op.call:
-                    recorder.values[n].available = last[maker[n]]
+                if n >= 0 and recorder.values[n].available == INSIDE and maker[n].call != op.call:
+                    recorder.values[n].available = last[maker[n].call]
+                    if (facts := maker[n].facts) is not None:
+                        maker[n].facts = replace(facts, once=Reason(Once.NOT_THERE))
         return {n for n in recorder.storages.living() if n >= 0} - known
 
     def number(self, tensor: Tensor) -> int:

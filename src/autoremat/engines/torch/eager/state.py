@@ -24,6 +24,8 @@ DRAWING = threading.RLock()
 
 Other threads may draw from the same generator.
 """
+_enter_vmap, _leave_vmap = torch._C._vmapmode_increment_nesting, torch._C._vmapmode_decrement_nesting
+_layer = torch._C._functorch.peek_interpreter_stack
 _DEVICES = ("cpu", "cuda")
 _NO_GENERATORS = frozenset((torch.Tensor, torch.nn.Parameter, type(None), bool, int, float))
 """Types that are looked up faster than they are asked whether they are generators."""
@@ -75,18 +77,50 @@ class _Last(threading.local):
 _LAST = _Last()
 
 
+class _Transforms:
+    """What a batched backward runs in, switched off.
+
+    It is that of ``torch.autograd.grad(..., is_grads_batched=True)``, or ``torch.vmap`` around ``torch.autograd.grad``.
+    """
+
+    __slots__ = ("_layers", "_levels")
+
+    def __init__(self, levels: int) -> None:
+        self._levels = levels
+        self._layers: list[Any] = []
+        for _ in range(levels):
+            _leave_vmap()
+        while _layer() is not None:
+            self._layers.append(torch._C._functorch.pop_dynamic_layer_stack())
+
+    def put_back(self) -> None:
+        """Switch them on again."""
+        while self._layers:
+            torch._C._functorch.push_dynamic_layer_stack(self._layers.pop())
+        for _ in range(self._levels):
+            _enter_vmap()
+
+
+def _without_transforms() -> _Transforms | None:
+    """Switch transforms off, if there are any."""
+    levels = _enter_vmap() - 1
+    _leave_vmap()
+    return _Transforms(levels) if levels or _layer() is not None else None
+
+
 class Rerunning:
     """The block in which calls are rerun, each in its own state.
 
-    No function mode sees them. Everything is restored at the end, generators included: from the first call that draws
-    until then no other thread may draw.
+    No function mode and no transform of ``torch.func`` sees them. Everything is restored at the end, generators
+    included: from the first call that draws until then no other thread may draw.
     """
 
-    __slots__ = ("_before", "_cache", "_drawn", "_now", "_unseen")
+    __slots__ = ("_before", "_cache", "_drawn", "_now", "_transforms", "_unseen")
 
     def __enter__(self) -> Rerunning:
         self._unseen = without_function_modes()
         self._unseen.__enter__()
+        self._transforms = _without_transforms()
         self._before = self._now = State.now()
         self._cache = _uses_cache()
         self._drawn: dict[torch.Generator, bytearray] = {}
@@ -101,6 +135,8 @@ class Rerunning:
             self._switch(self._before)
         if self._cache:
             _use_cache(True)
+        if self._transforms is not None:
+            self._transforms.put_back()
         self._unseen.__exit__(None, None, None)
 
     def draw(self, generator: torch.Generator, state: bytearray) -> None:

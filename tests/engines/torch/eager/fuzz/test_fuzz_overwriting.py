@@ -48,3 +48,11 @@ def test_a_custom_function_under_no_grad_returns_the_memory_it_was_given() -> No
     """Its twin had memory of its own, with the same number, so that what overwrote it could not be recorded."""
     body = In("no_grad", (Do("dirty_function", to=0, a=2),)), Do("add_", to=0, a=0, b=0)
     assert examine(Script(body, slots=(0,), steps=(Step(),) * 2, way=Way("nothing"))).wrong == []
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_weight_that_autocast_has_kept_from_a_call_that_does_not_save_it_stays(seed: int) -> None:
+    """The input wants no gradient, so only the second call saves the weight; no rerun of the first one hands it out."""
+    steps = Step("within autocast"), Step("within autocast", sign=-1)
+    script = Script((Do("linear", to=0, a=2),), slots=(0,), steps=steps, way=Way("random", seed, 0.0))
+    assert examine(script).wrong == []
