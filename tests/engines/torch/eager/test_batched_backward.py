@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -61,3 +62,30 @@ def test_vmap_goes_on_behind_a_rerun() -> None:
         )
         assert not rows(torch.eye(2))[1].any()
     assert torch._C._functorch.peek_interpreter_stack() is None
+
+
+class Square(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return 2 * grad * x
+
+
+def test_code_of_the_user_that_cannot_be_recorded_runs_as_in_plain_training() -> None:
+    """What takes part under vmap cannot be made on fake tensors: the first step ended with an error of ours."""
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+
+    def forward(x: Tensor) -> Tensor:
+        for _ in range(4):
+            x = Square.apply((x @ weight).tanh().sin())
+        return x[:, :2].sum(0)
+
+    call = autoremat.checkpoint(forward, budget="80%")
+    for k in range(3):
+        x = torch.randn(256, WIDTH, generator=torch.Generator().manual_seed(k))
+        assert torch.equal(by_autograd(call(x), weight), by_autograd(forward(x), weight))

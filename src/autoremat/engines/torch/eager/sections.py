@@ -178,26 +178,16 @@ class Sections:
             return func(*args, **kwargs)
         if self._listener.is_made_of_others(func):
             return self._listener.look_into(func, args, kwargs)
-        with self._unless_it_fails(section):
+        with _failing(section):
             for tensor in tensors_given(args, kwargs):
                 shadow.twin(tensor)
             if is_pass(func, name):
                 shadow.twins.know_no_gradients()
         out = func(*args, **kwargs)
-        with self._unless_it_fails(section):
-            shadow.make(func, args, kwargs, out, (), -1)
+        if not section.failed:
+            with _failing(section):
+                shadow.make(func, args, kwargs, out, (), -1)
         return out
-
-    @contextmanager
-    def _unless_it_fails(self, section: _Section) -> Iterator[None]:
-        """Do something on fake tensors, as long as the section allows it."""
-        if section.failed:
-            return
-        try:
-            with torch._C.DisableTorchFunction():
-                yield
-        except Exception:  # noqa: BLE001 - whatever a fake tensor cannot do
-            section.failed = True
 
     def _over(self, shadow: Shadow, section: _Section, out: Any) -> Taken:
         shadow.forget_graph(section.graph)
@@ -211,6 +201,16 @@ class Sections:
             sum(recorder.values[n].nbytes for n in left),
             frozenset(section.asked),
         )
+
+
+@contextmanager
+def _failing(section: _Section) -> Iterator[None]:
+    """Open a block that works on fake tensors; if it fails, the section has."""
+    try:
+        with torch._C.DisableTorchFunction():
+            yield
+    except Exception:  # noqa: BLE001 - whatever a fake tensor cannot do
+        section.failed = True
 
 
 @contextmanager

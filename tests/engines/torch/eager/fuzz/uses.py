@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
+from threading import Thread
 from typing import Any
 
 import torch
@@ -115,9 +116,53 @@ def within_autocast(call: Call, m: Model, xs: list[Tensor], k: int) -> Any:
     return result
 
 
+def other_memory(call: Call, m: Model, xs: list[Tensor], k: int) -> Any:
+    """Parameters get other memory before the backward; saved ones are read there as they are by then."""
+    result = call(*xs)
+    for p in list(m.parameters())[k % 2 :: 2]:
+        p.data = p.data * 0.9
+    objective(result, 0).backward()
+    return result
+
+
+def batched(call: Call, m: Model, xs: list[Tensor], k: int) -> Any:
+    """Two gradients at once."""
+    result = call(*xs)
+    both = torch.stack([objective(result, 0), objective(result, k).square()])
+    found = torch.autograd.grad(both, list(m.parameters()), torch.eye(2), allow_unused=True, is_grads_batched=True)
+    return result, found
+
+
+def other_settings(call: Call, m: Model, xs: list[Tensor], k: int) -> Any:
+    """A backward in another thread, with other seeds, another default dtype, under autocast and without gradients."""
+    result = call(*xs)
+    loss = objective(result, k)
+    torch.manual_seed(k)
+    torch.set_default_dtype(torch.float64)
+    failed: list[Exception] = []
+
+    def backward() -> None:
+        try:
+            with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                loss.backward()
+        except Exception as error:  # noqa: BLE001 - a thread hands it on
+            failed.append(error)
+
+    try:
+        thread = Thread(target=backward)
+        thread.start()
+        thread.join()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for error in failed:
+        raise error
+    return result
+
+
 USES: dict[str, Callable[[Call, Model, list[Tensor], int], Any]] = {
     "once": once, "two forwards": two_forwards, "joint": joint, "twice": twice, "piecewise": piecewise,
     "gradients": gradients, "double": double, "some inputs": some_inputs, "abandoned": abandoned,
     "evaluated": evaluated, "from graph": from_graph, "within autocast": within_autocast,
+    "other memory": other_memory, "batched": batched, "other settings": other_settings,
     "accumulate": once, "interrupted": interrupted, "frozen": frozen_part,
 }  # fmt: skip
