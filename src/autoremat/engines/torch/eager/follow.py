@@ -167,6 +167,8 @@ class Follow:
             return False
         if work.ready and not _reads_as_recorded(self._tape.numbers, call, given):
             return False
+        if any(i >= len(given) for i in call.overwrites_outside):
+            return False
         for position, old, _ in call.written:
             if position >= len(given):
                 return False

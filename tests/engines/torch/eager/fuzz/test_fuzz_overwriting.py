@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor
 
+import autoremat
 from tests.engines.torch.compare import plan_that_keeps_nothing
 from tests.engines.torch.eager.fuzz.examine import examine
 from tests.engines.torch.eager.fuzz.scripts import Do, If, In, Script, Step, Way
@@ -56,3 +59,26 @@ def test_a_weight_that_autocast_has_kept_from_a_call_that_does_not_save_it_stays
     steps = Step("within autocast"), Step("within autocast", sign=-1)
     script = Script((Do("linear", to=0, a=2),), slots=(0,), steps=steps, way=Way("random", seed, 0.0))
     assert examine(script).wrong == []
+
+
+def test_a_call_that_writes_into_what_it_is_given_may_be_given_nothing_to_write_into() -> None:
+    """By then it is another call than the recorded one, of the same function."""
+    weight, out, is_given = torch.randn(16, 16, requires_grad=True), torch.zeros(256, 16), [True]
+
+    def loss_of(x: Tensor) -> Tensor:
+        h = (x @ weight).tanh().sin()
+        with torch.no_grad():
+            torch.add(x, x, **({"out": out} if is_given[0] else {}))
+        for _ in range(4):
+            h = (h @ weight).tanh().sin()
+        return h.square().sum()
+
+    step = autoremat.checkpoint(loss_of, budget="85%")
+    for k in range(5):
+        is_given[0] = k < 3
+        x = torch.randn(256, 16)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            (mine,) = torch.autograd.grad(step(x), weight)
+        assert torch.equal(mine, torch.autograd.grad(loss_of(x), weight)[0])
+    assert autoremat.stats(step).deviations
