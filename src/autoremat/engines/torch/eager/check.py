@@ -41,6 +41,9 @@ class NoCheck:
     ) -> None:  # fmt: skip
         """Prepare for a call that may be rerun."""
 
+    def has_no_room(self) -> None:
+        """Do not rerun the call that has just been made."""
+
     def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
         """Tell, after a call, whether its rerun gives something else."""
         return False
@@ -92,6 +95,10 @@ class SelfCheck(NoCheck):
                 if value not in self._memory:
                     local = local_of(given[i]).detach()
                     self._memory[value] = copy_of(local) if value in overwritten else local
+
+    def has_no_room(self) -> None:
+        """Do not rerun the call that has just been made."""
+        self._memory = None
 
     def differs(self, k: int, entry: Entry, made: Sequence[Tensor]) -> bool:
         """Remember a call's results; tell whether a rerun's differ.

@@ -205,7 +205,7 @@ class Sections:
 
 @contextmanager
 def _failing(section: _Section) -> Iterator[None]:
-    """Open a block that works on fake tensors; if it fails, the section has."""
+    """Open a block on fake tensors; its failure is the section's."""
     try:
         with torch._C.DisableTorchFunction():
             yield

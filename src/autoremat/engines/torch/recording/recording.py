@@ -96,11 +96,15 @@ class Recording:
     def take_sizes(self, made_bytes: Sequence[tuple[int, ...]]) -> None:
         """Replace sizes of fake memory by those of real runs.
 
+        Where the numbers in a tensor decide how large a result is, a run on other numbers says nothing.
+
         Args:
             made_bytes: for every op the sizes of what it made when it really ran; () where it did not run.
         """
         real: dict[int, int] = {}
         for op, sizes in zip(self.ops, made_bytes, strict=True):
+            if op.signature is not None and torch.Tag.dynamic_output_shape in op.signature.func.tags:
+                continue
             overwriting = dict(op.in_place)
             fresh = [n for n in op.writes if n not in overwriting]
             if len(fresh) == len(sizes):
