@@ -155,7 +155,8 @@ class Noting:
             entry = None
         made = tensors_in(out)
         results, saved = self._numbered(made, first)
-        for tensor in (*(made[i] for i, _ in results), *(t for _, _, t in self._fresh)):
+        new = [*(made[i] for i, _ in results), *(t for _, _, t in self._fresh)]
+        for tensor in new:
             self._room.made(tensor)
         if entry is not None:
             entry.take(results, saved, changes)
@@ -165,7 +166,7 @@ class Noting:
                     if j - first in inside:
                         entry.draws.note(inside[j - first], tensor)
                 entry.draws.end(results, made, changes, given)
-            nbytes = sum(local_of(made[i]).nbytes for i, _ in results)  # which numbers may decide
+            nbytes = sum(local_of(t).nbytes for t in new)  # of which fake tensors need not know
             if nbytes > facts.nbytes and not self._room.has(3 * nbytes):
                 tape.check.has_no_room()
             if is_tried and tape.check.differs(call, entry, made):
