@@ -32,6 +32,7 @@ from autoremat.engines.torch.operators.values import is_parameter, storage_of
 from autoremat.program.once import Once, Reason
 
 if TYPE_CHECKING:
+    from autoremat.engines.torch.eager.room import Room
     from autoremat.engines.torch.eager.tape import Tape
 
 _NOT_THERE: Final = Reason(Once.NOT_THERE)
@@ -155,9 +156,7 @@ class Noting:
             entry = None
         made = tensors_in(out)
         results, saved = self._numbered(made, first)
-        new = [*(made[i] for i, _ in results), *(t for _, _, t in self._fresh)]
-        for tensor in new:
-            self._room.made(tensor)
+        nbytes = _counted(self._room, [*(made[i] for i, _ in results), *(t for _, _, t in self._fresh)])
         if entry is not None:
             entry.take(results, saved, changes)
             if entry.draws is not None:
@@ -166,7 +165,6 @@ class Noting:
                     if j - first in inside:
                         entry.draws.note(inside[j - first], tensor)
                 entry.draws.end(results, made, changes, given)
-            nbytes = sum(local_of(t).nbytes for t in new)  # of which fake tensors need not know
             if nbytes > facts.nbytes and not self._room.has(3 * nbytes):
                 tape.check.has_no_room()
             if is_tried and tape.check.differs(call, entry, made):
@@ -322,3 +320,11 @@ class Noting:
     def end(self) -> None:
         """Let go of the tape: no more calls will come."""
         del self._tape
+
+
+def _counted(room: Room, tensors: Sequence[Tensor]) -> int:
+    """Count what a call made; return its bytes, which fakes need not know."""
+    for tensor in tensors:
+        room.made(tensor)
+    storages = [s for t in tensors if (s := storage_of(local_of(t))) is not None]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
