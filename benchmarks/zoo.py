@@ -243,7 +243,7 @@ def _try(
     result.trials[label] = Trial(
         budget, stats.plan.peak_bytes if stats.plan else 0, found.peak_bytes, not different,
         stats.plan.overhead if stats.plan else 0.0, stats.reruns, stats.deviations,
-        sorted({str(w.message)[:300] for w in caught if "autoremat" in str(w.message)}), different,
+        sorted({_FOLDERS.sub("", str(w.message))[:300] for w in caught if "autoremat" in str(w.message)}), different,
         first_bytes=found.first_bytes,
     )  # fmt: skip
 
@@ -467,7 +467,7 @@ def _trouble(r: dict[str, Any]) -> str:
             found.append(f"at {label}: {t['measured_bytes'] - t['budget_bytes']:,} bytes over the budget")
         if label != "floor" and t.get("first_bytes", 0) > t["budget_bytes"]:
             found.append(f"at {label}: first step {t['first_bytes'] / t['budget_bytes'] - 1:.1%} over the budget")
-        found += [f"at {label}: {_FOLDERS.sub('', w).removeprefix('autoremat: ').split(';')[0]}" for w in t["warned"]]
+        found += [f"at {label}: {w.removeprefix('autoremat: ').split(';')[0]}" for w in t["warned"]]
     if "60 %" not in r["trials"] and "floor" in r["trials"]:
         found.append(f"60 % of the plain peak is below the floor, {r['floor_bytes'] / r['plain_bytes']:.0%}")
     if r["race"] and r["race"]["problem"]:
