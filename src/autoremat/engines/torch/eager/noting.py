@@ -323,7 +323,7 @@ class Noting:
 
 
 def _counted(room: Room, tensors: Sequence[Tensor]) -> int:
-    """Count what a call made; return its bytes, which fakes need not know."""
+    """Count what a call made; return its bytes."""
     for tensor in tensors:
         room.made(tensor)
     storages = [s for t in tensors if (s := storage_of(local_of(t))) is not None]
