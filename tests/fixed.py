@@ -10,7 +10,6 @@ from unittest.mock import patch
 
 from hypothesis import settings
 
-from autoremat.engines.torch.eager import rerun_cost
 from autoremat.engines.torch.operators import timing
 from autoremat.engines.torch.operators.timing import Cost
 from autoremat.planner import beside, clock
@@ -79,14 +78,11 @@ def _long_enough(func: Any, args: Any, kwargs: Any, cuda: bool) -> float:
 
 @contextmanager
 def fixed_seconds() -> Iterator[None]:
-    """Operators are measured for the bytes that they allocate; seconds are estimated, and reruns cost nothing else."""
+    """Operators are measured for the bytes that they allocate; seconds are estimated."""
     quick = {"_MEASURED": _COSTS, "_FACTORS": {}, "_CACHE_BYTES": 0, "_time_once": _long_enough}
     quick["_measure_for_real"] = _estimated
-    free = {"_rerun_seconds": lambda x: 0.0, "_BETWEEN_BYTES": 0}
-    rerun_cost.rerun_cost_seconds.cache_clear()
-    with patch.multiple(timing, **quick), patch.multiple(rerun_cost, **free):
+    with patch.multiple(timing, **quick):
         yield
-    rerun_cost.rerun_cost_seconds.cache_clear()
 
 
 class Work:

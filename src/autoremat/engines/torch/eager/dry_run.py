@@ -23,7 +23,6 @@ from autoremat.engines.torch.eager.arguments import mapped
 from autoremat.engines.torch.eager.calls import in_sight
 from autoremat.engines.torch.eager.check import NoCheck, SelfCheck
 from autoremat.engines.torch.eager.first import FirstStep, NotRecorded
-from autoremat.engines.torch.eager.rerun_cost import rerun_cost_seconds
 from autoremat.engines.torch.eager.state import without_function_modes
 from autoremat.engines.torch.eager.tape import Reports
 from autoremat.engines.torch.operators.collectives import run_alone
@@ -132,7 +131,7 @@ def record(
     recorded, recording = _recorded(Step(fn, modules, args, kwargs, parallel, device, progress), has_numbers)
     whole = Whole(
         name or getattr(fn, "__name__", type(fn).__name__), recorded, optimizer_state_bytes, optimizer_scratch_bytes,
-        resident_bytes(parallel), timing, has_numbers, None, progress, rerun_cost_seconds,
+        resident_bytes(parallel), timing, has_numbers, None, progress,
     )  # fmt: skip
     program = whole.program(recording)
     if parallel:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from autoremat.engines.torch.eager.composite import Composite
 from autoremat.engines.torch.eager.facts import generators_kept, unseen
 from autoremat.engines.torch.eager.path import Call, Path
-from autoremat.engines.torch.eager.rerun_cost import rerun_cost_seconds
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.operators.history import is_leaf
 from autoremat.engines.torch.operators.timing import Progress
@@ -114,8 +113,7 @@ def program_of(
     """
     beside = resident_bytes(parallel)
     whole = Whole(
-        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, beside, timing, True, limit, progress,
-        rerun_cost_seconds,
+        name, "fake", optimizer_state_bytes, optimizer_scratch_bytes, beside, timing, True, limit, progress
     )  # fmt: skip
     return whole.program(finished(shadow, calls))
 

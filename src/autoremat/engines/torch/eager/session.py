@@ -21,7 +21,6 @@ from autoremat.engines.torch.eager.newcomers import Newcomers
 from autoremat.engines.torch.eager.peaks import Peaks
 from autoremat.engines.torch.eager.planning import Planner, Planning
 from autoremat.engines.torch.eager.reporter import Reporter
-from autoremat.engines.torch.eager.rerun_cost import rerun_cost_seconds
 from autoremat.engines.torch.eager.stats import Stats
 from autoremat.engines.torch.eager.steps import Steps
 from autoremat.engines.torch.eager.tape import unheard
@@ -52,7 +51,6 @@ class Session:
         self._families: OrderedDict[Any, Family] = OrderedDict()
         self._lock, self._here = threading.RLock(), Here()
         self._newcomers = Newcomers()
-        rerun_cost_seconds()  # now: it takes memory, for which no step has room
         self._last: Kind | None = None
         """The kind whose plan was used last."""
         self._reporter = Reporter()

@@ -20,7 +20,6 @@ OPTIMIZER_STEP: Final = "optimizer step"
 def assemble(
     recording: Recording, name: str, costs: Sequence[Cost], *, optimizer_state_bytes: int = 0,
     optimizer_scratch_bytes: int = 0, beside: Mapping[str, int] | None = None, timing: str, recorded: str = "fake",
-    rerun_cost_seconds: float = 0.0,
 ) -> Program:  # fmt: skip
     """Assemble the program of a finished recording.
 
@@ -33,7 +32,6 @@ def assemble(
         beside: bytes of whatever else is always resident, by label.
         timing: where the seconds come from.
         recorded: ``fake`` or ``real``, the tensors of the recording.
-        rerun_cost_seconds: what a call's rerun takes beside its kernels.
     """
     device = main_device(recording.values)
     outside = sorted((n for n in recording.values if n < 0), reverse=True)
@@ -52,7 +50,6 @@ def assemble(
     for label, nbytes in (beside or {}).items():
         values.append(Value(f"distributed.{len(values)}", nbytes, fixed=True, label=label, kind="distributed"))
     reasons = _reasons(recording)
-    firsts = _firsts(recording.ops) if rerun_cost_seconds else frozenset()
     ops = [
         Op(
             name=op.name,
@@ -68,9 +65,8 @@ def assemble(
             module=op.module,
             source=op.source,
             call=op.call,
-            rerun_seconds=cost.seconds + rerun_cost_seconds if i in firsts else None,
         )
-        for i, (op, cost, reason) in enumerate(zip(recording.ops, costs, reasons, strict=True))
+        for op, cost, reason in zip(recording.ops, costs, reasons, strict=True)
     ]
     if optimizer_scratch_bytes:
         step = Op(
@@ -80,13 +76,6 @@ def assemble(
     total, timed = sum(cost.seconds for cost in costs), sum(cost.seconds for cost in costs if cost.runs)
     share = timed / total if total else 0.0
     return Program(name, tuple(values), tuple(ops), timing=timing, measured_share=share, recorded=recorded)
-
-
-def _firsts(ops: Sequence[RecordedOp]) -> frozenset[int]:
-    """Find the first ops of the forward's calls, where reruns begin."""
-    forward = [i for i, op in enumerate(ops) if not op.backward and not op.is_ask]
-    first = {ops[i].call: i for i in reversed(forward)}
-    return frozenset(i for i in forward if ops[i].call < 0 or first[ops[i].call] == i)
 
 
 def main_device(values: dict[int, RecordedValue]) -> torch.device:

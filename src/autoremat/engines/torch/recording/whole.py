@@ -35,8 +35,6 @@ class Whole:
     """Whether tensors are real, so that operators can be run."""
     limit: Callable[[Program], int] | None
     progress: Progress | None
-    rerun_cost_seconds: Callable[[], float] = lambda: 0.0
-    """Measures what a rerun takes on the CPU beside its kernels."""
 
     def program(self, recording: Recording) -> Program:
         """Make the program, with operators measured or estimated."""
@@ -61,9 +59,8 @@ class Whole:
         return self._assembled(recording, costs, source)
 
     def _assembled(self, recording: Recording, costs: Sequence[Cost], source: str) -> Program:
-        is_timed = source == "measured" and main_device(recording.values).type == "cpu"
         return assemble(
             recording, self.name, costs, optimizer_state_bytes=self.optimizer_state_bytes,
             optimizer_scratch_bytes=self.optimizer_scratch_bytes, beside=self.beside, timing=source,
-            recorded=self.recorded, rerun_cost_seconds=self.rerun_cost_seconds() if is_timed else 0.0,
+            recorded=self.recorded,
         )  # fmt: skip
