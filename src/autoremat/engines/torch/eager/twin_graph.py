@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from autoremat.engines.torch.eager.by_hand import is_given_to_a_region
 from autoremat.engines.torch.eager.twin_packs import TwinPacks
-from autoremat.engines.torch.eager.twin_world import Blank, TwinWorld, blank_of, with_histories
+from autoremat.engines.torch.eager.twin_world import Blank, TwinWorld, blank_of, without_duals
 from autoremat.engines.torch.eager.twins import Twins
 from autoremat.engines.torch.operators.local import is_jagged, local_of
 from autoremat.engines.torch.operators.values import storage_of
@@ -69,7 +69,7 @@ class TwinGraph:
         where = self._node_of.pop(id(twin), None)
         if where is None or where not in self._nodes or not (twin.layout is torch.strided or is_jagged(twin)):
             return
-        with self._world.here(), with_histories():
+        with self._world.here(), without_duals():
             try:
                 tail = _Tail.apply(self._world.mode, self._nodes[where][1], twin)
             except RuntimeError:  # a view whose base has been overwritten, if nothing may go on from it any more
@@ -129,10 +129,10 @@ class TwinGraph:
         if self.met is not None and is_custom:
             mark = partial(self._mark, self.met(node), type(node).__name__)
         self._packs.begin()
-        if not inputs:
+        if not any(twin.requires_grad for twin, _ in inputs):
             nothing = torch.empty(0, requires_grad=True)
             inputs = [(nothing, blank_of(nothing))]
-        with with_histories(), self._packs.hooks(), self._packs.outside_of_regions():
+        with torch.enable_grad(), without_duals(), self._packs.hooks(), self._packs.outside_of_regions():
             made = _StandIn.apply(
                 self._world.mode, mark, list(results), saved, [b for _, b in inputs], *[t for t, _ in inputs]
             )

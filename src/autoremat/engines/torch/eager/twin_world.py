@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -58,14 +58,9 @@ class TwinWorld:
         return tensor if isinstance(tensor, FakeTensor) else self.mode.from_tensor(tensor)
 
 
-@contextmanager
-def with_histories() -> Iterator[None]:
-    """Let stand-in nodes have gradients, wherever the user's code is.
-
-    They have no forward-mode derivatives.
-    """
-    with torch.inference_mode(False), torch.enable_grad(), _set_fwd_grad_enabled(False):
-        yield
+def without_duals() -> AbstractContextManager[Any]:
+    """Disable forward-mode derivatives, which stand-in nodes do not have."""
+    return _set_fwd_grad_enabled(False)
 
 
 def blank_of(tensor: Tensor) -> Blank:
