@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import autoremat
-from autoremat.engines.torch.world.memory_account import account, resident
+from autoremat.engines.torch.world.memory_account import measured_peak
 
 NODES, EDGES, WIDTH, LAYERS = 200, 4000, 8, 4
 
@@ -38,7 +38,7 @@ def test_what_a_mask_selects_counts_as_it_is() -> None:
     call = autoremat.checkpoint(model, budget=refused.value.floor_bytes)
     peaks = []
     for _ in range(3):
-        peaks.append(account(lambda: call(x, edges).backward(), resident(model, x, edges)).peak_bytes)
+        peaks.append(measured_peak(lambda: call(x, edges).backward(), model, x, edges))
         model.zero_grad()
     plan = autoremat.stats(call).plan
     assert plan is not None
@@ -53,4 +53,4 @@ def test_the_first_step_is_not_checked_beyond_the_budget() -> None:
     torch.manual_seed(0)
     model, x, edges = Graph(), torch.randn(NODES, WIDTH), torch.randint(NODES, (2, EDGES))
     call = autoremat.checkpoint(model, budget="440 KB")
-    assert account(lambda: call(x, edges).backward(), resident(model, x, edges)).peak_bytes <= 440_000
+    assert measured_peak(lambda: call(x, edges).backward(), model, x, edges) <= 440_000

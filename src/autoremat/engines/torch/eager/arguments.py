@@ -88,11 +88,9 @@ class Outside:
 
     def get(self) -> Tensor:
         """Return the tensor; raise autograd's error if it was modified in place."""
-        if self.memory is not None and not _have_one_memory(self.memory, self.tensor):
-            return self.memory
         if version_of(self.tensor) != self.version:
             raise modified(self.tensor, self.version)
-        return self.tensor
+        return self.tensor if self.memory is None or _have_one_memory(self.memory, self.tensor) else self.memory
 
     def argument(self) -> Tensor:
         """Return the tensor as an argument; it requires grad as before."""

@@ -128,16 +128,17 @@ class Follow:
                 return func(*args, **kwargs)
         given: list[Tensor] = []
         is_ready, is_right = work.ready, True
-        if is_ready or work.spare or call.written or call.overwrites_outside or self._script.loose:
+        outside = call.overwrites_outside if call.effects else ()
+        if is_ready or work.spare or call.written or outside or self._script.loose:
             with _unseen():
                 given = tensors_given(args, kwargs)
-                is_right = self._is_as_recorded(work, given)
+                is_right = max(outside, default=-1) < len(given) and self._is_as_recorded(work, given)
                 is_ready = is_ready or (work.spare and _reads_as_recorded(tape.numbers, call, given))
         if not is_right:
             return self._left(f"call {k} ({name_of(func)}) is given other tensors than recorded", func, args, kwargs)
         if call.effects or call.leaves:
             tape.has_effects = True  # before it runs: it may run out of memory half-way
-        for i in call.overwrites_outside:
+        for i in outside:
             tape.keeping.overwrites_outside(tape.numbers.of(given[i]))
         tape.n_calls = k + 1
         with DRAWING if call.random else _NOTHING:
@@ -166,8 +167,6 @@ class Follow:
         if self._script.loose and self._tape.n_packs != call.packs[0]:
             return False
         if work.ready and not _reads_as_recorded(self._tape.numbers, call, given):
-            return False
-        if any(i >= len(given) for i in call.overwrites_outside):
             return False
         for position, old, _ in call.written:
             if position >= len(given):

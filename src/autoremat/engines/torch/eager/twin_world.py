@@ -135,7 +135,9 @@ def is_like(twin: Tensor, tensor: Tensor) -> bool:
         return False
     if tensor.layout is not torch.strided or is_distributed(tensor):
         return True
-    return _steps(twin) == _steps(tensor) and twin.storage_offset() == tensor.storage_offset()
+    if twin.storage_offset() != tensor.storage_offset():
+        return False
+    return twin.stride() == tensor.stride() or _steps(twin) == _steps(tensor)
 
 
 def _steps(tensor: Tensor) -> tuple[int, ...]:

@@ -132,7 +132,8 @@ class Twins:
             if is_nested(tensor):
                 blank = self.blank_like(tensor)
                 return requiring_grad(blank) if tensor.requires_grad else blank
-            twin = self.alias_of(tensor)  # on memory that is known, as in what a custom function under no_grad returns
+            storage = storage_of(local_of(tensor))  # known of what a custom function under no_grad returns
+            twin = self.alias_of(tensor) if storage is not None and storage._cdata in self._memory else None
             if twin is None:
                 twin = self._world.mode.from_tensor(local_of(tensor if is_leaf(tensor) else tensor.detach()))
             if tensor.requires_grad and not twin.requires_grad:
