@@ -31,7 +31,7 @@ from autoremat.engines.torch.eager.kinds import Prepared
 from autoremat.engines.torch.eager.options import Options
 from autoremat.planner import Wishes, beside, clock
 from autoremat.planner.beside import Beside, Here, Search, SearchFailed, Wanted
-from autoremat.program import Once, Op, Plan, Program, Value, verify
+from autoremat.program import Once, Op, Plan, Program, Value, simulate, verify
 from autoremat.program.once import Reason
 
 
@@ -142,7 +142,21 @@ def test_the_effort_of_a_training_is_that_of_its_last_search() -> None:
     assert options.wanted(chain(), 900, 20.0).effort == 0.5
     assert options.wanted(chain(), 900, 2.0).effort == pytest.approx(0.05)
     assert options.arguments["effort"] == 0.5
-    assert Options(0.8, None, (), (), 20.0).wanted(chain(), 900, 2.0).effort is None
+    assert Options(0.8, None, (), (), 20.0).wanted(chain(), 900, 2.0).effort == pytest.approx(0.2)
+
+
+@pytest.mark.parametrize("budget", [0.5, 0.35])
+def test_the_first_plan_is_the_same_on_a_slow_machine(budget: float) -> None:
+    """It was cut after a tenth of the time limit, and took whatever had been found by then."""
+
+    def planned(seconds_a_look: float) -> Plan:
+        ticks, program = itertools.count(), chain(400)
+        with patch.object(clock, "now", lambda: next(ticks) * seconds_a_look):
+            return Options(budget, None, (), (), 10.0).solve(program, int(budget * simulate(program).peak_bytes))
+
+    quick, slow = planned(1e-6), planned(0.5)
+    assert not quick.stopped
+    assert quick.to_json() == slow.to_json()
 
 
 def test_the_other_process_does_as_much_work() -> None:

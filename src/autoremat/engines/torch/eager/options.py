@@ -18,6 +18,7 @@ from autoremat.engines.torch.world.tiers import TierOf
 from autoremat.planner import solve
 from autoremat.planner.beside import Wanted
 from autoremat.planner.search.floor import floor_of
+from autoremat.planner.solving import LIMIT_SECONDS
 from autoremat.planner.wishes import Patterns, Wishes
 from autoremat.program import Link, Once, Plan, Program, simulate
 from autoremat.program.units import Budget
@@ -27,7 +28,7 @@ Given = int | float | str
 Shown = Callable[[], contextlib.AbstractContextManager[Progress | None]]
 """Opens a block in which progress is shown."""
 TIGHT: Final = 0.1
-"""Share of the time limit for an immediate plan.
+"""Share of the work for an immediate plan.
 
 It is used where the budget is too tight for the greedy.
 """
@@ -142,9 +143,9 @@ class Options:
         return self._asked.resolved(lambda: free_bytes() + fixed_bytes)
 
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
-        """Plan within a budget and a time.
+        """Plan within a budget, with work for so many seconds.
 
-        With no time given, it is the first plan found, without a floor.
+        With none given, it is the first plan found, without a floor.
         """
         is_first = seconds is None
         wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
@@ -163,12 +164,16 @@ class Options:
         return (self._tier.open(nbytes), self._tier.name) if self._tier.name else None
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
-        """Describe the same plan, to be searched for elsewhere."""
+        """Describe the same plan, to be searched for elsewhere.
+
+        ``seconds`` say how much work it is worth. The limit of time is the user's: it does not cut what is short,
+        however busy the machine.
+        """
         found_out = any(op.once in (Once.MADE_IS_CHANGED, Once.DIFFERS) for op in program.ops)
         wishes = self.wishes.still_possible(program) if found_out else self.wishes
-        seconds = min(seconds, self.time_limit_seconds)
-        effort = None if self.effort is None else self.effort * seconds / self.time_limit_seconds
-        return Wanted(program, budget, seconds, wishes, effort)
+        effort = self.time_limit_seconds / LIMIT_SECONDS if self.effort is None else self.effort
+        share = min(1.0, seconds / self.time_limit_seconds)
+        return Wanted(program, budget, self.time_limit_seconds, wishes, share * effort)
 
     def with_floor(self, plan: Plan) -> Plan:
         """Add the smallest accepted budget to a plan.

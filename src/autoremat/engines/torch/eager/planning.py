@@ -75,9 +75,9 @@ class Planner(Protocol):
         """Return the budget as if this were the first plan."""
 
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
-        """Plan within a budget and a time.
+        """Plan within a budget, with work for so many seconds.
 
-        With no time given, it is the first plan found, without a floor.
+        With none given, it is the first plan found, without a floor.
         """
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
@@ -214,18 +214,22 @@ class Planning:
         if step.differing or step.taken or step.together < living.usual:
             self.solve(step, step.program, living)
             return True
-        seconds = min(_STEP * step.tried_seconds, self._planner.time_limit_seconds)
+        seconds = self._longer_seconds(step)
         if step.search is None and step.tried_seconds < seconds < step.lost_by_now:
             step.search = beside.begun(self._planner.wanted(plan.program, plan.budget_bytes, seconds))
             if step.search is not None:
-                _LOG.info("looking for a better plan, for %.1f s at most; the training goes on", seconds)
+                _LOG.info("looking for a better plan, some %.1f s; the training goes on", seconds)
         return step.search is not None and step.search.is_over() and self._is_better(step, step.search, living)
+
+    def _longer_seconds(self, step: Prepared) -> float:
+        """Return what the next search for a better plan is worth."""
+        return min(_STEP * step.tried_seconds, self._planner.time_limit_seconds)
 
     def _is_better(self, step: Prepared, search: beside.Search, living: Living) -> bool:
         """Follow what a finished search found, if it is better."""
         plan, step.search = step.plan, None
         assert plan is not None
-        step.tried_seconds, step.used_seconds = search.wanted.seconds, 0.0
+        step.tried_seconds, step.used_seconds = self._longer_seconds(step), 0.0
         try:
             found = search.plan()
         except SearchFailed as error:
@@ -240,7 +244,7 @@ class Planning:
                 step.plan = replace(plan, lower_bound=max(found.lower_bound, plan.lower_bound), floor_bytes=lowest)
             return False
         _LOG.info("a better plan has been found: %.1f %% extra time", 100 * found.overhead)
-        step.follow(found, step.budget_bytes, tried_seconds=search.wanted.seconds)
+        step.follow(found, step.budget_bytes, tried_seconds=step.tried_seconds)
         self._reporter.counts.planned += 1
         return True
 
