@@ -90,6 +90,7 @@ def solve(
     effort: float | None = None,
     progress: Callable[[str, float], None] | None = None,
     first: bool = False,
+    near: Plan | None = None,
     link: Link | None = None,
 ) -> Plan:
     """Find the cheapest known plan whose peak stays within the budget.
@@ -108,6 +109,7 @@ def solve(
         progress: called with what is being done and the share of the work that is done, from 0.0 to 1.0.
         first: what the greedy finds will do for ``auto``, where it fits: a tenth of the time or less. The floor is
             looked for no further than to know that the budget is not below it: ``Plan.floor_bytes`` may be larger.
+        near: with ``first``, the plan of a similar program: what is computed again there is tried here, too.
         link: to a slower tier (that of the program unless given), where values may be moved to; the plan's program has
             it then, and waiting for copies counts as overhead. Recomputation alone has all of the time limit, so that
             the plan is never worse than without a link; what moves takes up to as long again. Not for engines that keep
@@ -131,13 +133,13 @@ def solve(
     if link is not None:
         return _offloaded(
             without_link(program), budget, link,
-            solver=solver, wishes=wishes, progress=progress, first=first,
+            solver=solver, wishes=wishes, progress=progress, first=first, near=near,
             time_limit_seconds=time_limit_seconds, effort=effort,
         )  # fmt: skip
     wished = wishes.applied_to(program)
     with clock.limited(time_limit_seconds):
         try:
-            plan = _solved(wished, budget, solver, effort * _WORK_SECONDS, progress or _silent, first=first)
+            plan = _solved(wished, budget, solver, effort * _WORK_SECONDS, progress or _silent, first=first, near=near)
         except InfeasibleBudget as error:
             raise (wishes.explained(error) if wishes else error) from None
         stopped = f"after {time_limit_seconds:g} s, the limit of time" if clock.has_cut() else plan.stopped
@@ -176,6 +178,7 @@ def _solved(
     progress: Callable[[str, float], None],
     *,
     first: bool,
+    near: Plan | None,
 ) -> Plan:
     """Find a plan with so much work.
 
@@ -189,7 +192,7 @@ def _solved(
     if optimum:
         progress("done", 1.0)
         return optimum
-    early = _first_plan(program, budget_bytes, plain_peak) if first and solver == "auto" else None
+    early = _first_plan(program, budget_bytes, plain_peak, near) if first and solver == "auto" else None
     if early:
         return early
     repeated = _repeated_plan(program, budget_bytes, plain_peak) if solver == "auto" else None
@@ -317,17 +320,17 @@ def _silent(what: str, share: float) -> None:
     """Show no progress to those who did not ask."""
 
 
-def _first_plan(program: Program, budget_bytes: int, plain_peak: int) -> Plan | None:
-    """Take what the greedy finds, where it fits.
+def _first_plan(program: Program, budget_bytes: int, plain_peak: int, near: Plan | None) -> Plan | None:
+    """Take what the greedy or a similar plan finds, where that fits.
 
     It cannot be told what must not stay.
     """
     from autoremat.planner.search.floor import floor_of
-    from autoremat.planner.search.pool import found_by_greedy
+    from autoremat.planner.search.pool import found_at_once
 
     if program.passing or not (floor := floor_of(program)).is_within(budget_bytes):
         return None
-    found = found_by_greedy(program, budget_bytes)
+    found = found_at_once(program, budget_bytes, near)
     if found is None or found.schedule is None:
         return None
     return _plan(

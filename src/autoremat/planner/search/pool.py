@@ -12,6 +12,7 @@ from math import exp, inf
 from autoremat.planner import clock
 from autoremat.planner.bounds.bounds import closer_bound, cut_bound
 from autoremat.planner.search.calls import folded_of, planned_as
+from autoremat.planner.search.carried import carried_over
 from autoremat.planner.search.classics import Classics
 from autoremat.planner.search.floor import floor_of
 from autoremat.planner.search.greed import greedy
@@ -23,7 +24,7 @@ from autoremat.planner.search.tables import Tables, open_tables_of
 from autoremat.planner.search.walks import Walks
 from autoremat.planner.solvers.every_block import block_of
 from autoremat.planner.solvers.segments import boundaries
-from autoremat.program import Program, Schedule, simulate
+from autoremat.program import Plan, Program, Schedule, simulate
 
 _SMALL_PROGRAM = 200
 _LARGE_PROGRAM = 6000
@@ -317,19 +318,25 @@ def _block_cuts(tables: Tables) -> tuple[int, ...]:
     return tuple(b for a, b in pairwise(tables.early) if blocks[a] != blocks[b])
 
 
-def found_by_greedy(program: Program, budget_bytes: int) -> Found | None:
-    """What the greedy alone makes of a budget; None where it does not get there."""
+def found_at_once(program: Program, budget_bytes: int, near: Plan | None = None) -> Found | None:
+    """What the greedy makes of a budget, or what is carried over from the plan of a similar program.
+
+    None where neither gets there.
+    """
     search = Search(program)
     candidate = greedy(search, budget_bytes)
-    if candidate.peak_bytes > budget_bytes:
-        return None
-    candidate = search.fill(candidate, budget_bytes)
+    found = [search.fill(candidate, budget_bytes)] if candidate.peak_bytes <= budget_bytes else []
+    if near is not None:
+        found += carried_over(search, program, near, budget_bytes)
     if program.has_calls:
-        candidate = min(candidate, search.reuse("greedy", candidate.runs, budget_bytes), key=lambda c: c.rank)
-    total, peak, extra = program.seconds or 1.0, candidate.peak_bytes, candidate.extra_seconds
+        found += [search.reuse(c.name, c.runs, budget_bytes) for c in found if not c.walked]
+    if not found:
+        return None
+    best = min(found, key=lambda c: c.rank)
+    total, peak, extra = program.seconds or 1.0, best.peak_bytes, best.extra_seconds
     bound = search.tables.asked_seconds(program) / total if extra > 0 else 0.0
-    row = "greedy", peak, extra / total
-    return Found("greedy", _schedule_of(program, candidate), None, peak, bound, (row,))
+    rows = {c.name: (c.name, c.peak_bytes, c.extra_seconds / total) for c in sorted(found, key=lambda c: c.rank)[::-1]}
+    return Found(best.name, _schedule_of(program, best), None, peak, bound, tuple(rows.values()))
 
 
 def _schedule_of(program: Program, candidate: Candidate) -> Schedule:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 import autoremat
 from autoremat.engines.torch.world.memory_account import account, resident
@@ -103,3 +104,34 @@ def test_it_is_followed_where_fake_kernels_give_other_steps_that_mean_nothing() 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         mine(x).backward()
+
+
+class OnAnotherPath(nn.Module):
+    """Looks at what it is given, as libraries do with masks: on fake tensors another call comes first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Sequential(nn.Linear(32, 96), nn.GELU(), nn.Linear(96, 32)) for _ in range(12))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.0 if isinstance(x, FakeTensor) else x + bool((x == 0).all())
+        for layer in self.layers:
+            x = x + layer(x).tanh()
+        return x.square().sum()
+
+
+def test_where_real_numbers_take_another_path_its_choices_are_where_the_planning_begins() -> None:
+    x = torch.randn(512, 32)
+    plan = autoremat.plan(OnAnotherPath(), x, budget=0.6)
+    alone = autoremat.checkpoint(OnAnotherPath(), budget=plan.budget_bytes)
+    mine = autoremat.checkpoint(OnAnotherPath(), plan=plan)
+    alone(x).backward()
+    with pytest.warns(RuntimeWarning, match="from what the given plan recomputes"):
+        mine(x).backward()
+    followed = autoremat.stats(mine).plan
+    greedy = autoremat.stats(alone).plan
+    assert followed is not None
+    assert greedy is not None
+    assert len(followed.program.ops) != len(plan.program.ops)
+    assert followed.peak_bytes <= plan.budget_bytes
+    assert followed.overhead <= plan.overhead + 0.004 < greedy.overhead

@@ -37,6 +37,8 @@ _FORWARDS: Final = 3.0
 """How many forwards a step takes, roughly."""
 _MATTERS: Final = 0.02
 """Spare is useful from this share of the budget kept."""
+_LONGER: Final = 8
+"""Factor by which each search for a better plan is longer."""
 _FORGIVEN: Final = 0.1
 """How much less a kind strays with every step on its path."""
 
@@ -183,6 +185,10 @@ class Prepared:
     def lost_by_now(self) -> float:
         """Seconds that steps under the plan took above the lower bound."""
         return 0.0 if self.plan is None else (self.plan.overhead - self.plan.lower_bound) * self.used_seconds
+
+    def worth_seconds(self, most: float) -> float:
+        """Return what the next search for a better plan is worth."""
+        return min(_LONGER * self.tried_seconds, most)
 
     def follow(self, plan: Plan, budget_bytes: int, *, tried_seconds: float) -> None:
         """Follow this plan; ``budget_bytes`` is for all calls before a backward."""

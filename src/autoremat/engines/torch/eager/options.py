@@ -55,10 +55,10 @@ class Options:
         measure: bool = False, given: Plan | None = None, *, shown: Shown = contextlib.nullcontext,
         offload: str | None = None, offload_budget: int | str | None = None, effort: float | None = None,
     ) -> None:  # fmt: skip
-        self.given, self._shown = given, shown
+        self.given, self.near, self._shown = given, given, shown
         self.budget, self.optimizer, self.time_limit_seconds = budget, optimizer, time_limit_seconds
         self.effort = effort
-        self._asked = Budget.read(budget)
+        Budget.read(budget)  # refuse at once what nobody can mean
         self._tier = TierOf(offload or _tier_named_in(given), offload_budget)
         self.wishes, self.measure = Wishes(keep, recompute), measure
         self._settled_bytes: int | None = None
@@ -74,6 +74,10 @@ class Options:
         tier = TierOf(*self._tier.asked)
         own = {"optimizer": optimizer_bytes(self.optimizer), "_settled_bytes": None, "_floor": None, "_tier": tier}
         return vars(self) | own
+
+    @property
+    def _asked(self) -> Budget:
+        return Budget.read(self.budget)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -145,14 +149,14 @@ class Options:
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         """Plan within a budget, with work for so many seconds.
 
-        With none given, it is the first plan found, without a floor.
+        With none given, it is the first plan found, without a floor; what ``near`` recomputes is tried, too.
         """
         is_first = seconds is None
         wanted = self.wanted(program, budget, TIGHT * self.time_limit_seconds if seconds is None else seconds)
         with self._shown() as progress:
             return solve(
                 program, budget, wishes=wanted.wishes, time_limit_seconds=wanted.seconds, effort=wanted.effort,
-                progress=progress, first=is_first, link=self._link(program),
+                progress=progress, first=is_first, near=self.near, link=self._link(program),
             )  # fmt: skip
 
     def _link(self, program: Program) -> Link | None:

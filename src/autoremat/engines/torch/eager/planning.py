@@ -33,8 +33,6 @@ TIGHTER: Final = 0.9
 
 The device refused what the plan has in memory at that moment.
 """
-_STEP: Final = 8
-"""Factor by which each search for a better plan is longer."""
 _QUICK: Final = 0.01
 """Share of a plan's time that one may take while training waits.
 
@@ -48,10 +46,12 @@ class Planner(Protocol):
     Attributes:
         time_limit_seconds: the longest that a plan may take.
         given: the user's own plan, made of the largest input.
+        near: the best plan that is known of a similar step; the user's own at first.
     """
 
     time_limit_seconds: float
     given: Plan | None
+    near: Plan | None
 
     def first(self, fixed_bytes: int) -> Callable[[int], float]:
         """Return what a first step may take, given plain training's bytes.
@@ -77,7 +77,7 @@ class Planner(Protocol):
     def solve(self, program: Program, budget: int, seconds: float | None = None) -> Plan:
         """Plan within a budget, with work for so many seconds.
 
-        With none given, it is the first plan found, without a floor.
+        With none given, it is the first plan found, without a floor; what ``near`` recomputes is tried, too.
         """
 
     def wanted(self, program: Program, budget: int, seconds: float) -> Wanted:
@@ -90,7 +90,7 @@ class Planner(Protocol):
 _NOT_FOR_THIS_STEP = (
     "the plan that was given is not for this step (it was made of another model, or of a smaller input, where "
     "autoremat.plan wants the largest, or the model takes another path on real numbers): the step is planned by "
-    "itself, within the same budget"
+    "itself, within the same budget, from what the given plan recomputes"
 )
 
 
@@ -214,22 +214,18 @@ class Planning:
         if step.differing or step.taken or step.together < living.usual:
             self.solve(step, step.program, living)
             return True
-        seconds = self._longer_seconds(step)
+        seconds = step.worth_seconds(self._planner.time_limit_seconds)
         if step.search is None and step.tried_seconds < seconds < step.lost_by_now:
             step.search = beside.begun(self._planner.wanted(plan.program, plan.budget_bytes, seconds))
             if step.search is not None:
                 _LOG.info("looking for a better plan, some %.1f s; the training goes on", seconds)
         return step.search is not None and step.search.is_over() and self._is_better(step, step.search, living)
 
-    def _longer_seconds(self, step: Prepared) -> float:
-        """Return what the next search for a better plan is worth."""
-        return min(_STEP * step.tried_seconds, self._planner.time_limit_seconds)
-
     def _is_better(self, step: Prepared, search: beside.Search, living: Living) -> bool:
         """Follow what a finished search found, if it is better."""
         plan, step.search = step.plan, None
         assert plan is not None
-        step.tried_seconds, step.used_seconds = self._longer_seconds(step), 0.0
+        step.tried_seconds, step.used_seconds = step.worth_seconds(self._planner.time_limit_seconds), 0.0
         try:
             found = search.plan()
         except SearchFailed as error:
@@ -245,6 +241,7 @@ class Planning:
             return False
         _LOG.info("a better plan has been found: %.1f %% extra time", 100 * found.overhead)
         step.follow(found, step.budget_bytes, tried_seconds=step.tried_seconds)
+        self._planner.near = found
         self._reporter.counts.planned += 1
         return True
 
