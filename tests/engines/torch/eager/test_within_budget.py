@@ -186,6 +186,7 @@ def test_operators_are_measured_within_the_budget_beside_what_the_recording_hold
     step = autoremat.checkpoint(lambda: loss(model), budget=budget)
     assert account(lambda: step().backward(), resident(model, tokens)).peak_bytes <= budget
 
+
 class Messages(nn.Module):
     """Message passing: for a moment, every layer holds six times what it hands on."""
 

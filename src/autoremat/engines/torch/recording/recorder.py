@@ -120,11 +120,16 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         facts = facts_of(func)
         args, kwargs = _converted(args, self.convert), _converted(kwargs, self.convert)
+        inputs = tensors_in((args, kwargs))
+        if any(t.is_inference() for t in inputs):  # composite operators come whole: autograd takes nothing apart there
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
         if facts.is_view:
             out = func(*args, **kwargs)
-            _know_empty_views(self.log.map, tensors_in((args, kwargs)), tensors_in(out))
+            _know_empty_views(self.log.map, inputs, tensors_in(out))
             return out
-        inputs = tensors_in((args, kwargs))
         reads = self.log.map.reads(inputs)
         self.log.know_outside(inputs)
         joins = self._is_accumulation(func, args)

@@ -53,6 +53,13 @@ def test_a_custom_function_under_no_grad_returns_the_memory_it_was_given() -> No
     assert examine(Script(body, slots=(0,), steps=(Step(),) * 2, way=Way("nothing"))).wrong == []
 
 
+def test_in_inference_mode_a_dropout_that_does_nothing_overwrites_nothing() -> None:
+    """Operators made of others are not taken apart there: the recording saw one that is said to overwrite its input."""
+    body = In("inference", (Do("relu", 0, 0),)), Do("dropout_", to=0, a=0), Do("relu", 0, 0)
+    steps = Step(rows=4, training=False), Step(rows=4, sign=-1, training=False)
+    assert examine(Script(body, slots=(0,), steps=steps, way=Way("nothing"))).wrong == []
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_a_weight_that_autocast_has_kept_from_a_call_that_does_not_save_it_stays(seed: int) -> None:
     """The input wants no gradient, so only the second call saves the weight; no rerun of the first one hands it out."""
