@@ -7,6 +7,7 @@ import gc
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import autoremat
 from autoremat.demo.models import GPT, GPTConfig
 from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.engines.torch.world.optimizer import optimizer_bytes
+from autoremat.program import simulate
 from tests.zoo import CASES, Case
 
 
@@ -209,3 +211,44 @@ def test_a_first_step_with_calls_far_larger_than_the_rest_is_within_the_budget()
     step = autoremat.checkpoint(model, budget=budget)
     measured = account(lambda: step(x, senders).backward(), resident(model, x, senders)).peak_bytes
     assert measured <= budget
+
+
+class Gelu(torch.autograd.Function):
+    """Its backward is made of kernels that take memory inside: of numbers they make tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x * 0.5 * (1.0 + torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x)))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        x = ctx.saved_tensors[0]
+        t = torch.tanh(0.79788456 * x * (1 + 0.044715 * x * x))
+        return (0.5 * x * ((1 - t * t) * (0.79788456 + 0.1070322243 * x * x)) + 0.5 * (1 + t)) * gradient
+
+
+def test_what_kernels_take_in_the_backward_of_a_custom_function_is_in_the_plan() -> None:
+    torch.manual_seed(0)
+    model = nn.ModuleList(nn.Linear(64, 64) for _ in range(4))
+
+    def loss_of(x: Tensor) -> Tensor:
+        for layer in model:
+            x = Gelu.apply(layer(x))  # type: ignore[no-untyped-call]
+        return x.square().sum()
+
+    x = torch.randn(1024, 64)
+    step = autoremat.checkpoint(loss_of, budget=0.99)
+    for _ in range(3):
+        model.zero_grad()
+        measured = account(lambda: step(x).backward(), resident(model, x)).peak_bytes
+    plan = autoremat.stats(step).plan
+    assert plan is not None
+    assert plan.program.ops[peak_op(plan)].name == "GeluBackward"
+    assert measured == plan.peak_bytes
+
+
+def peak_op(plan: autoremat.Plan) -> int:
+    """The op at the planned peak."""
+    resident_bytes = simulate(plan.program, plan.schedule).resident_bytes
+    return plan.schedule.order[resident_bytes.index(max(resident_bytes))]

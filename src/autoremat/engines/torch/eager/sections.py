@@ -12,6 +12,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial, update_wrapper
+from itertools import accumulate
+from operator import add
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from autoremat.engines.torch.eager.listener import Listener
 from autoremat.engines.torch.eager.shadow import Shadow
 from autoremat.engines.torch.operators.history import node_made
 from autoremat.engines.torch.operators.local import local_of
+from autoremat.engines.torch.operators.timing import measure_all
 from autoremat.engines.torch.operators.values import storage_of
 from autoremat.engines.torch.recording.recording import RecordedOp, RecordedValue
 from autoremat.program import END, Program, Value
@@ -194,13 +197,14 @@ class Sections:
         recorder, first = shadow.recorder, section.first_value
         given = {recorder.map.number(s) for t in tensors_in(out) if (s := storage_of(local_of(shadow.twin(t))))}
         left = {n for n in recorder.storages.living() if n >= first} - given
-        ops = recorder.ops[section.first_op :]
+        ops, values = recorder.ops[section.first_op :], recorder.values
+        peak = peak_bytes(ops, values, section.first_op, first)
+        left_bytes = sum(values[n].nbytes for n in left)
+        room = peak - left_bytes - sum(values[n].nbytes for n in given if n >= first)
+        inside = peak_bytes(ops, values, section.first_op, first, scratch=_scratch_of(ops, values, room))
         return Taken(
-            shadow.graph.marks[section.key],
-            section.zeros_bytes + peak_bytes(ops, recorder.values, section.first_op, first),
-            sum(recorder.values[n].nbytes for n in left),
-            frozenset(section.asked),
-        )
+            shadow.graph.marks[section.key], section.zeros_bytes + inside, left_bytes, frozenset(section.asked)
+        )  # fmt: skip
 
 
 @contextmanager
@@ -223,7 +227,17 @@ def _in_forward(shadow: Shadow) -> Iterator[None]:
         shadow.recorder.backward = True
 
 
-def peak_bytes(ops: Sequence[RecordedOp], values: Mapping[int, RecordedValue], begin: int, first: int) -> int:
+def _scratch_of(ops: Sequence[RecordedOp], values: Mapping[int, RecordedValue], room_bytes: int) -> list[int]:
+    """Return what kernels take inside; run those with room."""
+    written = [sum(values[n].nbytes for n in op.writes) for op in ops]
+    costs = measure_all([op.signature for op in ops], room_bytes=room_bytes, most_bytes=room_bytes, outputs=written)
+    return [cost.scratch_bytes for cost in costs]
+
+
+def peak_bytes(
+    ops: Sequence[RecordedOp], values: Mapping[int, RecordedValue], begin: int, first: int,
+    scratch: Sequence[int] = (),
+) -> int:  # fmt: skip
     """Return the most that new values take while these ops run.
 
     Args:
@@ -231,6 +245,7 @@ def peak_bytes(ops: Sequence[RecordedOp], values: Mapping[int, RecordedValue], b
         values: by number.
         begin: number of the first op.
         first: number of the first value that counts.
+        scratch: what each op's kernel takes inside.
     """
     born: dict[int, int] = {}
     ends: dict[int, int] = {}
@@ -250,11 +265,8 @@ def peak_bytes(ops: Sequence[RecordedOp], values: Mapping[int, RecordedValue], b
         end = ends[n] if is_taken_over else len(ops) - 1 if died is None else max(ends[n], died - 1 - begin)
         change[i] += values[n].nbytes
         change[min(end, len(ops) - 1) + 1] -= values[n].nbytes
-    most = now = 0
-    for delta in change:
-        now += delta
-        most = max(most, now)
-    return most
+    alive = list(accumulate(change))
+    return max([0, *alive, *map(add, alive, scratch)])
 
 
 def with_taken(program: Program, taken: Collection[Taken]) -> Program:

@@ -121,18 +121,15 @@ class Recorder(TorchDispatchMode):
         facts = facts_of(func)
         args, kwargs = _converted(args, self.convert), _converted(kwargs, self.convert)
         inputs = tensors_in((args, kwargs))
-        if any(t.is_inference() for t in inputs):  # composite operators come whole: autograd takes nothing apart there
-            with self:
-                out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
+        if any(t.is_inference() for t in inputs) and (out := _apart(self, func, args, kwargs)) is not NotImplemented:
+            return out
         if facts.is_view:
             out = func(*args, **kwargs)
             _know_empty_views(self.log.map, inputs, tensors_in(out))
             return out
         reads = self.log.map.reads(inputs)
         self.log.know_outside(inputs)
-        joins = self._is_accumulation(func, args)
+        joins = _is_accumulation(self, func, args)
         signature = None if facts.communicates else signature_of(func, args, kwargs)
         builds_graph = not self.backward and torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
         if signature is not None and builds_graph and has_number(signature):
@@ -175,25 +172,6 @@ class Recorder(TorchDispatchMode):
             return _told_apart(func(*args, **kwargs))
         with self.paused():
             return run_alone(func, args, kwargs)
-
-    def _is_accumulation(self, func: torch._ops.OpOverload, args: Any) -> bool:
-        """Tell whether this add is the engine accumulating gradients in place.
-
-        The engine adds in place if nothing else refers to the first gradient, but never under a dispatch mode, nor with
-        tensor subclasses (``can_accumulate_inplace`` in ``torch/csrc/autograd/input_buffer.cpp``, torch 2.13). A node
-        that has let go of its saved tensors is done: from then on only the engine adds.
-        """
-        if (
-            not self.backward
-            or func is not torch.ops.aten.add.Tensor
-            or self.packs.are_open()
-            or torch.is_grad_enabled()
-        ):
-            return False
-        old, new = args[0], args[1]
-        if not isinstance(new, Tensor) or old.shape != new.shape or in_python_function():
-            return False
-        return is_dense(old) and _is_sole_owner(old)
 
     # ---- saved tensors -------------------------------------------------------------------------------------------
 
@@ -341,3 +319,32 @@ def _told_apart(out: Any) -> Any:
     return tuple(
         t.clone() if isinstance(t, FakeTensor) and any(t is s for s in out[:i]) else t for i, t in enumerate(out)
     )
+
+
+def _apart(mode: TorchDispatchMode, func: torch._ops.OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+    """Run a composite operator, as its parts, under the mode.
+
+    In inference mode autograd does not do so. NotImplemented for all other operators.
+    """
+    with mode:
+        return func.decompose(*args, **kwargs)
+
+
+def _is_accumulation(recorder: Recorder, func: torch._ops.OpOverload, args: Any) -> bool:
+    """Tell whether this add is the engine accumulating gradients in place.
+
+    The engine adds in place if nothing else refers to the first gradient, but never under a dispatch mode, nor with
+    tensor subclasses (``can_accumulate_inplace`` in ``torch/csrc/autograd/input_buffer.cpp``, torch 2.13). A node
+    that has let go of its saved tensors is done: from then on only the engine adds.
+    """
+    if (
+        not recorder.backward
+        or func is not torch.ops.aten.add.Tensor
+        or recorder.packs.are_open()
+        or torch.is_grad_enabled()
+    ):
+        return False
+    old, new = args[0], args[1]
+    if not isinstance(new, Tensor) or old.shape != new.shape or in_python_function():
+        return False
+    return is_dense(old) and _is_sole_owner(old)
