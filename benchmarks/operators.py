@@ -73,7 +73,7 @@ def kept(outcomes: Outcomes) -> Iterator[str]:
             for aten, reason in o.kept if o.again < o.asked else ():
                 reasons[general(reason)][0].add(aten.removesuffix(".default"))
                 reasons[general(reason)][1].add(name)
-    yield "| reason | ATen operators that do not run again | seen in |"
+    yield "| reason | calls or ATen operators that do not run again | seen in |"
     yield "| --- | --- | --- |"
     for reason, (atens, names) in sorted(reasons.items()):
         yield f"| {reason} | {listed(atens)} | {listed(names)} |"
