@@ -287,3 +287,44 @@ def test_nested_tensors_of_the_old_layout_are_named_as_what_they_are() -> None:
         warnings.filterwarnings("ignore", message=".*nested tensors is in prototype.*")
         program = record(step, (torch.randn(3, 8), torch.randn(5, 8)), timing="estimate")
     assert any("nested" in op.why for op in program.ops)
+
+
+# ---- parts without modes, and without memory -------------------------------------------------------------------------
+
+
+def frozen_teacher(x: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
+    """A scripted module that was frozen says nothing of a mode any more."""
+    teacher = torch.jit.freeze(torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.Tanh()).eval()))
+    target = teacher(x).detach()
+    return lambda model, x: (model(x) - teacher(x).detach() - target).square().sum()
+
+
+def ensemble(x: Tensor) -> Callable[[nn.Module, Tensor], Tensor]:
+    """The recipe of torch.func: a skeleton on meta, and the stacked weights of its members."""
+    members = [nn.Linear(8, 4) for _ in range(3)]
+    weights, buffers = torch.func.stack_module_state(members)  # type: ignore[arg-type]
+    skeleton = copy.deepcopy(members[0]).to("meta")
+
+    def member(weights: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Any:
+        return torch.func.functional_call(skeleton, (weights, buffers), (x,))
+
+    return lambda model, x: torch.func.vmap(member, (0, 0, None))(weights, buffers, model(x)).square().sum()
+
+
+@pytest.mark.usefixtures("deprecated")
+@pytest.mark.parametrize("part", [frozen_teacher, ensemble])
+def test_parts_without_a_mode_or_memory_are_trained_beside(part: Callable[[Tensor], Any]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(256, 8)
+    loss_of, plain = part(x), nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(8, 8), nn.Tanh())])
+    mine = copy.deepcopy(plain)
+    step = autoremat.checkpoint(lambda x: loss_of(mine, x), budget=0.95)
+    for _ in range(3):
+        for model, loss in ((plain, lambda x: loss_of(plain, x)), (mine, step)):
+            model.zero_grad()
+            loss(x).backward()
+        for p, q in zip(plain.parameters(), mine.parameters(), strict=True):
+            assert p.grad is not None
+            assert q.grad is not None
+            assert torch.equal(p.grad, q.grad)
+    assert autoremat.stats(step).unplanned == 0

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn, optim
 
 import autoremat
+from autoremat.engines.torch.world import optimizer as looking
 from autoremat.engines.torch.world.memory_account import account, resident
 from autoremat.engines.torch.world.optimizer import OptimizerBytes, optimizer_bytes
 from autoremat.engines.torch.world.problems import UnusableInput
@@ -232,3 +233,21 @@ def test_parameters_that_are_unfrozen_get_a_state() -> None:
     assert optimizer_bytes(optimizer).state == 2 * 602 * 4 + 2 * 4
     model.requires_grad_(True)
     assert optimizer_bytes(optimizer).state == 2 * (602 + 2700) * 4 + 4 * 4
+
+
+def test_what_an_optimizers_steps_take_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A schedule changes numbers, and they decide about no memory; switches do, and parameters."""
+    looked: list[int] = []
+    monkeypatch.setattr(looking, "_two_steps", lambda o: looked.append(1) or ([0] * 2, 0))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(looking, "can_run_apart", lambda: False)
+    model = nn.Linear(8, 8)
+    optimizer = torch.optim.Adam(model.parameters())
+    for k in range(3):
+        optimizer.param_groups[0]["lr"] = 0.1**k
+        optimizer_bytes(optimizer)
+    assert len(looked) == 1
+    optimizer.param_groups[0]["foreach"] = True
+    optimizer_bytes(optimizer)
+    assert len(looked) == 2
+    optimizer_bytes(torch.optim.Adam(model.parameters()))
+    assert len(looked) == 3

@@ -61,7 +61,7 @@ def own_checkpointing(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> s
     """
     for root in reachable_modules(fn, args, kwargs):
         for name, module in root.named_modules():
-            if module.training and any(getattr(module, switch, None) is True for switch in _SWITCHES):
+            if getattr(module, "training", False) and any(getattr(module, s, None) is True for s in _SWITCHES):
                 return name or type(module).__name__
     return ""
 

@@ -149,7 +149,7 @@ def input_of(fn: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> tuple[Form
     positional, named = tuple([_form(x, sizes) for x in args]), tuple([(k, _form(x, sizes)) for k, x in kwargs.items()])
     roots = reachable_modules(fn, args, kwargs)
     modules = _all_modules(roots)
-    flags = tuple([(m.training, is_compiled(m)) for m in modules])
+    flags = tuple([(getattr(m, "training", False), is_compiled(m)) for m in modules])  # a frozen script has no mode
     tensors = _own_tensors(modules)
     own, there = tuple(map(_own_tensor, tensors)), bytes(map(_has_gradient, tensors))
     autocast = tuple((d, torch.get_autocast_dtype(d)) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d))

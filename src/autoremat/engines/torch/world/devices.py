@@ -61,9 +61,9 @@ def _free_in_group() -> int:
 def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
     """Refuse models and inputs spread over several devices.
 
-    Scalars on the CPU are allowed.
+    Scalars on the CPU are allowed, and so are skeletons on meta beside real modules (ensembles of ``torch.func``).
     """
-    tensors = [t for _, _, t in named_tensors(modules)]
+    tensors = _with_memory(modules)
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor) and t.dim()]
     devices = {str(t.device) for t in tensors}
     if len(devices) > 1:
@@ -73,9 +73,15 @@ def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
         )
 
 
+def _with_memory(modules: Sequence[nn.Module]) -> list[Tensor]:
+    """List parameters and buffers; those on meta only if all of them are."""
+    tensors = [t for _, _, t in named_tensors(modules)]
+    return [t for t in tensors if t.device.type != "meta"] or tensors
+
+
 def is_unreal(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> bool:
     """Tell whether tensors are fake or on meta, so no operator runs."""
-    tensors = [t for _, _, t in named_tensors(modules)]
+    tensors = _with_memory(modules)
     tensors += [t for t in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     return any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in tensors)
 

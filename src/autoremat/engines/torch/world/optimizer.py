@@ -81,7 +81,7 @@ def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
             "how many bytes its state takes instead: optimizer=<bytes>"
         )
     try:
-        states, scratch = _apart(optimizer)
+        states, scratch = _steps_of(optimizer)
     except Exception as error:
         raise UnusableInput(
             f"{type(optimizer).__name__} cannot take a step on fake parameters ({type(error).__name__}: {error}); say "
@@ -89,6 +89,35 @@ def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
         ) from error
     coming = sum(made for p, made in zip(_trained(optimizer), states, strict=True) if not optimizer.state.get(p))
     return OptimizerBytes(_state_bytes(optimizer) + coming, scratch)
+
+
+class _Known(NamedTuple):
+    """What the steps of an optimizer take, as long as it is as it was."""
+
+    optimizer: weakref.ref[torch.optim.Optimizer]
+    about: tuple[Any, ...]
+    taken: tuple[list[int], int]
+
+
+_KNOWN: dict[int, _Known] = {}
+"""By address: steps are taken in a process of their own, and every step without a plan asks for them."""
+
+
+def _steps_of(optimizer: torch.optim.Optimizer) -> tuple[list[int], int]:
+    """Return bytes of state, by parameter, and of temporaries; look once, unless what decides about them changes.
+
+    These are the parameters, and switches: numbers, such as a rate that a schedule changes, decide about no memory.
+    """
+    parameters = tuple((p.size(), p.stride(), p.dtype, p.device) for p in map(local_of, _trained(optimizer)))
+    groups = [(len(g["params"]), *((k, v) for k, v in g.items() if v is None or isinstance(v, (bool, str))))
+              for g in optimizer.param_groups]  # fmt: skip
+    about = parameters, tuple(groups)
+    address = id(optimizer)
+    known = _KNOWN.get(address)
+    if known is None or known.optimizer() is not optimizer or known.about != about:
+        reference = weakref.ref(optimizer, lambda _: _KNOWN.pop(address, None))
+        known = _KNOWN[address] = _Known(reference, about, _apart(optimizer))
+    return known.taken
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
