@@ -218,6 +218,7 @@ class Kind:
         pays: as a guest it has lost more time than a plan of its own takes.
         relative: another kind, by whose account its steps are noted; they are not recorded.
         newcomer: what tells it from other kinds that are not recorded.
+        outgrown: what was recorded before, and by what factor the results of later steps were larger.
         steps: calls under the plan.
     """
 
@@ -231,6 +232,7 @@ class Kind:
     pays: bool = False
     relative: Kind | None = None
     newcomer: Any = None
+    outgrown: tuple[Prepared, float] | None = None
     steps: int = 0
 
     @property

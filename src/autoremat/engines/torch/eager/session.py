@@ -205,6 +205,8 @@ class Session:
         check_devices(modules, args, kwargs)
         straying = Straying() if before is None or before.pays else before.straying
         kind = Kind(Prepared(parallel=parallel_of(modules)), sizes, straying=straying.recorded_anew())
+        if before is not None and not before.pays and before.plan is not None:
+            kind.outgrown = before.prepared, before.straying.growth
         try:
             check_supported(kind.prepared.parallel, modules)
             kind.is_new = True

@@ -13,6 +13,7 @@ from autoremat.engines.torch.eager.first import FirstStep, NotRecorded, missing_
 from autoremat.engines.torch.eager.here import Here
 from autoremat.engines.torch.eager.inputs import gradients_of
 from autoremat.engines.torch.eager.kinds import Kind, Prepared
+from autoremat.engines.torch.eager.outgrown import still_larger, with_room
 from autoremat.engines.torch.eager.planning import Planner, Planning, away_for, first_script
 from autoremat.engines.torch.eager.reporter import Reporter
 from autoremat.engines.torch.eager.room import OfScript
@@ -129,9 +130,13 @@ class Steps:
                 self._follow(step, self._first_script(kind))
                 return
             adopted = None if kind.prepared.differing else self._planning.adopted(kind.prepared, program)
+            if adopted is None and kind.outgrown is not None:
+                adopted = still_larger(self._planning, kind.prepared, program, *kind.outgrown)
             there = step.gradients(program)
             if adopted is None:
                 self._solve(kind, program, there)
+                if kind.outgrown is not None:
+                    kind.prepared = with_room(self._planning, kind.prepared, *kind.outgrown)
             elif there.keys() <= _found(adopted).keys():
                 kind.prepared = adopted
             else:
