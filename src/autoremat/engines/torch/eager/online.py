@@ -4,9 +4,9 @@ That is the case in a first step, and off the path. The policy follows DTR (Kiri
 Rematerialization", ICLR, section 4.1): the value with the least cost per byte and staleness goes first; its cost is
 that of its call, and of what would have to be recomputed before it.
 
-Searches are rare: where room is needed, a little more than that is dropped at once, and where too little could be
-dropped, the next search waits until more is held, or for so many calls that it costs each of them no more than a look
-at a few values. So all searches together take time about linear in the number of calls.
+Searches are rare: where room is needed, a little more than that is dropped at once, and where nothing could be dropped,
+the next search waits until more is held, or until half of it has gone. So all searches together take time about linear
+in the number of calls.
 
 Reruns are bounded. Where next to nothing may be held, every value takes a long chain of reruns. So once as many calls
 have been rerun as there were, or several times as many as a plan for the same budget reruns, more and more is held, at
@@ -30,8 +30,6 @@ SPARE: Final = 0.1
 """Share of what is allowed that is dropped beyond the need."""
 MORE: Final = 0.02
 """Growth of what is held before the next search after failure."""
-LOOKS: Final = 8
-"""Values looked at per use of values, at most, by searches after failure."""
 
 
 class Online:
@@ -55,8 +53,8 @@ class Online:
         self._regrow: dict[int, float] = {}
         self._clock = 0
         self.meter = ledger.meter = Meter(ledger.held.values())
-        self._in_vain = 0, 0
-        """Up to so many bytes held, and so far, no other search is made."""
+        self._in_vain_bytes = 0
+        """Up to this many bytes held, another search would find nothing."""
 
     def noted(self, call: int, seconds: float, nbytes: int) -> None:
         """Note the seconds and bytes of a call."""
@@ -68,12 +66,21 @@ class Online:
         for value in values:
             self._used[value] = self._clock
 
+    def is_within(self, allowed: float) -> bool:
+        """Tell whether what is held is within bounds.
+
+        Once half of what no search could lower has gone, the next one may find something.
+        """
+        if self.meter.nbytes > allowed:
+            return False
+        if 2 * self.meter.nbytes < self._in_vain_bytes:
+            self._in_vain_bytes = 0
+        return True
+
     def shrink(self, allowed: float, locked: Container[int] = ()) -> None:
         """Drop values that can be recomputed until the rest is within bounds."""
         ledger, meter = self._ledger, self.meter
-        if meter.nbytes <= allowed or self.impatience == 1:
-            return
-        if meter.nbytes <= self._in_vain[0] and self._clock < self._in_vain[1]:
+        if meter.nbytes <= max(allowed, self._in_vain_bytes) or self.impatience == 1:
             return
         target = allowed - SPARE * max(allowed, 0.0)
         for _, value in sorted((self._score(v), v) for v in ledger.held if v in ledger.maker and v not in locked):
@@ -81,9 +88,9 @@ class Online:
                 self._regrow[value] = self._cost(value)
                 ledger.let_go(value)
                 if meter.nbytes <= target:
-                    self._in_vain = 0, 0
+                    self._in_vain_bytes = 0
                     return
-        self._in_vain = int((1 + MORE) * meter.nbytes), self._clock + len(ledger.held) // LOOKS
+        self._in_vain_bytes = int((1 + MORE) * meter.nbytes)
 
     @property
     def impatience(self) -> float:

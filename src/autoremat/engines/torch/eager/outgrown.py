@@ -1,4 +1,4 @@
-"""Steps that are recorded anew because results were larger than recorded, where the data decide how large they are.
+"""Steps recorded anew because the data made something larger.
 
 Whatever the next step finds is as likely smaller as larger. So what was recorded before is not forgotten for something
 smaller, and from the two recordings a plan is made for as much as the results have been seen to grow.
@@ -37,7 +37,7 @@ def with_room(planning: Planning, step: Prepared, before: Prepared, growth: floa
 
 
 def _ratio(small: Prepared, large: Prepared) -> float:
-    """Return how much larger results are in another recording of the same calls."""
+    """Return how much larger results are in another recording."""
     assert small.path is not None
     assert large.path is not None
     pairs = zip(small.path.numels(), large.path.numels(), strict=True)

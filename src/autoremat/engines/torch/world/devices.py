@@ -74,7 +74,7 @@ def check_devices(modules: Sequence[nn.Module], args: Any, kwargs: Any) -> None:
 
 
 def _with_memory(modules: Sequence[nn.Module]) -> list[Tensor]:
-    """List parameters and buffers; those on meta only if all of them are."""
+    """List parameters and buffers, those on meta if all are."""
     tensors = [t for _, _, t in named_tensors(modules)]
     return [t for t in tensors if t.device.type != "meta"] or tensors
 

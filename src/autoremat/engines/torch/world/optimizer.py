@@ -92,7 +92,7 @@ def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
 
 
 class _Known(NamedTuple):
-    """What the steps of an optimizer take, as long as it is as it was."""
+    """What the steps of an unchanged optimizer take."""
 
     optimizer: weakref.ref[torch.optim.Optimizer]
     about: tuple[Any, ...]
@@ -104,9 +104,10 @@ _KNOWN: dict[int, _Known] = {}
 
 
 def _steps_of(optimizer: torch.optim.Optimizer) -> tuple[list[int], int]:
-    """Return bytes of state, by parameter, and of temporaries; look once, unless what decides about them changes.
+    """Return bytes of state, by parameter, and of temporaries.
 
-    These are the parameters, and switches: numbers, such as a rate that a schedule changes, decide about no memory.
+    Steps are taken once, and again if parameters or switches change. Numbers, such as a rate that a schedule changes,
+    decide about no memory.
     """
     parameters = tuple((p.size(), p.stride(), p.dtype, p.device) for p in map(local_of, _trained(optimizer)))
     groups = [(len(g["params"]), *((k, v) for k, v in g.items() if v is None or isinstance(v, (bool, str))))
