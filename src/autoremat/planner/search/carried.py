@@ -21,7 +21,9 @@ Runs = list[tuple[int, int]]
 
 
 def carried_over(search: Search, program: Program, plan: Plan, budget_bytes: int) -> list[Candidate]:
-    """Candidates that recompute what a plan of a similar program recomputes; those within the budget.
+    """Candidates that recompute what a plan of a similar program recomputes: run by run, and what it drops, shaved.
+
+    They may be above the budget.
 
     Args:
         search: of the program.
@@ -34,15 +36,8 @@ def carried_over(search: Search, program: Program, plan: Plan, budget_bytes: int
     runs = [run for run in matched_runs(program, plan) if search.tables.rerunnable[run[1]]]
     if not runs:
         return []
-    as_they_are = search.look(_NAME, runs)
     dropped = search.evaluate(_NAME, _levels_of(search, runs))
-    shaved = search.shave(dropped, budget_bytes)
-    found = []
-    if as_they_are.peak_bytes <= budget_bytes:
-        found.append(search.reuse(_NAME, runs, budget_bytes))
-    if shaved.peak_bytes <= budget_bytes:
-        found.append(search.fill(shaved, budget_bytes))
-    return found
+    return [search.reuse(_NAME, runs, budget_bytes), search.shave(dropped, budget_bytes)]
 
 
 def matched_runs(program: Program, plan: Plan) -> Runs:

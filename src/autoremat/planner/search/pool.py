@@ -324,18 +324,19 @@ def found_at_once(program: Program, budget_bytes: int, near: Plan | None = None)
     None where neither gets there.
     """
     search = Search(program)
-    candidate = greedy(search, budget_bytes)
-    found = [search.fill(candidate, budget_bytes)] if candidate.peak_bytes <= budget_bytes else []
+    starts = [greedy(search, budget_bytes)]
     if near is not None:
-        found += carried_over(search, program, near, budget_bytes)
+        starts += carried_over(search, program, near, budget_bytes)
+    found = [c if c.walked else search.fill(c, budget_bytes) for c in starts if c.peak_bytes <= budget_bytes]
     if program.has_calls:
         found += [search.reuse(c.name, c.runs, budget_bytes) for c in found if not c.walked]
+    found = sorted((c for c in found if c.peak_bytes <= budget_bytes), key=lambda c: c.rank)
     if not found:
         return None
-    best = min(found, key=lambda c: c.rank)
+    best = found[0]
     total, peak, extra = program.seconds or 1.0, best.peak_bytes, best.extra_seconds
     bound = search.tables.asked_seconds(program) / total if extra > 0 else 0.0
-    rows = {c.name: (c.name, c.peak_bytes, c.extra_seconds / total) for c in sorted(found, key=lambda c: c.rank)[::-1]}
+    rows = {c.name: (c.name, c.peak_bytes, c.extra_seconds / total) for c in reversed(found)}
     return Found(best.name, _schedule_of(program, best), None, peak, bound, tuple(rows.values()))
 
 

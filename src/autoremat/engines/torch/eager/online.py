@@ -66,16 +66,13 @@ class Online:
         for value in values:
             self._used[value] = self._clock
 
-    def is_within(self, allowed: float) -> bool:
-        """Tell whether what is held is within bounds.
+    def has_room(self) -> None:
+        """Note that what is held is within bounds.
 
         Once half of what no search could lower has gone, the next one may find something.
         """
-        if self.meter.nbytes > allowed:
-            return False
         if 2 * self.meter.nbytes < self._in_vain_bytes:
             self._in_vain_bytes = 0
-        return True
 
     def shrink(self, allowed: float, locked: Container[int] = ()) -> None:
         """Drop values that can be recomputed until the rest is within bounds."""

@@ -266,7 +266,8 @@ class Room:
         if self.online.meter.nbytes + 3 * needed <= self._least_bytes:
             return  # as almost always; asking what is allowed right now takes a while
         allowed = self._allowed_bytes(needed, in_backward=in_backward)
-        if allowed is None or self.online.is_within(allowed):
+        if allowed is None or self.online.meter.nbytes <= allowed:
+            self.online.has_room()
             return
         if self._spare is not None:
             self._turn(self._spare)

@@ -91,16 +91,12 @@ def _of_one(optimizer: torch.optim.Optimizer) -> OptimizerBytes:
     return OptimizerBytes(_state_bytes(optimizer) + coming, scratch)
 
 
-class _Known(NamedTuple):
-    """What the steps of an unchanged optimizer take."""
+_KNOWN: weakref.WeakKeyDictionary[torch.optim.Optimizer, tuple[Any, tuple[list[int], int]]]
+_KNOWN = weakref.WeakKeyDictionary()
+"""What decides about the steps of an optimizer, and what they take.
 
-    optimizer: weakref.ref[torch.optim.Optimizer]
-    about: tuple[Any, ...]
-    taken: tuple[list[int], int]
-
-
-_KNOWN: dict[int, _Known] = {}
-"""By address: steps are taken in a process of their own, and every step without a plan asks for them."""
+Steps are taken in a process of their own, and every step without a plan asks for them.
+"""
 
 
 def _steps_of(optimizer: torch.optim.Optimizer) -> tuple[list[int], int]:
@@ -113,12 +109,11 @@ def _steps_of(optimizer: torch.optim.Optimizer) -> tuple[list[int], int]:
     groups = [(len(g["params"]), *((k, v) for k, v in g.items() if v is None or isinstance(v, (bool, str))))
               for g in optimizer.param_groups]  # fmt: skip
     about = parameters, tuple(groups)
-    address = id(optimizer)
-    known = _KNOWN.get(address)
-    if known is None or known.optimizer() is not optimizer or known.about != about:
-        reference = weakref.ref(optimizer, lambda _: _KNOWN.pop(address, None))
-        known = _KNOWN[address] = _Known(reference, about, _apart(optimizer))
-    return known.taken
+    known, taken = _KNOWN.get(optimizer, (None, ([], 0)))
+    if known != about:
+        taken = _apart(optimizer)
+        _KNOWN[optimizer] = about, taken
+    return taken
 
 
 def _trained(optimizer: torch.optim.Optimizer) -> list[Tensor]:
